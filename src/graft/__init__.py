@@ -1,0 +1,1 @@
+"""graft fine-tunes a language model and ships exactly the weights that it trained."""

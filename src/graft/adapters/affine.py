@@ -1,0 +1,43 @@
+"""Affine tuning: the scales and offsets of a group-wise grid trained directly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from graft.adapters.base import Adapter
+from graft.formats.base import GridUpdate, Packed
+from graft.formats.linear import FrozenLinear
+
+
+class AffineAdapter(Adapter):
+    """scale' = scale (1 + u), offset' = offset + scale v: moves in units of the group's own scale.
+
+    u, v: float32 [out_features, groups], zero. Training scales alone is PEQA (arXiv 2305.14152);
+    in relative units one learning rate serves every layer and bit width. As with QA-LoRA, the
+    forward rounds the moved statistics as they are stored, so the merge is exact.
+    """
+
+    method = "affine"
+
+    def __init__(
+        self, out_features: int, groups: int, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.u = nn.Parameter(torch.zeros(out_features, groups, device=device))
+        self.v = nn.Parameter(torch.zeros(out_features, groups, device=device))
+
+    def grid_update(self, packed: Packed) -> GridUpdate:
+        """Return scales += scale u and offsets += scale v, in float64."""
+        scales = packed["scales"].double()
+        return GridUpdate(scales=scales * self.u, offsets=scales * self.v)
+
+    def delta(self, base: FrozenLinear) -> Tensor:
+        """Return the unrounded move of the weight, scale (u q + v), float64 [out, in]."""
+        packed = base.packed
+        scales = packed["scales"].double()
+        unit = {"scales": torch.ones_like(scales), "offsets": torch.zeros_like(scales)}
+        codes = base.dense_weight(torch.float32, packed | unit).double()
+        columns = torch.arange(base.in_features, device=scales.device)
+        group = columns // base.weight_format.options()["group_size"]
+        return (scales * self.u)[:, group] * codes + (scales * self.v)[:, group]

@@ -1,0 +1,161 @@
+"""Attaching adapters to the frozen layers of a model: add, activate, remove, find."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from graft.adapters.affine import AffineAdapter
+from graft.adapters.base import AdaptedLinear, Adapter
+from graft.adapters.config import AdapterConfig
+from graft.adapters.lora import LoraAdapter
+from graft.adapters.qalora import QALoraAdapter
+from graft.errors import GraftError, did_you_mean, raise_problems
+from graft.formats.int_group import IntGroupFormat
+from graft.formats.linear import FrozenLinear
+
+
+def make_adapter(layer: FrozenLinear, config: AdapterConfig) -> Adapter:
+    """Return a fresh adapter for a layer.
+
+    Raises GraftError when the layer's format cannot take that adapter.
+    """
+    device = next(layer.parameters()).device
+    if config.method in ("lora", "qlora"):
+        return LoraAdapter(
+            layer.in_features,
+            layer.out_features,
+            config.rank,
+            config.alpha,
+            config.rslora,
+            config.dropout,
+            config.adapter_bias,
+            device,
+        )
+    weight_format = layer.weight_format
+    if not isinstance(weight_format, IntGroupFormat):
+        raise GraftError(
+            f"method {config.method!r} needs weights in the int format, found "
+            f"{weight_format.name!r}; quantise the base with --format int"
+        )
+    if config.method == "qalora":
+        return QALoraAdapter(
+            layer.in_features,
+            layer.out_features,
+            weight_format.group_size,
+            config.rank,
+            config.alpha,
+            config.rslora,
+            device,
+        )
+    if config.method == "affine":
+        return AffineAdapter(layer.out_features, weight_format.groups(layer.in_features), device)
+    raise GraftError(f"method {config.method!r} attaches no adapter")
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
+    """Yield every adapted layer by the name of the layer that it stands for."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            yield name, module
+
+
+def frozen_layers(model: nn.Module) -> Iterator[tuple[str, FrozenLinear]]:
+    """Yield every frozen layer by name, also those inside adapted layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, FrozenLinear):
+            yield name.removesuffix(".base"), module
+
+
+def attach_adapter(
+    model: nn.Module, layer_names: Sequence[str], config: AdapterConfig, name: str = "default"
+) -> None:
+    """Add an adapter called `name` to the named frozen layers and activate it.
+
+    The random matrices are drawn in the order of the names from torch's global generator. Raises
+    GraftError, with every layer that is at fault, before any layer is changed.
+    """
+    layers: dict[str, FrozenLinear] = dict(frozen_layers(model))
+    problems, made = [], {}
+    taken = {layer for layer, adapted in adapted_layers(model) if name in adapted.adapters}
+    for layer_name in layer_names:
+        if layer_name not in layers:
+            problems.append(f"{layer_name} is not a frozen linear layer")
+        elif layer_name in taken:
+            problems.append(f"{layer_name} already has an adapter named {name!r}; remove it first")
+        else:
+            try:
+                made[layer_name] = make_adapter(layers[layer_name], config)
+            except GraftError as error:
+                problems.append(f"{layer_name}: {error}")
+    raise_problems(problems, f"cannot attach adapter {name!r}")
+    for layer_name, adapter in made.items():
+        adapter.train(layers[layer_name].training)
+        adapted_layer(model, layer_name).add(name, adapter)
+
+
+def adapted_layer(model: nn.Module, layer_name: str) -> AdaptedLinear:
+    """Return the adapted layer of that name, wrapping the frozen layer when it is bare."""
+    module = model.get_submodule(layer_name)
+    if isinstance(module, FrozenLinear):
+        adapted = AdaptedLinear(module)
+        replace_module(model, layer_name, adapted)
+        return adapted
+    assert isinstance(module, AdaptedLinear)
+    return module
+
+
+def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put a module in the place of the one called `name`, in the same training mode."""
+    parent_name, _, child = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    module.train(parent.training)
+    setattr(parent, child, module)
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Return the names of all adapters, in the order in which they were first added."""
+    names: dict[str, None] = {}
+    for _, layer in adapted_layers(model):
+        names.update(dict.fromkeys(layer.adapters))
+    return list(names)
+
+
+def activate_adapters(model: nn.Module, names: Sequence[str]) -> None:
+    """Make exactly these adapters active, in this order; none restores the base's outputs.
+
+    Raises GraftError for a name that no layer has.
+    """
+    known = adapter_names(model)
+    problems = [f"{name!r}{did_you_mean(name, known)}" for name in names if name not in known]
+    raise_problems(problems, "no such adapter")
+    for _, layer in adapted_layers(model):
+        layer.active = tuple(name for name in names if name in layer.adapters)
+
+
+def remove_adapter(model: nn.Module, name: str) -> None:
+    """Remove an adapter; a layer left with none is the very frozen layer that it was before.
+
+    Raises GraftError for a name that no layer has.
+    """
+    known = adapter_names(model)
+    if name not in known:
+        raise GraftError(f"no adapter {name!r} to remove{did_you_mean(name, known)}")
+    for layer_name, layer in list(adapted_layers(model)):
+        if name in layer.adapters:
+            del layer.adapters[name]
+            layer.active = tuple(active for active in layer.active if active != name)
+        if not layer.adapters:
+            replace_module(model, layer_name, layer.base)
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, torch.nn.Parameter]:
+    """Return an adapter's parameters by '<layer>.<parameter>'."""
+    return {
+        f"{layer_name}.{key}": parameter
+        for layer_name, layer in adapted_layers(model)
+        if name in layer.adapters
+        for key, parameter in layer.adapter(name).named_parameters()
+    }

@@ -1,0 +1,114 @@
+"""What an adapter is, and the layer that carries several of them by name."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from graft.errors import GraftError
+from graft.formats.base import GridUpdate, Packed
+from graft.formats.linear import FrozenLinear
+
+
+def lora_scaling(rank: int, alpha: float | None, rslora: bool) -> float:
+    """Return alpha/rank, or alpha/sqrt(rank) for rsLoRA (arXiv 2312.03732); alpha None is rank."""
+    numerator = rank if alpha is None else alpha
+    return numerator / (math.sqrt(rank) if rslora else rank)
+
+
+class Adapter(nn.Module, ABC):
+    """A trainable update of one frozen linear layer.
+
+    An adapter changes the layer in one of two ways, and `AdaptedLinear` applies both:
+    a *grid* adapter moves the packed weight's scales and offsets (`grid_update`), an *additive*
+    one adds to the output (`added_output`). Its parameters are float32 on the layer's device.
+    """
+
+    method: str
+
+    def grid_update(self, packed: Packed) -> GridUpdate | None:
+        """Return the move of the packed weight's grid, or None for an additive adapter."""
+        return None
+
+    def added_output(self, x: Tensor) -> Tensor | None:
+        """Return what is added to the layer's output, in x's dtype, or None for a grid adapter."""
+        return None
+
+    @abstractmethod
+    def delta(self, base: FrozenLinear) -> Tensor:
+        """Return the update of the dense weight, unrounded; float64 [out_features, in_features]."""
+
+    def delta_bias(self) -> Tensor | None:
+        """Return the update of the bias, float64 [out_features], or None."""
+        return None
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen layer with named adapters, of which any number is active at a time.
+
+    y = linear(x; packed moved by the active grid adapters) + sum of the active additive outputs.
+    With no active adapter the layer computes exactly what its base computes.
+    """
+
+    def __init__(self, base: FrozenLinear) -> None:
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Add an adapter under a new name and activate it; raises GraftError if it is taken."""
+        if name in self.adapters:
+            raise GraftError(f"an adapter named {name!r} is already there; remove it first")
+        self.adapters[name] = adapter
+        self.active = (*self.active, name)
+
+    def adapter(self, name: str) -> Adapter:
+        """Return the adapter of that name."""
+        adapter = self.adapters[name]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    def active_adapters(self) -> list[Adapter]:
+        """Return the active adapters in the order in which they were activated."""
+        return [self.adapter(name) for name in self.active]
+
+    def effective_packed(self) -> dict[str, Tensor]:
+        """Return the base's packed tensors moved by the active grid adapters.
+
+        This one function feeds the forward and the merge, so merging changes no number.
+        """
+        packed = self.base.packed
+        for adapter in self.active_adapters():
+            update = adapter.grid_update(packed)
+            if update is not None:
+                absorbed = self.base.weight_format.absorb(packed, update)
+                if absorbed is None:
+                    raise GraftError(
+                        f"{self.base.weight_format.name} weights cannot absorb a {adapter.method} "
+                        "update; quantise the base to the int format"
+                    )
+                packed = absorbed
+        return packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the adapted layer's output in x's dtype; x [..., in_features]."""
+        y = self.base.linear(x, self.effective_packed())
+        for adapter in self.active_adapters():
+            added = adapter.added_output(x)
+            if added is not None:
+                y = y + added
+        return y
+
+    def effective_weight(self) -> Tensor:
+        """Return the dense weight that the forward stands for; float64 [out, in], detached."""
+        with torch.no_grad():
+            packed = self.effective_packed()
+            weight = self.base.dense_weight(torch.float32, packed).double()
+            for adapter in self.active_adapters():
+                if adapter.grid_update(packed) is None:
+                    weight += adapter.delta(self.base)
+        return weight

@@ -1,0 +1,30 @@
+"""What is trained beside (or inside) the frozen weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Method = Literal["lora", "qlora", "qalora", "affine", "full"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig:
+    """The adapter that a run trains."""
+
+    method: Method = "qalora"
+    """lora: on the weights as they are; qlora: LoRA on 4-bit NormalFloat; qalora: group-pooled LoRA
+    that merges exactly into INT4; affine: scales and offsets of INT4; full: all weights."""
+    rank: int = 16
+    """Rank of the low-rank update (lora, qlora, qalora)."""
+    alpha: float | None = None
+    """Numerator of the scaling alpha/rank; None means rank, so that the scaling is 1."""
+    rslora: bool = False
+    """Scale by alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)."""
+    dropout: float = 0.0
+    """Probability of dropping an input of the low-rank path (lora and qlora only)."""
+    adapter_bias: bool = False
+    """Train a bias beside the low-rank update (lora and qlora only)."""
+    targets: tuple[str, ...] = ()
+    """Layers to adapt: names, suffixes, or regular expressions; none means every linear layer but
+    the output head."""

@@ -1,0 +1,1 @@
+"""Solvers that choose the codes; imports graft.data, graft.plan and below, no sibling."""

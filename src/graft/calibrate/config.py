@@ -1,0 +1,21 @@
+"""How the codes of the quantised weights are chosen."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Solver = Literal["rtn", "gptq"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SolverConfig:
+    """The solver that rounds the base model's weights, and what it may look at."""
+
+    solver: Solver = "rtn"
+    """rtn: round each weight to the nearest value, data-free; gptq: round column by column and let
+    the columns that follow make up for the error on calibration text (arXiv 2210.17323)."""
+    calibration_rows: int = 128
+    """Rows of the training data that gptq calibrates on."""
+    damping: float = 0.01
+    """Added to the Hessian's diagonal, as a fraction of its mean (gptq)."""

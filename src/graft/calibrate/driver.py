@@ -1,0 +1,154 @@
+"""GPTQ over a whole model: decoder layer by decoder layer, each on the rounded ones before it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from graft.adapters.attach import replace_module
+from graft.calibrate.gptq import HessianSum, gptq_pack, output_error, require_grid
+from graft.errors import GraftError, raise_problems
+from graft.formats.base import WeightFormat
+from graft.formats.dense import DenseFormat
+from graft.formats.linear import FrozenLinear
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What rounding cost one layer: squared output error summed over the calibration tokens."""
+
+    gptq: float
+    """trace((W - Q) H (W - Q)ᵀ) of the codes that were kept."""
+    rtn: float
+    """The same of round to nearest, for comparison."""
+    tokens: int
+    """Inputs that the layer saw; with none, GPTQ is round to nearest."""
+
+
+class _StageDone(Exception):  # noqa: N818  (control flow, never seen outside)
+    """Ends a forward pass once the stage's inputs are known."""
+
+
+def calibrate_model(
+    model: nn.Module,
+    layer_names: Sequence[str],
+    batches: Sequence[Tensor],
+    weight_format: WeightFormat,
+    damping: float = 0.01,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> dict[str, LayerReport]:
+    """Replace the named dense frozen layers by GPTQ-rounded ones and report each one's error.
+
+    One decoder layer's targets are one stage. A stage's Hessians come from forward passes in
+    which all stages before it are rounded already; each pass ends with the stage's decoder layer,
+    so n decoder layers cost about n/2 full forward passes over the batches.
+
+    batches: input_ids int64 [rows, tokens], without padding: every position counts.
+    on_layer(done, total) is called after each layer.
+
+    Raises GraftError, before anything is changed, when a name is no dense frozen layer, when there
+    is nothing to calibrate on, or when the format has no grid.
+    """
+    require_grid(weight_format)
+    problems = [problem for name in layer_names if (problem := _unfit(model, name))]
+    if not any(batch.numel() for batch in batches):
+        problems.append("no calibration tokens; give --data with at least one row")
+    raise_problems(problems, "cannot calibrate")
+    reports: dict[str, LayerReport] = {}
+    was_training = model.training
+    model.eval()
+    for stage, names in stages(model, layer_names).items():
+        hessians = _collect(model, stage, names, batches)
+        for name in names:
+            reports[name] = _quantise(model, name, hessians.pop(name), weight_format, damping)
+            if on_layer is not None:
+                on_layer(len(reports), len(layer_names))
+    model.train(was_training)
+    return reports
+
+
+def stages(model: nn.Module, layer_names: Sequence[str]) -> dict[str, list[str]]:
+    """Return layer names by stage, in the model's order.
+
+    A stage is the name up to its first number, the index of the decoder layer: model.layers.3,
+    transformer.h.3. A name without a number is a stage of its own.
+    """
+    wanted = set(layer_names)
+    grouped: dict[str, list[str]] = {}
+    for name, _ in model.named_modules():
+        if name in wanted:
+            parts = name.split(".")
+            numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
+            stage = ".".join(parts[: numbers[0] + 1]) if numbers else name
+            grouped.setdefault(stage, []).append(name)
+    return grouped
+
+
+def _unfit(model: nn.Module, name: str) -> str | None:
+    try:
+        layer = model.get_submodule(name)
+    except AttributeError:
+        return f"{name} is not in the model"
+    if not isinstance(layer, FrozenLinear):
+        return f"{name} is a {type(layer).__name__}; expected a frozen linear layer"
+    if not isinstance(layer.weight_format, DenseFormat):
+        return f"{name} is already in format {layer.weight_format.name!r}; expected dense"
+    return None
+
+
+def _frozen(model: nn.Module, name: str) -> FrozenLinear:
+    layer = model.get_submodule(name)
+    assert isinstance(layer, FrozenLinear)
+    return layer
+
+
+@torch.no_grad()
+def _collect(
+    model: nn.Module, stage: str, names: Sequence[str], batches: Sequence[Tensor]
+) -> dict[str, HessianSum]:
+    """Run the batches up to the end of a stage and return the Hessian of each layer in it."""
+
+    def collector(hessian: HessianSum) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _, inputs: hessian.add(inputs[0])
+
+    def stop(*_: object) -> None:
+        raise _StageDone
+
+    hessians = {}
+    with ExitStack() as hooks:
+        for name in names:
+            layer = _frozen(model, name)
+            hessians[name] = HessianSum(layer.in_features, next(layer.parameters()).device)
+            handle = layer.register_forward_pre_hook(collector(hessians[name]))
+            hooks.callback(handle.remove)
+        hooks.callback(model.get_submodule(stage).register_forward_hook(stop).remove)
+        for batch in batches:
+            try:
+                model(input_ids=batch)
+            except _StageDone:
+                continue
+    return hessians
+
+
+@torch.no_grad()
+def _quantise(
+    model: nn.Module, name: str, hessian: HessianSum, weight_format: WeightFormat, damping: float
+) -> LayerReport:
+    layer = _frozen(model, name)
+    weight = layer.dense_weight(torch.float32)
+    try:
+        packed = gptq_pack(weight, hessian.value, weight_format, damping)
+    except GraftError as error:
+        raise GraftError(f"{name}: {error}") from error
+    rounded = layer.replaced(weight_format, packed)
+    replace_module(model, name, rounded)
+    nearest = layer.replaced(weight_format, weight_format.pack(weight))
+    return LayerReport(
+        gptq=output_error(weight, rounded.dense_weight(torch.float32), hessian.value),
+        rtn=output_error(weight, nearest.dense_weight(torch.float32), hessian.value),
+        tokens=hessian.tokens,
+    )

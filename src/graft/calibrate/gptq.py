@@ -1,0 +1,104 @@
+"""GPTQ: rounding a weight column by column, each column making up for the errors before it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graft.errors import GraftError
+from graft.formats.base import GridFormat, WeightFormat
+
+BLOCK_COLUMNS = 128
+"""Columns between two updates of the rest; every group size divides it, so that a group's columns
+are up to date when its grid is fitted."""
+
+
+class HessianSum:
+    """H = sum over tokens of x xᵀ for the inputs x of one linear layer.
+
+    `value`: float64 [in_features, in_features]; each batch's product is taken in float32.
+    `tokens`: how many inputs were added.
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
+        self.value = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add the inputs x [..., in_features] of any floating dtype."""
+        inputs = x.detach().reshape(-1, x.shape[-1]).float()
+        self.value += inputs.T @ inputs
+        self.tokens += inputs.shape[0]
+
+
+def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
+    """Return trace((W - Q) H (W - Q)ᵀ), the squared error of the layer's outputs over all tokens.
+
+    weight, rounded: [out_features, in_features]; computed in float64.
+    """
+    lost = weight.double() - rounded.double()
+    return ((lost @ hessian.to(lost)) * lost).sum().item()
+
+
+def gptq_pack(
+    weight: Tensor, hessian: Tensor, weight_format: WeightFormat, damping: float = 0.01
+) -> dict[str, Tensor]:
+    """Return the packed weight whose layer outputs stay near those of `weight`.
+
+    Algorithm 1 of GPTQ (arXiv 2210.17323): with U the upper Cholesky factor of the inverse
+    Hessian, column j is rounded to q and every later column k moves by -(w_j - q) U[j,k] / U[j,j].
+    Written over the grid interface, so it serves any format that has a grid; float64 throughout,
+    but for the rounding itself.
+
+    weight [out_features, in_features]; hessian [in_features, in_features], the sum of x xᵀ. A
+    column whose input was always zero is rounded to nearest and moves no other.
+
+    Raises GraftError for a format without a grid, or when the damped Hessian is not positive
+    definite.
+    """
+    grid_format = require_grid(weight_format)
+    factor = _inverse_factor(hessian.to(weight.device), damping)
+    # Kept transposed, so that one column is contiguous in memory.
+    rows = weight.double().T.contiguous()
+    codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
+    grid = grid_format.fit_grid(weight.float())
+    for start in range(0, rows.shape[0], BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, rows.shape[0])
+        errors = torch.empty_like(rows[start:stop])
+        for j in range(start, stop):
+            grid_format.refit_grid(grid, rows.T, j)
+            codes[j], rounded = grid_format.round_column(rows[j].float(), grid, j)
+            errors[j - start] = (rows[j] - rounded) / factor[j, j]
+            rows[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
+        rows[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+    return grid_format.pack_codes(codes.T.contiguous(), grid)
+
+
+def require_grid(weight_format: WeightFormat) -> GridFormat:
+    """Return the format when a solver can round to its grid; raises GraftError otherwise."""
+    if isinstance(weight_format, GridFormat):
+        return weight_format
+    raise GraftError(
+        f"solver 'gptq' needs a format with a grid (int, nf4, fp4), found {weight_format.name!r}; "
+        "choose another format, or --solver rtn"
+    )
+
+
+def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Return U, upper triangular, with Uᵀ U = inverse of the damped Hessian; float64."""
+    damped = hessian.double().clone()
+    diagonal = damped.diagonal()
+    dead = diagonal == 0
+    mean = diagonal[~dead].mean() if not dead.all() else torch.ones_like(diagonal[0])
+    diagonal += damping * mean
+    # A dead column's row is zero, so any positive entry decouples it from all others.
+    diagonal[dead] = mean
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if not failed:
+        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed or not factor.isfinite().all():
+        raise GraftError(
+            f"the Hessian with damping {damping} is not positive definite or not finite; expected "
+            "finite activations: raise --damping (0.01 is usual) or use --solver rtn"
+        )
+    return factor

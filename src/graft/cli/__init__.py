@@ -1,0 +1,1 @@
+"""Flags, YAML, tables and progress in the terminal; imports all of graft, and alone rich."""

@@ -1,0 +1,34 @@
+"""The one exception that graft raises for problems that the user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class GraftError(Exception):
+    """A problem in the user's input or environment, told so that it can be mended.
+
+    The message says where, what was found, what was expected and how to fix it.
+    The command line prints it without a traceback and exits with status 1.
+    """
+
+
+def raise_problems(problems: Sequence[str], heading: str) -> None:
+    """Raise one GraftError that lists every problem, or return when there is none.
+
+    Collect first and raise once, before the expensive work starts.
+    """
+    if not problems:
+        return
+    if len(problems) == 1:
+        raise GraftError(f"{heading}: {problems[0]}")
+    lines = "\n".join(f"  - {problem}" for problem in problems)
+    raise GraftError(f"{heading}: {len(problems)} problems\n{lines}")
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return '; did you mean X?' for the nearest known name, else the list of known names."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"

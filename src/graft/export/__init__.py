@@ -1,0 +1,1 @@
+"""GGUF, merged folders and PEFT adapters; imports graft.data and below, no sibling."""

@@ -1,0 +1,107 @@
+"""What a weight format is: a stateless strategy on plain tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+Packed = Mapping[str, Tensor]
+"""The tensors that hold one frozen weight: codes, scales, offsets, absmax ..."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of a packed tensor, without its data."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def empty(self, device: torch.device | str) -> Tensor:
+        """Allocate the tensor, uninitialised."""
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+
+@dataclass(frozen=True)
+class GridUpdate:
+    """A move of a group-wise grid: scales + d_scales and offsets + d_offsets.
+
+    Each is float64 [out_features, groups], or None when that statistic does not move.
+    """
+
+    scales: Tensor | None = None
+    offsets: Tensor | None = None
+
+
+class WeightFormat(Protocol):
+    """How a frozen weight [out_features, in_features] is stored and multiplied with."""
+
+    @property
+    def name(self) -> str:
+        """The registry's name of the format."""
+        ...
+
+    def options(self) -> dict[str, Any]:
+        """Return the constructor's arguments as plain JSON values."""
+        ...
+
+    def storage(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """Return every packed tensor's shape and dtype; their sum is the weight's exact size."""
+        ...
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Round a weight [out_features, in_features] to the format."""
+        ...
+
+    def unpack(
+        self, packed: Packed, out_features: int, in_features: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the weight [out_features, in_features] that the packed tensors stand for."""
+        ...
+
+    def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
+        """Return y = x Wᵀ in x's dtype, differentiable in x (and in what `absorb` returned)."""
+        ...
+
+    def absorb(self, packed: Packed, update: GridUpdate) -> dict[str, Tensor] | None:
+        """Return packed tensors that hold the updated weight exactly; None when it has no grid.
+
+        The result is differentiable in the update (straight through the rounding to storage), so
+        the very same call serves the training forward and the merge.
+        """
+        ...
+
+
+@runtime_checkable
+class GridFormat(WeightFormat, Protocol):
+    """What a solver needs: a grid of representable values per group, rounded to by column."""
+
+    def fit_grid(self, weight: Tensor) -> dict[str, Tensor]:
+        """Fit the grid's statistics to a weight float32 [out_features, in_features]."""
+        ...
+
+    def refit_grid(self, grid: dict[str, Tensor], weight: Tensor, column: int) -> None:
+        """Fit again, in place, the group that begins at `column`; no-op where none begins."""
+        ...
+
+    def round_column(self, values: Tensor, grid: Packed, column: int) -> tuple[Tensor, Tensor]:
+        """Round values float32 [out_features]; returns (codes uint8, rounded values float32)."""
+        ...
+
+    def pack_codes(self, codes: Tensor, grid: Packed) -> dict[str, Tensor]:
+        """Pack codes uint8 [out_features, in_features] and the grid."""
+        ...
+
+
+def storage_bytes(weight_format: WeightFormat, out_features: int, in_features: int) -> int:
+    """Return the exact bytes of a weight in a format."""
+    return sum(spec.bytes for spec in weight_format.storage(out_features, in_features).values())

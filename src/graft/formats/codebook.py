@@ -1,0 +1,153 @@
+"""4-bit codebook formats: NF4 and FP4, with optional double quantisation of the constants."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.formats.base import GridUpdate, Packed, TensorSpec
+from graft.kernels import ops
+from graft.kernels.codebooks import (
+    CODEBOOK_NAMES,
+    codebook,
+    dynamic_code,
+    dynamic_code_table,
+    quantisation_bounds,
+)
+
+BLOCK_SIZE = 64
+NESTED_BLOCK_SIZE = 256
+
+
+@dataclass(frozen=True)
+class CodebookFormat:
+    """w = codebook[code] * absmax of its block of 64 (QLoRA, arXiv 2305.14314, equations 3-6).
+
+    Blocks run over the flattened weight, so they straddle rows when in_features is no multiple of
+    64. Packed tensors, for n weights in b = ceil(n/64) blocks:
+
+    - codes: uint8 [ceil(n/2)], two codes a byte, the earlier one in the high nibble;
+    - absmax: float32 [b]; with double quantisation uint8 [b], codes of the dynamic 8-bit code, and
+    - absmax_scale: float32 [ceil(b/256)], absmax_offset: float32 [1]:
+      absmax = dynamic_code[absmax] * absmax_scale[block of 256] + absmax_offset.
+    """
+
+    name: str = "nf4"
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.name not in CODEBOOK_NAMES:
+            raise ValueError(
+                f"codebook is {self.name!r}; expected one of {', '.join(CODEBOOK_NAMES)}"
+            )
+
+    def options(self) -> dict[str, Any]:
+        """Return the constructor's arguments as plain JSON values."""
+        return {"double_quant": self.double_quant}
+
+    def storage(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """Return every packed tensor's shape and dtype."""
+        count = out_features * in_features
+        blocks = -(-count // BLOCK_SIZE)
+        specs = {"codes": TensorSpec((-(-count // 2),), torch.uint8)}
+        if not self.double_quant:
+            return specs | {"absmax": TensorSpec((blocks,), torch.float32)}
+        nested = -(-blocks // NESTED_BLOCK_SIZE)
+        return specs | {
+            "absmax": TensorSpec((blocks,), torch.uint8),
+            "absmax_scale": TensorSpec((nested,), torch.float32),
+            "absmax_offset": TensorSpec((1,), torch.float32),
+        }
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Round each weight to the nearest codebook value times its block's absmax."""
+        codes, absmax = ops.codebook_quantize(weight.contiguous(), self.name, BLOCK_SIZE)
+        return {"codes": codes, **self._pack_absmax(absmax)}
+
+    def unpack(
+        self, packed: Packed, out_features: int, in_features: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Return codebook[code] * absmax, computed in float32 and rounded once to `dtype`."""
+        absmax = self._absmax(packed)
+        out: Tensor = ops.codebook_dequantize(
+            packed["codes"], absmax, self.name, BLOCK_SIZE, out_features, in_features, dtype
+        )
+        return out
+
+    def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
+        """Return y = x Wᵀ in x's dtype, differentiable in x."""
+        absmax = self._absmax(packed)
+        out: Tensor = ops.codebook_linear(
+            x, packed["codes"], absmax, self.name, BLOCK_SIZE, out_features
+        )
+        return out
+
+    def absorb(self, packed: Packed, update: GridUpdate) -> dict[str, Tensor] | None:
+        """Return None: there is no offset that an update could move."""
+        return None
+
+    # What a solver needs ---------------------------------------------------------------------
+
+    def fit_grid(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return absmax float32 [blocks] as it will be stored, and the weight's shape."""
+        _, absmax = ops.codebook_quantize(weight.float().contiguous(), self.name, BLOCK_SIZE)
+        stored = self._absmax(self._pack_absmax(absmax))
+        return {"absmax": absmax, "stored_absmax": stored, "shape": torch.tensor(weight.shape)}
+
+    def refit_grid(self, grid: dict[str, Tensor], weight: Tensor, column: int) -> None:
+        """Keep the first fit: a block may hold columns that are not rounded yet."""
+
+    def round_column(self, values: Tensor, grid: Packed, column: int) -> tuple[Tensor, Tensor]:
+        """Round values float32 [out_features] of one column to the nearest representable ones."""
+        rows, columns = grid["shape"].tolist()
+        flat_index = torch.arange(rows, device=values.device) * columns + column
+        absmax = grid["stored_absmax"][flat_index // BLOCK_SIZE]
+        bounds, code_of_rank = quantisation_bounds(self.name)
+        normalised = values / absmax.clamp(min=1e-38)
+        codes = code_of_rank.to(values.device)[
+            torch.bucketize(normalised.float(), bounds.to(values.device))
+        ]
+        return codes, codebook(self.name).to(values.device)[codes.long()] * absmax
+
+    def pack_codes(self, codes: Tensor, grid: Packed) -> dict[str, Tensor]:
+        """Pack codes uint8 [out_features, in_features] and the grid's absmax."""
+        flat = codes.reshape(-1)
+        if flat.numel() % 2:
+            filler = (codebook(self.name) == 0).nonzero()[0].to(flat)
+            flat = torch.cat([flat, filler])
+        packed = (flat[::2] << 4) | flat[1::2]
+        return {"codes": packed, **self._pack_absmax(grid["absmax"])}
+
+    # Statistics ------------------------------------------------------------------------------
+
+    def _pack_absmax(self, absmax: Tensor) -> dict[str, Tensor]:
+        if not self.double_quant:
+            return {"absmax": absmax}
+        offset = absmax.mean()
+        centred = absmax - offset
+        short = -centred.numel() % NESTED_BLOCK_SIZE
+        blocks = torch.nn.functional.pad(centred, (0, short)).view(-1, NESTED_BLOCK_SIZE)
+        scale = blocks.abs().amax(-1)
+        normalised = blocks * (1.0 / scale.clamp(min=1e-38)).unsqueeze(-1)
+        # bitsandbytes' CPU kernel rounds through a table of 65,536 entries; so do we.
+        index = ((normalised + 1.0) * 32767.5 + 0.5).floor().clamp(0, 65535).int().view(-1)
+        codes = dynamic_code_table().to(absmax.device).index_select(0, index)
+        # Any code stands for 0 where the scale is 0; bitsandbytes writes code 0 there.
+        codes = torch.where(scale.unsqueeze(-1) > 0, codes.view_as(blocks), 0).view(-1)
+        return {
+            "absmax": codes[: absmax.numel()].clone(),
+            "absmax_scale": scale,
+            "absmax_offset": offset.view(1),
+        }
+
+    def _absmax(self, packed: Packed) -> Tensor:
+        """Return absmax float32 [blocks] from the packed statistics."""
+        absmax = packed["absmax"]
+        if not self.double_quant:
+            return absmax
+        values = dynamic_code().to(absmax.device).index_select(0, absmax.int())
+        scale = packed["absmax_scale"].repeat_interleave(NESTED_BLOCK_SIZE)[: values.numel()]
+        return values.mul_(scale).add_(packed["absmax_offset"])

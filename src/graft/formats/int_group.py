@@ -1,0 +1,196 @@
+"""Group-wise integer weights with a float offset per group: the format that absorbs updates."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.formats.base import GridUpdate, Packed, TensorSpec
+from graft.kernels import ops
+from graft.kernels.packing import PLANES, pack_codes, plane_bytes
+
+GROUP_SIZES = (8, 16, 32, 64, 128)
+_STATISTICS = {"float16": torch.float16, "float32": torch.float32}
+_SMALLEST_SCALE = 2.0**-20
+"""Keeps a constant group's scale a positive fp16 number, so that no reader divides by zero."""
+
+
+class _RoundStatistics(torch.autograd.Function):
+    """Round to the stored dtype, hand out float32, and pass the gradient straight through.
+
+    The gradient stays float32: fp16 would overflow and underflow.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, stored_dtype: torch.dtype) -> Tensor:
+        return values.to(stored_dtype).float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].double(), None
+
+
+def _round_statistics(values: Tensor, stored_dtype: torch.dtype) -> Tensor:
+    rounded: Tensor = _RoundStatistics.apply(values, stored_dtype)  # type: ignore[no-untyped-call]
+    return rounded
+
+
+@dataclass(frozen=True)
+class IntGroupFormat:
+    """w = scale * q + offset, q an integer of `bits` bits, one scale and offset a group.
+
+    Groups are `group_size` neighbouring inputs of one output row; the last group of a row may be
+    short. With this offset form (rather than (q - zero) * scale) an update that is constant in
+    each group is one addition to the offsets (QA-LoRA, arXiv 2309.14717, section 3.3).
+
+    Packed tensors, for g = ceil(in_features / group_size):
+
+    - codes: uint8 [out_features, bytes], and for 3 bits also codes_high; `graft.kernels.packing`
+      says which code lies where;
+    - scales, offsets: float16 (or float32) [out_features, g].
+    """
+
+    bits: int = 4
+    group_size: int = 32
+    statistics: str = "float16"
+    name: str = "int"
+
+    def __post_init__(self) -> None:
+        problems = []
+        if self.bits not in PLANES:
+            problems.append(f"bits is {self.bits}; expected 2, 3, 4 or 8")
+        if self.group_size not in GROUP_SIZES:
+            problems.append(f"group_size is {self.group_size}; expected 8, 16, 32, 64 or 128")
+        if self.statistics not in _STATISTICS:
+            problems.append(f"statistics is {self.statistics!r}; expected float16 or float32")
+        if problems:
+            raise ValueError("; ".join(problems))
+
+    @property
+    def levels(self) -> int:
+        """The largest code."""
+        return (1 << self.bits) - 1
+
+    def options(self) -> dict[str, Any]:
+        """Return the constructor's arguments as plain JSON values."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "statistics": self.statistics,
+        }
+
+    def groups(self, in_features: int) -> int:
+        """Return the number of groups in a row."""
+        return -(-in_features // self.group_size)
+
+    def storage(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """Return every packed tensor's shape and dtype."""
+        specs = {
+            name: TensorSpec((out_features, plane_bytes(bits, in_features)), torch.uint8)
+            for name, bits in zip(("codes", "codes_high"), PLANES[self.bits], strict=False)
+        }
+        shape = (out_features, self.groups(in_features))
+        statistics = TensorSpec(shape, _STATISTICS[self.statistics])
+        return specs | {"scales": statistics, "offsets": statistics}
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Round to nearest on the grid from each group's minimum to its maximum."""
+        pieces = []
+        # Row pieces keep the float32 temporaries small beside the weight.
+        for rows in weight.split(max(1, (1 << 22) // weight.shape[1])):
+            values = rows.float()
+            grid = self.fit_grid(values)
+            scales = grid["scales"].float().repeat_interleave(self.group_size, -1)
+            offsets = grid["offsets"].float().repeat_interleave(self.group_size, -1)
+            columns = values.shape[1]
+            codes = self._nearest(values, scales[:, :columns], offsets[:, :columns])
+            pieces.append(self.pack_codes(codes, grid))
+        if len(pieces) == 1:
+            return pieces[0]
+        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+    def unpack(
+        self, packed: Packed, out_features: int, in_features: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Return scale * q + offset, computed in float32 and rounded once to `dtype`."""
+        out: Tensor = ops.int_group_dequantize(
+            packed["codes"],
+            packed.get("codes_high"),
+            packed["scales"],
+            packed["offsets"],
+            self.bits,
+            self.group_size,
+            in_features,
+            dtype,
+        )
+        return out
+
+    def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
+        """Return y = x Wᵀ in x's dtype, differentiable in x, scales and offsets."""
+        out: Tensor = ops.int_group_linear(
+            x,
+            packed["codes"],
+            packed.get("codes_high"),
+            packed["scales"],
+            packed["offsets"],
+            self.bits,
+            self.group_size,
+        )
+        return out
+
+    def absorb(self, packed: Packed, update: GridUpdate) -> dict[str, Tensor]:
+        """Return the packed tensors with scales and offsets moved and rounded as stored.
+
+        new = stored_dtype(old + update), the sum taken in float64; the moved statistics come as
+        float32 tensors that hold stored-dtype values. Training forward and merge both call this,
+        so both see the very same numbers.
+        """
+        absorbed = dict(packed)
+        for name, move in (("scales", update.scales), ("offsets", update.offsets)):
+            if move is not None:
+                moved = packed[name].double() + move
+                absorbed[name] = _round_statistics(moved, _STATISTICS[self.statistics])
+        return absorbed
+
+    # What a solver needs ---------------------------------------------------------------------
+
+    def fit_grid(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return scales and offsets [out_features, groups] from each group's minimum and maximum.
+
+        The filler of a short last group repeats the row's last weight, which moves neither.
+        """
+        short = -weight.shape[1] % self.group_size
+        if short:
+            weight = torch.cat([weight, weight[:, -1:].expand(-1, short)], dim=1)
+        low, high = weight.unflatten(-1, (-1, self.group_size)).aminmax(dim=-1)
+        dtype = _STATISTICS[self.statistics]
+        offsets = low.to(dtype)
+        # From the rounded offset to the maximum, so that the maximum stays representable.
+        scales = ((high - offsets.float()) / self.levels).clamp_(min=_SMALLEST_SCALE)
+        return {"scales": scales.to(dtype), "offsets": offsets}
+
+    def refit_grid(self, grid: dict[str, Tensor], weight: Tensor, column: int) -> None:
+        """Fit again, in place, the group that begins at `column`."""
+        if column % self.group_size == 0:
+            group = column // self.group_size
+            fitted = self.fit_grid(weight[:, column : column + self.group_size])
+            for name, statistic in fitted.items():
+                grid[name][:, group] = statistic[:, 0]
+
+    def round_column(self, values: Tensor, grid: Packed, column: int) -> tuple[Tensor, Tensor]:
+        """Round values float32 [out_features] of one column to the nearest representable ones."""
+        group = column // self.group_size
+        scales, offsets = grid["scales"][:, group].float(), grid["offsets"][:, group].float()
+        codes = self._nearest(values, scales, offsets)
+        return codes, scales * codes + offsets
+
+    def pack_codes(self, codes: Tensor, grid: Packed) -> dict[str, Tensor]:
+        """Pack codes uint8 [out_features, in_features] and the grid."""
+        planes = dict(zip(("codes", "codes_high"), pack_codes(codes, self.bits), strict=False))
+        return planes | {"scales": grid["scales"], "offsets": grid["offsets"]}
+
+    def _nearest(self, values: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
+        return ((values - offsets) / scales).round_().clamp_(0, self.levels).to(torch.uint8)

@@ -1,0 +1,314 @@
+"""The operations: schema, fake kernel and gradient of each, declared once for every backend.
+
+Shapes: x [..., in_features], grad (dy) [..., out_features], weights [out_features, in_features].
+Packed tensors are those of `graft.formats`; statistics may be fp16 or float32 and are read as
+float32. Only x, scales and offsets are differentiable: codes are frozen.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+import graft.kernels.reference  # noqa: F401  (registers the backend that implements everything)
+from graft.kernels.registry import implementation
+
+# int group: w = scale * q + offset ---------------------------------------------------------------
+
+
+@custom_op("graft::int_group_dequantize", mutates_args=())
+def int_group_dequantize(
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the weight `scale * q + offset`, [out_features, in_features] in `dtype`."""
+    compute = implementation("int_group_dequantize", codes.device)
+    out: Tensor = compute(codes, codes_high, scales, offsets, bits, group_size, in_features, dtype)
+    return out
+
+
+@int_group_dequantize.register_fake
+def _(
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty((codes.shape[0], in_features), dtype=dtype)
+
+
+@custom_op("graft::int_group_linear", mutates_args=())
+def int_group_linear(
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """Return y = x Wᵀ; differentiable in x, scales and offsets."""
+    compute = implementation("int_group_linear", x.device)
+    out: Tensor = compute(x, codes, codes_high, scales, offsets, bits, group_size)
+    return out
+
+
+@int_group_linear.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@custom_op("graft::int_group_grad_input", mutates_args=())
+def int_group_grad_input(
+    grad: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """Return dx = dy W."""
+    compute = implementation("int_group_grad_input", grad.device)
+    out: Tensor = compute(grad, codes, codes_high, scales, offsets, bits, group_size, in_features)
+    return out
+
+
+@int_group_grad_input.register_fake
+def _(
+    grad: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+@custom_op("graft::int_group_grad_scales", mutates_args=())
+def int_group_grad_scales(
+    grad: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """Return d scales float32 [out_features, groups]: group sums of (dyᵀ x) * q."""
+    compute = implementation("int_group_grad_scales", x.device)
+    out: Tensor = compute(grad, x, codes, codes_high, bits, group_size)
+    return out
+
+
+@int_group_grad_scales.register_fake
+def _(
+    grad: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    groups = -(-x.shape[-1] // group_size)
+    return x.new_empty((grad.shape[-1], groups), dtype=torch.float32)
+
+
+@custom_op("graft::int_group_grad_offsets", mutates_args=())
+def int_group_grad_offsets(grad: Tensor, x: Tensor, group_size: int) -> Tensor:
+    """Return d offsets float32 [out_features, groups]: dyᵀ groupsum(x)."""
+    out: Tensor = implementation("int_group_grad_offsets", x.device)(grad, x, group_size)
+    return out
+
+
+@int_group_grad_offsets.register_fake
+def _(grad: Tensor, x: Tensor, group_size: int) -> Tensor:
+    groups = -(-x.shape[-1] // group_size)
+    return x.new_empty((grad.shape[-1], groups), dtype=torch.float32)
+
+
+def _int_group_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, codes_high, scales, offsets, ctx.bits, ctx.group_size = inputs
+    ctx.in_features = x.shape[-1]
+    # x is needed for the statistics' gradients alone; a frozen layer does not keep it alive.
+    statistics_train = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+    ctx.save_for_backward(x if statistics_train else None, codes, codes_high, scales, offsets)
+
+
+def _int_group_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, codes, codes_high, scales, offsets = ctx.saved_tensors
+    need_x, _, _, need_scales, need_offsets, _, _ = ctx.needs_input_grad
+    grad_x = grad_scales = grad_offsets = None
+    grad = grad.contiguous()
+    if need_x:
+        grad_x = int_group_grad_input(
+            grad, codes, codes_high, scales, offsets, ctx.bits, ctx.group_size, ctx.in_features
+        )
+    if need_scales:
+        grad_scales = int_group_grad_scales(grad, x, codes, codes_high, ctx.bits, ctx.group_size)
+        grad_scales = grad_scales.to(scales.dtype)
+    if need_offsets:
+        grad_offsets = int_group_grad_offsets(grad, x, ctx.group_size).to(offsets.dtype)
+    return grad_x, None, None, grad_scales, grad_offsets, None, None
+
+
+int_group_linear.register_autograd(_int_group_backward, setup_context=_int_group_save)
+
+# codebook (nf4, fp4): w = codebook[code] * absmax ------------------------------------------------
+
+
+@custom_op("graft::codebook_quantize", mutates_args=())
+def codebook_quantize(weight: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
+    """Return (codes uint8 [ceil(n/2)], absmax float32 [ceil(n/block_size)]) of a weight."""
+    out: tuple[Tensor, Tensor] = implementation("codebook_quantize", weight.device)(
+        weight, codebook, block_size
+    )
+    return out
+
+
+@codebook_quantize.register_fake
+def _(weight: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
+    count = weight.numel()
+    codes = weight.new_empty((-(-count // 2),), dtype=torch.uint8)
+    return codes, weight.new_empty((-(-count // block_size),), dtype=torch.float32)
+
+
+@custom_op("graft::codebook_dequantize", mutates_args=())
+def codebook_dequantize(
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Return the weight `codebook[code] * absmax`, [out_features, in_features] in `dtype`."""
+    compute = implementation("codebook_dequantize", codes.device)
+    out: Tensor = compute(codes, absmax, codebook, block_size, out_features, in_features, dtype)
+    return out
+
+
+@codebook_dequantize.register_fake
+def _(
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return codes.new_empty((out_features, in_features), dtype=dtype)
+
+
+@custom_op("graft::codebook_linear", mutates_args=())
+def codebook_linear(
+    x: Tensor, codes: Tensor, absmax: Tensor, codebook: str, block_size: int, out_features: int
+) -> Tensor:
+    """Return y = x Wᵀ; differentiable in x."""
+    compute = implementation("codebook_linear", x.device)
+    out: Tensor = compute(x, codes, absmax, codebook, block_size, out_features)
+    return out
+
+
+@codebook_linear.register_fake
+def _(
+    x: Tensor, codes: Tensor, absmax: Tensor, codebook: str, block_size: int, out_features: int
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@custom_op("graft::codebook_grad_input", mutates_args=())
+def codebook_grad_input(
+    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: str, block_size: int, in_features: int
+) -> Tensor:
+    """Return dx = dy W."""
+    compute = implementation("codebook_grad_input", grad.device)
+    out: Tensor = compute(grad, codes, absmax, codebook, block_size, in_features)
+    return out
+
+
+@codebook_grad_input.register_fake
+def _(
+    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: str, block_size: int, in_features: int
+) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], in_features))
+
+
+def _codebook_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, codes, absmax, ctx.codebook, ctx.block_size, _ = inputs
+    ctx.in_features = x.shape[-1]
+    ctx.save_for_backward(codes, absmax)
+
+
+def _codebook_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    codes, absmax = ctx.saved_tensors
+    grad_x = codebook_grad_input(
+        grad.contiguous(), codes, absmax, ctx.codebook, ctx.block_size, ctx.in_features
+    )
+    return grad_x, None, None, None, None, None
+
+
+codebook_linear.register_autograd(_codebook_backward, setup_context=_codebook_save)
+
+# int8: w = scale[row] * code ---------------------------------------------------------------------
+
+
+@custom_op("graft::int8_linear", mutates_args=())
+def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Return y = x Wᵀ with codes int8 [out, in] and scales float32 [out]; differentiable in x."""
+    out: Tensor = implementation("int8_linear", x.device)(x, codes, scales)
+    return out
+
+
+@int8_linear.register_fake
+def _(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@custom_op("graft::int8_grad_input", mutates_args=())
+def int8_grad_input(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Return dx = dy W."""
+    out: Tensor = implementation("int8_grad_input", grad.device)(grad, codes, scales)
+    return out
+
+
+@int8_grad_input.register_fake
+def _(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], codes.shape[1]))
+
+
+def _int8_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return int8_grad_input(grad.contiguous(), *ctx.saved_tensors), None, None
+
+
+int8_linear.register_autograd(_int8_backward, setup_context=_int8_save)

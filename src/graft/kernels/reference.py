@@ -1,0 +1,202 @@
+"""The reference backend: plain PyTorch on any device, the oracle for every other backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graft.kernels.codebooks import codebook as codebook_values
+from graft.kernels.codebooks import quantisation_bounds
+from graft.kernels.packing import unpack_codes
+from graft.kernels.registry import Backend, register_backend
+
+reference = register_backend(Backend(name="reference", priority=0))
+
+
+def _planes(codes: Tensor, codes_high: Tensor | None) -> tuple[Tensor, ...]:
+    return (codes,) if codes_high is None else (codes, codes_high)
+
+
+def _in_groups(matrix: Tensor, group_size: int) -> Tensor:
+    """View [rows, columns] as [rows, groups, group_size]; a short last group is filled with 0."""
+    short = -matrix.shape[-1] % group_size
+    out: Tensor = functional.pad(matrix, (0, short)).unflatten(-1, (-1, group_size))
+    return out
+
+
+@reference.implements("int_group_dequantize")
+def int_group_dequantize(
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute w = scale * q + offset in float32 and round once to `dtype`."""
+    values = unpack_codes(_planes(codes, codes_high), bits, in_features)
+    grouped = _in_groups(values, group_size).to(torch.float32)
+    # code * scale is exact in float32 (8 bits times fp16's 11), so mul_ then add_ rounds once.
+    grouped.mul_(scales.unsqueeze(-1).float()).add_(offsets.unsqueeze(-1).float())
+    return grouped.flatten(-2)[:, :in_features].to(dtype).contiguous()
+
+
+@reference.implements("int_group_linear")
+def int_group_linear(
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """Compute y = x Wᵀ with the dequantised weight."""
+    weight = int_group_dequantize(
+        codes, codes_high, scales, offsets, bits, group_size, x.shape[-1], x.dtype
+    )
+    return functional.linear(x, weight)
+
+
+@reference.implements("int_group_grad_input")
+def int_group_grad_input(
+    grad: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """Compute dx = dy W."""
+    weight = int_group_dequantize(
+        codes, codes_high, scales, offsets, bits, group_size, in_features, grad.dtype
+    )
+    out: Tensor = grad @ weight
+    return out
+
+
+@reference.implements("int_group_grad_scales")
+def int_group_grad_scales(
+    grad: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """Compute d scale[o, g] = sum over j in g of (dyᵀ x)[o, j] * q[o, j]; float32."""
+    in_features = x.shape[-1]
+    product = (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, in_features)).float()
+    values = unpack_codes(_planes(codes, codes_high), bits, in_features)
+    return _in_groups(product.mul_(values), group_size).sum(-1)
+
+
+@reference.implements("int_group_grad_offsets")
+def int_group_grad_offsets(grad: Tensor, x: Tensor, group_size: int) -> Tensor:
+    """Compute d offset[o, g] = sum over tokens of dy[o] * groupsum(x)[g]; float32."""
+    pooled = _in_groups(x.reshape(-1, x.shape[-1]), group_size).sum(-1, dtype=torch.float32)
+    return grad.reshape(-1, grad.shape[-1]).float().T @ pooled
+
+
+@reference.implements("codebook_quantize")
+def codebook_quantize(weight: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
+    """Quantise the flattened weight block by block to the nearest codebook value.
+
+    The details follow bitsandbytes so that codes and absmax are equal bit for bit: float32
+    throughout, a full block multiplies by the reciprocal of its absmax, a short last block divides.
+    """
+    flat = weight.reshape(-1)
+    # Pieces keep the temporaries small beside the weight; each holds whole blocks and bytes.
+    pieces = flat.split(2 * block_size * _PIECE_BLOCKS)
+    quantised = [_quantize_piece(piece.float(), codebook, block_size) for piece in pieces]
+    codes, absmax = zip(*quantised, strict=True)
+    return torch.cat(codes), torch.cat(absmax)
+
+
+_PIECE_BLOCKS = 1 << 14
+
+
+def _quantize_piece(flat: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
+    full = flat.numel() // block_size * block_size
+    blocks = flat[:full].view(-1, block_size)
+    absmax = blocks.abs().amax(-1)
+    normalised = [(blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(-1)).view(-1)]
+    if full < flat.numel():
+        tail = flat[full:]
+        tail_absmax = tail.abs().max().clamp(min=1e-38)
+        absmax = torch.cat([absmax, tail_absmax.view(1)])
+        normalised.append(tail / tail_absmax)
+    if flat.numel() % 2:
+        normalised.append(flat.new_zeros(1))
+    bounds, code_of_rank = quantisation_bounds(codebook)
+    values = torch.cat(normalised).clamp_(-1, 1)
+    ranks = torch.bucketize(values, bounds.to(flat.device), out_int32=True)
+    quantised = code_of_rank.to(flat.device).index_select(0, ranks)
+    return (quantised[::2] << 4) | quantised[1::2], absmax
+
+
+@reference.implements("codebook_dequantize")
+def codebook_dequantize(
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute w = codebook[code] * absmax of its block in float32 and round once to `dtype`."""
+    count = out_features * in_features
+    table = codebook_values(codebook).to(codes.device)
+    pairs = torch.cartesian_prod(table, table)  # both values of a byte, high nibble first
+    values = pairs.index_select(0, codes.int()).view(-1)
+    values = functional.pad(values, (0, absmax.numel() * block_size - values.numel()))
+    values = values.view(-1, block_size).mul_(absmax.unsqueeze(-1)).view(-1)
+    weight = values[:count].to(dtype)
+    return (weight if weight.numel() == values.numel() else weight.clone()).view(
+        out_features, in_features
+    )
+
+
+@reference.implements("codebook_linear")
+def codebook_linear(
+    x: Tensor, codes: Tensor, absmax: Tensor, codebook: str, block_size: int, out_features: int
+) -> Tensor:
+    """Compute y = x Wᵀ with the dequantised weight."""
+    weight = codebook_dequantize(
+        codes, absmax, codebook, block_size, out_features, x.shape[-1], x.dtype
+    )
+    return functional.linear(x, weight)
+
+
+@reference.implements("codebook_grad_input")
+def codebook_grad_input(
+    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: str, block_size: int, in_features: int
+) -> Tensor:
+    """Compute dx = dy W."""
+    weight = codebook_dequantize(
+        codes, absmax, codebook, block_size, grad.shape[-1], in_features, grad.dtype
+    )
+    out: Tensor = grad @ weight
+    return out
+
+
+@reference.implements("int8_linear")
+def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Compute y = x Wᵀ with w = scale[row] * code."""
+    return functional.linear(x, _int8_weight(codes, scales, x.dtype))
+
+
+@reference.implements("int8_grad_input")
+def int8_grad_input(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Compute dx = dy W."""
+    return grad @ _int8_weight(codes, scales, grad.dtype)
+
+
+def _int8_weight(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return (codes.float() * scales.unsqueeze(-1)).to(dtype)

@@ -1,0 +1,1 @@
+"""Transformers models with packed weights and adapters; imports graft.adapters and below."""

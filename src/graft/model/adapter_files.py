@@ -1,0 +1,275 @@
+"""Adapters on disk: PEFT's format for lora and qalora, a safetensors file of our own for affine.
+
+A folder holds adapter_model.safetensors and adapter_config.json as PEFT writes them, and beside
+them graft_adapter.json, which keeps what PEFT's configuration cannot say exactly.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graft.adapters.affine import AffineAdapter
+from graft.adapters.attach import adapted_layer, adapted_layers, frozen_layers
+from graft.adapters.base import Adapter
+from graft.adapters.lora import LoraAdapter
+from graft.adapters.qalora import QALoraAdapter
+from graft.errors import GraftError, raise_problems
+from graft.formats.int_group import IntGroupFormat
+from graft.formats.linear import FrozenLinear
+from graft.model.save import new_folder, save_tensors, write_json
+from graft.model.weights import WeightFiles, read_json
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+OWN_CONFIG = "graft_adapter.json"
+OWN_VERSION = 1
+_PREFIX = "base_model.model."
+_OWN_OF_PEFT = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias"}
+_PEFT_OF_OWN = {own: peft for peft, own in _OWN_OF_PEFT.items()}
+
+
+def save_adapter(
+    model: nn.Module, folder: Path, name: str = "default", base: str = "", as_lora: bool = False
+) -> None:
+    """Write one adapter to a new folder, float32.
+
+    lora and qalora are written so that PEFT reads them; affine, which PEFT has not, as
+    u and v by layer. With `as_lora` a qalora adapter is written as an ordinary LoRA whose A is
+    repeated group-wise, which every LoRA runtime can serve. Raises GraftError when there is no
+    such adapter, or when `as_lora` is asked of affine.
+    """
+    layers = {
+        layer_name: (layer.base, layer.adapter(name))
+        for layer_name, layer in adapted_layers(model)
+        if name in layer.adapters
+    }
+    if not layers:
+        raise GraftError(f"the model has no adapter named {name!r}")
+    adapters = [adapter for _, adapter in layers.values()]
+    method = adapters[0].method
+    if method == "affine":
+        if as_lora:
+            raise GraftError(
+                "an affine adapter moves scales; it is no LoRA. Export the merged model"
+            )
+        tensors: dict[str, Tensor] = {
+            f"{layer_name}.{key}": parameter
+            for layer_name, (_, adapter) in layers.items()
+            for key, parameter in adapter.named_parameters()
+        }
+        config: dict[str, Any] | None = None
+    else:
+        tensors = {
+            f"{_PREFIX}{layer_name}.{_PEFT_OF_OWN[key]}": tensor
+            for layer_name, (base_layer, adapter) in layers.items()
+            for key, tensor in _lora_tensors(adapter, base_layer, as_lora).items()
+        }
+        config = _peft_config(layers, base, as_lora)
+    scalings = {layer: getattr(adapter, "scaling", None) for layer, (_, adapter) in layers.items()}
+    with new_folder(folder) as part:
+        save_tensors(tensors, part / PEFT_WEIGHTS)
+        if config is not None:
+            write_json(part / PEFT_CONFIG, config)
+        own = {
+            "format_version": OWN_VERSION,
+            "method": "lora" if as_lora else method,
+            "base": base,
+            "scaling": scalings,
+        }
+        write_json(part / OWN_CONFIG, own)
+
+
+def _lora_tensors(adapter: Adapter, base: FrozenLinear, as_lora: bool) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = dict(adapter.named_parameters())
+    if as_lora and isinstance(adapter, QALoraAdapter):
+        tensors["A"] = adapter.expanded_a(base.in_features)
+    return tensors
+
+
+def _peft_config(
+    layers: Mapping[str, tuple[FrozenLinear, Adapter]], base: str, as_lora: bool
+) -> dict[str, Any]:
+    first_base, first = next(iter(layers.values()))
+    assert isinstance(first, (LoraAdapter, QALoraAdapter))
+    grouped = isinstance(first, QALoraAdapter) and not as_lora
+    alphas, ranks = {}, {}
+    for layer_name, (base_layer, adapter) in layers.items():
+        assert isinstance(adapter, (LoraAdapter, QALoraAdapter))
+        factor = _peft_pool_factor(base_layer.in_features, first) if grouped else 1.0
+        alphas[layer_name] = adapter.scaling * adapter.rank / factor
+        ranks[layer_name] = adapter.rank
+    alpha, rank = next(iter(alphas.values())), first.rank
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "use_rslora": False,
+        "lora_dropout": getattr(first, "dropout", 0.0),
+        "lora_bias": isinstance(first, LoraAdapter) and first.bias is not None,
+        "bias": "none",
+        "fan_in_fan_out": first_base.transposed,
+        "target_modules": list(layers),
+        "init_lora_weights": True,
+        "use_qalora": grouped,
+        "qalora_group_size": first.group_size if isinstance(first, QALoraAdapter) else 16,
+    }
+
+
+def _peft_pool_factor(in_features: int, adapter: Adapter) -> float:
+    """Return PEFT's QA-LoRA input over ours: mean * groups = sum * (groups / group_size)."""
+    assert isinstance(adapter, QALoraAdapter)
+    return (in_features // adapter.group_size) / adapter.group_size
+
+
+def load_adapter(
+    model: nn.Module, folder: Path, name: str = "default", trainable: bool = False
+) -> str:
+    """Attach an adapter from a folder that graft or PEFT wrote, activate it, return its method.
+
+    Every tensor must find its layer and fit it. Raises GraftError with all that do not, before
+    the model is changed.
+    """
+    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).is_file() else {}
+    if own and own.get("format_version") != OWN_VERSION:
+        raise GraftError(
+            f"{folder / OWN_CONFIG} has format_version {own.get('format_version')!r}; this version "
+            f"of graft reads {OWN_VERSION}"
+        )
+    if not own and not (folder / PEFT_CONFIG).is_file():
+        raise GraftError(f"{folder} is no adapter folder: it has no {PEFT_CONFIG}")
+    config = read_json(folder / PEFT_CONFIG) if (folder / PEFT_CONFIG).is_file() else {}
+    tensors = _read_tensors(folder)
+    layers = dict(frozen_layers(model))
+    problems = _peft_problems(config)
+    by_layer: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        layer_name, parameter = _split_key(key, own_names=not config)
+        if parameter is None or layer_name not in layers:
+            problems.append(f"tensor {key} belongs to no linear layer of this model")
+        else:
+            by_layer.setdefault(layer_name, {})[parameter] = tensor
+    method = str(own.get("method") or ("qalora" if config.get("use_qalora") else "lora"))
+    made = {}
+    for layer_name, parts in by_layer.items():
+        try:
+            made[layer_name] = _build(method, layers[layer_name], parts, layer_name, config, own)
+        except GraftError as error:
+            problems.append(f"{layer_name}: {error}")
+    if not by_layer and not problems:
+        problems.append("it holds no tensors")
+    raise_problems(problems[:20], f"adapter {folder}")
+    for layer_name, adapter in made.items():
+        adapter.requires_grad_(trainable).to(next(layers[layer_name].parameters()).device)
+        adapter.train(layers[layer_name].training)
+        adapted_layer(model, layer_name).add(name, adapter)
+    return method
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    if not (folder / PEFT_WEIGHTS).is_file():
+        raise GraftError(
+            f"{folder} has no {PEFT_WEIGHTS}; a pickled adapter_model.bin is not read: save it "
+            "with safetensors"
+        )
+    with WeightFiles(folder, single_file=PEFT_WEIGHTS) as files:
+        return {key: files.read(key).float().clone() for key in files}
+
+
+def _peft_problems(config: Mapping[str, Any]) -> list[str]:
+    """Return what a PEFT configuration asks for that is not read here."""
+    problems = []
+    if config and config.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {config.get('peft_type')!r}; only LORA is read")
+    for option in ("use_dora", "modules_to_save", "trainable_token_indices", "layer_replication"):
+        if config.get(option):
+            problems.append(f"{option} is set, which is not read")
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias is {config['bias']!r}; only 'none' (and lora_bias) is read")
+    return problems
+
+
+def _split_key(key: str, own_names: bool) -> tuple[str, str | None]:
+    if own_names:
+        layer_name, _, parameter = key.rpartition(".")
+        return layer_name, parameter if parameter in ("u", "v") else None
+    for peft_name, parameter in _OWN_OF_PEFT.items():
+        if key.startswith(_PREFIX) and key.endswith("." + peft_name):
+            return key[len(_PREFIX) : -len(peft_name) - 1], parameter
+    return key, None
+
+
+def _build(
+    method: str,
+    layer: FrozenLinear,
+    parts: Mapping[str, Tensor],
+    layer_name: str,
+    config: Mapping[str, Any],
+    own: Mapping[str, Any],
+) -> Adapter:
+    """Return the adapter of one layer; raises GraftError when the tensors do not fit it."""
+    adapter: AffineAdapter | QALoraAdapter | LoraAdapter
+    weight_format = layer.weight_format
+    if method in ("qalora", "affine") and not isinstance(weight_format, IntGroupFormat):
+        raise GraftError(f"{method} needs the int format, found {weight_format.name!r}")
+    if method == "affine":
+        assert isinstance(weight_format, IntGroupFormat)
+        adapter = AffineAdapter(layer.out_features, weight_format.groups(layer.in_features))
+        _fill(adapter, parts)
+        return adapter
+    if "A" not in parts or "B" not in parts:
+        raise GraftError("lora_A or lora_B is missing")
+    rank = parts["A"].shape[0]
+    scaling = _peft_scaling(config, layer_name, rank)
+    if method == "qalora":
+        assert isinstance(weight_format, IntGroupFormat)
+        group_size = int(config["qalora_group_size"])
+        if group_size != weight_format.group_size:
+            raise GraftError(
+                f"its group size is {group_size}, the base's is {weight_format.group_size}"
+            )
+        adapter = QALoraAdapter(layer.in_features, layer.out_features, group_size, rank)
+        scaling *= _peft_pool_factor(layer.in_features, adapter)
+    else:
+        adapter = LoraAdapter(
+            layer.in_features,
+            layer.out_features,
+            rank,
+            dropout=float(config.get("lora_dropout") or 0.0),
+            bias="bias" in parts,
+        )
+    exact = own.get("scaling")
+    adapter.scaling = exact[layer_name] if isinstance(exact, dict) else scaling
+    _fill(adapter, parts)
+    return adapter
+
+
+def _peft_scaling(config: Mapping[str, Any], layer_name: str, rank: int) -> float:
+    """Return alpha/rank (or alpha/sqrt(rank)) of a layer, with PEFT's per-layer patterns."""
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer_name):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _fill(adapter: Adapter, parts: Mapping[str, Tensor]) -> None:
+    expected = {name: tuple(p.shape) for name, p in adapter.named_parameters()}
+    found = {name: tuple(tensor.shape) for name, tensor in parts.items()}
+    if expected != found:
+        raise GraftError(f"its tensors are {found}; the layer takes {expected}")
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            parameter.copy_(parts[name])

@@ -1,0 +1,21 @@
+"""Which model, and where and in what precision it computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model and how it computes."""
+
+    model: str
+    """Folder of a Hugging Face model (safetensors), or a hub id."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute precision; auto is float32 for a float32 checkpoint, and for a 16-bit one bfloat16
+    where the machine computes in it, else float32."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes CUDA, then MPS, then the CPU."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's folder brings along. Off unless you trust its author."""

@@ -1,0 +1,55 @@
+"""Where and in what precision a model computes on this machine."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from graft.errors import GraftError
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device for 'auto', 'cpu', 'cuda' or 'mps'; raises GraftError if it is not here."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(device for device, there in available.items() if there))
+    if not available[name]:
+        there = ", ".join(device for device, is_there in available.items() if is_there)
+        raise GraftError(f"device {name!r} is not available here; there is: {there}")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, source: torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the compute dtype for 'auto', 'float32' or 'bfloat16'.
+
+    auto keeps a float32 checkpoint in float32; a 16-bit one computes in bfloat16 where the machine
+    has instructions for it, else in float32.
+    """
+    if name != "auto":
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+    if source in (torch.float32, torch.float64):
+        return torch.float32
+    return torch.bfloat16 if computes_bfloat16(device) else torch.float32
+
+
+def computes_bfloat16(device: torch.device) -> bool:
+    """Return whether the device multiplies bfloat16 matrices in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and not _cpu_flags().isdisjoint({"avx512_bf16", "amx_bf16"})
+
+
+@cache
+def _cpu_flags() -> frozenset[str]:
+    cpuinfo = Path("/proc/cpuinfo")
+    if not cpuinfo.is_file():
+        return frozenset()
+    lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    flags = next((line for line in lines if line.startswith("flags")), "")
+    return frozenset(flags.partition(":")[2].split())

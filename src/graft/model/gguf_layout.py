@@ -1,0 +1,90 @@
+"""How a Llama's weights lie in a GGUF file: names, the order of rotary rows, Q4_1 blocks.
+
+The writer (graft.export) and the reader (graft.model.gguf_load) share this one description.
+
+A Q4_1 block holds 32 neighbouring weights of a row in 20 bytes: fp16 scale d, fp16 minimum m and
+16 bytes of nibbles, byte j holding code j low and code j + 16 high; w = d * q + m. That is one
+group of IntGroupFormat(bits=4, group_size=32), its code bytes included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import gguf
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from graft.formats.base import Packed
+from graft.formats.int_group import IntGroupFormat
+from graft.kernels.packing import PLANES, pack_codes, unpack_codes
+
+Q4_1_BLOCK = 32
+Q4_1_FORMAT = IntGroupFormat(bits=4, group_size=Q4_1_BLOCK)
+_Q4_1_BYTES = 20
+_CODE_BYTES = 16
+
+ROPE_PARAMETERS_KEY = "graft.rope_parameters"
+"""Metadata key with the JSON of the model's llama3 rope parameters; GGUF keeps only their result,
+one factor per frequency in the tensor rope_freqs.weight."""
+
+
+def gguf_names(layers: int) -> Callable[[str], str | None]:
+    """Return the function from a module's name to its GGUF name; None when it has none."""
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    return lambda module_name: names.get_name(module_name)
+
+
+def rotary_heads(module_name: str, config: PretrainedConfig) -> int | None:
+    """Return the number of heads of a query or key projection, None for any other module."""
+    if module_name.endswith("self_attn.q_proj"):
+        return int(config.num_attention_heads)
+    if module_name.endswith("self_attn.k_proj"):
+        return int(config.num_key_value_heads)
+    return None
+
+
+def rows_to_gguf(rows: int, heads: int) -> Tensor:
+    """Return for each GGUF row the Transformers row that it holds.
+
+    Transformers rotates features i and i + head_dim/2 of a head as a pair, ggml's Llama rotates
+    2i and 2i + 1.
+    """
+    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).reshape(-1)
+
+
+def rows_from_gguf(rows: int, heads: int) -> Tensor:
+    """Return for each Transformers row the GGUF row that holds it."""
+    return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).reshape(-1)
+
+
+def encode_q4_1(weight_format: IntGroupFormat, packed: Packed, in_features: int) -> Tensor:
+    """Return Q4_1 blocks uint8 [rows, in_features / 32 * 20] that hold the very same weights.
+
+    For 2, 3 or 4 bits, groups of a multiple of 32, fp16 statistics and in_features a multiple of
+    32; a longer group is repeated.
+    """
+    repeats, blocks = weight_format.group_size // Q4_1_BLOCK, in_features // Q4_1_BLOCK
+    codes = packed["codes"]
+    if weight_format.bits != 4:
+        planes = tuple(
+            packed[name]
+            for name, _ in zip(("codes", "codes_high"), PLANES[weight_format.bits], strict=False)
+        )
+        (codes,) = pack_codes(unpack_codes(planes, weight_format.bits, in_features), 4)
+    statistics = [
+        packed[name].repeat_interleave(repeats, -1)[:, :blocks].unsqueeze(-1).view(torch.uint8)
+        for name in ("scales", "offsets")
+    ]
+    return torch.cat([*statistics, codes.unflatten(-1, (blocks, _CODE_BYTES))], -1).flatten(1)
+
+
+def decode_q4_1(rows: Tensor) -> dict[str, Tensor]:
+    """Return Q4_1 blocks uint8 [rows, blocks * 20] as packed tensors of Q4_1_FORMAT."""
+    blocks = rows.unflatten(-1, (-1, _Q4_1_BYTES))
+    return {
+        "codes": blocks[..., 4:].reshape(rows.shape[0], -1).clone(),
+        "scales": blocks[..., 0:2].contiguous().view(torch.float16).squeeze(-1),
+        "offsets": blocks[..., 2:4].contiguous().view(torch.float16).squeeze(-1),
+    }

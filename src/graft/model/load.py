@@ -1,0 +1,290 @@
+"""From a model folder to a model in memory, each weight read, quantised and dropped in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from graft.adapters.attach import replace_module
+from graft.errors import GraftError, raise_problems
+from graft.formats.base import WeightFormat
+from graft.formats.registry import parse_format
+from graft.model.devices import resolve_device, resolve_dtype
+from graft.model.targets import frozen_linear, linear_shape, select_targets
+from graft.model.weights import WeightFiles, read_json
+
+QUANTISATION_FILE = "graft.json"
+FORMAT_VERSION = 1
+
+OnTensor = Callable[[int, int], None]
+"""Called with (tensors done, tensors in all)."""
+
+
+@dataclass
+class LoadedModel:
+    """A model in memory, its tokenizer, and what is known of where it came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    source_dtype: torch.dtype
+    dtype: torch.dtype
+    """The dtype it computes in."""
+
+
+def find_folder(model: str) -> Path:
+    """Return the local folder of a model; a hub id is downloaded (safetensors and JSON only).
+
+    Raises GraftError when there is neither such a folder nor such a hub id.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise GraftError(f"{folder} has no config.json: it is no Hugging Face model folder")
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith("/"):
+        raise GraftError(f"there is no folder {model!r} (and it is no hub id of form owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise GraftError(
+            f"there is no folder {model!r}, and the hub has it not or cannot be reached: {error}"
+        ) from error
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the model's configuration; raises GraftError when it is damaged or unknown."""
+    raw = read_json(folder / "config.json")
+    quantisation = raw.get("quantization_config")
+    if isinstance(quantisation, dict) and quantisation.get("quant_method") != "graft":
+        raise GraftError(
+            f"{folder} is quantised by {quantisation.get('quant_method')!r}; graft starts from "
+            "unquantised weights or from a folder that it quantised itself"
+        )
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError) as error:
+        raise GraftError(f"{folder}/config.json is not understood: {error}") from error
+    # Our marker must not reach transformers, which would look for a quantiser of that name.
+    if quantisation is not None:
+        del config.quantization_config
+    return config
+
+
+def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer; raises GraftError when the folder has none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, OSError, ImportError) as error:
+        raise GraftError(f"{folder} has no tokenizer that can be loaded: {error}") from error
+
+
+def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the model's modules on the meta device: shapes and names without data."""
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError) as error:
+        raise GraftError(f"this is no causal language model that can be built: {error}") from error
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+def load_model(
+    model: str,
+    *,
+    weight_format: WeightFormat | None = None,
+    targets: Sequence[str] = (),
+    dtype: str = "auto",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    on_tensor: OnTensor | None = None,
+) -> LoadedModel:
+    """Load a model folder or hub id, quantising the target layers while they are read.
+
+    With rounding to nearest the peak is the quantised model plus its largest tensor. A folder that
+    graft quantised is memory-mapped as it is, and then weight_format must be None. With no
+    weight_format every layer stays as it is. Nothing in the result requires a gradient.
+
+    Raises GraftError with everything that does not fit, before any weight is read.
+    """
+    folder = find_folder(model)
+    config = read_config(folder, trust_remote_code)
+    target_device = resolve_device(device)
+    skeleton = build_skeleton(config, trust_remote_code)
+    stored = _stored_formats(folder)
+    if stored and weight_format is not None:
+        raise GraftError(f"{folder} is quantised already; load it as it is or start from its base")
+    with WeightFiles(folder) as files:
+        source_dtype = _source_dtype(folder, files)
+        compute_dtype = resolve_dtype(dtype, source_dtype, target_device)
+        formats: dict[str, WeightFormat] = stored
+        if weight_format is not None:
+            formats = dict.fromkeys(select_targets(skeleton, targets), weight_format)
+        loader = _Loader(skeleton, files, formats, bool(stored), compute_dtype, target_device)
+        loader.run(on_tensor)
+    skeleton.config.dtype = compute_dtype
+    if (folder / "generation_config.json").is_file():
+        skeleton.generation_config = GenerationConfig.from_pretrained(folder)
+    skeleton.requires_grad_(False)
+    tokenizer = read_tokenizer(folder, trust_remote_code)
+    return LoadedModel(skeleton, tokenizer, folder, source_dtype, compute_dtype)
+
+
+def _stored_formats(folder: Path) -> dict[str, WeightFormat]:
+    """Return the formats of the layers of a folder that graft quantised; empty for any other."""
+    if not (folder / QUANTISATION_FILE).is_file():
+        return {}
+    description = read_json(folder / QUANTISATION_FILE)
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
+        raise GraftError(
+            f"{folder / QUANTISATION_FILE} has format_version {version!r}; this version of graft "
+            f"reads {FORMAT_VERSION}: update graft, or quantise again"
+        )
+    layers = description.get("layers")
+    if not isinstance(layers, dict):
+        raise GraftError(f"{folder / QUANTISATION_FILE} names no layers; quantise again")
+    return {name: parse_format(layer) for name, layer in layers.items()}
+
+
+def _source_dtype(folder: Path, files: WeightFiles) -> torch.dtype:
+    if (folder / QUANTISATION_FILE).is_file():
+        name = str(read_json(folder / QUANTISATION_FILE).get("source_dtype"))
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+    return files.source_dtype()
+
+
+class _Loader:
+    """Fills a skeleton on the meta device from weight files, one tensor at a time."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        files: WeightFiles,
+        formats: dict[str, WeightFormat],
+        stored: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.model, self.files, self.formats = model, files, formats
+        self.stored, self.dtype, self.device = stored, dtype, device
+        self.tied = set(model.all_tied_weights_keys)
+
+    def run(self, on_tensor: OnTensor | None) -> None:
+        plan = self._plan()
+        for done, (name, key) in enumerate(plan.items(), start=1):
+            if name in self.formats:
+                self._load_layer(name)
+            else:
+                tensor = self.files.read(key)
+                self._assign(name, tensor)
+            if on_tensor is not None:
+                on_tensor(done, len(plan))
+        self._initialise_buffers()
+        self.model.tie_weights()
+        left = [name for name, tensor in self.model.state_dict().items() if tensor.is_meta]
+        raise_problems([f"{name} was not loaded" for name in left], str(self.files.folder))
+
+    def _plan(self) -> dict[str, str]:
+        """Return {layer or tensor name: key in the files}; raises with every misfit."""
+        plan, problems = {}, []
+        inside = {f"{layer}.weight": layer for layer in self.formats}
+        for name, tensor in self.model.state_dict().items():
+            if name in inside and self.stored:
+                problems += self._check_packed(inside[name])
+                plan[inside[name]] = inside[name]
+                continue
+            key = self._key(name)
+            if key is None:
+                if name not in self.tied:
+                    problems.append(f"tensor {name} is missing")
+            elif self.files.shape(key) != tuple(tensor.shape):
+                problems.append(
+                    f"{key} has shape {list(self.files.shape(key))}; config.json makes it "
+                    f"{list(tensor.shape)}"
+                )
+            elif name in inside:
+                plan[inside[name]] = key
+            elif name.removesuffix(".bias") not in self.formats:
+                plan[name] = key
+        raise_problems(problems[:20], f"the weights in {self.files.folder} do not fit config.json")
+        return plan
+
+    def _key(self, name: str) -> str | None:
+        """Return the key that the files have for a tensor: with or without the model's prefix."""
+        prefix = self.model.base_model_prefix + "."
+        for key in (name, name.removeprefix(prefix), prefix + name):
+            if key in self.files:
+                return key
+        return None
+
+    def _check_packed(self, layer: str) -> list[str]:
+        in_features, out_features, _ = linear_shape(self.model.get_submodule(layer))
+        problems = []
+        for name, spec in self.formats[layer].storage(out_features, in_features).items():
+            key = f"{layer}.{name}"
+            if key not in self.files:
+                problems.append(f"tensor {key} is missing")
+            elif (self.files.shape(key), self.files.dtype(key)) != (spec.shape, spec.dtype):
+                problems.append(
+                    f"{key} is {self.files.dtype(key)} {list(self.files.shape(key))}; its format "
+                    f"makes it {spec.dtype} {list(spec.shape)}"
+                )
+        return problems
+
+    def _load_layer(self, layer: str) -> None:
+        module = self.model.get_submodule(layer)
+        in_features, out_features, transposed = linear_shape(module)
+        weight_format = self.formats[layer]
+        if self.stored:
+            names = weight_format.storage(out_features, in_features)
+            packed = {name: self.files.read(f"{layer}.{name}") for name in names}
+        else:
+            key = self._key(f"{layer}.weight")
+            assert key is not None
+            weight = self.files.read(key).to(self.device)
+            packed = weight_format.pack(weight.T.contiguous() if transposed else weight)
+        packed = {name: tensor.to(self.device) for name, tensor in packed.items()}
+        bias_key = self._key(f"{layer}.bias")
+        bias = None
+        if isinstance(module.bias, nn.Parameter) and bias_key is not None:
+            bias = self.files.read(bias_key).to(self.device, self.dtype)
+        frozen = frozen_linear(module, weight_format, packed, bias)
+        replace_module(self.model, layer, frozen)
+
+    def _assign(self, name: str, tensor: torch.Tensor) -> None:
+        parent_name, _, child = name.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        value: Any = tensor.to(self.device, dtype)
+        if isinstance(parent._parameters.get(child), nn.Parameter):
+            value = nn.Parameter(value, requires_grad=False)
+        setattr(parent, child, value)
+
+    def _initialise_buffers(self) -> None:
+        """Compute the buffers that no file holds (rotary frequencies), as transformers does."""
+        for module in self.model.modules():
+            missing = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
+            for name, buffer in missing.items():
+                setattr(module, name, torch.empty_like(buffer, device=self.device))
+            if missing:
+                self.model._init_weights(module)

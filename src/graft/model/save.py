@@ -1,0 +1,136 @@
+"""Writing a model folder: a plain Hugging Face one, or a quantised one in graft's container."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from graft.adapters.attach import adapted_layers, frozen_layers
+from graft.errors import GraftError
+from graft.formats.dense import DenseFormat
+from graft.formats.registry import describe_format
+from graft.model.load import FORMAT_VERSION, QUANTISATION_FILE, LoadedModel
+from graft.model.weights import SINGLE_FILE
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends, and vanishes if it fails.
+
+    Raises GraftError when `path` exists with something in it or cannot be written.
+    """
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise GraftError(f"{path} exists already; choose another name or remove it")
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        yield temporary
+        if path.exists():
+            path.rmdir()
+        os.replace(temporary, path)
+    except OSError as error:
+        raise GraftError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file to a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def save_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+    """Write model and tokenizer to a new folder; raises GraftError when that fails.
+
+    Without quantised layers the folder is a plain Hugging Face one, in `dtype` (default: the
+    dtype that the model computes in), which AutoModelForCausalLM loads. With quantised layers it
+    holds the packed tensors as they are, `graft.json` with each layer's format, and the other
+    tensors in the dtype that the source had where that loses nothing.
+    """
+    model = loaded.model
+    if any(True for _ in adapted_layers(model)):
+        raise GraftError("the model carries adapters; merge or remove them before saving it")
+    quantised = {
+        name: describe_format(layer.weight_format)
+        for name, layer in frozen_layers(model)
+        if not isinstance(layer.weight_format, DenseFormat)
+    }
+    plain_dtype = dtype or loaded.dtype
+    if quantised:
+        tensors = {
+            name: _narrowed(tensor, loaded.source_dtype) for name, tensor in named_tensors(model)
+        }
+    else:
+        tensors = {name: tensor.to(plain_dtype) for name, tensor in named_tensors(model)}
+    with new_folder(folder) as part:
+        save_tensors(tensors, part / SINGLE_FILE)
+        _write_config(loaded, part, plain_dtype, bool(quantised))
+        loaded.tokenizer.save_pretrained(part)
+        if quantised:
+            description = {
+                "format_version": FORMAT_VERSION,
+                "source_dtype": str(loaded.source_dtype).removeprefix("torch."),
+                "layers": quantised,
+            }
+            write_json(part / QUANTISATION_FILE, description)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write a safetensors file to a temporary name, then rename."""
+    temporary = path.with_name(path.name + ".part")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    metadata = {"format": "pt", "graft_format_version": str(FORMAT_VERSION)}
+    save_file(plain, temporary, metadata=metadata)
+    os.replace(temporary, path)
+
+
+def named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Yield each tensor of the model once, under the name that Hugging Face files give it.
+
+    Dense frozen layers give 'weight' back in their module's own orientation; packed ones give
+    their packed tensors; a tensor tied to another is left out.
+    """
+    dense = {
+        name: layer
+        for name, layer in frozen_layers(model)
+        if isinstance(layer.weight_format, DenseFormat) and layer.transposed
+    }
+    tied = set(model.all_tied_weights_keys)
+    for name, tensor in model.state_dict().items():
+        if name in tied:
+            continue
+        layer, _, kind = name.rpartition(".")
+        yield name, tensor.T if kind == "weight" and layer in dense else tensor
+
+
+def _narrowed(tensor: Tensor, source: torch.dtype) -> Tensor:
+    """Return the tensor in the source's dtype where that changes no value."""
+    if not tensor.is_floating_point() or tensor.dtype.itemsize <= source.itemsize:
+        return tensor
+    narrow = tensor.to(source)
+    return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
+
+
+def _write_config(loaded: LoadedModel, folder: Path, dtype: torch.dtype, quantised: bool) -> None:
+    config = loaded.model.config.to_dict()
+    config["dtype"] = str(loaded.source_dtype if quantised else dtype).removeprefix("torch.")
+    config["architectures"] = [type(loaded.model).__name__]
+    if quantised:
+        # So that a reader without graft refuses the folder instead of starting from random weights.
+        config["quantization_config"] = {"quant_method": "graft"}
+    write_json(folder / "config.json", config)
+    if loaded.model.generation_config is not None:
+        loaded.model.generation_config.save_pretrained(folder)

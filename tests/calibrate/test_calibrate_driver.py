@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from graft.adapters.attach import replace_module
+from graft.calibrate.driver import calibrate_model, stages
+from graft.calibrate.gptq import gptq_pack
+from graft.errors import GraftError
+from graft.formats.codebook import CodebookFormat
+from graft.formats.dense import DenseFormat
+from graft.formats.int8 import Int8Format
+from graft.formats.int_group import IntGroupFormat
+from graft.formats.linear import FrozenLinear
+
+WIDTH = 24
+FORMAT = IntGroupFormat(bits=3, group_size=8)
+
+
+def frozen(in_features: int, out_features: int) -> FrozenLinear:
+    weight = torch.randn(out_features, in_features) / in_features**0.5
+    bias = torch.randn(out_features) * 0.1
+    return FrozenLinear(in_features, out_features, DenseFormat(), {"weight": weight}, bias)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = frozen(WIDTH, 40)
+        self.down = frozen(40, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(functional.silu(self.up(functional.layer_norm(x, (WIDTH,)))))
+
+
+class TinyDecoder(nn.Module):
+    def __init__(self, depth: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, WIDTH)
+        self.layers = nn.ModuleList(Block() for _ in range(depth))
+        self.lm_head = frozen(WIDTH, 50)
+        self.forwards = 0
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        self.forwards += 1
+        x = self.embed(input_ids)
+        for layer in self.layers:
+            x = layer(x)
+        return self.lm_head(x)
+
+
+@pytest.fixture
+def batches() -> list[Tensor]:
+    return [torch.randint(0, 50, (2, 30)), torch.randint(0, 50, (4, 11))]
+
+
+def layer_names(depth: int = 3) -> list[str]:
+    return [f"layers.{index}.{name}" for index in range(depth) for name in ("up", "down")]
+
+
+def inputs_of(model: nn.Module, name: str, batches: list[Tensor]) -> Tensor:
+    seen: list[Tensor] = []
+    layer = model.get_submodule(name)
+    handle = layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+    handle.remove()
+    return torch.cat(seen).double()
+
+
+@pytest.mark.parametrize("weight_format", [FORMAT, CodebookFormat(double_quant=True)])
+def test_each_stage_is_calibrated_on_the_rounded_stages_before_it(weight_format, batches) -> None:
+    model, twin = TinyDecoder(), TinyDecoder()
+    twin.load_state_dict(model.state_dict())
+    reports = calibrate_model(model, layer_names(), batches, weight_format, damping=0.02)
+    assert list(reports) == layer_names()
+    for index in range(3):
+        names = [f"layers.{index}.up", f"layers.{index}.down"]
+        inputs = {name: inputs_of(twin, name, batches) for name in names}
+        for name, x in inputs.items():
+            layer = twin.get_submodule(name)
+            packed = gptq_pack(layer.dense_weight(), x.T @ x, weight_format, damping=0.02)
+            rounded = layer.replaced(weight_format, packed)
+            replace_module(twin, name, rounded)
+            done = model.get_submodule(name)
+            assert isinstance(done, FrozenLinear)
+            assert all(torch.equal(done.packed[key], packed[key]) for key in packed)
+            assert torch.equal(done.bias, layer.bias)
+            error = x @ (layer.dense_weight() - rounded.dense_weight()).double().T
+            nearest = layer.replaced(weight_format, weight_format.pack(layer.dense_weight()))
+            rtn_error = x @ (layer.dense_weight() - nearest.dense_weight()).double().T
+            assert reports[name].gptq == pytest.approx(error.square().sum().item(), rel=1e-4)
+            assert reports[name].rtn == pytest.approx(rtn_error.square().sum().item(), rel=1e-4)
+            assert reports[name].tokens == 2 * 30 + 4 * 11
+
+
+def test_gptq_costs_less_than_round_to_nearest_over_the_model(batches) -> None:
+    reports = calibrate_model(TinyDecoder(), layer_names(), batches, FORMAT).values()
+    assert sum(report.gptq for report in reports) < sum(report.rtn for report in reports)
+
+
+def test_progress_order_mode_and_hooks(batches) -> None:
+    model = TinyDecoder().train()
+    seen: list[tuple[int, int]] = []
+    names = ["lm_head", *reversed(layer_names())]
+    reports = calibrate_model(
+        model, names, batches, FORMAT, on_layer=lambda done, total: seen.append((done, total))
+    )
+    assert seen == [(done, 7) for done in range(1, 8)]
+    assert list(reports) == [*layer_names(), "lm_head"]
+    assert model.forwards == 4 * len(batches)  # three decoder layers and the head
+    assert all(module.training for module in model.modules())
+    for module in model.modules():
+        assert not module._forward_pre_hooks
+        assert not module._forward_hooks
+    assert model(batches[0]).shape == (2, 30, 50)
+
+
+def test_unnamed_layers_stay_dense(batches) -> None:
+    model = TinyDecoder()
+    before = model.layers[1].up
+    calibrate_model(model, ["layers.0.up", "layers.2.down"], batches, FORMAT)
+    assert model.layers[1].up is before
+    assert model.layers[2].down.weight_format == FORMAT
+    assert isinstance(model.layers[2].up.weight_format, DenseFormat)
+
+
+def test_stages_follow_the_first_number_in_a_name() -> None:
+    model = nn.ModuleDict(
+        {
+            "h": nn.ModuleList(
+                nn.ModuleDict({"experts": nn.ModuleList([nn.Identity(), nn.Identity()])})
+                for _ in range(11)
+            ),
+            "head": nn.Identity(),
+        }
+    )
+    found = stages(model, ["head", "h.10.experts.1", "h.2.experts.1", "h.2.experts.0"])
+    assert found == {
+        "h.2": ["h.2.experts.0", "h.2.experts.1"],
+        "h.10": ["h.10.experts.1"],
+        "head": ["head"],
+    }
+
+
+def test_all_problems_are_told_before_anything_changes() -> None:
+    model = TinyDecoder()
+    packed = FORMAT.pack(model.layers[0].up.dense_weight())
+    replace_module(model, "layers.0.up", model.layers[0].up.replaced(FORMAT, packed))
+    kept = dict(model.named_modules())
+    with pytest.raises(GraftError) as caught:
+        calibrate_model(model, ["layers.0.up", "embed", "nope", "layers.1.up"], [], FORMAT)
+    message = str(caught.value)
+    assert "4 problems" in message
+    for part in (
+        "layers.0.up is already in format 'int'",
+        "embed is a Embedding; expected a frozen linear layer",
+        "nope is not in the model",
+        "no calibration tokens",
+    ):
+        assert part in message
+    assert dict(model.named_modules()) == kept
+
+
+def test_a_format_without_a_grid_is_refused_first(batches) -> None:
+    model = TinyDecoder()
+    with pytest.raises(GraftError, match="needs a format with a grid"):
+        calibrate_model(model, layer_names(), batches, Int8Format())
+    assert model.forwards == 0
+
+
+def test_a_bad_hessian_names_the_layer(batches) -> None:
+    model = TinyDecoder()
+    with torch.no_grad():
+        model.layers[1].up.bias.fill_(torch.nan)
+    with pytest.raises(GraftError, match=r"^layers\.1\.down: the Hessian"):
+        calibrate_model(model, layer_names(), batches, FORMAT)
+
+
+def test_a_transformers_llama(batches) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=44,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    names = [name for name, m in model.model.named_modules() if isinstance(m, nn.Linear)]
+    names = [f"model.{name}" for name in names]
+    with torch.no_grad():
+        expected = model(input_ids=batches[0]).logits
+    for name in names:
+        linear = model.get_submodule(name)
+        packed = {"weight": linear.weight.detach()}
+        layer = FrozenLinear(linear.in_features, linear.out_features, DenseFormat(), packed)
+        replace_module(model, name, layer)
+    reports = calibrate_model(model, names, batches, IntGroupFormat(bits=8, group_size=8))
+    assert len(reports) == 14
+    assert all(report.tokens == 104 for report in reports.values())
+    with torch.no_grad():
+        torch.testing.assert_close(model(batches[0]).logits, expected, rtol=0, atol=1e-2)
