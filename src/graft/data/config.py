@@ -1,0 +1,28 @@
+"""Configuration of the data: which files, how they are split, cut and joined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What to train and evaluate on, and how a row becomes tokens."""
+
+    data: str
+    """File of examples: .jsonl, .json, .csv, .parquet or .txt, each also as .gz."""
+
+    eval_data: str | None = None
+    """File of held-out examples; without it a share of the rows of --data is held out."""
+
+    eval_fraction: float = 0.05
+    """Share of the rows that is held out when --eval-data is not given (1 to 500 rows)."""
+
+    max_length: int | None = None
+    """Most tokens in a row, longer rows are cut; default: the model's limit, at most 1024."""
+
+    eos: bool = True
+    """Append the end-of-sequence token to every row and train it, so that the model stops."""
+
+    separator: str = "\n"
+    """Text between prompt and completion when the prompt does not end in whitespace."""

@@ -1,0 +1,107 @@
+"""Loading: from a configuration to encoded training and held-out data."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from graft.data.config import DataConfig
+from graft.data.encode import EncodedData, check_tokenizer, encode_rows
+from graft.data.render import Tokenizer
+from graft.data.rows import Rows, read_rows
+from graft.errors import GraftError
+
+_DEFAULT_MAX_LENGTH = 1024
+_MOST_HELD_OUT = 500
+
+
+def resolve_max_length(config: DataConfig, model_limit: int | None) -> int:
+    """Return the most tokens of a row: --max-length, or the model's limit up to 1024.
+
+    Raises GraftError when --max-length is below 2 or above the model's limit.
+    """
+    if config.max_length is None:
+        return min(_DEFAULT_MAX_LENGTH, model_limit or _DEFAULT_MAX_LENGTH)
+    if config.max_length < 2:
+        raise GraftError(
+            f"--max-length {config.max_length}: expected at least 2, a token and its successor"
+        )
+    if model_limit is not None and config.max_length > model_limit:
+        raise GraftError(
+            f"--max-length {config.max_length}: the model's limit is {model_limit} positions; "
+            f"give at most {model_limit}"
+        )
+    return config.max_length
+
+
+def load_examples(
+    path: str, tokenizer: Tokenizer, config: DataConfig, max_length: int
+) -> EncodedData:
+    """Read, check and encode one file.
+
+    Raises GraftError that lists every bad row with file and line.
+    """
+    check_tokenizer(tokenizer, config.eos)
+    return _encode(read_rows(path), tokenizer, config, max_length)
+
+
+def load_train_and_eval(
+    config: DataConfig, tokenizer: Tokenizer, model_limit: int | None, seed: int
+) -> tuple[EncodedData, EncodedData]:
+    """Return training and held-out data; the split depends on the seed and row count alone.
+
+    Raises GraftError for bad rows of both files at once, for fewer than two rows to split, and
+    when an end-of-sequence token is asked for but none is left to train.
+    """
+    max_length = resolve_max_length(config, model_limit)
+    check_tokenizer(tokenizer, config.eos)
+    if config.eval_data is None:
+        if not 0 < config.eval_fraction < 1:
+            raise GraftError(f"--eval-fraction {config.eval_fraction}: expected between 0 and 1")
+        (rows,) = _read_all([config.data])
+        train, held_out = _split(_encode(rows, tokenizer, config, max_length), config, seed)
+    else:
+        train_rows, eval_rows = _read_all([config.data, config.eval_data])
+        train = _encode(train_rows, tokenizer, config, max_length)
+        held_out = _encode(eval_rows, tokenizer, config, max_length)
+    if config.eos and train.eos_rows == 0:
+        raise GraftError(
+            f"{config.data}: the end-of-sequence token is never trained, because all rows are "
+            f"cut at {max_length} tokens, so the model would not learn to stop; raise "
+            "--max-length, or pass --no-eos"
+        )
+    return train, held_out
+
+
+def _encode(rows: Rows, tokenizer: Tokenizer, config: DataConfig, max_length: int) -> EncodedData:
+    return encode_rows(
+        rows, tokenizer, max_length=max_length, eos=config.eos, separator=config.separator
+    )
+
+
+def _read_all(paths: Sequence[str]) -> list[Rows]:
+    """Read all files and raise once for the bad rows of all of them."""
+    found, errors = [], []
+    for path in paths:
+        try:
+            found.append(read_rows(path))
+        except GraftError as error:
+            errors.append(str(error))
+    if errors:
+        raise GraftError("\n".join(errors))
+    return found
+
+
+def _split(data: EncodedData, config: DataConfig, seed: int) -> tuple[EncodedData, EncodedData]:
+    count = len(data.examples)
+    if count < 2:
+        raise GraftError(
+            f"{config.data}: {count} row, so none can be held out for evaluation; "
+            "give at least 2 rows, or --eval-data"
+        )
+    wanted = min(max(round(count * config.eval_fraction), 1), _MOST_HELD_OUT, count - 1)
+    chosen = set(random.Random(f"held-out {seed}").sample(range(count), wanted))
+    train = [example for index, example in enumerate(data.examples) if index not in chosen]
+    held_out = [data.examples[index] for index in sorted(chosen)]
+    return replace(data, examples=train), replace(data, examples=held_out)

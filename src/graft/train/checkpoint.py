@@ -1,0 +1,98 @@
+"""Checkpoints: everything that a run needs to go on bit for bit, without pickle."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from graft.errors import GraftError, raise_problems
+from graft.model.save import new_folder, save_tensors, write_json
+from graft.model.weights import WeightFiles, read_json
+
+CHECKPOINT_VERSION = 1
+KEPT = 2
+"""Checkpoints that are kept; older ones are removed."""
+
+
+@dataclass
+class Position:
+    """Where a run stands."""
+
+    step: int
+    """Optimizer steps done."""
+    sampler: dict[str, int]
+    """The data position."""
+
+
+def save_checkpoint(
+    folder: Path,
+    position: Position,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+) -> None:
+    """Write checkpoints/step-N: weights, optimizer states, random state and data position."""
+    tensors: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+    for name, parameter in parameters.items():
+        tensors[f"parameter.{name}"] = parameter
+        for key, value in optimizer.state[parameter].items():
+            # AdamW counts its steps in a 0-dimensional tensor.
+            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).reshape(-1)
+            if value.dim():
+                tensors[f"optimizer.{key}.{name}"] = value
+    path = folder / f"step-{position.step:08d}"
+    if path.exists():
+        shutil.rmtree(path)
+    with new_folder(path) as part:
+        save_tensors(tensors, part / "state.safetensors")
+        state = {"version": CHECKPOINT_VERSION, "step": position.step, "sampler": position.sampler}
+        write_json(part / "state.json", state)
+    for old in checkpoints(folder)[:-KEPT]:
+        shutil.rmtree(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Return the complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+
+
+def load_checkpoint(
+    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+) -> Position:
+    """Restore parameters, optimizer and random state in place; return the position.
+
+    Raises GraftError when the checkpoint is damaged or belongs to another model or method.
+    """
+    state = read_json(path / "state.json")
+    if state.get("version") != CHECKPOINT_VERSION:
+        raise GraftError(f"{path} has version {state.get('version')!r}; start the run anew")
+    with WeightFiles(path, single_file="state.safetensors") as files:
+        problems = [
+            f"{name}: the checkpoint has {_shape(files, name)}, the run {list(parameter.shape)}"
+            for name, parameter in parameters.items()
+            if _shape(files, name) != list(parameter.shape)
+        ]
+        raise_problems(problems[:20], f"{path} does not belong to this run")
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(files.read(f"parameter.{name}"))
+                entries = {}
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    value = files.read(f"optimizer.{key}.{name}").clone()
+                    entries[key] = value[0] if key == "step" else value.to(parameter.device)
+                optimizer.state[parameter].update(entries)
+        torch.set_rng_state(files.read("rng").clone())
+        if "rng.cuda" in files and torch.cuda.is_available():
+            torch.cuda.set_rng_state(files.read("rng.cuda").clone())
+    return Position(int(state["step"]), {key: int(n) for key, n in state["sampler"].items()})
+
+
+def _shape(files: WeightFiles, name: str) -> list[int] | None:
+    key = f"parameter.{name}"
+    return list(files.shape(key)) if key in files else None

@@ -1,0 +1,39 @@
+"""How long and how fast to train, and where the results go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """The training loop."""
+
+    out: str
+    """Folder of the run, made new; with --resume the folder of the run to go on with."""
+    steps: int | None = None
+    """Optimizer steps to train; give this or --epochs (default: 1 epoch)."""
+    epochs: float | None = None
+    """Passes over the training rows; give this or --steps."""
+    batch_size: int = 16
+    """Rows that are computed at once."""
+    grad_accum: int = 1
+    """Batches that are added up to one optimizer step."""
+    learning_rate: float | None = None
+    """Peak learning rate; the default follows from method, hidden size, rank and alpha."""
+    warmup_fraction: float = 0.05
+    """Share of the steps in which the learning rate rises from 0."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this norm when they exceed it."""
+    gradient_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    eval_every: int | None = None
+    """Steps between evaluations; the default evaluates at the beginning and at the end."""
+    save_every: int | None = None
+    """Steps between checkpoints; the default keeps none but the final adapter."""
+    resume: bool = False
+    """Go on from the last checkpoint of --out."""
+    seed: int = 0
+    """Seed of the adapter's random start, of the held-out split and of the order of the rows."""

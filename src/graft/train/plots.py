@@ -1,0 +1,64 @@
+"""The picture of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from graft.errors import GraftError
+
+
+def plot_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:
+    """Draw training and held-out loss, and the learning rate below, over the steps (PNG)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [entry for entry in metrics if "loss" in entry]
+    evaluations = [entry for entry in metrics if "eval_loss" in entry]
+    if not steps:
+        raise GraftError(f"there are no training steps to plot in {path.parent.parent}")
+    figure = Figure(figsize=(8, 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(4, 1))
+    x = [entry["step"] for entry in steps]
+    losses = [entry["loss"] for entry in steps]
+    top.plot(x, losses, color="#9bbbd8", linewidth=1, label="training, each step")
+    top.plot(x, _smoothed(losses), color="#1f5f99", linewidth=2, label="training, smoothed")
+    top.plot(
+        [entry["step"] for entry in evaluations],
+        [entry["eval_loss"] for entry in evaluations],
+        "o-",
+        color="#c8442e",
+        label="held out",
+    )
+    for entry in evaluations:
+        top.annotate(
+            f"{entry['eval_loss']:.3f}",
+            (entry["step"], entry["eval_loss"]),
+            textcoords="offset points",
+            xytext=(4, 6),
+            fontsize=8,
+            color="#c8442e",
+        )
+    top.set_ylabel("loss (nats per target token)")
+    top.set_title(title)
+    top.grid(alpha=0.3)
+    top.legend()
+    bottom.plot(x, [entry["learning_rate"] for entry in steps], color="#555555")
+    bottom.set_ylabel("learning rate")
+    bottom.set_xlabel("step")
+    bottom.grid(alpha=0.3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".part")
+    figure.savefig(temporary, dpi=120, format="png")
+    temporary.replace(path)
+
+
+def _smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Return the exponential moving average, corrected for its start."""
+    average, smoothed = 0.0, []
+    for count, value in enumerate(values, start=1):
+        average = weight * average + (1 - weight) * value
+        smoothed.append(average / (1 - weight**count))
+    return smoothed

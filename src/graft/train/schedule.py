@@ -1,0 +1,31 @@
+"""The learning rate: its default, and how it moves over the steps."""
+
+from __future__ import annotations
+
+import math
+
+from graft.adapters.base import lora_scaling
+from graft.adapters.config import AdapterConfig
+
+
+def default_learning_rate(config: AdapterConfig, hidden_size: int) -> float:
+    """Return the default peak learning rate of AdamW."""
+    width = 4096 / hidden_size
+    if config.method == "full":
+        return 2e-5 * width
+    if config.method == "affine":
+        return 5e-2
+    scaling = lora_scaling(config.rank, config.alpha, config.rslora)
+    return 2e-4 * width / scaling
+
+
+def scheduled_learning_rate(step: int, steps: int, peak: float, warmup_fraction: float) -> float:
+    """Return the rate of a step, counted from 1: linear warm-up, then a cosine to 0.
+
+    The last step still has a rate above 0, since a step at rate 0 would be lost.
+    """
+    warmup = round(steps * warmup_fraction)
+    if step <= warmup:
+        return peak * step / warmup
+    progress = (step - warmup - 1) / max(1, steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
