@@ -1,1 +1,58 @@
-"""graft fine-tunes a language model and ships exactly the weights that it trained."""
+"""graft fine-tunes a language model and ships exactly the weights that it trained.
+
+    import graft
+
+    report = graft.finetune(graft.TrainConfig(model=folder, data="rows.jsonl", out="run"))
+    model, tokenizer = graft.load("run")
+    graft.merge("run", "merged")
+    graft.export_model("run", "gguf", "model.gguf")
+
+Everything is imported on first use, so that `import graft` is quick.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from graft.errors import GraftError
+
+if TYPE_CHECKING:
+    from graft.api.config import QuantizeConfig, TrainConfig
+    from graft.api.evaluate import evaluate_model, generate
+    from graft.api.export import export_model
+    from graft.api.finetune import finetune
+    from graft.api.load import load
+    from graft.api.merge import merge
+    from graft.api.quantize import quantize
+
+_HOME = {
+    "QuantizeConfig": "graft.api.config",
+    "TrainConfig": "graft.api.config",
+    "evaluate_model": "graft.api.evaluate",
+    "export_model": "graft.api.export",
+    "finetune": "graft.api.finetune",
+    "generate": "graft.api.evaluate",
+    "load": "graft.api.load",
+    "merge": "graft.api.merge",
+    "quantize": "graft.api.quantize",
+}
+
+__all__ = [
+    "GraftError",
+    "QuantizeConfig",
+    "TrainConfig",
+    "evaluate_model",
+    "export_model",
+    "finetune",
+    "generate",
+    "load",
+    "merge",
+    "quantize",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'graft' has no attribute {name!r}")

@@ -79,6 +79,10 @@ def attach_adapter(
     """
     layers: dict[str, FrozenLinear] = dict(frozen_layers(model))
     problems, made = [], {}
+    if not name or "." in name or name in dir(nn.ModuleDict()):
+        problems.append(
+            f"{name!r} cannot be an adapter's name, which becomes a module's; rename it"
+        )
     taken = {layer for layer, adapted in adapted_layers(model) if name in adapted.adapters}
     for layer_name in layer_names:
         if layer_name not in layers:

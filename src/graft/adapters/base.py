@@ -76,6 +76,11 @@ class AdaptedLinear(nn.Module):
         """Return the active adapters in the order in which they were activated."""
         return [self.adapter(name) for name in self.active]
 
+    def moves_grid_only(self) -> bool:
+        """Return whether all active adapters move the grid, so that a merge loses nothing."""
+        packed = self.base.packed
+        return all(adapter.grid_update(packed) is not None for adapter in self.active_adapters())
+
     def effective_packed(self) -> dict[str, Tensor]:
         """Return the base's packed tensors moved by the active grid adapters.
 

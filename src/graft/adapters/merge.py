@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from graft.adapters.attach import adapted_layers, replace_module
 from graft.adapters.base import AdaptedLinear
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
@@ -37,34 +39,35 @@ class MergeResult:
     error: MergeError
 
 
-def merge(layer: AdaptedLinear, target: WeightFormat | None = None) -> MergeResult:
+def merge(
+    layer: AdaptedLinear, target: WeightFormat | None = None, base: FrozenLinear | None = None
+) -> MergeResult:
     """Fold the active adapters into a new frozen layer; the adapted layer is left as it is.
 
     With target None the result is exact wherever it can be: grid adapters alone keep the base's
     format with moved statistics; anything else becomes dense float32. A given target is packed
-    to, rounding the update with the weight, and the error says what that costs.
+    to, rounding the update with the weight. With `base` the update is added to that layer's weight
+    instead of the one it was trained on. The error says what all of this costs.
     """
     with torch.no_grad():
         trained = layer.effective_weight()
-        packed = _exact_packed(layer, target)
+        start = layer.base.dense_weight(torch.float32).double()
+        packed = _exact_packed(layer) if base is None and target is None else None
+        weight_format = layer.base.weight_format
         if packed is None:
             weight_format = target or DenseFormat("float32")
-            packed = weight_format.pack(trained.float())
-        else:
-            weight_format = layer.base.weight_format
+            moved = 0.0 if base is None else base.dense_weight(torch.float32).double() - start
+            packed = weight_format.pack((trained + moved).float())
         merged = layer.base.replaced(weight_format, packed)
         _add_bias(merged, layer)
-        base_weight = layer.base.dense_weight(torch.float32).double()
-        return MergeResult(merged, _measure(merged, trained, base_weight))
+        return MergeResult(merged, _measure(merged, trained, start))
 
 
-def _exact_packed(layer: AdaptedLinear, target: WeightFormat | None) -> dict[str, Tensor] | None:
+def _exact_packed(layer: AdaptedLinear) -> dict[str, Tensor] | None:
     """Return packed tensors of the base's own format that hold the update exactly, if they can."""
-    if target is not None and target != layer.base.weight_format:
+    if not layer.moves_grid_only():
         return None
     packed = layer.effective_packed()
-    if any(adapter.grid_update(packed) is None for adapter in layer.active_adapters()):
-        return None
     specs = layer.base.weight_format.storage(layer.base.out_features, layer.base.in_features)
     return {name: packed[name].detach().to(spec.dtype) for name, spec in specs.items()}
 
@@ -88,3 +91,25 @@ def _measure(merged: FrozenLinear, trained: Tensor, base: Tensor) -> MergeError:
         relative_to_update=relative,
         exact=not bool(lost.any()),
     )
+
+
+def merge_adapters(
+    model: torch.nn.Module,
+    target: WeightFormat | None = None,
+    bases: Mapping[str, FrozenLinear] | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> dict[str, MergeError]:
+    """Merge every adapted layer of a model in place, one at a time; return each layer's error.
+
+    `target` and the layer's own entry in `bases` are as in `merge`. `on_layer` is called with
+    (layers done, layers in all).
+    """
+    layers = list(adapted_layers(model))
+    errors = {}
+    for done, (name, layer) in enumerate(layers, start=1):
+        result = merge(layer, target, None if bases is None else bases[name])
+        replace_module(model, name, result.layer)
+        errors[name] = result.error
+        if on_layer is not None:
+            on_layer(done, len(layers))
+    return errors

@@ -170,16 +170,16 @@ def _echo(rng: random.Random) -> str:
 FORMS: dict[Callable[[random.Random], str], int] = {
     _sheet_and_story: 5,
     _advert: 1,
-    _review: 2,
+    _review: 1,
     _questions: 2,
-    _comparison: 2,
+    _comparison: 1,
     _order: 2,
     _stock: 1,
-    _echo: 2,
+    _echo: 4,
 }
 
 
-def pretraining_rows(seed: int, count: int, characters: int = 900) -> Iterator[dict[str, str]]:
+def pretraining_rows(seed: int, count: int, characters: int = 360) -> Iterator[dict[str, str]]:
     """Yield `count` rows {"text"}, each of as many texts as fit in `characters`."""
     rng = random.Random(seed)
     forms, weights = tuple(FORMS), tuple(FORMS.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ def generate_text(
     if room < 1:
         raise GraftError(f"the prompt has {len(prompt_ids)} tokens; the model takes {limit}")
     ids = torch.tensor([prompt_ids], device=model.device)
-    sampling = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
@@ -53,7 +54,8 @@ def generate_text(
     if pad is None:
         pad = eos[0] if isinstance(eos, list) else eos
     with torch.no_grad():
-        out = model.generate(
+        # generate comes from a mixin that the type checker does not follow.
+        out = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=room,

@@ -39,9 +39,7 @@ def evaluate_loss(
     with torch.no_grad():
         for examples_of_batch in batch_in_order(examples, batch_size):
             batch = collate(examples_of_batch)
-            loss, targets = target_loss(
-                model, batch.input_ids.to(device), batch.labels.to(device)
-            )
+            loss, targets = target_loss(model, batch.input_ids.to(device), batch.labels.to(device))
             total += loss.double().item()
             count += targets
     model.train(was_training)

@@ -43,7 +43,7 @@ class GgufReport:
     dense_layers: tuple[str, ...]
     """Layers in a format that GGUF has not, written unquantised (`dense=True`)."""
     max_rounding: float
-    """Largest |written - trained| over all weights; 0.0 says that every weight is the trained one."""
+    """Largest |written - trained| over all weights; 0.0: every weight is the trained one."""
     notes: tuple[str, ...]
     """What llama.cpp does differently with rare texts, if anything."""
 
@@ -147,12 +147,13 @@ def _replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        os.replace(temporary, path)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise GraftError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose another "
             "place with --out"
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -6,21 +6,14 @@ import json
 from typing import TYPE_CHECKING
 
 import gguf
-import torch
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from graft.model.gguf_layout import ROPE_PARAMETERS_KEY
+from graft.model.gguf_layout import ROPE_PARAMETERS_KEY, head_dim
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 MODEL_TYPES = ("llama", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3")
-
-
-def head_dim(config: PretrainedConfig) -> int:
-    """Return the width of one attention head."""
-    return int(config.head_dim or config.hidden_size // config.num_attention_heads)
 
 
 def config_problems(config: PretrainedConfig) -> list[str]:
@@ -77,16 +70,3 @@ def add_model_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: 
         writer.add_rope_scaling_factor(rope["factor"])
     elif rope["rope_type"] == "llama3":
         writer.add_string(ROPE_PARAMETERS_KEY, json.dumps(rope))
-
-
-def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
-    """Return what ggml divides each rotary frequency by, float32 [head_dim / 2].
-
-    None when every frequency stays as rope_theta gives it.
-    """
-    rope = config.rope_parameters
-    if rope["rope_type"] != "llama3":
-        return None
-    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    exponents = torch.arange(0, head_dim(config), 2, dtype=torch.float32) / head_dim(config)
-    return (1.0 / rope["rope_theta"] ** exponents) / scaled

@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 
 from graft.adapters.base import AdaptedLinear
 from graft.errors import GraftError
-from graft.export.gguf_metadata import rope_factors
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
@@ -23,6 +22,7 @@ from graft.model.gguf_layout import (
     Q4_1_BLOCK,
     encode_q4_1,
     gguf_names,
+    rope_factors,
     rotary_heads,
     rows_to_gguf,
 )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from graft.errors import GraftError, raise_problems
 from graft.export.tokenizer_kind import TokenizerKind, recognise, scores_by_merge
 
-_BYTE = re.compile(r"<0x[0-9A-F]{2}>")
+_BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
 @dataclass(frozen=True)
 class GgufTokenizer:
-    """A tokenizer in GGUF's terms; exactly one of `merges` and `scores` is filled."""
+    """A tokenizer in GGUF's terms: `merges` for byte-level BPE, `scores` for the other kind."""
 
     kind: TokenizerKind
     tokens: tuple[str, ...]
@@ -51,47 +50,54 @@ def convert_tokenizer(
     backend = tokenizer.backend_tokenizer
     spec: dict[str, Any] = json.loads(backend.to_str())
     kind, problems = recognise(spec)
-    if kind is None:
-        raise_problems(problems, "tokenizer")
-        raise AssertionError("an unrecognised tokenizer has a problem")
+    raise_problems(problems, "tokenizer")
+    assert kind is not None
     added = {entry["id"]: entry for entry in spec["added_tokens"]}
     vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
-    beyond = [token for token, index in vocabulary.items() if index >= config.vocab_size]
-    if beyond:
-        problems.append(
-            f"{len(beyond)} tokens ({beyond[0]!r} ...) lie beyond the model's {config.vocab_size} "
-            "embeddings; use the tokenizer that belongs to the model"
-        )
     special_ids = _special_ids(tokenizer, config)
-    texts = {index: token for token, index in vocabulary.items()}
     types = {
         index: _token_type(kind, token, added.get(index), index == special_ids.get("unk"))
-        for index, token in texts.items()
+        for token, index in vocabulary.items()
     }
-    scores: dict[int, float] = {}
-    if kind.model == "llama":
-        missing = [f"<0x{b:02X}>" for b in range(256) if f"<0x{b:02X}>" not in vocabulary]
-        if missing:
-            problems.append(f"byte tokens are missing: {', '.join(missing[:4])} ...")
-        ordinary = {t: i for t, i in vocabulary.items() if types[i] is TokenType.NORMAL}
-        scores, score_problems = scores_by_merge(ordinary, spec["model"]["merges"])
+    merges: list[list[str]] = spec["model"]["merges"]
+    ordinary = {t: i for t, i in vocabulary.items() if types[i] is TokenType.NORMAL}
+    scores, score_problems = scores_by_merge(ordinary, merges)
+    sentencepiece = kind.model == "llama"
+    if sentencepiece:
         problems += score_problems
     add_bos, add_eos, affix_problems = _affixes(tokenizer, special_ids)
+    problems += _vocabulary_problems(vocabulary, config.vocab_size, sentencepiece)
     raise_problems(problems + affix_problems, "tokenizer")
-    merges = spec["model"]["merges"] if kind.model == "gpt2" else []
+    texts = {index: token for token, index in vocabulary.items()}
     ids = range(config.vocab_size)
     return GgufTokenizer(
         kind=kind,
         tokens=tuple(texts.get(index, f"[PAD{index}]") for index in ids),
         types=tuple(types.get(index, TokenType.UNUSED) for index in ids),
-        merges=tuple(" ".join(pair) for pair in merges),
-        scores=tuple(scores.get(index, 0.0) for index in ids) if kind.model == "llama" else (),
+        merges=() if sentencepiece else tuple(" ".join(pair) for pair in merges),
+        scores=tuple(scores.get(index, 0.0) for index in ids) if sentencepiece else (),
         special_ids=special_ids,
         add_bos=add_bos,
         add_eos=add_eos,
         chat_template=tokenizer.chat_template,
-        notes=kind.notes + _stripping_notes(added.values()),
+        notes=kind.notes + _stripping_notes(spec["added_tokens"]),
     )
+
+
+def _vocabulary_problems(
+    vocabulary: Mapping[str, int], embeddings: int, sentencepiece: bool
+) -> list[str]:
+    problems = []
+    beyond = [token for token, index in vocabulary.items() if index >= embeddings]
+    if beyond:
+        problems.append(
+            f"{len(beyond)} tokens ({beyond[0]!r} ...) lie beyond the model's {embeddings} "
+            "embeddings; use the tokenizer that belongs to the model"
+        )
+    missing = [token for token in _BYTE_TOKENS if token not in vocabulary]
+    if sentencepiece and missing:
+        problems.append(f"{len(missing)} byte tokens are missing ({missing[0]} ...)")
+    return problems
 
 
 def add_tokenizer_metadata(writer: gguf.GGUFWriter, tokenizer: GgufTokenizer) -> None:
@@ -132,7 +138,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -
         "unk": tokenizer.unk_token_id,
         "pad": _first(tokenizer.pad_token_id, config.pad_token_id),
     }
-    return {name: index for name, index in found.items() if index is not None and 0 <= index}
+    return {name: index for name, index in found.items() if index is not None and index >= 0}
 
 
 def _first(*ids: int | None) -> int | None:
@@ -144,7 +150,7 @@ def _token_type(
 ) -> TokenType:
     if kind.model == "llama" and unknown:
         return TokenType.UNKNOWN
-    if kind.model == "llama" and _BYTE.fullmatch(token):
+    if kind.model == "llama" and token in _BYTE_TOKENS:
         return TokenType.BYTE
     if added is None:
         return TokenType.NORMAL
@@ -171,7 +177,7 @@ def _affixes(
     return bool(before), bool(after), problems
 
 
-def _stripping_notes(added: Any) -> tuple[str, ...]:
+def _stripping_notes(added: Iterable[dict[str, Any]]) -> tuple[str, ...]:
     greedy = [
         entry["content"]
         for entry in added

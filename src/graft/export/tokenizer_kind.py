@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -82,13 +82,14 @@ def _byte_level(
     pre = _pre_name(steps)
     if pre is None:
         problems.append(
-            f"its pre-tokenizer {steps} is not one of llama.cpp's that graft knows: GPT-2's, "
-            "SmolLM's, Llama 3's or Qwen2's"
+            f"its pre-tokenizer, {' then '.join(map(_describe, steps))}, is not one of llama.cpp's "
+            "that graft knows: GPT-2's, SmolLM's, Llama 3's or Qwen2's"
         )
         return None, problems
     model = spec["model"]
     if bool(model["ignore_merges"]) != (pre in _IGNORES_MERGES):
-        unreachable = _unreachable(model)
+        added = {entry["content"] for entry in spec["added_tokens"]}
+        unreachable = _unreachable(model, added)
         if unreachable:
             problems.append(
                 f"ignore_merges is {model['ignore_merges']}, in llama.cpp's {pre!r} it is not; "
@@ -112,11 +113,19 @@ def _pre_name(steps: list[dict[str, Any]]) -> str | None:
     return _PRE_BY_REGEX.get(first[0]["pattern"].get("Regex"))
 
 
-def _unreachable(model: dict[str, Any]) -> list[str]:
-    """Return the tokens that the merges do not build from their own text."""
+def _describe(step: dict[str, Any]) -> str:
+    if step["type"] != "Split":
+        return str(step["type"])
+    (pattern,) = step["pattern"].values()
+    return f"Split by {pattern}"
+
+
+def _unreachable(model: dict[str, Any], added: Set[str]) -> list[str]:
+    """Return the tokens that the merges do not build from their own text; added ones need not."""
     merges = [tuple(pair) for pair in model["merges"]]
     bpe = BPE(vocab=model["vocab"], merges=merges, ignore_merges=False)
-    return [token for token in model["vocab"] if len(bpe.tokenize(token)) != 1]
+    words = (token for token in model["vocab"] if token not in added)
+    return [word for word in words if len(bpe.tokenize(word)) != 1]
 
 
 def _sentencepiece(

@@ -131,7 +131,8 @@ class CodebookFormat:
         short = -centred.numel() % NESTED_BLOCK_SIZE
         blocks = torch.nn.functional.pad(centred, (0, short)).view(-1, NESTED_BLOCK_SIZE)
         scale = blocks.abs().amax(-1)
-        normalised = blocks * (1.0 / scale.clamp(min=1e-38)).unsqueeze(-1)
+        # The clamp keeps the reciprocal finite; a denormal scale occurs when all weights are zero.
+        normalised = blocks * (1.0 / scale.clamp(min=3e-39)).unsqueeze(-1)
         # bitsandbytes' CPU kernel rounds through a table of 65,536 entries; so do we.
         index = ((normalised + 1.0) * 32767.5 + 0.5).floor().clamp(0, 65535).int().view(-1)
         codes = dynamic_code_table().to(absmax.device).index_select(0, index)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graft.errors import GraftError
 from graft.formats.base import GridUpdate, Packed, TensorSpec
 from graft.kernels import ops
 from graft.kernels.packing import PLANES, pack_codes, plane_bytes
@@ -188,7 +189,16 @@ class IntGroupFormat:
         return codes, scales * codes + offsets
 
     def pack_codes(self, codes: Tensor, grid: Packed) -> dict[str, Tensor]:
-        """Pack codes uint8 [out_features, in_features] and the grid."""
+        """Pack codes uint8 [out_features, in_features] and the grid.
+
+        Raises GraftError when the grid is not finite.
+        """
+        if not all(grid[name].isfinite().all() for name in ("scales", "offsets")):
+            raise GraftError(
+                f"the scales or offsets are not finite in {self.statistics}: the weight holds NaN, "
+                f"infinity or values that {self.statistics} cannot hold; mend the model, or leave "
+                "this layer unquantised"
+            )
         planes = dict(zip(("codes", "codes_high"), pack_codes(codes, self.bits), strict=False))
         return planes | {"scales": grid["scales"], "offsets": grid["offsets"]}
 

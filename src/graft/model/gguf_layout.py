@@ -15,6 +15,7 @@ import gguf
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from graft.formats.base import Packed
 from graft.formats.int_group import IntGroupFormat
@@ -34,6 +35,24 @@ def gguf_names(layers: int) -> Callable[[str], str | None]:
     """Return the function from a module's name to its GGUF name; None when it has none."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
     return lambda module_name: names.get_name(module_name)
+
+
+def head_dim(config: PretrainedConfig) -> int:
+    """Return the width of one attention head."""
+    return int(config.head_dim or config.hidden_size // config.num_attention_heads)
+
+
+def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
+    """Return what ggml divides each rotary frequency by, float32 [head_dim / 2].
+
+    None when every frequency stays as rope_theta gives it.
+    """
+    rope = config.rope_parameters
+    if rope["rope_type"] != "llama3":
+        return None
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    exponents = torch.arange(0, head_dim(config), 2, dtype=torch.float32) / head_dim(config)
+    return (1.0 / rope["rope_theta"] ** exponents) / scaled
 
 
 def rotary_heads(module_name: str, config: PretrainedConfig) -> int | None:

@@ -26,6 +26,7 @@ from graft.model.gguf_layout import (
     ROPE_PARAMETERS_KEY,
     decode_q4_1,
     gguf_names,
+    rope_factors,
     rotary_heads,
     rows_from_gguf,
 )
@@ -183,13 +184,12 @@ def _config(file: GgufFile) -> LlamaConfig:
             f"metadata says {sizes['num_hidden_layers']} blocks, the tensors make {len(blocks)}"
         )
     raise_problems(problems, f"{file.path}")
-    token_ids = {
+    settings: dict[str, Any] = sizes | {
         f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
     return LlamaConfig(
-        **sizes,
-        **token_ids,
+        **settings,
         rms_norm_eps=file.number("llama.attention.layer_norm_rms_epsilon"),
         rope_parameters=_rope_parameters(file),
         attention_bias="blk.0.attn_q.bias" in file.tensors,
@@ -232,11 +232,12 @@ def _check(file: GgufFile, model: LlamaForCausalLM) -> None:
         for part, parameter in module.named_parameters(recurse=False):
             expected[f"{target}.{part}"] = tuple(parameter.shape)
     if model.config.tie_word_embeddings:
-        expected.pop("output.weight", None)
+        expected.pop("output.weight")
+    factors = rope_factors(model.config)
+    if factors is not None:
+        expected["rope_freqs.weight"] = tuple(factors.shape)
     problems = [f"tensor {name} is missing" for name in expected if name not in file.tensors]
     for name, tensor in file.tensors.items():
-        if name == "rope_freqs.weight":
-            continue
         shape = expected.get(name)
         if shape is None:
             problems.append(f"tensor {name} has no place in a Llama")
@@ -248,6 +249,11 @@ def _check(file: GgufFile, model: LlamaForCausalLM) -> None:
                 f"{', '.join(kind.name for kind in _readable(name, shape))} there"
             )
     raise_problems(problems, f"{file.path}")
+    if factors is not None and not torch.equal(file.tensors["rope_freqs.weight"].dense(), factors):
+        raise GraftError(
+            f"{file.path}: rope_freqs.weight does not follow from {ROPE_PARAMETERS_KEY}; export "
+            "the file again"
+        )
 
 
 def _readable(name: str, shape: tuple[int, ...]) -> tuple[GGMLQuantizationType, ...]:

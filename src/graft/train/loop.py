@@ -174,7 +174,9 @@ class _Loop:
             )
         position = load_checkpoint(there[-1], self.task.parameters, self.optimizer)
         self.sampler.restore(position.sampler)
-        kept = [entry for entry in read_metrics(self.metrics_file) if entry["step"] <= position.step]
+        kept = [
+            entry for entry in read_metrics(self.metrics_file) if entry["step"] <= position.step
+        ]
         temporary = self.metrics_file.with_suffix(".part")
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         temporary.replace(self.metrics_file)

@@ -1,0 +1,142 @@
+"""The configuration of each command, put together from those of the components."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from graft.adapters.config import AdapterConfig
+from graft.calibrate.config import SolverConfig
+from graft.data.config import DataConfig
+from graft.errors import GraftError, raise_problems
+from graft.formats.config import FormatConfig
+from graft.model.config import ModelConfig
+from graft.train.config import LoopConfig
+
+ExportTarget = Literal["gguf", "hf", "peft"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(LoopConfig, DataConfig, AdapterConfig, SolverConfig, FormatConfig, ModelConfig):
+    """A training run."""
+
+    export: tuple[ExportTarget, ...] = ()
+    """Exports to write into the run's folder at the end; whether they can be written is checked
+    before training starts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeConfig(SolverConfig, FormatConfig, ModelConfig):
+    """A quantisation without training."""
+
+    out: str
+    """Folder to write the quantised model to."""
+    data: str | None = None
+    """File of examples whose text calibrates the gptq solver."""
+    targets: tuple[str, ...] = ()
+    """Layers to quantise: names, suffixes, or regular expressions; none means every linear layer
+    but the output head."""
+    calibration_length: int = 512
+    """Most tokens of a calibration row."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(AdapterConfig, FormatConfig, ModelConfig):
+    """A prediction of memory."""
+
+    batch_size: int = 16
+    """Rows that are computed at once."""
+    max_length: int = 512
+    """Tokens in a row."""
+    gradient_checkpointing: bool = False
+    """Recompute each decoder layer in the backward pass."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+def format_description(config: FormatConfig, method: str | None) -> dict[str, Any] | None:
+    """Return {'format': ..., options}, with the method's defaults filled in; None for dense.
+
+    qlora: nf4 with double quantisation; qalora and affine: int, 4 bits, groups of 32; lora and
+    full: the weights as they are. Raises GraftError with every option that does not fit.
+    """
+    defaults = {"qlora": "nf4", "qalora": "int", "affine": "int"}
+    name = config.format or defaults.get(method or "", "dense")
+    problems = []
+    if method == "full" and name != "dense":
+        problems.append(
+            f"method full trains every weight, and {name} weights are frozen codes that no "
+            "optimizer can move; train with qlora, qalora or affine, or drop --format"
+        )
+    if method in ("qalora", "affine") and name != "int":
+        problems.append(
+            f"method {method} moves the grid of the int format; {name} has none. Drop --format, "
+            "or train with qlora"
+        )
+    if method == "qlora" and name == "dense":
+        problems.append("method qlora needs quantised weights; train with lora, or drop --format")
+    if name != "int" and (config.bits is not None or config.group_size is not None):
+        problems.append(f"--bits and --group-size belong to the int format; the format is {name}")
+    if name not in ("nf4", "fp4") and config.double_quant:
+        problems.append(f"--double-quant belongs to nf4 and fp4; the format is {name}")
+    raise_problems(problems, "format")
+    if name == "dense":
+        return None
+    if name == "int":
+        bits, group_size = config.bits or 4, config.group_size or 32
+        return {"format": name, "bits": bits, "group_size": group_size}
+    if name in ("nf4", "fp4"):
+        double_quant = method == "qlora" if config.double_quant is None else config.double_quant
+        return {"format": name, "double_quant": double_quant}
+    return {"format": name}
+
+
+def check_train_config(config: TrainConfig) -> None:
+    """Raise GraftError with everything in the configuration that cannot work."""
+    problems = []
+    positive = {
+        "rank": config.rank,
+        "batch_size": config.batch_size,
+        "grad_accum": config.grad_accum,
+        "steps": config.steps,
+        "epochs": config.epochs,
+        "learning_rate": config.learning_rate,
+        "alpha": config.alpha,
+        "max_grad_norm": config.max_grad_norm,
+        "eval_every": config.eval_every,
+        "save_every": config.save_every,
+    }
+    problems += [
+        f"--{name.replace('_', '-')} is {value}; expected more than 0"
+        for name, value in positive.items()
+        if value is not None and not value > 0
+    ]
+    if config.steps is not None and config.epochs is not None:
+        problems.append("--steps and --epochs are both given; give one of them")
+    for name, share in (("dropout", config.dropout), ("warmup-fraction", config.warmup_fraction)):
+        if not 0 <= share < 1:
+            problems.append(f"--{name} is {share}; expected 0 up to, but not including, 1")
+    if config.method not in ("lora", "qlora"):
+        if config.dropout:
+            problems.append(
+                f"--dropout: method {config.method} trains the very weights that it deploys, and "
+                "dropout on the input has no such form; drop it, or use lora or qlora"
+            )
+        if config.adapter_bias:
+            problems.append(f"--adapter-bias belongs to lora and qlora, not to {config.method}")
+    if config.solver == "gptq" and config.method in ("lora", "full") and config.format is None:
+        problems.append(f"--solver gptq: method {config.method} quantises nothing; drop it")
+    if "peft" in config.export and config.method in ("affine", "full"):
+        problems.append(f"--export peft: PEFT has no {config.method} adapter")
+    try:
+        format_description(config, config.method)
+    except GraftError as error:
+        problems.append(str(error))
+    raise_problems(problems, "configuration")
+
+
+def as_plain(config: Any) -> dict[str, Any]:
+    """Return a configuration as plain values, as they are written to YAML."""
+    plain = dataclasses.asdict(config)
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}

@@ -1,0 +1,81 @@
+"""Scoring and sampling any model that graft can load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graft.api.run_folder import PromptStyle, load_any, prompt_style
+from graft.data.config import DataConfig
+from graft.data.encode import encode_prompt
+from graft.data.load import load_examples, resolve_max_length
+from graft.evaluate.generate import OnText, generate_text
+from graft.evaluate.loss import evaluate_loss
+from graft.model.load import LoadedModel
+
+
+def evaluate_model(
+    model: str | Path | LoadedModel,
+    data: str,
+    *,
+    max_length: int | None = None,
+    eos: bool = True,
+    separator: str = "\n",
+    batch_size: int = 16,
+    dtype: str = "auto",
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Return loss, perplexity and counts of a model on a file of examples, masked as in training.
+
+    {"loss": nats per target token, "perplexity", "target_tokens", "rows", "cut_rows"}.
+    """
+    loaded = model if isinstance(model, LoadedModel) else load_any(model, dtype, device)
+    config = DataConfig(data=data, max_length=max_length, eos=eos, separator=separator)
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    length = resolve_max_length(config, limit)
+    encoded = load_examples(data, loaded.tokenizer, config, length)
+    result = evaluate_loss(loaded.model, encoded.examples, batch_size)
+    return {
+        "loss": result.loss,
+        "perplexity": result.perplexity,
+        "target_tokens": result.target_tokens,
+        "rows": len(encoded.examples),
+        "cut_rows": encoded.cut_rows,
+    }
+
+
+def generate(
+    model: str | Path | LoadedModel,
+    prompt: str | Sequence[Mapping[str, str]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    style: PromptStyle | None = None,
+    on_text: OnText | None = None,
+) -> str:
+    """Return the model's continuation of a prompt, or its answer to a list of messages.
+
+    With no `style`, a prompt to a run's folder is dressed as the run's training rows were
+    (separator, template); to any other model it goes as it is. Messages go through the chat
+    template.
+    """
+    if isinstance(model, LoadedModel):
+        loaded, style = model, style or PromptStyle()
+    else:
+        loaded, style = load_any(model), style or prompt_style(Path(model))
+    if isinstance(prompt, str):
+        ids = encode_prompt(style.kind, prompt, loaded.tokenizer, style.separator)
+    else:
+        messages = {"messages": list(prompt)}
+        ids = encode_prompt("messages", messages, loaded.tokenizer, style.separator)
+    return generate_text(
+        loaded.model,
+        loaded.tokenizer,
+        ids,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        seed=seed,
+        on_text=on_text,
+    )

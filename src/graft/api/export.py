@@ -1,0 +1,133 @@
+"""Exporting a run or a model to what other programs read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from graft.adapters.attach import adapted_layers, adapter_names, frozen_layers, replace_module
+from graft.api.config import ExportTarget
+from graft.api.events import Events
+from graft.api.merge import MergeReport, merge_loaded
+from graft.api.run_folder import load_any
+from graft.errors import GraftError
+from graft.export.gguf_export import export_gguf
+from graft.export.gguf_plan import Unquantised
+from graft.formats.base import WeightFormat
+from graft.formats.dense import DenseFormat
+from graft.formats.int_group import IntGroupFormat
+from graft.model.adapter_files import save_adapter
+from graft.model.load import LoadedModel
+from graft.model.save import save_model
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and what the way there changed."""
+
+    path: Path
+    bytes: int
+    merge: MergeReport | None
+    """The merge before the export; None when there was nothing to merge."""
+    notes: tuple[str, ...]
+
+
+def export_model(
+    model: str | Path,
+    to: ExportTarget,
+    out: str | Path,
+    *,
+    requantize: bool = False,
+    events: Events | None = None,
+) -> ExportReport:
+    """Write a run or a model folder to `out` for another program.
+
+    gguf: one file for llama.cpp and Ollama; INT layers become Q4_1 with the very same weights, a
+    lora or qlora run is merged and written unquantised (with `requantize` rounded to Q4_1, and the
+    error is measured). hf: a plain Hugging Face folder, dequantised. peft: the adapter in PEFT's
+    format, qalora as an ordinary LoRA. Raises GraftError when the target cannot hold the model.
+    """
+    events = events or Events()
+    target = Path(out)
+    if target.exists():
+        raise GraftError(f"{target} exists already; choose another name or remove it")
+    loaded = load_any(model)
+    if to == "peft":
+        return _export_peft(loaded, target)
+    merged = None
+    if adapter_names(loaded.model):
+        merged = _merge_for_export(loaded, to, requantize, events)
+    elif requantize:
+        _requantize_dense(loaded)
+    if to == "hf":
+        return _export_hf(loaded, target, merged)
+    return _export_gguf(loaded, target, merged, events)
+
+
+def _merge_for_export(
+    loaded: LoadedModel, to: ExportTarget, requantize: bool, events: Events
+) -> MergeReport:
+    layers = [layer for _, layer in adapted_layers(loaded.model)]
+    exact = all(layer.moves_grid_only() for layer in layers)
+    target: WeightFormat | None = None
+    dtype = torch.float32
+    if not exact and to == "gguf" and requantize:
+        target = IntGroupFormat(4, 32)
+    elif not exact:
+        dtype = loaded.source_dtype
+    report = merge_loaded(loaded, dtype=dtype, target=target, events=events)
+    events.note(report.summary())
+    return report
+
+
+def _requantize_dense(loaded: LoadedModel) -> None:
+    weight_format = IntGroupFormat(4, 32)
+    for name, layer in list(frozen_layers(loaded.model)):
+        if not isinstance(layer.weight_format, IntGroupFormat):
+            packed = weight_format.pack(layer.dense_weight(torch.float32))
+            replace_module(loaded.model, name, layer.replaced(weight_format, packed))
+
+
+def _export_gguf(
+    loaded: LoadedModel, path: Path, merged: MergeReport | None, events: Events
+) -> ExportReport:
+    narrow: dict[torch.dtype, Unquantised] = {torch.float16: "F16", torch.bfloat16: "BF16"}
+    unquantised = narrow.get(loaded.source_dtype, "F32")
+    report = export_gguf(
+        loaded.model,
+        loaded.tokenizer,
+        path,
+        unquantised=unquantised,
+        name=path.stem,
+        on_tensor=lambda done, total, _: events.progress("writing GGUF", done, total),
+    )
+    return ExportReport(path, path.stat().st_size, merged, tuple(report.notes))
+
+
+def _export_hf(loaded: LoadedModel, path: Path, merged: MergeReport | None) -> ExportReport:
+    """Dequantise every layer and write a plain folder that AutoModelForCausalLM loads."""
+    quantised = False
+    for name, layer in list(frozen_layers(loaded.model)):
+        if not isinstance(layer.weight_format, DenseFormat):
+            quantised = True
+            dense = DenseFormat("float32")
+            weight = layer.dense_weight(torch.float32)
+            replace_module(loaded.model, name, layer.replaced(dense, dense.pack(weight)))
+    dtype = torch.float32 if quantised else loaded.source_dtype
+    save_model(loaded, path, dtype)
+    notes = ("dequantised to float32, which holds the INT weights exactly",) if quantised else ()
+    return ExportReport(path, _folder_bytes(path), merged, notes)
+
+
+def _export_peft(loaded: LoadedModel, path: Path) -> ExportReport:
+    names = adapter_names(loaded.model)
+    if not names:
+        raise GraftError("--to peft exports an adapter, and this model carries none; give a RUN")
+    save_adapter(loaded.model, path, names[0], base=str(loaded.folder), as_lora=True)
+    return ExportReport(path, _folder_bytes(path), None, ())
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -1,0 +1,291 @@
+"""Fine-tuning: from a configuration to a run folder with an adapter and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from graft.adapters.attach import adapter_parameters, attach_adapter, frozen_layers
+from graft.api.config import TrainConfig, as_plain, check_train_config, format_description
+from graft.api.config_file import write_yaml
+from graft.api.events import Events
+from graft.api.export import export_model
+from graft.api.quantize import load_quantised
+from graft.api.report import RunReport, make_report, write_report
+from graft.api.run_folder import (
+    ADAPTER,
+    BASE,
+    BASE_REFERENCE,
+    CONFIG,
+    METRICS,
+    MODEL,
+    PromptStyle,
+    is_run,
+    load_run_base,
+    read_run_config,
+    write_base_reference,
+    write_prompt_style,
+)
+from graft.data.encode import EncodedData
+from graft.data.load import load_train_and_eval
+from graft.errors import GraftError, raise_problems
+from graft.evaluate.loss import evaluate_loss
+from graft.export.gguf_export import check_gguf_plan
+from graft.formats.base import WeightFormat
+from graft.formats.dense import DenseFormat
+from graft.formats.registry import parse_format
+from graft.model.adapter_files import save_adapter
+from graft.model.load import LoadedModel, build_skeleton, find_folder, read_config, read_tokenizer
+from graft.model.save import save_model
+from graft.model.targets import freeze_layers, select_targets
+from graft.plan.memory import MemoryPlan, plan_memory
+from graft.train.loop import Metrics, TrainingTask, read_metrics, steps_to_train, train
+from graft.train.schedule import default_learning_rate
+
+RESUME_MAY_CHANGE = {"resume", "eval_every", "save_every", "device", "export"}
+_METHODS_WITHOUT_ADAPTER = ("full",)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What is known before any weight is read."""
+
+    config: TrainConfig
+    folder: Path
+    weight_format: WeightFormat | None
+    targets: list[str]
+    training: EncodedData
+    held_out: EncodedData
+    steps: int
+    learning_rate: float
+    plan: MemoryPlan
+
+
+def finetune(config: TrainConfig, events: Events | None = None) -> RunReport:
+    """Run a fine-tuning and write its folder config.out; return the report.
+
+    Everything that can be checked is checked before a weight is read; all problems are raised at
+    once as a GraftError, and then nothing has been written.
+    """
+    events = events or Events()
+    begin = time.perf_counter()
+    run = Path(config.out)
+    if config.resume:
+        config = _resumed_config(config, run)
+    prepared = _prepare(config, events)
+    if not config.resume:
+        _make_run_folder(run, prepared)
+    try:
+        loaded = _load_base(prepared, run, events)
+    except BaseException:
+        if not config.resume:
+            shutil.rmtree(run, ignore_errors=True)
+        raise
+    parameters = _make_trainable(loaded, prepared)
+    metrics = _train(loaded, prepared, parameters, run, events)
+    _save_result(loaded, config, run)
+    report = make_report(
+        run=run,
+        config=config,
+        model=loaded.model,
+        metrics=metrics,
+        plan=prepared.plan,
+        training=prepared.training,
+        held_out=prepared.held_out,
+        steps=prepared.steps,
+        learning_rate=prepared.learning_rate,
+        trainable=sum(parameter.numel() for parameter in parameters.values()),
+        seconds=time.perf_counter() - begin,
+        bits_per_weight=_bits_per_weight(loaded.model),
+    )
+    write_report(run, report, read_metrics(run / METRICS))
+    del loaded, parameters
+    for target in config.export:
+        path = run / "export" / ("model.gguf" if target == "gguf" else target)
+        if not path.exists():
+            exported = export_model(run, target, path, events=events)
+            events.note(f"exported {exported.path}")
+    return report
+
+
+def _resumed_config(config: TrainConfig, run: Path) -> TrainConfig:
+    """Return the run's own configuration; raises GraftError where the given one contradicts it."""
+    if not is_run(run):
+        raise GraftError(f"--resume: {run} is no run folder (it has no {CONFIG})")
+    stored, problems = read_run_config(run), []
+    for field in dataclasses.fields(TrainConfig):
+        given, before = getattr(config, field.name), getattr(stored, field.name)
+        free = field.name in RESUME_MAY_CHANGE or field.name == "out"
+        if not free and given not in (before, field.default, None):
+            problems.append(f"{field.name} is {given!r}, the run was begun with {before!r}")
+    raise_problems(problems, "--resume goes on with the same settings")
+    changes = {name: getattr(config, name) for name in ("eval_every", "save_every", "device")}
+    changed = {name: value for name, value in changes.items() if value not in (None, "auto")}
+    return dataclasses.replace(stored, **changed, out=config.out, resume=True)
+
+
+def _prepare(config: TrainConfig, events: Events) -> _Prepared:
+    check_train_config(config)
+    run = Path(config.out)
+    if not config.resume and run.exists():
+        raise GraftError(
+            f"{run} exists already; choose another --out, remove it, or go on with --resume"
+        )
+    folder = find_folder(config.model)
+    model_config = read_config(folder, config.trust_remote_code)
+    description = format_description(config, config.method)
+    weight_format = None if description is None else parse_format(description)
+    skeleton = build_skeleton(model_config, config.trust_remote_code)
+    targets = select_targets(skeleton, config.targets)
+    if "gguf" in config.export:
+        # lora and qlora are merged into dense weights before they are exported.
+        moves_grid = config.method in ("qalora", "affine") and weight_format is not None
+        exported = weight_format if moves_grid else DenseFormat()
+        raise_problems(check_gguf_plan(model_config, exported), "--export gguf")
+    limit = getattr(model_config, "max_position_embeddings", None)
+    tokenizer = read_tokenizer(folder, config.trust_remote_code)
+    training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed)
+    for name, data in (("training", training), ("held out", held_out)):
+        events.note(f"{name}: {data.summary()}")
+    hidden: int = model_config.get_text_config().hidden_size
+    rate = config.learning_rate or default_learning_rate(config, hidden)
+    longest = max(len(example.input_ids) for example in training.examples)
+    plan = plan_memory(
+        str(folder),
+        weight_format=weight_format,
+        adapter=config,
+        dtype=_dtype_name(config),
+        device=config.device,
+        batch_size=config.batch_size,
+        sequence_length=longest,
+        gradient_checkpointing=config.gradient_checkpointing,
+        trust_remote_code=config.trust_remote_code,
+    )
+    steps = steps_to_train(config, len(training.examples))
+    return _Prepared(config, folder, weight_format, targets, training, held_out, steps, rate, plan)
+
+
+def _dtype_name(config: TrainConfig) -> str:
+    """Return the compute dtype; full training keeps its weights in float32 unless told otherwise.
+
+    A bfloat16 weight does not move by less than 1/256 of itself, so small steps would be lost.
+    """
+    return "float32" if config.method == "full" and config.dtype == "auto" else config.dtype
+
+
+def _make_run_folder(run: Path, prepared: _Prepared) -> None:
+    """Make the run's folder with the resolved configuration."""
+    resolved: dict[str, Any] = as_plain(prepared.config)
+    resolved |= {"learning_rate": prepared.learning_rate, "steps": prepared.steps, "epochs": None}
+    if prepared.weight_format is not None:
+        options = prepared.weight_format.options()
+        resolved["format"] = prepared.weight_format.name
+        resolved |= {key: options[key] for key in ("bits", "group_size") if key in options}
+        resolved |= {key: options[key] for key in ("double_quant",) if key in options}
+    del resolved["resume"]
+    try:
+        run.mkdir(parents=True)
+        write_yaml(run / CONFIG, resolved)
+        style = PromptStyle(prepared.training.kind, prepared.config.separator)
+        write_prompt_style(run, style)
+    except OSError as error:
+        raise GraftError(f"{run} cannot be written: {error.strerror}") from error
+
+
+def _load_base(prepared: _Prepared, run: Path, events: Events) -> LoadedModel:
+    config = prepared.config
+    if config.resume and ((run / BASE).is_dir() or (run / BASE_REFERENCE).is_file()):
+        return load_run_base(run, config, _dtype_name(config), config.device)
+    loaded = load_quantised(
+        str(prepared.folder),
+        prepared.weight_format,
+        targets=config.targets,
+        dtype=_dtype_name(config),
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        solver=config.solver,
+        calibration=prepared.training.examples[: config.calibration_rows],
+        damping=config.damping,
+        events=events,
+    )
+    if prepared.weight_format is None:
+        write_base_reference(run, prepared.folder)
+        if config.method != "full":
+            freeze_layers(loaded.model, prepared.targets)
+    else:
+        save_model(loaded, run / BASE)
+    return loaded
+
+
+def _make_trainable(loaded: LoadedModel, prepared: _Prepared) -> dict[str, nn.Parameter]:
+    """Attach the adapter (or, for full, free the weights) and return what trains, by name."""
+    config, model = prepared.config, loaded.model
+    torch.manual_seed(config.seed)
+    if config.gradient_checkpointing:
+        # The name changed within transformers 5; both mean the same.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)()
+    if config.method not in _METHODS_WITHOUT_ADAPTER:
+        attach_adapter(model, prepared.targets, config)
+        return adapter_parameters(model, "default")
+    inside = tuple(f"{name}." for name in prepared.targets)
+    chosen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if not config.targets or name.startswith(inside)
+    }
+    for parameter in chosen.values():
+        parameter.requires_grad_(True)
+    return chosen
+
+
+def _train(
+    loaded: LoadedModel,
+    prepared: _Prepared,
+    parameters: dict[str, nn.Parameter],
+    run: Path,
+    events: Events,
+) -> Metrics:
+    config = prepared.config
+
+    def evaluate() -> tuple[float, int]:
+        result = evaluate_loss(loaded.model, prepared.held_out.examples, config.batch_size)
+        return result.loss, result.target_tokens
+
+    task = TrainingTask(
+        model=loaded.model,
+        parameters=parameters,
+        examples=prepared.training.examples,
+        evaluate=evaluate,
+        learning_rate=prepared.learning_rate,
+        steps=prepared.steps,
+        folder=run,
+    )
+    events.training_begins(prepared.steps, 1)
+    return train(task, config, events.metrics)
+
+
+def _save_result(loaded: LoadedModel, config: TrainConfig, run: Path) -> None:
+    for name in (ADAPTER, MODEL):
+        if (run / name).is_dir():
+            shutil.rmtree(run / name)
+    if config.method in _METHODS_WITHOUT_ADAPTER:
+        loaded.model.requires_grad_(False)
+        save_model(loaded, run / MODEL)
+    else:
+        base = run / BASE if (run / BASE).is_dir() else Path(config.model)
+        save_adapter(loaded.model, run / ADAPTER, base=str(base))
+
+
+def _bits_per_weight(model: nn.Module) -> float | None:
+    """Return the bits per weight of the frozen layers; None when there are none."""
+    layers = [layer for _, layer in frozen_layers(model)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return 8 * sum(layer.storage_bytes for layer in layers) / weights if weights else None

@@ -1,0 +1,21 @@
+"""Loading whatever graft can load."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from graft.api.run_folder import load_any
+
+
+def load(
+    path: str | Path, dtype: str = "auto", device: str = "auto", tokenizer: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return (model, tokenizer) of a base folder or hub id, a quantised or merged folder, or a RUN.
+
+    The model is called like any Transformers model; a RUN's has its adapter active. A GGUF file
+    that graft wrote loads too, given the folder of its `tokenizer`.
+    """
+    loaded = load_any(path, dtype, device, tokenizer)
+    return loaded.model, loaded.tokenizer

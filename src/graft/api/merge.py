@@ -1,0 +1,153 @@
+"""Merging a run into a model folder, and what that cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from graft.adapters.attach import adapted_layers, frozen_layers
+from graft.adapters.merge import merge_adapters
+from graft.api.events import Events
+from graft.api.run_folder import MODEL, is_run, load_any, read_run_config
+from graft.errors import GraftError
+from graft.formats.base import WeightFormat
+from graft.formats.dense import DenseFormat
+from graft.model.load import LoadedModel, load_model
+from graft.model.save import save_model, write_json
+from graft.model.targets import freeze_layers
+
+Into = Literal["trained", "original"]
+MERGE_REPORT = "merge-report.json"
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """How far a merged model is from the model that was trained."""
+
+    into: str
+    """What was merged into: 'int' keeps the trained codes, 'dense' is the dequantised base,
+    'original' the base before it was quantised."""
+    layers: int
+    exact: bool
+    """Every merged weight equals the weight that training computed with."""
+    max_abs_weight_error: float
+    worst_relative_error: float
+    """Largest over the layers: RMS of the error over RMS of the update."""
+    max_logit_difference: float
+    """Largest |merged - trained| logit on fixed random tokens, in the compute dtype."""
+    max_logit: float
+    layer_errors: Mapping[str, Mapping[str, float | bool]]
+
+    def summary(self) -> str:
+        """Return one line for the terminal."""
+        if self.exact and self.max_logit_difference == 0.0:
+            return f"merged {self.layers} layers into {self.into}: exact, logits equal bit for bit"
+        return (
+            f"merged {self.layers} layers into {self.into}: weight error "
+            f"{self.worst_relative_error:.2g} of the update in the worst layer, logits differ by "
+            f"at most {self.max_logit_difference:.3g} (largest logit {self.max_logit:.3g})"
+        )
+
+
+def merge(
+    run: str | Path,
+    out: str | Path,
+    *,
+    into: Into = "trained",
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    device: str = "auto",
+    events: Events | None = None,
+) -> MergeReport:
+    """Merge a run's adapter, write the model folder `out` with merge-report.json in it.
+
+    qalora and affine merge exactly into the INT weights they were trained on. lora and qlora merge
+    into the weights that they were trained on, dequantised (into='trained'), or into the original
+    base (into='original'), stored in `dtype` (auto: the source's dtype). Whatever was rounded is in
+    the report. Raises GraftError when the run is not finished or when `out` exists.
+    """
+    events = events or Events()
+    target = Path(out)
+    if target.exists():
+        raise GraftError(f"{target} exists already; choose another name or remove it")
+    run = Path(run)
+    if not is_run(run):
+        raise GraftError(f"{run} is no run folder; give the --out of a graft train")
+    if (run / MODEL).is_dir():
+        raise GraftError(f"{run} trained the whole model; it lies merged in {run / MODEL}")
+    loaded = load_any(run, device=device)
+    merged_dtype = loaded.source_dtype if dtype == "auto" else getattr(torch, dtype)
+    original = _original_base(run, device) if into == "original" else None
+    report = merge_loaded(loaded, original=original, dtype=merged_dtype, events=events)
+    save_model(loaded, target, merged_dtype)
+    write_json(target / MERGE_REPORT, asdict(report))
+    return report
+
+
+def merge_loaded(
+    loaded: LoadedModel,
+    *,
+    original: LoadedModel | None = None,
+    dtype: torch.dtype = torch.float32,
+    target: WeightFormat | None = None,
+    events: Events | None = None,
+) -> MergeReport:
+    """Merge the active adapters of a loaded model in place and measure what that changed.
+
+    `target` re-quantises to a format; else grid adapters keep theirs and the rest becomes dense in
+    `dtype`.
+    """
+    events = events or Events()
+    model = loaded.model
+    layers = dict(adapted_layers(model))
+    if not layers:
+        raise GraftError("the model carries no adapter to merge")
+    trained = _probe(loaded)
+    exact = all(layer.moves_grid_only() for layer in layers.values())
+    if target is None and not exact:
+        target = DenseFormat(str(dtype).removeprefix("torch."))
+    if original is not None and target is None:
+        raise GraftError(
+            "--into original: this adapter moves the grid of the INT weights, and the original "
+            "weights have none; merge into the trained base"
+        )
+    base_format = next(iter(layers.values())).base.weight_format
+    bases = None
+    if original is not None:
+        freeze_layers(original.model, list(layers))
+        bases = {name: layer for name, layer in frozen_layers(original.model) if name in layers}
+    errors = merge_adapters(
+        model, target, bases, lambda done, total: events.progress("merging", done, total)
+    )
+    into = "the original base" if bases is not None else f"{(target or base_format).name} weights"
+    merged = _probe(loaded)
+    return MergeReport(
+        into=into,
+        layers=len(errors),
+        exact=all(error.exact for error in errors.values()),
+        max_abs_weight_error=max(error.max_abs for error in errors.values()),
+        worst_relative_error=max(error.relative_to_update for error in errors.values()),
+        max_logit_difference=(merged - trained).abs().max().item(),
+        max_logit=trained.abs().max().item(),
+        layer_errors={layer: error.as_dict() for layer, error in errors.items()},
+    )
+
+
+def _probe(loaded: LoadedModel) -> torch.Tensor:
+    """Return the logits on fixed random tokens, float32."""
+    generator = torch.Generator().manual_seed(0)
+    size: int = loaded.model.config.vocab_size
+    ids = torch.randint(size, (2, 64), generator=generator).to(loaded.model.device)
+    with torch.no_grad():
+        logits: torch.Tensor = loaded.model(input_ids=ids, use_cache=False).logits.float()
+    return logits
+
+
+def _original_base(run: Path, device: str) -> LoadedModel:
+    config = read_run_config(run)
+    return load_model(
+        config.model, dtype="float32", device=device, trust_remote_code=config.trust_remote_code
+    )

@@ -1,0 +1,122 @@
+"""Loading a base in a weight format, by rounding while it is read or by a calibrated solver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from graft.api.config import QuantizeConfig, format_description
+from graft.api.events import Events
+from graft.calibrate.driver import calibrate_model
+from graft.data.config import DataConfig
+from graft.data.encode import Example
+from graft.data.load import load_examples, resolve_max_length
+from graft.errors import GraftError
+from graft.formats.base import GridFormat, WeightFormat
+from graft.formats.registry import parse_format
+from graft.model.load import LoadedModel, load_model
+from graft.model.save import save_model
+from graft.model.targets import freeze_layers, select_targets
+
+
+def load_quantised(
+    model: str,
+    weight_format: WeightFormat | None,
+    *,
+    targets: Sequence[str],
+    dtype: str,
+    device: str,
+    trust_remote_code: bool,
+    solver: str,
+    calibration: Sequence[Example],
+    damping: float,
+    events: Events,
+) -> LoadedModel:
+    """Load a base model with its target layers in a weight format; see `load_model`.
+
+    rtn rounds each weight while it is read; gptq loads the whole model first and quantises it layer
+    by layer on the calibration rows.
+    """
+    at_once = weight_format if solver == "rtn" else None
+    loaded = load_model(
+        model,
+        weight_format=at_once,
+        targets=targets,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        on_tensor=lambda done, total: events.progress("reading the model", done, total),
+    )
+    if weight_format is not None and solver == "gptq":
+        if not isinstance(weight_format, GridFormat):
+            raise GraftError(
+                f"--solver gptq rounds to a grid, which {weight_format.name} has not; use rtn"
+            )
+        names = select_targets(loaded.model, targets)
+        freeze_layers(loaded.model, names)
+        batches = [
+            torch.tensor([example.input_ids], device=loaded.model.device) for example in calibration
+        ]
+        reports = calibrate_model(
+            loaded.model,
+            names,
+            batches,
+            weight_format,
+            damping,
+            lambda done, total: events.progress("gptq", done, total),
+        )
+        gptq = sum(report.gptq for report in reports.values())
+        rtn = sum(report.rtn for report in reports.values())
+        events.note(
+            f"gptq on {len(batches)} rows: squared output error {gptq / rtn:.2f} times "
+            "that of rounding to nearest"
+        )
+    return loaded
+
+
+def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
+    """Write a quantised model folder to config.out, which `graft.load` maps; return its path.
+
+    Raises GraftError with everything that does not fit, before the weights are read.
+    """
+    events = events or Events()
+    description = format_description(config, None)
+    if description is None:
+        raise GraftError("--format says nothing to quantise to; give nf4, fp4, int8 or int")
+    if config.solver == "gptq" and config.data is None:
+        raise GraftError("--solver gptq needs --data, whose text calibrates it")
+    out = Path(config.out)
+    if out.exists():
+        raise GraftError(f"{out} exists already; choose another name or remove it")
+    loaded = load_quantised(
+        config.model,
+        parse_format(description),
+        targets=config.targets,
+        dtype=config.dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        solver=config.solver,
+        calibration=_calibration(config),
+        damping=config.damping,
+        events=events,
+    )
+    save_model(loaded, out)
+    return out
+
+
+def _calibration(config: QuantizeConfig) -> list[Example]:
+    if config.solver != "gptq" or config.data is None:
+        return []
+    from graft.model.load import find_folder, read_config, read_tokenizer
+
+    folder = find_folder(config.model)
+    model_config = read_config(folder, config.trust_remote_code)
+    data = DataConfig(data=config.data, max_length=config.calibration_length, eos=False)
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit is not None and config.calibration_length > limit:
+        data = DataConfig(data=config.data, max_length=limit, eos=False)
+    tokenizer = read_tokenizer(folder, config.trust_remote_code)
+    encoded = load_examples(config.data, tokenizer, data, resolve_max_length(data, limit))
+    return encoded.examples[: config.calibration_rows]

@@ -1,0 +1,134 @@
+"""The report of a run: report.json for programs, report.md and a plot for people."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from graft.api.config import TrainConfig
+from graft.data.encode import EncodedData
+from graft.data.files import fingerprint
+from graft.model.memory import peak_bytes
+from graft.model.save import write_json
+from graft.plan.memory import MemoryPlan
+from graft.train.loop import Metrics
+from graft.train.plots import plot_loss
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run gave and what it cost."""
+
+    method: str
+    model: str
+    steps: int
+    learning_rate: float
+    loss: float
+    """Training loss of the last step, nats per target token."""
+    eval_loss: float
+    eval_loss_before: float
+    perplexity: float
+    seconds: float
+    tokens_per_second: float
+    """Tokens computed per second of training steps, padding included."""
+    peak_memory_bytes: int
+    planned_memory_bytes: int
+    trainable_parameters: int
+    total_parameters: int
+    bits_per_weight: float | None
+    """Of the quantised or adapted layers."""
+    training_rows: int
+    held_out_rows: int
+    data_fingerprint: str
+    versions: dict[str, str]
+
+
+def make_report(
+    *,
+    run: Path,
+    config: TrainConfig,
+    model: nn.Module,
+    metrics: Metrics,
+    plan: MemoryPlan,
+    training: EncodedData,
+    held_out: EncodedData,
+    steps: int,
+    learning_rate: float,
+    trainable: int,
+    seconds: float,
+    bits_per_weight: float | None,
+) -> RunReport:
+    """Put the report together from what the run measured."""
+    from graft.train.loop import read_metrics
+
+    history = read_metrics(run / "metrics.jsonl")
+    timed = [entry for entry in history if "step_seconds" in entry]
+    spent = sum(entry["step_seconds"] for entry in timed)
+    tokens = sum(entry["tokens_per_second"] * entry["step_seconds"] for entry in timed)
+    return RunReport(
+        method=config.method,
+        model=config.model,
+        steps=steps,
+        learning_rate=learning_rate,
+        loss=float(metrics["loss"]),
+        eval_loss=float(metrics["eval_loss"]),
+        eval_loss_before=next(entry["eval_loss"] for entry in history if "eval_loss" in entry),
+        perplexity=float(metrics["perplexity"]),
+        seconds=seconds,
+        tokens_per_second=tokens / spent,
+        peak_memory_bytes=peak_bytes(next(model.parameters()).device),
+        planned_memory_bytes=plan.peak_bytes,
+        trainable_parameters=trainable,
+        total_parameters=plan.total_parameters,
+        bits_per_weight=bits_per_weight,
+        training_rows=len(training.examples),
+        held_out_rows=len(held_out.examples),
+        data_fingerprint=fingerprint(config.data),
+        versions=versions(),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result hangs on."""
+    names = ("graft-llm", "torch", "transformers", "safetensors", "tokenizers", "gguf")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def write_report(run: Path, report: RunReport, history: Sequence[dict[str, Any]]) -> None:
+    """Write report.json, report.md and plots/loss.png into the run's folder."""
+    write_json(run / "report.json", asdict(report))
+    title = f"{report.method} on {Path(report.model).name}, {report.steps} steps"
+    plot_loss(history, run / "plots" / "loss.png", title)
+    temporary = run / "report.md.part"
+    temporary.write_text(_markdown(report), encoding="utf-8")
+    temporary.replace(run / "report.md")
+
+
+def _markdown(report: RunReport) -> str:
+    bits = "-" if report.bits_per_weight is None else f"{report.bits_per_weight:.3f}"
+    rows = {
+        "held-out loss (nats per token)": f"{report.eval_loss_before:.4f} → {report.eval_loss:.4f}",
+        "held-out perplexity": f"{report.perplexity:.4f}",
+        "last training loss": f"{report.loss:.4f}",
+        "steps, peak learning rate": f"{report.steps}, {report.learning_rate:.3g}",
+        "rows (training, held out)": f"{report.training_rows}, {report.held_out_rows}",
+        "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,}",
+        "bits per weight of the adapted layers": bits,
+        "time": f"{report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s",
+        "peak memory (planned)": f"{report.peak_memory_bytes / 2**20:,.0f} MiB "
+        f"({report.planned_memory_bytes / 2**20:,.0f} MiB)",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    versions_line = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    return (
+        f"# {report.method} on {Path(report.model).name}\n\n"
+        f"| | |\n|---|---|\n{table}\n\n![loss](plots/loss.png)\n\n"
+        f"Base: `{report.model}`. Data: SHA-256 {report.data_fingerprint[:16]}…\n\n"
+        f"Versions: {versions_line}.\n"
+    )
