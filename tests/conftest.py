@@ -15,7 +15,7 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 hypothesis.settings.register_profile("graft", deadline=None, derandomize=True, database=None)
 hypothesis.settings.load_profile("graft")
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -104,6 +104,7 @@ def test_gptq_costs_less_than_round_to_nearest_over_the_model(batches) -> None:
 
 def test_progress_order_mode_and_hooks(batches) -> None:
     model = TinyDecoder().train()
+    before = list(model.modules())
     seen: list[tuple[int, int]] = []
     names = ["lm_head", *reversed(layer_names())]
     reports = calibrate_model(
@@ -113,7 +114,7 @@ def test_progress_order_mode_and_hooks(batches) -> None:
     assert list(reports) == [*layer_names(), "lm_head"]
     assert model.forwards == 4 * len(batches)  # three decoder layers and the head
     assert all(module.training for module in model.modules())
-    for module in model.modules():
+    for module in [*before, *model.modules()]:
         assert not module._forward_pre_hooks
         assert not module._forward_hooks
     assert model(batches[0]).shape == (2, 30, 50)

@@ -176,19 +176,20 @@ def test_without_correlation_gptq_is_round_to_nearest(name: str, options: dict) 
         assert (dense[0] - weight).abs().sum() <= (dense[1] - weight).abs().sum()
 
 
-def test_dead_inputs_round_to_nearest_and_move_nothing() -> None:
+@pytest.mark.parametrize("damping", [0.0, DAMPING])
+def test_dead_inputs_round_to_nearest_and_move_nothing(damping: float) -> None:
     weight_format = IntGroupFormat(bits=3, group_size=8)
     x = correlated_inputs(300, 40)
     dead = [0, 11, 12, 39]
     x[:, dead] = 0
     weight = torch.randn(6, 40)
     # A live column of the same group as a dead one keeps its group's range.
-    packed = gptq_pack(weight, hessian_of(x), weight_format, DAMPING)
+    packed = gptq_pack(weight, hessian_of(x), weight_format, damping)
     dense = weight_format.unpack(packed, 6, 40, torch.float32)
     for j in dead:
         scale = packed["scales"][:, j // 8].float()
         assert bool(((dense[:, j] - weight[:, j]).abs() <= 0.51 * scale).all())
-    nothing_seen = gptq_pack(weight, torch.zeros(40, 40), weight_format, DAMPING)
+    nothing_seen = gptq_pack(weight, torch.zeros(40, 40), weight_format, damping)
     for name, tensor in weight_format.pack(weight).items():
         assert torch.equal(nothing_seen[name], tensor)
 

@@ -146,8 +146,9 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
     targets = select_targets(skeleton, config.targets)
     if "gguf" in config.export:
         # lora and qlora are merged into dense weights before they are exported.
-        moves_grid = config.method in ("qalora", "affine") and weight_format is not None
-        exported = weight_format if moves_grid else DenseFormat()
+        exported: WeightFormat = DenseFormat()
+        if weight_format is not None and config.method in ("qalora", "affine"):
+            exported = weight_format
         raise_problems(check_gguf_plan(model_config, exported), "--export gguf")
     limit = getattr(model_config, "max_position_embeddings", None)
     tokenizer = read_tokenizer(folder, config.trust_remote_code)

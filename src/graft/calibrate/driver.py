@@ -126,9 +126,10 @@ def _collect(
             handle = layer.register_forward_pre_hook(collector(hessians[name]))
             hooks.callback(handle.remove)
         hooks.callback(model.get_submodule(stage).register_forward_hook(stop).remove)
+        device = next(model.parameters()).device
         for batch in batches:
             try:
-                model(input_ids=batch)
+                model(input_ids=batch.to(device))
             except _StageDone:
                 continue
     return hessians

@@ -1,0 +1,152 @@
+"""Train = deploy: qalora and affine at 4, 3 and 2 bits, each carried through to a GGUF file.
+
+For every run: are the logits of adapter model, merged model and reloaded merged model equal bit for
+bit (float32 compute)? Does every weight in the GGUF, read by gguf's own reader, equal the merged
+one? With llama-cpp-python: the perplexity on held-out lines, and 64 greedy tokens on 20 prompts.
+
+    python benchmarks/deploy.py [--steps 100]
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import shutil
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from _common import as_text, e2e_rows, shared, write_csv, write_jsonl
+
+import graft
+from graft.adapters.attach import frozen_layers
+from graft.model.gguf_layout import gguf_names, rotary_heads, rows_from_gguf
+
+HELD_OUT_LINES = 200
+PROMPTS = 20
+NEW_TOKENS = 64
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="babyllama-361-1m")
+    parser.add_argument("--steps", type=int, default=100)
+    arguments = parser.parse_args()
+    model = shared("models", arguments.model)
+    folder = Path(tempfile.mkdtemp())
+    data = write_jsonl(folder / "train.jsonl", as_text(e2e_rows("train")[:8000]))
+    held_out = as_text(e2e_rows("test", every=23))[:HELD_OUT_LINES]
+    evaluation = write_jsonl(folder / "test.jsonl", held_out)
+    results: list[dict[str, object]] = []
+    for method in ("qalora", "affine"):
+        for bits in (4, 3, 2):
+            run = folder / f"{method}-{bits}"
+            report = graft.finetune(
+                graft.TrainConfig(
+                    model=str(model),
+                    data=str(data),
+                    eval_data=str(evaluation),
+                    method=method,
+                    bits=bits,
+                    eos=False,
+                    max_length=256,
+                    dtype="float32",
+                    steps=arguments.steps,
+                    out=str(run),
+                )
+            )
+            row: dict[str, object] = {"method": method, "bits": bits}
+            row["perplexity"] = round(report.perplexity, 5)
+            row |= _checks(run, [line["text"] for line in held_out])
+            results.append(row)
+            print(row, flush=True)
+    print(f"wrote {write_csv('deploy', results)}")
+    shutil.rmtree(folder)
+
+
+def _checks(run: Path, lines: list[str]) -> dict[str, object]:
+    merged_folder, file = run / "merged", run / "model.gguf"
+    trained, tokenizer = graft.load(run)
+    graft.merge(run, merged_folder)
+    merged, _ = graft.load(merged_folder)
+    graft.export_model(run, "gguf", file)
+    exported, _ = graft.load(file, tokenizer=str(merged_folder))
+    ids = [tokenizer(line)["input_ids"][:256] for line in lines]
+    with torch.no_grad():
+        probe = torch.tensor([row[:100] for row in ids if len(row) >= 100][:8])
+        logits = [m(input_ids=probe).logits for m in (trained, merged, exported)]
+    row: dict[str, object] = {
+        "merged_logits_equal": torch.equal(logits[0], logits[1]),
+        "gguf_reader_logits_equal": torch.equal(logits[0], logits[2]),
+        "gguf_weights_equal": _weights_equal(merged, file),
+    }
+    if find_spec("llama_cpp") is None:
+        return row
+    return row | _against_llama_cpp(merged, file, ids)
+
+
+def _weights_equal(merged: Any, file: Path) -> bool:
+    """Compare every quantised weight of the file, through gguf's own dequantiser."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    names = gguf_names(merged.config.num_hidden_layers)
+    equal = True
+    for name, layer in frozen_layers(merged):
+        tensor = tensors[names(name + ".weight")]
+        weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        heads = rotary_heads(name + ".weight", merged.config)
+        if heads is not None:
+            weight = weight[rows_from_gguf(weight.shape[0], heads)]
+        equal &= torch.equal(weight, layer.dense_weight())
+    return equal
+
+
+def _against_llama_cpp(merged: Any, file: Path, ids: list[list[int]]) -> dict[str, object]:
+    import llama_cpp
+
+    peer = llama_cpp.Llama(str(file), n_ctx=256, logits_all=True, verbose=False, n_threads=2)
+    ours = theirs = 0.0
+    count = 0
+    for row in ids:
+        targets = torch.tensor(row[1:])
+        with torch.no_grad():
+            own = merged(input_ids=torch.tensor([row])).logits[0, :-1].double()
+        peer.reset()
+        peer.eval(row)
+        other = torch.from_numpy(np.array(peer.scores[: len(row) - 1])).double()
+        ours += torch.nn.functional.cross_entropy(own, targets, reduction="sum").item()
+        theirs += torch.nn.functional.cross_entropy(other, targets, reduction="sum").item()
+        count += len(targets)
+    same = sum(_greedy_ours(merged, row[:32]) == _greedy(peer, row[:32]) for row in ids[:PROMPTS])
+    return {
+        "perplexity_ours": round(math.exp(ours / count), 5),
+        "perplexity_llama_cpp": round(math.exp(theirs / count), 5),
+        "difference_percent": round(100 * (math.exp((theirs - ours) / count) - 1), 4),
+        "greedy_equal": f"{same}/{PROMPTS}",
+    }
+
+
+def _greedy_ours(model: Any, prompt: list[int]) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(NEW_TOKENS):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([tokens])).logits[0, -1]
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+def _greedy(peer: Any, prompt: list[int]) -> list[int]:
+    peer.reset()
+    peer.eval(prompt)
+    tokens: list[int] = []
+    for _ in range(NEW_TOKENS):
+        tokens.append(int(np.argmax(peer.scores[peer.n_tokens - 1])))
+        peer.eval([tokens[-1]])
+    return tokens
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graft.kernels import ops, registry
+from graft.kernels.registry import Backend, backends, implementation, register_backend
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_backends", [])
+
+
+def add(name: str, priority: int, result: str, **options) -> Backend:
+    backend = register_backend(Backend(name=name, priority=priority, **options))
+    backend.implements("op")(lambda: result)
+    return backend
+
+
+@pytest.mark.usefixtures("empty")
+def test_the_highest_priority_is_asked_first_whatever_the_order() -> None:
+    add("low", 1, "from low")
+    add("high", 5, "from high")
+    add("middle", 3, "from middle")
+    assert [backend.name for backend in backends()] == ["high", "middle", "low"]
+    assert implementation("op", CPU)() == "from high"
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_backend_is_passed_over_for_device_operation_or_availability() -> None:
+    add("cuda", 9, "from cuda", device_types=frozenset({"cuda"}))
+    add("broken", 8, "from broken", why_unavailable=lambda: "no compiler")
+    register_backend(Backend(name="other", priority=7)).implements("another")(lambda: None)
+    add("plain", 0, "from plain", device_types=frozenset({"cpu"}))
+    assert implementation("op", CPU)() == "from plain"
+    assert implementation("op", torch.device("cuda"))() == "from cuda"
+    with pytest.raises(LookupError) as caught:
+        implementation("op", torch.device("meta"))
+    message = str(caught.value)
+    assert "no backend computes op on meta" in message
+    assert "cuda does not compute on meta" in message
+    assert "broken is unavailable: no compiler" in message
+    assert "other does not implement it" in message
+
+
+@pytest.mark.usefixtures("empty")
+def test_a_name_is_registered_once() -> None:
+    add("one", 1, "")
+    with pytest.raises(ValueError, match="'one' is registered twice"):
+        add("one", 2, "")
+
+
+def test_the_reference_backend_implements_every_operation() -> None:
+    (reference,) = (backend for backend in backends() if backend.name == "reference")
+    declared = {
+        name for name, value in vars(ops).items() if isinstance(value, torch.library.CustomOpDef)
+    }
+    assert declared == set(reference.operations)
+    assert reference.device_types is None
+    assert reference.why_unavailable() is None
