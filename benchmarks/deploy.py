@@ -95,9 +95,9 @@ def _weights_equal(merged: Any, file: Path) -> bool:
     names = gguf_names(merged.config.num_hidden_layers)
     equal = True
     for name, layer in frozen_layers(merged):
-        tensor = tensors[names(name + ".weight")]
+        tensor = tensors[f"{names(name)}.weight"]
         weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-        heads = rotary_heads(name + ".weight", merged.config)
+        heads = rotary_heads(name, merged.config)
         if heads is not None:
             weight = weight[rows_from_gguf(weight.shape[0], heads)]
         equal &= torch.equal(weight, layer.dense_weight())

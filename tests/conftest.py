@@ -1,7 +1,8 @@
-"""What every test may rely on: fixed seeds, two threads, no network, the shared inputs."""
+"""What every test may rely on: fixed seeds, one thread, no network, the shared inputs."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,6 +11,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so 
 import hypothesis
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -40,3 +43,59 @@ def shared_models() -> Path:
 def shared_data() -> Path:
     """The folder of data sets beside the checkout."""
     return _shared("data")
+
+
+WORDS = "red green blue lamp chair table oak steel light heavy small large the is a of and".split()
+
+
+def sentence(number: int) -> str:
+    picked = [WORDS[(number * step + step) % len(WORDS)] for step in range(1, 9)]
+    return " ".join(picked)
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 60,000 random weights with a byte-level tokenizer, as a Hugging Face folder."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([sentence(number) for number in range(50)], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", bos_token="<|end|>"
+    )
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        bos_token_id=0,
+        eos_token_id=0,
+        tie_word_embeddings=True,
+        initializer_range=0.1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 prompt/completion rows."""
+    path = tmp_path_factory.mktemp("data") / "rows.jsonl"
+    lines = [
+        json.dumps({"prompt": sentence(number), "completion": sentence(number + 1)})
+        for number in range(40)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path

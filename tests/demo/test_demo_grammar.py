@@ -117,7 +117,7 @@ def test_pretraining_text_has_no_held_out_brand_and_not_the_tasks_format() -> No
     for row in pretraining_rows(5, 300):
         assert not unseen & set(re.findall(r"[A-Z][a-z]+", row["text"]))
         assert "category: " not in row["text"]
-        assert 300 < len(row["text"]) <= 900
+        assert 60 < len(row["text"]) <= 600
 
 
 def test_every_form_of_pretraining_text_repeats_what_it_named() -> None:

@@ -261,7 +261,7 @@ class _Loader:
         else:
             key = self._key(f"{layer}.weight")
             assert key is not None
-            weight = self.files.read(key).to(self.device)
+            weight = self.files.read_once(key).to(self.device)
             packed = weight_format.pack(weight.T.contiguous() if transposed else weight)
         packed = {name: tensor.to(self.device) for name, tensor in packed.items()}
         bias_key = self._key(f"{layer}.bias")
@@ -284,7 +284,18 @@ class _Loader:
         """Compute the buffers that no file holds (rotary frequencies), as transformers does."""
         for module in self.model.modules():
             missing = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
+            if not missing:
+                continue
+            # transformers draws every tensor of a module anew. Those that are loaded already
+            # (Gemma's scaled embedding has both kinds) wait aside meanwhile.
+            aside: list[tuple[dict[str, Any], str, Any]] = []
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is not None and name not in missing:
+                        aside.append((tensors, name, tensor))
+                        tensors[name] = torch.empty_like(tensor, device="meta")
             for name, buffer in missing.items():
                 setattr(module, name, torch.empty_like(buffer, device=self.device))
-            if missing:
-                self.model._init_weights(module)
+            self.model._init_weights(module)
+            for tensors, name, tensor in aside:
+                tensors[name] = tensor

@@ -92,8 +92,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file to a temporary name, then rename."""
     temporary = path.with_name(path.name + ".part")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {"format": "pt", "graft_format_version": str(FORMAT_VERSION)}
-    save_file(plain, temporary, metadata=metadata)
+    # One entry only: the order of several is random, and equal weights should give equal files.
+    save_file(plain, temporary, metadata={"format": "pt"})
     os.replace(temporary, path)
 
 

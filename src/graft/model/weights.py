@@ -67,6 +67,15 @@ class WeightFiles:
         tensor: torch.Tensor = self._handle(self._file_of[name]).get_tensor(name)
         return tensor
 
+    def read_once(self, name: str) -> torch.Tensor:
+        """Return a tensor whose pages leave memory with it.
+
+        A mapping that stays open keeps what was read of it resident; this one is the tensor's own.
+        """
+        with self._map(self._file_of[name]) as handle:
+            tensor: torch.Tensor = handle.get_tensor(name)
+            return tensor
+
     def source_dtype(self) -> torch.dtype:
         """Return the dtype that most of the floating tensors have."""
         counts: dict[torch.dtype, int] = {}
@@ -78,14 +87,17 @@ class WeightFiles:
 
     def _handle(self, file: str) -> safe_open:
         if file not in self._open:
-            try:
-                self._open[file] = safe_open(self.folder / file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise GraftError(
-                    f"{self.folder / file} is no readable safetensors file: {error}; "
-                    "it may be truncated: copy or download it again"
-                ) from error
+            self._open[file] = self._map(file)
         return self._open[file]
+
+    def _map(self, file: str) -> safe_open:
+        try:
+            return safe_open(self.folder / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise GraftError(
+                f"{self.folder / file} is no readable safetensors file: {error}; "
+                "it may be truncated: copy or download it again"
+            ) from error
 
 
 _DTYPES = {

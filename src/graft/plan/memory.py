@@ -1,0 +1,213 @@
+"""The memory that a run will need, from config.json alone."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from graft.adapters.config import AdapterConfig
+from graft.errors import raise_problems
+from graft.formats.base import WeightFormat
+from graft.plan.activations import Activations, plan_activations
+from graft.plan.skeleton import PlannedModel, WeightCounts, count_weights, plan_model
+
+PROCESS_BYTES = 380 * 2**20
+"""What Python holds before there is a model: 373 MiB were resident on Linux (x86-64, torch 2.13 for
+the CPU, transformers 5.23) with every import of a run done and one step on a 1 MB model taken."""
+
+LOGIT_BYTES = 12
+"""Per logit at the loss: three float32 matrices at once, forward (logits, those asked for, log
+softmax) as well as backward (log softmax and two gradients); in bfloat16 2 + 2 + 4 + 4 bytes."""
+
+MERGE_BYTES = 36
+"""Per weight of the layer that is being merged: four float64 matrices (trained, base, difference
+and its square) and the merged one in float32."""
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """One use of memory."""
+
+    name: str
+    bytes: int
+    note: str
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where the memory of a run goes, and its peaks, in bytes."""
+
+    rows: tuple[MemoryRow, ...]
+    training_bytes: int
+    """Peak of training."""
+    evaluation_bytes: int
+    """Peak of an evaluation between training steps."""
+    saving_bytes: int
+    """Peak of merging the adapter and saving the model, which is a process of its own."""
+    weight_file_bytes: int
+    """Tensors in the file that `save_model` writes of the base: its size without the header."""
+    bits_per_weight: float | None
+    """Of the quantised layers, constants included; None when there are none."""
+    trainable_parameters: int
+    total_parameters: int
+    """Of the model (tied weights once) and the adapter; a quantised weight counts as one."""
+    device: str
+    dtype: str
+    """The dtype that the model computes in."""
+
+    @property
+    def peak_bytes(self) -> int:
+        """The peak of a training run, its evaluations included."""
+        return max(self.training_bytes, self.evaluation_bytes)
+
+    def table(self) -> list[tuple[str, str, str]]:
+        """Return (what, size, note) per row, the peaks last, for a reader's eyes."""
+        peaks = (
+            MemoryRow("peak of training", self.training_bytes, "logits and workspace take turns"),
+            MemoryRow("peak of evaluation", self.evaluation_bytes, "the optimizer's states stay"),
+            MemoryRow("peak of merging and saving", self.saving_bytes, "one layer at a time"),
+            MemoryRow("weights on disk", self.weight_file_bytes, "tensors of the base's file"),
+        )
+        return [(row.name, format_bytes(row.bytes), row.note) for row in (*self.rows, *peaks)]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return every figure by name, as plain JSON values."""
+        return {**asdict(self), "peak_bytes": self.peak_bytes}
+
+
+def format_bytes(count: int) -> str:
+    """Return a size for a reader's eyes, such as '3.7 GiB'."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 1 << power:
+            return f"{count / (1 << power):,.1f} {unit}"
+    return f"{count} B"
+
+
+def plan_memory(
+    model: str,
+    *,
+    weight_format: WeightFormat | None,
+    adapter: AdapterConfig,
+    dtype: str,
+    device: str,
+    batch_size: int,
+    sequence_length: int,
+    gradient_checkpointing: bool,
+    trust_remote_code: bool = False,
+) -> MemoryPlan:
+    """Return the memory plan of a training run on a model folder or hub id; reads no weights.
+
+    The modules that training uses are built on the meta device, and their tensors counted: with
+    weight_format None the targets stay as they are (dense, or as the folder has them quantised).
+    Method 'full' trains them, with gradients and AdamW's two states in their own dtype, which for
+    dtype 'auto' is float32. sequence_length is the longest row's, in tokens. On a GPU the plan
+    counts the GPU's memory alone.
+
+    Raises GraftError when the model, the targets and the method do not fit together.
+    """
+    given = {"batch size": batch_size, "sequence length": sequence_length}
+    problems = [f"{name} is {n}; expected at least 1" for name, n in given.items() if n < 1]
+    raise_problems(problems, "memory plan")
+    planned = plan_model(
+        model,
+        weight_format=weight_format,
+        adapter=adapter,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    activations = plan_activations(
+        planned.model,
+        adapter,
+        planned.dtype,
+        planned.device,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        gradient_checkpointing=gradient_checkpointing,
+    )
+    return _add_up(planned, adapter, activations, batch_size, sequence_length)
+
+
+def _add_up(
+    planned: PlannedModel,
+    adapter: AdapterConfig,
+    activations: Activations,
+    batch_size: int,
+    sequence_length: int,
+) -> MemoryPlan:
+    counts = count_weights(planned)
+    tokens = batch_size * sequence_length
+    process = 0 if planned.device.type == "cuda" else PROCESS_BYTES
+    logits = LOGIT_BYTES * tokens * _vocabulary(planned)
+    workspace = _workspace_bytes(planned, counts, tokens, activations.widest)
+    passing = max(logits, workspace)
+    optimizer = 2 * counts.trained_bytes
+    merging = _merging_bytes(planned, counts, adapter)
+    weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
+    dtype = str(planned.dtype).removeprefix("torch.")
+    shape = f"{batch_size} x {sequence_length} tokens"
+    rows = (
+        MemoryRow("process", process, "Python, PyTorch, Transformers"),
+        MemoryRow("frozen weights", counts.frozen_bytes, _frozen_note(counts, dtype)),
+        MemoryRow("other weights", counts.other_bytes, f"embeddings, norms, head in {dtype}"),
+        MemoryRow("trained weights", counts.trained_bytes, f"{counts.trained:,} parameters"),
+        MemoryRow("gradients", counts.trained_bytes, "one per trained parameter"),
+        MemoryRow("optimizer", optimizer, "AdamW: two states per trained parameter"),
+        MemoryRow("activations", activations.kept_bytes, f"for the backward pass, {shape}"),
+        MemoryRow("logits", logits, f"and the loss on them, {shape}"),
+        MemoryRow("layer workspace", workspace, "of the largest layer; when the logits are gone"),
+        MemoryRow("evaluation", passing, "logits or workspace; no gradients, no activations"),
+        MemoryRow("merging", merging, "float64 copies of one layer; the merged weights"),
+    )
+    return MemoryPlan(
+        rows=rows,
+        training_bytes=process
+        + weights
+        + counts.trained_bytes
+        + optimizer
+        + activations.kept_bytes
+        + passing,
+        evaluation_bytes=process + weights + optimizer + passing,
+        saving_bytes=process + weights + merging,
+        weight_file_bytes=planned.file_bytes,
+        bits_per_weight=counts.bits_per_weight,
+        trainable_parameters=counts.trained,
+        total_parameters=counts.total,
+        device=planned.device.type,
+        dtype=dtype,
+    )
+
+
+def _vocabulary(planned: PlannedModel) -> int:
+    """Return the number of logits per token."""
+    head = planned.model.get_output_embeddings() or planned.model.get_input_embeddings()
+    return head.get_parameter("weight").shape[0]
+
+
+def _workspace_bytes(planned: PlannedModel, counts: WeightCounts, tokens: int, widest: int) -> int:
+    """Return what the layer at work needs: its weight in float32 and in the compute dtype, if it
+    is quantised, and four of its widest features (an MLP's, or their gradients).
+    """
+    dequantised = counts.largest_quantised * (4 + planned.dtype.itemsize)
+    return dequantised + 4 * tokens * widest * planned.dtype.itemsize
+
+
+def _merging_bytes(planned: PlannedModel, counts: WeightCounts, adapter: AdapterConfig) -> int:
+    """Return what merging and saving adds to the weights.
+
+    lora and qlora turn into dense weights in the source's dtype, which take the frozen ones' place
+    layer by layer; qalora and affine keep their size.
+    """
+    if adapter.method == "full":
+        return 0
+    grown = 0
+    if adapter.method in ("lora", "qlora"):
+        dense = counts.frozen_weights * planned.source_dtype.itemsize
+        grown = max(0, dense - counts.frozen_bytes)
+    return grown + MERGE_BYTES * counts.largest_layer
+
+
+def _frozen_note(counts: WeightCounts, dtype: str) -> str:
+    if counts.bits_per_weight is not None:
+        return f"{counts.quantised_layers} layers, {counts.bits_per_weight:.3f} bits per weight"
+    return f"adapted layers in {dtype}" if counts.frozen_weights else "none"

@@ -1,0 +1,212 @@
+"""The modules that a run trains, on the meta device: every shape and dtype, no data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from graft.adapters.attach import adapted_layers, attach_adapter, frozen_layers, replace_module
+from graft.adapters.config import AdapterConfig
+from graft.errors import GraftError
+from graft.formats.base import WeightFormat
+from graft.formats.dense import DenseFormat
+from graft.formats.registry import parse_format
+from graft.model.devices import resolve_device, resolve_dtype
+from graft.model.load import QUANTISATION_FILE, build_skeleton, find_folder, read_config
+from graft.model.save import named_tensors
+from graft.model.targets import frozen_linear, linear_shape, select_targets
+from graft.model.weights import read_json
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A model as it will train, on the meta device."""
+
+    model: PreTrainedModel
+    """With quantised layers and adapter; only what trains requires a gradient."""
+    dtype: torch.dtype
+    """The dtype that it computes in."""
+    source_dtype: torch.dtype
+    device: torch.device
+    """Where it will train."""
+    file_bytes: int
+    """Tensors in the file that `save_model` writes of the base, without the header."""
+
+
+def plan_model(
+    model: str,
+    *,
+    weight_format: WeightFormat | None,
+    adapter: AdapterConfig,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool = False,
+) -> PlannedModel:
+    """Build what a run trains from config.json; see `plan_memory` for the arguments.
+
+    Raises GraftError when model, targets, format and method do not fit together.
+    """
+    folder = config_folder(model)
+    stored = _stored_formats(folder)
+    if stored and weight_format is not None:
+        raise GraftError(f"{folder} is quantised already; load it as it is or start from its base")
+    if adapter.method == "full" and (stored or weight_format is not None):
+        raise GraftError(
+            "method full trains every weight, and quantised weights are frozen codes that no "
+            "optimizer can move; train with qlora, qalora or affine, or start from dense weights"
+        )
+    config = read_config(folder, trust_remote_code)
+    source_dtype = _source_dtype(config)
+    place = _device(device)
+    compute = _compute_dtype(dtype, source_dtype, place, adapter)
+    skeleton = build_skeleton(config, trust_remote_code).requires_grad_(False)
+    targets = select_targets(skeleton, adapter.targets)
+    formats = dict(stored)
+    if weight_format is not None:
+        formats |= dict.fromkeys(targets, weight_format)
+    _freeze(skeleton, formats)
+    file_bytes = _file_bytes(skeleton, compute, source_dtype)
+    if adapter.method == "full":
+        inside = tuple(f"{name}." for name in targets)
+        for name, parameter in skeleton.named_parameters():
+            parameter.requires_grad_(not adapter.targets or name.startswith(inside))
+    else:
+        dense = DenseFormat(str(compute).removeprefix("torch."))
+        _freeze(skeleton, {name: dense for name in targets if name not in formats})
+        attach_adapter(skeleton, targets, adapter)
+    return PlannedModel(skeleton, compute, source_dtype, place, file_bytes)
+
+
+def config_folder(model: str) -> Path:
+    """Return a folder with the model's config.json; from the hub that one file is fetched.
+
+    Raises GraftError when there is neither such a folder nor such a hub id.
+    """
+    if Path(model).is_dir() or model.count("/") != 1 or model.startswith((".", "/", "~")):
+        return find_folder(model)
+    try:
+        return Path(hf_hub_download(model, "config.json")).parent
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise GraftError(
+            f"there is no folder {model!r}, and the hub has it not or cannot be reached: {error}"
+        ) from error
+
+
+def _stored_formats(folder: Path) -> dict[str, WeightFormat]:
+    """Return the formats of the layers of a folder that graft quantised; empty for any other."""
+    if not (folder / QUANTISATION_FILE).is_file():
+        return {}
+    layers = read_json(folder / QUANTISATION_FILE).get("layers", {})
+    return {name: parse_format(layer) for name, layer in layers.items()}
+
+
+def _source_dtype(config: PreTrainedConfig) -> torch.dtype:
+    """Return the dtype that config.json gives the weights; float32 when it gives none."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def _device(name: str) -> torch.device:
+    """Return the device; one that is named may be another machine's, so it need not be here."""
+    return resolve_device(name) if name == "auto" else torch.device(name)
+
+
+def _compute_dtype(
+    name: str, source: torch.dtype, device: torch.device, adapter: AdapterConfig
+) -> torch.dtype:
+    if name == "auto" and adapter.method == "full":
+        return torch.float32
+    if device.type == "cuda" and not torch.cuda.is_available() and name == "auto":
+        # Another machine's GPU: those of the last years all compute in bfloat16.
+        return torch.bfloat16 if source.itemsize == 2 else torch.float32
+    return resolve_dtype(name, source, device)
+
+
+def _freeze(model: PreTrainedModel, formats: dict[str, WeightFormat]) -> None:
+    """Put frozen layers with empty packed tensors in the place of the named linear layers."""
+    for name, weight_format in formats.items():
+        module = model.get_submodule(name)
+        in_features, out_features, _ = linear_shape(module)
+        specs = weight_format.storage(out_features, in_features)
+        packed = {key: spec.empty("meta") for key, spec in specs.items()}
+        bias = module.bias if isinstance(module.bias, torch.Tensor) else None
+        replace_module(model, name, frozen_linear(module, weight_format, packed, bias))
+
+
+def _file_bytes(model: PreTrainedModel, compute: torch.dtype, source: torch.dtype) -> int:
+    """Return the bytes of the tensors that `save_model` writes.
+
+    A quantised folder keeps the packed tensors as they are and the others in the narrower of
+    compute and source dtype; a plain one holds everything in the compute dtype.
+    """
+    layers = dict(frozen_layers(model))
+    packed = {f"{name}.{key}" for name, layer in layers.items() for key in layer.packed}
+    itemsize = min(compute.itemsize, source.itemsize) if layers else compute.itemsize
+    return sum(
+        tensor.numel()
+        * (itemsize if tensor.is_floating_point() and name not in packed else tensor.itemsize)
+        for name, tensor in named_tensors(model)
+    )
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """How many weights there are, and their bytes as they train."""
+
+    frozen_bytes: int
+    """Packed tensors of the frozen linear layers, without biases."""
+    frozen_weights: int
+    quantised_layers: int
+    bits_per_weight: float | None
+    """Of the quantised layers, constants included; None when there are none."""
+    other_bytes: int
+    """All else that does not train: embeddings, norms, head, biases, buffers."""
+    trained_bytes: int
+    trained: int
+    total: int
+    """Parameters of the model (tied ones once, a quantised weight as one) and of the adapter."""
+    largest_layer: int
+    """Weights of the largest frozen layer."""
+    largest_quantised: int
+
+
+def count_weights(planned: PlannedModel) -> WeightCounts:
+    """Count the planned model's tensors, each once: a float32 adapter, all else as it computes."""
+    model = planned.model
+    layers = [layer for _, layer in frozen_layers(model)]
+    quantised = [layer for layer in layers if not isinstance(layer.weight_format, DenseFormat)]
+    sizes = {id(layer): layer.in_features * layer.out_features for layer in layers}
+    packed = {id(tensor) for layer in layers for tensor in layer.packed.values()}
+    adapted = [layer for _, layer in adapted_layers(model)]
+    adapters = {id(p) for layer in adapted for p in layer.adapters.parameters()}
+    other = sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
+    trained_bytes = trained = 0
+    total = sum(sizes.values())
+    for parameter in model.parameters():
+        if id(parameter) in packed:
+            continue
+        own = id(parameter) in adapters or not parameter.is_floating_point()
+        itemsize = parameter.itemsize if own else planned.dtype.itemsize
+        total += parameter.numel()
+        if parameter.requires_grad:
+            trained += parameter.numel()
+            trained_bytes += parameter.numel() * itemsize
+        else:
+            other += parameter.numel() * itemsize
+    bits = sum(8 * layer.storage_bytes for layer in quantised)
+    return WeightCounts(
+        frozen_bytes=sum(layer.storage_bytes for layer in layers),
+        frozen_weights=sum(sizes.values()),
+        quantised_layers=len(quantised),
+        bits_per_weight=bits / sum(sizes[id(q)] for q in quantised) if quantised else None,
+        other_bytes=other,
+        trained_bytes=trained_bytes,
+        trained=trained,
+        total=total,
+        largest_layer=max(sizes.values(), default=0),
+        largest_quantised=max((sizes[id(layer)] for layer in quantised), default=0),
+    )

@@ -1,0 +1,241 @@
+"""The main job, end to end, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import graft
+from graft.adapters.attach import frozen_layers
+from graft.model.gguf_layout import gguf_names, rotary_heads, rows_from_gguf
+from graft.train.loop import read_metrics
+
+
+def settings(base: Path, rows: Path, out: Path, **changes: object) -> graft.TrainConfig:
+    values = {"steps": 4, "batch_size": 4, "max_length": 48, "learning_rate": 1e-2} | changes
+    return graft.TrainConfig(model=str(base), data=str(rows), out=str(out), **values)
+
+
+def probe(model: torch.nn.Module) -> torch.Tensor:
+    ids = torch.arange(60).reshape(2, 30) + 5
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def adapter_tensors(run: Path) -> bytes:
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("method", ["qalora", "affine"])
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_what_is_trained_is_what_is_deployed(tiny_base, rows, tmp_path, method, bits):
+    run, merged, file = tmp_path / "run", tmp_path / "merged", tmp_path / "model.gguf"
+    graft.finetune(settings(tiny_base, rows, run, method=method, bits=bits))
+    trained, _ = graft.load(run)
+    report = graft.merge(run, merged)
+    assert report.exact
+    assert report.max_logit_difference == 0.0
+    model, _ = graft.load(merged)
+    assert torch.equal(probe(trained), probe(model))
+    base, _ = graft.load(run / "base")
+    assert not torch.equal(probe(trained), probe(base)), "training changed nothing"
+
+    graft.export_model(run, "gguf", file)
+    exported, _ = graft.load(file, tokenizer=str(merged))
+    assert torch.equal(probe(trained), probe(exported))
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    names = gguf_names(2)
+    for name, layer in frozen_layers(model):
+        tensor = tensors[f"{names(name)}.weight"]
+        assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1
+        weight = torch.from_numpy(gguf.quants.dequantize(tensor.data, tensor.tensor_type))
+        heads = rotary_heads(name, model.config)
+        if heads is not None:
+            weight = weight[rows_from_gguf(weight.shape[0], heads)]
+        assert torch.equal(weight, layer.dense_weight()), name
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_a_lora_run_merges_to_a_plain_folder_and_exports(tiny_base, rows, tmp_path, method):
+    run, merged = tmp_path / "run", tmp_path / "merged"
+    graft.finetune(settings(tiny_base, rows, run, method=method, dropout=0.1))
+    trained, _ = graft.load(run)
+    report = graft.merge(run, merged)
+    plain = AutoModelForCausalLM.from_pretrained(merged)
+    difference = (probe(plain) - probe(trained)).abs().max()
+    assert difference <= 1e-5 * probe(trained).abs().max()
+    assert report.worst_relative_error < 1e-3
+    written = json.loads((merged / "merge-report.json").read_text())
+    assert written["layers"] == 14
+
+    dense = graft.export_model(run, "gguf", tmp_path / "dense.gguf")
+    rounded = graft.export_model(run, "gguf", tmp_path / "q4.gguf", requantize=True)
+    assert rounded.bytes < dense.bytes
+    assert rounded.merge is not None
+    assert rounded.merge.worst_relative_error > 0.05, "rounding a merged update costs something"
+
+
+def test_into_original_says_what_quantisation_had_cost(tiny_base, rows, tmp_path):
+    run = tmp_path / "run"
+    graft.finetune(settings(tiny_base, rows, run, method="qlora"))
+    report = graft.merge(run, tmp_path / "original", into="original")
+    assert not report.exact
+    assert report.worst_relative_error > 0.1
+    original = AutoModelForCausalLM.from_pretrained(tiny_base)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
+    trained, _ = graft.load(run)
+    name = "model.layers.0.self_attn.q_proj"
+    update = trained.get_submodule(name).adapter("default").delta(None)
+    expected = original.get_submodule(name).weight.double() + update
+    torch.testing.assert_close(
+        merged.get_submodule(name).weight.double(), expected, rtol=0, atol=1e-7
+    )
+
+
+def test_full_training_and_subset_training(tiny_base, rows, tmp_path):
+    before = AutoModelForCausalLM.from_pretrained(tiny_base).state_dict()
+    graft.finetune(settings(tiny_base, rows, tmp_path / "full", method="full"))
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "model").state_dict()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    some = settings(tiny_base, rows, tmp_path / "some", method="full", targets=("v_proj",))
+    graft.finetune(some)
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "some" / "model").state_dict()
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {f"model.layers.{i}.self_attn.v_proj.weight" for i in range(2)}
+
+
+@pytest.mark.parametrize("method", ["lora", "qalora"])
+def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(tiny_base, rows, tmp_path, method):
+    dropout = 0.1 if method == "lora" else 0.0
+    common = {"method": method, "steps": 8, "save_every": 3, "grad_accum": 2, "dropout": dropout}
+    whole = settings(tiny_base, rows, tmp_path / "whole", **common)
+    graft.finetune(whole)
+
+    class StoppedError(Exception):
+        pass
+
+    from graft.api.events import Events
+
+    class StopAtStep5(Events):
+        def metrics(self, metrics):
+            if metrics["step"] == 5 and "loss" in metrics:
+                raise StoppedError
+
+    broken = settings(tiny_base, rows, tmp_path / "broken", **common)
+    with pytest.raises(StoppedError):
+        graft.finetune(broken, StopAtStep5())
+    assert not (tmp_path / "broken" / "adapter").exists()
+    again = settings(tiny_base, rows, tmp_path / "broken", **common, resume=True)
+    graft.finetune(again)
+    assert adapter_tensors(tmp_path / "whole") == adapter_tensors(tmp_path / "broken")
+    losses = [
+        [
+            entry["loss"]
+            for entry in read_metrics(tmp_path / run / "metrics.jsonl")
+            if "loss" in entry
+        ]
+        for run in ("whole", "broken")
+    ]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 8
+
+
+def test_accumulation_normalises_by_the_targets_of_the_whole_step(tiny_base, rows, tmp_path):
+    common = {"method": "lora", "steps": 3}
+    graft.finetune(settings(tiny_base, rows, tmp_path / "one", batch_size=8, **common))
+    graft.finetune(
+        settings(tiny_base, rows, tmp_path / "two", batch_size=2, grad_accum=4, **common)
+    )
+    one, two = (
+        [entry for entry in read_metrics(tmp_path / run / "metrics.jsonl") if "loss" in entry]
+        for run in ("one", "two")
+    )
+    for a, b in zip(one, two, strict=True):
+        assert a["target_tokens"] == b["target_tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+
+
+def test_checkpointing_changes_no_gradient(tiny_base, rows, tmp_path):
+    for name, checkpointing in (("kept", False), ("recomputed", True)):
+        config = settings(
+            tiny_base,
+            rows,
+            tmp_path / name,
+            method="qalora",
+            gradient_checkpointing=checkpointing,
+        )
+        graft.finetune(config)
+    assert adapter_tensors(tmp_path / "kept") == adapter_tensors(tmp_path / "recomputed")
+
+
+def test_reports_and_metrics(tiny_base, rows, tmp_path):
+    run = tmp_path / "run"
+    report = graft.finetune(settings(tiny_base, rows, run, method="qalora", eval_every=2))
+    stored = json.loads((run / "report.json").read_text())
+    for key in (
+        "loss",
+        "eval_loss",
+        "perplexity",
+        "seconds",
+        "tokens_per_second",
+        "peak_memory_bytes",
+        "planned_memory_bytes",
+        "trainable_parameters",
+        "total_parameters",
+        "bits_per_weight",
+        "versions",
+    ):
+        assert stored[key], key
+    assert stored["eval_loss"] == report.eval_loss < stored["eval_loss_before"]
+    assert stored["bits_per_weight"] == pytest.approx(5.0, abs=0.01)
+    metrics = read_metrics(run / "metrics.jsonl")
+    steps = [entry for entry in metrics if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4]
+    assert set(steps[0]) == {
+        "step",
+        "loss",
+        "learning_rate",
+        "grad_norm",
+        "target_tokens",
+        "step_seconds",
+        "tokens_per_second",
+        "memory_bytes",
+    }
+    assert [entry["step"] for entry in metrics if "eval_loss" in entry] == [0, 2, 4]
+    assert (run / "plots" / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert "held-out perplexity" in (run / "report.md").read_text()
+    evaluated = graft.evaluate_model(run, str(rows))
+    assert evaluated["rows"] == 40
+    assert evaluated["perplexity"] > 1
+
+
+def test_generation_dresses_the_prompt_as_training_did(tiny_base, rows, tmp_path):
+    run = tmp_path / "run"
+    graft.finetune(settings(tiny_base, rows, run, method="lora", separator=" => "))
+    model, tokenizer = graft.load(run)
+    texts: list[str] = []
+    answer = graft.generate(run, "red lamp", max_new_tokens=5, on_text=texts.append)
+    ids = tokenizer("red lamp => ", return_tensors="pt").input_ids
+    expected = model.generate(input_ids=ids, max_new_tokens=5, do_sample=False, pad_token_id=0)
+    assert answer == tokenizer.decode(expected[0, ids.shape[1] :], skip_special_tokens=True)
+    assert "".join(texts) == answer
+
+
+def test_exports_of_a_run(tiny_base, rows, tmp_path):
+    run = tmp_path / "run"
+    config = settings(tiny_base, rows, run, method="qalora", export=("gguf", "hf", "peft"))
+    graft.finetune(config)
+    trained, _ = graft.load(run)
+    plain = AutoModelForCausalLM.from_pretrained(run / "export" / "hf")
+    difference = (probe(plain) - probe(trained)).abs().max()
+    assert difference <= 1e-5 * probe(trained).abs().max()
+    assert (run / "export" / "model.gguf").is_file()
+    adapter = json.loads((run / "export" / "peft" / "adapter_config.json").read_text())
+    assert adapter["peft_type"] == "LORA"
+    assert not adapter["use_qalora"]
