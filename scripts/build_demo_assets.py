@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import graft
 from graft.demo.corpus import pretraining_rows
@@ -25,6 +25,7 @@ from graft.demo.grammar import task_rows
 ASSETS = Path(__file__).resolve().parent.parent / "src" / "graft" / "demo" / "assets"
 TRAIN_ROWS, HELD_OUT_ROWS = 3000, 200
 VOCAB_SIZE, CONTEXT = 1536, 256
+ROW_LENGTH = 128  # tokens of a pre-training row: as long as a row of the task gets
 END, PAD = "<|endoftext|>", "<|pad|>"
 
 
@@ -84,11 +85,11 @@ def random_base(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausal
     return LlamaForCausalLM(config)
 
 
-def save_base(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def save_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Save model and tokenizer as a folder of bf16 safetensors and JSON, replacing the old one."""
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
-    model.to(torch.bfloat16).save_pretrained(temporary)
+    model.bfloat16().save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.replace(folder)
@@ -98,8 +99,8 @@ def main() -> None:
     """Read the flags and build everything."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--work", type=Path, required=True, help="folder for corpus and run")
-    parser.add_argument("--steps", type=int, default=2400)
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=1600)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -110,7 +111,7 @@ def main() -> None:
     tokenizer = build_tokenizer(row["text"] for row in pretraining_rows(args.seed + 4, 5000))
     tokenizer.save_pretrained(args.work / "start")
     random_base(tokenizer, args.seed).save_pretrained(args.work / "start")
-    graft.train(
+    graft.finetune(
         graft.TrainConfig(
             model=str(args.work / "start"),
             data=str(corpus),
@@ -118,7 +119,7 @@ def main() -> None:
             steps=args.steps,
             batch_size=args.batch_size,
             learning_rate=args.learning_rate,
-            max_length=CONTEXT,
+            max_length=ROW_LENGTH,
             seed=args.seed,
             out=str(args.work / "run"),
         )

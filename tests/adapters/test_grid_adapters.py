@@ -52,7 +52,7 @@ def test_qalora_forward_equals_a_float64_loop(
 ) -> None:
     base, adapter, layer = qalora_layer(frozen, randomise, bits, group_size, rslora)
     codes, scales, offsets = grid_of(base)
-    scaling = 5 / (math.sqrt(3) if rslora else 3) / math.sqrt(group_size)
+    scaling = 5 / (math.sqrt(3) if rslora else 3)
     A, B = adapter.A.double(), adapter.B.double()
     x = torch.randn(4, 44)
     expected = torch.zeros(4, 6, dtype=torch.float64)
@@ -152,3 +152,11 @@ def test_a_base_without_a_grid_is_told(weight_format, frozen) -> None:
     layer.add("default", QALoraAdapter(44, 6, 8, rank=2))
     with pytest.raises(GraftError, match="cannot absorb a qalora update; quantise the base"):
         layer(torch.randn(2, 44))
+
+
+@pytest.mark.parametrize("in_features", [64, 172, 512])
+def test_qalora_draws_a_as_lora_does(in_features: int) -> None:
+    bound = 1 / math.sqrt(in_features)
+    adapter = QALoraAdapter(in_features, 8, group_size=32, rank=64)
+    assert bound * 0.9 < adapter.A.abs().max() <= bound
+    assert not adapter.B.any()

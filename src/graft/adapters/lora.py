@@ -15,9 +15,10 @@ from graft.formats.linear import FrozenLinear
 class LoraAdapter(Adapter):
     """y = W x + s (B A x + b), s = alpha/rank (LoRA, arXiv 2106.09685, equation 3).
 
-    A: float32 [rank, in_features], random; B: float32 [out_features, rank], zero, so that training
-    starts from the base model. b: float32 [out_features], zero, only with `bias`. Dropout acts on
-    the input of the low-rank path while training. On an NF4 base this is QLoRA (2305.14314).
+    A: float32 [rank, in_features], uniform within 1/sqrt(in_features); B: float32
+    [out_features, rank], zero, so that training starts from the base model. b: float32
+    [out_features], zero, only with `bias`. Dropout acts on the input of the low-rank path while
+    training. On an NF4 base this is QLoRA (2305.14314).
     """
 
     method = "lora"
@@ -43,7 +44,8 @@ class LoraAdapter(Adapter):
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
         )
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        bound = 1 / math.sqrt(in_features)
+        nn.init.uniform_(self.A, -bound, bound)
 
     def added_output(self, x: Tensor) -> Tensor:
         """Return s (B A x + b) in x's dtype."""

@@ -13,7 +13,7 @@ from graft.formats.linear import FrozenLinear
 
 
 class QALoraAdapter(Adapter):
-    """y = W x + s B A groupsum(x), with s = (alpha/rank) / sqrt(group_size).
+    """y = W x + s B A groupsum(x), with s = alpha/rank.
 
     That is W x with every group's offset moved by s (B A)[out, group] (QA-LoRA, arXiv 2309.14717,
     section 3.3). A: float32 [rank, groups], random; B: float32 [out_features, rank], zero.
@@ -21,9 +21,10 @@ class QALoraAdapter(Adapter):
     The forward moves the offsets and rounds them as they are stored, with the gradient passed
     straight through, so that what is trained is what is deployed.
 
-    Why sqrt(group_size): the paper's pooled input sums group_size features, so its RMS is
-    sqrt(group_size) times that of one feature, and so is the step that one Adam update of B makes
-    in the output. Dividing by it lets LoRA's learning rate hold for QA-LoRA.
+    A is uniform within 1/sqrt(in_features), as LoRA's is, though it has only `groups` columns: the
+    group sum grows with sqrt(group_size), so A groupsum(x) starts as large as LoRA's A x, and a
+    step of Adam in an element of A or B moves the output as far as in LoRA. Drawn from the number
+    of groups instead, A would be sqrt(group_size) times larger, and LoRA's learning rate too high.
     """
 
     method = "qalora"
@@ -42,10 +43,11 @@ class QALoraAdapter(Adapter):
         groups = -(-in_features // group_size)
         self.rank = rank
         self.group_size = group_size
-        self.scaling = lora_scaling(rank, alpha, rslora) / math.sqrt(group_size)
+        self.scaling = lora_scaling(rank, alpha, rslora)
         self.A = nn.Parameter(torch.empty(rank, groups, device=device))
         self.B = nn.Parameter(torch.zeros(out_features, rank, device=device))
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        bound = 1 / math.sqrt(in_features)
+        nn.init.uniform_(self.A, -bound, bound)
 
     def grid_update(self, packed: Packed) -> GridUpdate:
         """Return offsets += s B A, accumulated in float64 so that its rounding is reproducible."""
