@@ -107,7 +107,15 @@ def _weights_equal(merged: Any, file: Path) -> bool:
 def _against_llama_cpp(merged: Any, file: Path, ids: list[list[int]]) -> dict[str, object]:
     import llama_cpp
 
-    peer = llama_cpp.Llama(str(file), n_ctx=256, logits_all=True, verbose=False, n_threads=2)
+    peer = llama_cpp.Llama(
+        str(file),
+        n_ctx=256,
+        logits_all=True,
+        verbose=False,
+        n_threads=2,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+    )
     ours = theirs = 0.0
     count = 0
     for row in ids:

@@ -1,7 +1,8 @@
 """llama.cpp runs what graft exports: same tokens, same logits, same continuations.
 
 llama.cpp rounds the activations of a Q4_1 product to 8 bits, so the logits of quantised models are
-close and not equal; unquantised models agree to float32 rounding.
+close and not equal; unquantised models agree to float32 rounding. Its cache of keys and values,
+float16 by default, is kept in float32 here: it has nothing to do with the file.
 """
 
 from __future__ import annotations
@@ -64,8 +65,10 @@ def running(path: Path, tokens: int = 256) -> Iterator[llama_cpp.Llama]:
         n_ctx=tokens,
         logits_all=True,
         flash_attn=False,
-        n_threads=2,
-        n_threads_batch=2,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        n_threads=1,
+        n_threads_batch=1,
         verbose=False,
     )
     try:
@@ -185,7 +188,7 @@ def test_same_weights_unquantised(exported, stories, tmp_path):
         ours = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
     with running(tmp_path / "t.gguf") as engine:
         theirs = their_logits(engine, ids).log_softmax(-1)
-    assert (ours.exp() * (ours - theirs)).sum(-1).mean() <= 1e-6
+    assert (ours.exp() * (ours - theirs)).sum(-1).mean() <= 1e-9
 
 
 TINY = {
@@ -250,8 +253,7 @@ def test_unquantised_logits(shape, tmp_path):
         ours = model(torch.tensor([ids])).logits[0].double()
     with running(tmp_path / "t.gguf", 128) as engine:
         theirs = their_logits(engine, ids)
-    # Their cache of keys and values is float16.
-    assert (ours - theirs).abs().max() <= 3e-3 * ours.abs().max()
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
 
 
 LLAMA3 = (

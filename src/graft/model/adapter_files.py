@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapters.affine import AffineAdapter
-from graft.adapters.attach import adapted_layer, adapted_layers, frozen_layers
+from graft.adapters.attach import adapted_layer, adapted_layers, adapter_names, frozen_layers
 from graft.adapters.base import Adapter
 from graft.adapters.lora import LoraAdapter
 from graft.adapters.qalora import QALoraAdapter
@@ -33,6 +33,18 @@ OWN_VERSION = 1
 _PREFIX = "base_model.model."
 _OWN_OF_PEFT = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias"}
 _PEFT_OF_OWN = {own: peft for peft, own in _OWN_OF_PEFT.items()}
+_UNREAD_OPTIONS = (
+    "use_dora",
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "target_parameters",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+)
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_adapter(
@@ -167,8 +179,12 @@ def load_adapter(
             made[layer_name] = _build(method, layers[layer_name], parts, layer_name, config, own)
         except GraftError as error:
             problems.append(f"{layer_name}: {error}")
+    missing = [layer_name for layer_name in own.get("scaling", {}) if layer_name not in by_layer]
+    problems += [f"the tensors of {layer_name} are missing" for layer_name in missing]
     if not by_layer and not problems:
         problems.append("it holds no tensors")
+    if name in adapter_names(model):
+        problems.append(f"the model already has an adapter named {name!r}; remove it first")
     raise_problems(problems[:20], f"adapter {folder}")
     for layer_name, adapter in made.items():
         adapter.requires_grad_(trainable).to(next(layers[layer_name].parameters()).device)
@@ -192,9 +208,15 @@ def _peft_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     if config and config.get("peft_type") != "LORA":
         problems.append(f"peft_type is {config.get('peft_type')!r}; only LORA is read")
-    for option in ("use_dora", "modules_to_save", "trainable_token_indices", "layer_replication"):
+    for option in _UNREAD_OPTIONS:
         if config.get(option):
             problems.append(f"{option} is set, which is not read")
+    initialisation = str(config.get("init_lora_weights"))
+    if initialisation.lower().startswith(_BASE_CHANGING):
+        problems.append(
+            f"init_lora_weights is {initialisation!r}, which changed the base it was trained on; "
+            "save it again with PEFT's path_initial_model_for_weight_conversion"
+        )
     if config.get("bias", "none") != "none":
         problems.append(f"bias is {config['bias']!r}; only 'none' (and lora_bias) is read")
     return problems

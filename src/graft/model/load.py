@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,11 +26,15 @@ from graft.errors import GraftError, raise_problems
 from graft.formats.base import WeightFormat
 from graft.formats.registry import parse_format
 from graft.model.devices import resolve_device, resolve_dtype
-from graft.model.targets import frozen_linear, linear_shape, select_targets
+from graft.model.targets import frozen_linear, linear_layers, linear_shape, select_targets
 from graft.model.weights import WeightFiles, read_json
 
 QUANTISATION_FILE = "graft.json"
 FORMAT_VERSION = 1
+CONFIG_MARKER = {"packed_by": "graft"}
+"""The quantization_config of a quantised folder. Readers without graft must refuse it rather than
+start from random weights: transformers ignores a quant_method that it does not know, with a
+warning, but raises when there is none."""
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
@@ -74,16 +80,25 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     """Return the model's configuration; raises GraftError when it is damaged or unknown."""
     raw = read_json(folder / "config.json")
     quantisation = raw.get("quantization_config")
-    if isinstance(quantisation, dict) and quantisation.get("quant_method") != "graft":
+    if quantisation is not None and quantisation != CONFIG_MARKER:
         raise GraftError(
-            f"{folder} is quantised by {quantisation.get('quant_method')!r}; graft starts from "
-            "unquantised weights or from a folder that it quantised itself"
+            f"{folder} is quantised by another tool ({json.dumps(quantisation):.100}); graft "
+            "starts from unquantised weights or from a folder that it quantised itself"
         )
+    if quantisation is not None and not (folder / QUANTISATION_FILE).is_file():
+        raise GraftError(f"{folder} is a quantised folder without its {QUANTISATION_FILE}")
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError) as error:
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        ArithmeticError,
+        OSError,
+        StrictDataclassError,
+    ) as error:
         raise GraftError(f"{folder}/config.json is not understood: {error}") from error
-    # Our marker must not reach transformers, which would look for a quantiser of that name.
+    # Our marker must not reach transformers, which refuses it.
     if quantisation is not None:
         del config.quantization_config
     return config
@@ -129,41 +144,62 @@ def load_model(
     folder = find_folder(model)
     config = read_config(folder, trust_remote_code)
     target_device = resolve_device(device)
-    skeleton = build_skeleton(config, trust_remote_code)
-    stored = _stored_formats(folder)
-    if stored and weight_format is not None:
-        raise GraftError(f"{folder} is quantised already; load it as it is or start from its base")
+    generation_config = _read_generation_config(folder)
+    tokenizer = read_tokenizer(folder, trust_remote_code)
     with WeightFiles(folder) as files:
         source_dtype = _source_dtype(folder, files)
         compute_dtype = resolve_dtype(dtype, source_dtype, target_device)
-        formats: dict[str, WeightFormat] = stored
+        config.dtype = compute_dtype  # of the buffers that are computed, not read
+        skeleton = build_skeleton(config, trust_remote_code)
+        stored = formats = _stored_formats(folder, skeleton)
         if weight_format is not None:
+            if stored:
+                raise GraftError(
+                    f"{folder} is quantised already; load it as it is or start from its base"
+                )
             formats = dict.fromkeys(select_targets(skeleton, targets), weight_format)
         loader = _Loader(skeleton, files, formats, bool(stored), compute_dtype, target_device)
         loader.run(on_tensor)
-    skeleton.config.dtype = compute_dtype
-    if (folder / "generation_config.json").is_file():
-        skeleton.generation_config = GenerationConfig.from_pretrained(folder)
+    if generation_config is not None:
+        skeleton.generation_config = generation_config
     skeleton.requires_grad_(False)
-    tokenizer = read_tokenizer(folder, trust_remote_code)
     return LoadedModel(skeleton, tokenizer, folder, source_dtype, compute_dtype)
 
 
-def _stored_formats(folder: Path) -> dict[str, WeightFormat]:
+def _read_generation_config(folder: Path) -> GenerationConfig | None:
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+
+
+def _stored_formats(folder: Path, model: PreTrainedModel) -> dict[str, WeightFormat]:
     """Return the formats of the layers of a folder that graft quantised; empty for any other."""
-    if not (folder / QUANTISATION_FILE).is_file():
+    file = folder / QUANTISATION_FILE
+    if not file.is_file():
         return {}
-    description = read_json(folder / QUANTISATION_FILE)
+    description = read_json(file)
     version = description.get("format_version")
     if version != FORMAT_VERSION:
         raise GraftError(
-            f"{folder / QUANTISATION_FILE} has format_version {version!r}; this version of graft "
-            f"reads {FORMAT_VERSION}: update graft, or quantise again"
+            f"{file} has format_version {version!r}; this version of graft reads {FORMAT_VERSION}: "
+            "update graft, or quantise again"
         )
     layers = description.get("layers")
     if not isinstance(layers, dict):
-        raise GraftError(f"{folder / QUANTISATION_FILE} names no layers; quantise again")
-    return {name: parse_format(layer) for name, layer in layers.items()}
+        raise GraftError(f"{file} names no layers; quantise again")
+    known, formats, problems = linear_layers(model), {}, []
+    for name, layer in layers.items():
+        if name not in known:
+            problems.append(f"{name} is no linear layer of this model")
+        elif not isinstance(layer, dict) or not isinstance(layer.get("format"), str):
+            problems.append(f"{name} names no format")
+        else:
+            try:
+                formats[name] = parse_format(layer)
+            except GraftError as error:
+                problems.append(f"{name}: {error}")
+    raise_problems(problems[:20], f"{file}, which may be from another version of graft")
+    return formats
 
 
 def _source_dtype(folder: Path, files: WeightFiles) -> torch.dtype:
@@ -191,9 +227,12 @@ class _Loader:
 
     def run(self, on_tensor: OnTensor | None) -> None:
         plan = self._plan()
+        # All room is taken first: lasting tensors that are allocated between the temporaries of the
+        # rounding would scatter over the heap and leave holes that nothing fits in.
+        room = {} if self.stored else {layer: self._room(layer) for layer in self.formats}
         for done, (name, key) in enumerate(plan.items(), start=1):
             if name in self.formats:
-                self._load_layer(name)
+                self._load_layer(name, room.pop(name, {}))
             else:
                 tensor = self.files.read(key)
                 self._assign(name, tensor)
@@ -251,19 +290,28 @@ class _Loader:
                 )
         return problems
 
-    def _load_layer(self, layer: str) -> None:
+    def _room(self, layer: str) -> dict[str, torch.Tensor]:
+        in_features, out_features, _ = linear_shape(self.model.get_submodule(layer))
+        specs = self.formats[layer].storage(out_features, in_features)
+        return {name: spec.empty(self.device) for name, spec in specs.items()}
+
+    def _load_layer(self, layer: str, room: dict[str, torch.Tensor]) -> None:
         module = self.model.get_submodule(layer)
         in_features, out_features, transposed = linear_shape(module)
         weight_format = self.formats[layer]
         if self.stored:
             names = weight_format.storage(out_features, in_features)
-            packed = {name: self.files.read(f"{layer}.{name}") for name in names}
+            read = {name: self.files.read(f"{layer}.{name}") for name in names}
+            packed = {name: tensor.to(self.device) for name, tensor in read.items()}
         else:
             key = self._key(f"{layer}.weight")
             assert key is not None
             weight = self.files.read_once(key).to(self.device)
-            packed = weight_format.pack(weight.T.contiguous() if transposed else weight)
-        packed = {name: tensor.to(self.device) for name, tensor in packed.items()}
+            try:
+                rounded = weight_format.pack(weight.T.contiguous() if transposed else weight)
+            except GraftError as error:
+                raise GraftError(f"{layer}: {error}") from error
+            packed = {name: room[name].copy_(tensor) for name, tensor in rounded.items()}
         bias_key = self._key(f"{layer}.bias")
         bias = None
         if isinstance(module.bias, nn.Parameter) and bias_key is not None:
@@ -289,7 +337,8 @@ class _Loader:
             # transformers draws every tensor of a module anew. Those that are loaded already
             # (Gemma's scaled embedding has both kinds) wait aside meanwhile.
             aside: list[tuple[dict[str, Any], str, Any]] = []
-            for tensors in (module._parameters, module._buffers):
+            kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+            for tensors in kinds:
                 for name, tensor in tensors.items():
                     if tensor is not None and name not in missing:
                         aside.append((tensors, name, tensor))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -18,7 +19,7 @@ from graft.adapters.attach import adapted_layers, frozen_layers
 from graft.errors import GraftError
 from graft.formats.dense import DenseFormat
 from graft.formats.registry import describe_format
-from graft.model.load import FORMAT_VERSION, QUANTISATION_FILE, LoadedModel
+from graft.model.load import CONFIG_MARKER, FORMAT_VERSION, QUANTISATION_FILE, LoadedModel
 from graft.model.weights import SINGLE_FILE
 
 
@@ -70,8 +71,15 @@ def save_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype | None = No
     }
     plain_dtype = dtype or loaded.dtype
     if quantised:
+        packed = {
+            f"{name}.{key}"
+            for name, layer in frozen_layers(model)
+            if name in quantised
+            for key in layer.packed
+        }
         tensors = {
-            name: _narrowed(tensor, loaded.source_dtype) for name, tensor in named_tensors(model)
+            name: tensor if name in packed else _narrowed(tensor, loaded.source_dtype)
+            for name, tensor in named_tensors(model)
         }
     else:
         tensors = {name: tensor.to(plain_dtype) for name, tensor in named_tensors(model)}
@@ -93,7 +101,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     temporary = path.with_name(path.name + ".part")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry only: the order of several is random, and equal weights should give equal files.
-    save_file(plain, temporary, metadata={"format": "pt"})
+    try:
+        save_file(plain, temporary, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise GraftError(f"{path} cannot be written: {error}") from error
     os.replace(temporary, path)
 
 
@@ -129,8 +140,7 @@ def _write_config(loaded: LoadedModel, folder: Path, dtype: torch.dtype, quantis
     config["dtype"] = str(loaded.source_dtype if quantised else dtype).removeprefix("torch.")
     config["architectures"] = [type(loaded.model).__name__]
     if quantised:
-        # So that a reader without graft refuses the folder instead of starting from random weights.
-        config["quantization_config"] = {"quant_method": "graft"}
+        config["quantization_config"] = CONFIG_MARKER
     write_json(folder / "config.json", config)
     if loaded.model.generation_config is not None:
         loaded.model.generation_config.save_pretrained(folder)

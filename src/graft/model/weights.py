@@ -115,8 +115,10 @@ _DTYPES = {
 
 def _weight_files(folder: Path) -> list[str]:
     if (folder / INDEX_FILE).is_file():
-        index = read_json(folder / INDEX_FILE)
-        files = sorted(set(index.get("weight_map", {}).values()))
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise GraftError(f"{folder / INDEX_FILE} has no weight_map; download it again")
+        files = sorted({str(file) for file in weight_map.values()})
         problems = [
             f"{file} is named there but not in the folder; download it again"
             for file in files
