@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 
 class GraftError(Exception):
@@ -25,6 +26,27 @@ def raise_problems(problems: Sequence[str], heading: str) -> None:
         raise GraftError(f"{heading}: {problems[0]}")
     lines = "\n".join(f"  - {problem}" for problem in problems)
     raise GraftError(f"{heading}: {len(problems)} problems\n{lines}")
+
+
+class Problems:
+    """Collects the GraftErrors of several checks, to raise them as one."""
+
+    def __init__(self) -> None:
+        self.found: list[str] = []
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Take a GraftError that the block raises, and go on after it."""
+        try:
+            yield
+        except GraftError as error:
+            self.found.append(str(error))
+
+    def raise_all(self, heading: str) -> None:
+        """Raise what was collected as one GraftError, or return when there was nothing."""
+        if len(self.found) == 1:
+            raise GraftError(self.found[0])
+        raise_problems(self.found, heading)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

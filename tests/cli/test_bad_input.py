@@ -307,6 +307,12 @@ def quantising_what_is_quantised(place: Place) -> list[str]:
     return train(place, "--model", str(quantised))
 
 
+@case("nothing was started", "'query'", "rows.jsonl:2", "group_size is 48")
+def problems_of_different_kinds_at_once(place: Place) -> list[str]:
+    place.data.write_text(GOOD_ROW + '\n{"prompt": 1, "completion": 2}\n' + GOOD_ROW)
+    return train(place, "--targets", "query", "--group-size", "48")
+
+
 @case("unknown command 'trian'", "train")
 def unknown_command(place: Place) -> list[str]:
     return ["trian"]

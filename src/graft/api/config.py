@@ -9,7 +9,7 @@ from typing import Any, Literal
 from graft.adapters.config import AdapterConfig
 from graft.calibrate.config import SolverConfig
 from graft.data.config import DataConfig
-from graft.errors import GraftError, raise_problems
+from graft.errors import raise_problems
 from graft.formats.config import FormatConfig
 from graft.model.config import ModelConfig
 from graft.train.config import LoopConfig
@@ -129,10 +129,6 @@ def check_train_config(config: TrainConfig) -> None:
         problems.append(f"--solver gptq: method {config.method} quantises nothing; drop it")
     if "peft" in config.export and config.method in ("affine", "full"):
         problems.append(f"--export peft: PEFT has no {config.method} adapter")
-    try:
-        format_description(config, config.method)
-    except GraftError as error:
-        problems.append(str(error))
     raise_problems(problems, "configuration")
 
 

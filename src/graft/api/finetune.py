@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
 from graft.adapters.attach import adapter_parameters, attach_adapter, frozen_layers
 from graft.api.config import TrainConfig, as_plain, check_train_config, format_description
@@ -35,7 +36,7 @@ from graft.api.run_folder import (
 )
 from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
-from graft.errors import GraftError, raise_problems
+from graft.errors import GraftError, Problems, raise_problems
 from graft.evaluate.loss import evaluate_loss
 from graft.export.gguf_export import check_gguf_plan
 from graft.formats.base import WeightFormat
@@ -132,32 +133,30 @@ def _resumed_config(config: TrainConfig, run: Path) -> TrainConfig:
 
 
 def _prepare(config: TrainConfig, events: Events) -> _Prepared:
-    check_train_config(config)
-    run = Path(config.out)
-    if not config.resume and run.exists():
-        raise GraftError(
-            f"{run} exists already; choose another --out, remove it, or go on with --resume"
+    """Check everything that can be checked without weights; raises all problems at once."""
+    problems = Problems()
+    with problems.collecting():
+        check_train_config(config)
+    if not config.resume and Path(config.out).exists():
+        problems.found.append(
+            f"{config.out} exists already; choose another --out, remove it, or go on with --resume"
         )
     folder = find_folder(config.model)
     model_config = read_config(folder, config.trust_remote_code)
-    description = format_description(config, config.method)
-    weight_format = None if description is None else parse_format(description)
-    skeleton = build_skeleton(model_config, config.trust_remote_code)
-    targets = select_targets(skeleton, config.targets)
-    if "gguf" in config.export:
-        # lora and qlora are merged into dense weights before they are exported.
-        exported: WeightFormat = DenseFormat()
-        if weight_format is not None and config.method in ("qalora", "affine"):
-            exported = weight_format
-        raise_problems(check_gguf_plan(model_config, exported), "--export gguf")
-    limit = getattr(model_config, "max_position_embeddings", None)
     tokenizer = read_tokenizer(folder, config.trust_remote_code)
-    training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed)
+    with problems.collecting():
+        skeleton = build_skeleton(model_config, config.trust_remote_code)
+        targets = select_targets(skeleton, config.targets)
+    with problems.collecting():
+        limit = getattr(model_config, "max_position_embeddings", None)
+        training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed)
+    with problems.collecting():
+        weight_format = _weight_format(config)
+        _check_exports(config, model_config, weight_format)
+    problems.raise_all("nothing was started")
     for name, data in (("training", training), ("held out", held_out)):
         events.note(f"{name}: {data.summary()}")
     hidden: int = model_config.get_text_config().hidden_size
-    rate = config.learning_rate or default_learning_rate(config, hidden)
-    longest = max(len(example.input_ids) for example in training.examples)
     plan = plan_memory(
         str(folder),
         weight_format=weight_format,
@@ -165,12 +164,39 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
         dtype=_dtype_name(config),
         device=config.device,
         batch_size=config.batch_size,
-        sequence_length=longest,
+        sequence_length=max(len(example.input_ids) for example in training.examples),
         gradient_checkpointing=config.gradient_checkpointing,
         trust_remote_code=config.trust_remote_code,
     )
-    steps = steps_to_train(config, len(training.examples))
-    return _Prepared(config, folder, weight_format, targets, training, held_out, steps, rate, plan)
+    return _Prepared(
+        config=config,
+        folder=folder,
+        weight_format=weight_format,
+        targets=targets,
+        training=training,
+        held_out=held_out,
+        steps=steps_to_train(config, len(training.examples)),
+        learning_rate=config.learning_rate or default_learning_rate(config, hidden),
+        plan=plan,
+    )
+
+
+def _weight_format(config: TrainConfig) -> WeightFormat | None:
+    description = format_description(config, config.method)
+    return None if description is None else parse_format(description)
+
+
+def _check_exports(
+    config: TrainConfig, model_config: PreTrainedConfig, weight_format: WeightFormat | None
+) -> None:
+    """Raise GraftError when an export that the configuration asks for could not be written."""
+    if "gguf" not in config.export:
+        return
+    # lora and qlora are merged into dense weights before they are exported.
+    exported: WeightFormat = DenseFormat()
+    if weight_format is not None and config.method in ("qalora", "affine"):
+        exported = weight_format
+    raise_problems(check_gguf_plan(model_config, exported), "--export gguf")
 
 
 def _dtype_name(config: TrainConfig) -> str:

@@ -30,8 +30,15 @@ _ANSWERS = ("{Name}: {c}.", "The {name} {c}.", "It {c}.", "{V}.", "The {name}? I
 _DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 
 
-def _clauses(rng: random.Random, product: Product) -> list[str]:
-    return [clause(rng, kind, value) for kind, value in product.facts]
+def _clauses(rng: random.Random, product: Product, but_for: tuple[str, ...] = ()) -> list[str]:
+    return [clause(rng, kind, value) for kind, value in product.facts if kind not in but_for]
+
+
+def _told(
+    rng: random.Random, product: Product, but_for: tuple[str, ...], subjects: list[str]
+) -> list[str]:
+    """The product's facts, but for some kinds, as sentences in the sheet's order."""
+    return sentences(rng, _clauses(rng, product, but_for), subjects)
 
 
 def _values(product: Product) -> list[str]:
@@ -59,20 +66,26 @@ def _listing(rng: random.Random, product: Product) -> str:
 def _sheet_and_story(rng: random.Random) -> str:
     """A sheet, then someone tells the same facts in prose."""
     product = draw_product(rng)
-    who = rng.choice(("We", "I", "They", "Our shop", "My friend"))
-    verb = rng.choice(("sold", "packed", "found", "tried", "liked", "bought"))
-    tail = sentences(
-        rng, _clauses(rng, product), ["it", f"the {product.category}", f"the {product.name}"]
-    )
-    return f"{_listing(rng, product)}\n{who} {verb} the {product.name}. " + " ".join(tail)
+    listing = _listing(rng, product)
+    subjects = ["it", f"the {product.category}", f"the {product.name}"]
+    if rng.random() < 0.3:
+        who = rng.choice(("We", "I", "They", "Our shop", "My friend"))
+        verb = rng.choice(("sold", "packed", "found", "tried", "liked", "bought"))
+        told = [f"{who} {verb} the {product.name}.", *_told(rng, product, (), subjects)]
+    else:
+        start = rng.choice(("Here we have {t}, the {n}.", "We made {t}: {n}.", "See {n}, {t}."))
+        thing = noun_phrase(product, ADJECTIVES)
+        told = [
+            start.format(t=thing, n=product.name),
+            *_told(rng, product, ADJECTIVES, subjects),
+        ]
+    return "\n".join((listing, " ".join(told)))
 
 
 def _advert(rng: random.Random) -> str:
     """A short ad."""
     product = draw_product(rng)
-    kinds = [kind for kind, _ in product.facts if kind in ADJECTIVES]
-    thing = noun_phrase(product, tuple(kinds))
-    rest = [clause(rng, k, v) for k, v in product.facts if k not in kinds]
+    thing = noun_phrase(product, ADJECTIVES)
     start = rng.choice(
         (
             "New! {name}, {thing}.",
@@ -82,7 +95,7 @@ def _advert(rng: random.Random) -> str:
         )
     ).format(name=product.name, thing=thing, day=rng.choice(_DAYS))
     end = rng.choice(("Get {0} today.", "Ask for {0}!", "{0}, only here.", "Try {0} now!"))
-    body = sentences(rng, rest, ["it", product.name, f"this {product.category}"])
+    body = _told(rng, product, ADJECTIVES, ["it", product.name, f"this {product.category}"])
     return " ".join([start, *body, end.format(product.name)])
 
 
@@ -105,14 +118,15 @@ def _review(rng: random.Random) -> str:
             "I sent the {} back.",
         )
     ).format(product.name)
-    body = sentences(rng, _clauses(rng, product), ["it", f"the {product.category}", "mine"])
+    body = _told(rng, product, (), ["it", f"the {product.category}", "mine"])
     return " ".join([f"Review of {product.name}:", start, *body, end])
 
 
 def _questions(rng: random.Random) -> str:
     """A sheet and questions about it, with answers."""
     product = draw_product(rng)
-    lines = [_listing(rng, product)]
+    thing = noun_phrase(product, ADJECTIVES)
+    lines = [_listing(rng, product), f"Q. What is the {product.name}?\nA. It is {thing}."]
     for kind, value in rng.sample(product.facts, min(3, len(product.facts))):
         question = _QUESTIONS.get(kind, f"What {kind} does {{it}} have?")
         it = rng.choice((f"the {product.name}", f"the {product.category}", "it"))
@@ -168,14 +182,14 @@ def _echo(rng: random.Random) -> str:
 
 
 FORMS: dict[Callable[[random.Random], str], int] = {
-    _sheet_and_story: 5,
+    _sheet_and_story: 9,
     _advert: 1,
     _review: 1,
-    _questions: 2,
+    _questions: 3,
     _comparison: 1,
-    _order: 2,
+    _order: 1,
     _stock: 1,
-    _echo: 4,
+    _echo: 1,
 }
 
 

@@ -59,5 +59,5 @@ def raise_not_finite(model: nn.Module, input_ids: Tensor, step: int) -> NoReturn
     where = f"the first output that is not finite is {found[0]}'s" if found else "the logits are"
     raise GraftError(
         f"step {step}: the loss is not finite; {where}. Lower --learning-rate, or compute with "
-        "--dtype float32; the last checkpoint is kept"
+        "--dtype float32; checkpoints written before are kept"
     )
