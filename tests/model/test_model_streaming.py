@@ -94,9 +94,10 @@ def figures(checkpoint, tmp_path_factory) -> dict[str, float]:
 
 @LINUX
 @pytest.mark.parametrize(
-    # Bits per weight, and the peak of the rounding of one matrix: itself and its temporaries.
+    # Bits per weight, and room for one matrix, its temporaries and what the heap scatters; the
+    # source of 84 MB, were it kept, would go far beyond.
     ("name", "bits", "copies"),
-    [("int", 5, 7), ("nf4", 4.13, 12), ("int8", 8.1, 5)],
+    [("int", 5, 8), ("nf4", 4.13, 14), ("int8", 8.1, 8)],
 )
 def test_peak_is_the_quantised_model_and_the_work_on_one_tensor(
     name, bits, copies, figures

@@ -16,21 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-)
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
 
-from graft.adapters.attach import (
-    adapted_layers,
-    adapter_parameters,
-    attach_adapter,
-    frozen_layers,
-)
+from graft.adapters.attach import adapted_layers, adapter_parameters, attach_adapter, frozen_layers
 from graft.adapters.config import AdapterConfig
 from graft.adapters.qalora import QALoraAdapter
 from graft.formats.base import WeightFormat
@@ -61,26 +49,17 @@ WEIGHTS = "adapter_model.safetensors"
 @pytest.fixture(scope="module")
 def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A random Llama and a random GPT-2, every tensor of it moved."""
-    shared = {"vocab_size": 320, "bos_token_id": 0, "eos_token_id": 0}
-    made: dict[str, PreTrainedModel] = {}
+    sizes = {"vocab_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"hidden_size": 64, "max_position_embeddings": 64, "bos_token_id": 0}
+    configs = {
+        "llama": LlamaConfig(**sizes, intermediate_size=96, num_key_value_heads=2, eos_token_id=0),
+        "gpt2": GPT2Config(**sizes, eos_token_id=0),
+    }
+    folders = {}
     with torch.random.fork_rng():
         torch.manual_seed(3)
-        made["llama"] = LlamaForCausalLM(
-            LlamaConfig(
-                hidden_size=64,
-                intermediate_size=96,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                num_key_value_heads=2,
-                max_position_embeddings=64,
-                **shared,
-            )
-        )
-        made["gpt2"] = GPT2LMHeadModel(
-            GPT2Config(n_embd=64, n_layer=2, n_head=4, n_positions=64, **shared)
-        )
-        folders = {}
-        for family, model in made.items():
+        for family, config in configs.items():
+            model = AutoModelForCausalLM.from_config(config)
             with torch.no_grad():
                 for parameter in model.parameters():
                     parameter.add_(torch.randn_like(parameter) * 0.05)

@@ -78,7 +78,8 @@ def _merge_for_export(
     elif not exact:
         dtype = loaded.source_dtype
     report = merge_loaded(loaded, dtype=dtype, target=target, events=events)
-    events.note(report.summary())
+    if not report.exact:
+        events.note(report.summary())
     return report
 
 

@@ -15,7 +15,7 @@ def show_demo(out: Path) -> None:
     """Run the demo into `out` and print its table, samples, files and what to do next."""
     with TerminalEvents(Console(stderr=True)) as events:
         result = run_demo(out, events)
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(_table(result))
     console.print("\n[bold]A product that training never saw[/bold]")
     console.print(result.prompt, markup=False)

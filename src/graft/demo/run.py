@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from graft.api.config import QuantizeConfig, TrainConfig
 from graft.api.evaluate import evaluate_model, generate
@@ -27,6 +28,8 @@ HELD_OUT = ASSETS / "data" / "heldout.jsonl"
 STYLE = PromptStyle("prompt", "\n")
 _SAMPLED_ROWS = 24
 _MAX_NEW_TOKENS = 96
+_DTYPE: Literal["float32"] = "float32"
+"""One precision at every station, so that equal weights give equal figures."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class DemoResult:
     seconds: float
 
 
-def run_demo(out: Path, events: Events | None = None, steps: int = 240) -> DemoResult:
+def run_demo(out: Path, events: Events | None = None, steps: int = 320) -> DemoResult:
     """Quantise the bundled base, fine-tune it with QA-LoRA, merge, export and compare.
 
     Writes out/base (INT4), out/run, out/merged and out/model.gguf. Raises GraftError when `out`
@@ -66,21 +69,22 @@ def run_demo(out: Path, events: Events | None = None, steps: int = 240) -> DemoR
     file = out / "model.gguf"
     prompts = _prompts(_SAMPLED_ROWS)
     quantize(QuantizeConfig(model=str(BASE), format="int", out=str(base)), events)
-    stations = [_station("before (INT4 base)", load_any(base), prompts, events)]
+    stations = [_station("before (INT4 base)", load_any(base, _DTYPE), prompts, events)]
     config = TrainConfig(
         model=str(BASE),
         data=str(TRAINING),
         eval_data=str(HELD_OUT),
         method="qalora",
+        dtype=_DTYPE,
         steps=steps,
         out=str(run),
     )
     finetune(config, events)
-    stations.append(_station("after QA-LoRA", load_any(run), prompts, events))
+    stations.append(_station("after QA-LoRA", load_any(run, _DTYPE), prompts, events))
     events.note(merge(run, merged, events=events).summary())
-    stations.append(_station("merged, still INT4", load_any(merged), prompts, events))
+    stations.append(_station("merged, still INT4", load_any(merged, _DTYPE), prompts, events))
     export_model(run, "gguf", file, events=events)
-    exported = load_any(file, tokenizer=str(merged))
+    exported = load_any(file, _DTYPE, tokenizer=str(merged))
     stations.append(_station("read back from the GGUF", exported, prompts, events))
     files = {"run": run, "report": run / "report.md", "merged model": merged, "GGUF": file}
     return DemoResult(prompts[0], tuple(stations), files, time.perf_counter() - begin)
