@@ -77,6 +77,7 @@ def run_demo(out: Path, events: Events | None = None, steps: int = 320) -> DemoR
         method="qalora",
         dtype=_DTYPE,
         steps=steps,
+        eval_every=80,
         out=str(run),
     )
     finetune(config, events)

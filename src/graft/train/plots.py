@@ -37,7 +37,8 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None
             f"{entry['eval_loss']:.3f}",
             (entry["step"], entry["eval_loss"]),
             textcoords="offset points",
-            xytext=(4, 6),
+            xytext=(0, 7),
+            ha="center",
             fontsize=8,
             color="#c8442e",
         )
