@@ -9,14 +9,25 @@ from graft.adapters.config import AdapterConfig
 
 
 def default_learning_rate(config: AdapterConfig, hidden_size: int) -> float:
-    """Return the default peak learning rate of AdamW."""
+    """Return the default peak learning rate of AdamW.
+
+    lora, qlora, qalora: 2.5e-4 * (4096 / hidden_size) * sqrt(16 / rank) / (scaling)
+    affine:              5e-2 * sqrt(128 / hidden_size)
+    full:                2e-5 * (4096 / hidden_size)
+
+    with scaling = alpha/rank (or alpha/sqrt(rank)), 1 by default. A step of Adam moves every
+    element by the rate, so the output moves with the number of inputs that add up in it:
+    hidden_size of them in A x, rank of them in B (A x), which begin with random signs (hence the
+    root). The scaling multiplies the update, so it divides the rate. Affine moves are in units of a
+    group's scale, which itself falls with the root of the width. The constants are measured ones.
+    """
     width = 4096 / hidden_size
     if config.method == "full":
         return 2e-5 * width
     if config.method == "affine":
-        return 5e-2
+        return 5e-2 * math.sqrt(128 / hidden_size)
     scaling = lora_scaling(config.rank, config.alpha, config.rslora)
-    return 2e-4 * width / scaling
+    return 2.5e-4 * width * math.sqrt(16 / config.rank) / scaling
 
 
 def scheduled_learning_rate(step: int, steps: int, peak: float, warmup_fraction: float) -> float:

@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from graft.adapters.config import AdapterConfig
+from graft.train.schedule import default_learning_rate, scheduled_learning_rate
+
+
+def test_the_default_is_about_2e4_for_lora_at_4096() -> None:
+    rate = default_learning_rate(AdapterConfig(method="lora"), 4096)
+    assert 1.5e-4 <= rate <= 3e-4
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "qalora"])
+def test_width_rank_and_scaling_enter_the_default(method: str) -> None:
+    base = default_learning_rate(AdapterConfig(method=method), 1024)
+    assert default_learning_rate(AdapterConfig(method=method), 512) == pytest.approx(2 * base)
+    quarter = AdapterConfig(method=method, rank=64)
+    assert default_learning_rate(quarter, 1024) == pytest.approx(base / 2)
+    # The update's size is scaling times rate: twice the alpha, half the rate.
+    twice = AdapterConfig(method=method, alpha=32)
+    assert default_learning_rate(twice, 1024) == pytest.approx(base / 2)
+    rooted = AdapterConfig(method=method, rslora=True)
+    assert default_learning_rate(rooted, 1024) == pytest.approx(base / 4)
+
+
+def test_warm_up_then_cosine_by_hand() -> None:
+    rates = [scheduled_learning_rate(step, 10, 2.0, 0.2) for step in range(1, 11)]
+    by_hand = [1.0, 2.0] + [1 + math.cos(math.pi * done / 8) for done in range(8)]
+    assert rates == pytest.approx(by_hand)
+    assert rates[-1] > 0
+
+
+def test_without_warm_up_the_first_step_has_the_peak() -> None:
+    assert scheduled_learning_rate(1, 5, 0.3, 0.0) == 0.3
