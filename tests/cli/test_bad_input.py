@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,6 @@ class Place:
     folder: Path
     base: Path
     data: Path
-    extra: dict[str, Path] = field(default_factory=dict)
 
     def out(self) -> Path:
         return self.folder / "out"
@@ -46,8 +45,7 @@ def train(place: Place, *words: str) -> list[str]:
     for flag, value in defaults.items():
         if flag not in given:
             flags += [flag, str(value)]
-    flags = [] if "--no-defaults" in given else flags
-    return ["train", *flags, *(word for word in words if word != "--no-defaults")]
+    return ["train", *flags, *words]
 
 
 Arrange = Callable[[Place], list[str]]
