@@ -170,8 +170,9 @@ def plan(words: Sequence[str]) -> None:
         print(json.dumps(memory.as_dict(), indent=2))
         return
     table = Table(title=f"{config.method} on {config.model}")
-    for heading, justify in (("what", "left"), ("MiB", "right"), ("note", "left")):
-        table.add_column(heading, justify="right" if justify == "right" else "left")
+    table.add_column("what")
+    table.add_column("size", justify="right")
+    table.add_column("note")
     for row in memory.table():
         table.add_row(*row)
     Console().print(table)
