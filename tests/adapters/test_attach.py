@@ -146,7 +146,7 @@ def test_options_reach_the_adapter(network) -> None:
     assert adapter.dropout == 0.25
     assert adapter.bias is not None
     attach_adapter(network, ["first"], config("qalora", alpha=6.0), "other")
-    assert network.first.adapter("other").scaling == pytest.approx(6 / 3 / 8**0.5)
+    assert network.first.adapter("other").scaling == pytest.approx(6 / 3)
 
 
 @pytest.mark.parametrize("training", [True, False])

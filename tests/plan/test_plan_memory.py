@@ -116,10 +116,10 @@ def test_the_source_dtype_is_that_of_config_json(model_folder, tmp_path, key):
     if key is not None:
         settings[key] = "bfloat16"
     (tmp_path / "config.json").write_text(json.dumps(settings))
-    stored = [plan(tmp_path, weight_format=make_format("nf4"), dtype="float32")]
+    planned = plan(tmp_path, weight_format=make_format("nf4"), dtype="float32")
     source = torch.float32 if key is None else torch.bfloat16
     truth = plan(model_folder("llama", source), weight_format=make_format("nf4"), dtype="float32")
-    assert [p.weight_file_bytes for p in stored] == [truth.weight_file_bytes]
+    assert planned.weight_file_bytes == truth.weight_file_bytes
 
 
 # weights in memory -------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_table_and_dict(model_folder):
     planned = plan(model_folder("gpt2"), "qlora", make_format("nf4"))
     table = planned.table()
     assert [name for name, _, _ in table[:2]] == ["process", "frozen weights"]
-    assert table[0][1] == "380.0 MiB"
+    assert table[0][1] == "390.0 MiB"
     assert all(isinstance(cell, str) and cell for line in table for cell in line)
     again = json.loads(json.dumps(planned.as_dict()))
     assert again["rows"][1]["bytes"] == row(planned, "frozen weights")
