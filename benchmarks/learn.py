@@ -57,7 +57,9 @@ def main() -> None:
                     out=str(folder / f"{method}-{kind}"),
                 )
             )
-            bound = BOUNDS[method] if kind == "text" else None
+            bound = (
+                BOUNDS[method] if kind == "text" and arguments.model == "babyllama-361-1m" else None
+            )
             results.append(
                 {
                     "model": arguments.model,
