@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from graft.errors import GraftError, did_you_mean
 
 _HELP = {
-    "demo": "fine-tune the bundled model on the bundled data and export it: a tour in 3 minutes",
+    "demo": "fine-tune the bundled model on the bundled data and export it: a tour in 2 minutes",
     "plan": "predict the memory of a run from config.json alone",
     "quantize": "write a model folder with quantised weights",
     "train": "fine-tune a model on a file of examples",
