@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--methods", nargs="+", default=list(BOUNDS))
-    parser.add_argument("--text-only", action="store_true", help="leave the completion runs out")
+    parser.add_argument("--rows", nargs="+", default=["text", "completion"])
     arguments = parser.parse_args()
     model = shared("models", arguments.model)
     folder = Path(tempfile.mkdtemp())
@@ -40,9 +40,8 @@ def main() -> None:
         write_jsonl(folder / f"{kind}.train.jsonl", train)
         write_jsonl(folder / f"{kind}.test.jsonl", test)
     results: list[dict[str, object]] = []
-    kinds = ("text",) if arguments.text_only else ("text", "completion")
     for method in arguments.methods:
-        for kind in kinds:
+        for kind in arguments.rows:
             report = graft.finetune(
                 graft.TrainConfig(
                     model=str(model),
