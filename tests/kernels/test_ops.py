@@ -34,22 +34,27 @@ def int_case(bits: int, group_size: int, dtype: torch.dtype, statistics: str, tr
             "int_group_grad_input": (grad, *codes, *frozen, bits, group_size, IN),
             "int_group_grad_scales": (grad, x.detach(), *codes, bits, group_size),
             "int_group_grad_offsets": (grad, x.detach(), group_size),
+            "int_group_quantize": (
+                torch.randn(OUT, IN, dtype=dtype),
+                *(bits, group_size, getattr(torch, statistics), 2.0**-20),
+            ),
         }[operation]
 
     return args
 
 
-def codebook_case(name: str, dtype: torch.dtype):
+def codebook_case(name: str, dtype: torch.dtype, double_quant: bool):
     def args(operation: str) -> tuple[Any, ...]:
         weight = torch.randn(OUT, IN, dtype=dtype)
-        packed = CodebookFormat(name=name).pack(weight)
+        packed = CodebookFormat(name=name, double_quant=double_quant).pack(weight)
         codes = packed["codes"], packed["absmax"], name, BLOCK_SIZE
+        nested = packed.get("absmax_scale"), packed.get("absmax_offset")
         x = torch.randn(2, 3, IN, dtype=dtype, requires_grad=True)
         return {
             "codebook_quantize": (weight, name, BLOCK_SIZE),
-            "codebook_dequantize": (*codes, OUT, IN, dtype),
-            "codebook_linear": (x, *codes, OUT),
-            "codebook_grad_input": (torch.randn(2, 3, OUT, dtype=dtype), *codes, IN),
+            "codebook_dequantize": (*codes, OUT, IN, dtype, *nested),
+            "codebook_linear": (x, *codes, OUT, *nested),
+            "codebook_grad_input": (torch.randn(2, 3, OUT, dtype=dtype), *codes, IN, *nested),
         }[operation]
 
     return args
@@ -66,12 +71,24 @@ def int8_case(dtype: torch.dtype):
     return args
 
 
+def dense_case(dtype: torch.dtype):
+    def args(operation: str) -> tuple[Any, ...]:
+        weight = torch.randn(OUT, IN, dtype=dtype)
+        x = torch.randn(2, 3, IN, dtype=dtype, requires_grad=True)
+        grad = torch.randn(2, 3, OUT, dtype=dtype)
+        return {"dense_linear": (x, weight), "dense_grad_input": (grad, weight)}[operation]
+
+    return args
+
+
 CASES: dict[str, Callable[[str], tuple[Any, ...]]] = {
     "int4-bf16-frozen": int_case(4, 8, torch.bfloat16, "float16", False),
     "int3-fp32-trained": int_case(3, 32, torch.float32, "float16", True),
     "int8-fp32-statistics": int_case(8, 128, torch.float32, "float32", False),
-    "nf4-fp32": codebook_case("nf4", torch.float32),
-    "fp4-bf16": codebook_case("fp4", torch.bfloat16),
+    "nf4-fp32": codebook_case("nf4", torch.float32, True),
+    "fp4-bf16": codebook_case("fp4", torch.bfloat16, False),
+    "dense-fp32": dense_case(torch.float32),
+    "dense-bf16": dense_case(torch.bfloat16),
     "int8rows-fp32": int8_case(torch.float32),
     "int8rows-bf16": int8_case(torch.bfloat16),
 }
@@ -79,6 +96,7 @@ PREFIX = {"int3": "int_group", "int4": "int_group", "int8": "int_group"} | {
     "nf4": "codebook",
     "fp4": "codebook",
     "int8rows": "int8_",
+    "dense": "dense",
 }
 OPERATIONS = {
     name: value for name, value in vars(ops).items() if isinstance(value, torch.library.CustomOpDef)

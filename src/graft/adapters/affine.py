@@ -36,7 +36,8 @@ class AffineAdapter(Adapter):
         """Return the unrounded move of the weight, scale (u q + v), float64 [out, in]."""
         packed = base.packed
         scales = packed["scales"].double()
-        unit = {"scales": torch.ones_like(scales), "offsets": torch.zeros_like(scales)}
+        ones = torch.ones_like(scales, dtype=torch.float32)
+        unit = {"scales": ones, "offsets": torch.zeros_like(ones)}
         codes = base.dense_weight(torch.float32, packed | unit).double()
         columns = torch.arange(base.in_features, device=scales.device)
         group = columns // base.weight_format.options()["group_size"]

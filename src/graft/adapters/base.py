@@ -37,6 +37,14 @@ class Adapter(nn.Module, ABC):
         """Return what is added to the layer's output, in x's dtype, or None for a grid adapter."""
         return None
 
+    def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
+        """Return the adapted product without the base's bias in one operation, if there is one.
+
+        It is used where this adapter is the only active one; it computes what `grid_update` and
+        `added_output` say.
+        """
+        return None
+
     @abstractmethod
     def delta(self, base: FrozenLinear) -> Tensor:
         """Return the update of the dense weight, unrounded; float64 [out_features, in_features]."""
@@ -101,6 +109,10 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the adapted layer's output in x's dtype; x [..., in_features]."""
+        if len(self.active) == 1:
+            fused = self.adapter(self.active[0]).fused_output(x, self.base)
+            if fused is not None:
+                return self.base.add_bias(fused)
         y = self.base.linear(x, self.effective_packed())
         for adapter in self.active_adapters():
             added = adapter.added_output(x)

@@ -10,6 +10,7 @@ from torch.nn import functional
 
 from graft.adapters.base import Adapter, lora_scaling
 from graft.formats.linear import FrozenLinear
+from graft.kernels.low_rank_ops import lora_linear, operands
 
 
 class LoraAdapter(Adapter):
@@ -53,6 +54,14 @@ class LoraAdapter(Adapter):
         hidden = functional.linear(dropped, self.A.to(x.dtype))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(hidden, self.B.to(x.dtype), bias) * self.scaling
+
+    def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
+        """Return W x + s (B A x + b) in one pass over W; with dropout there is no such operation."""
+        if self.dropout and self.training:
+            return None
+        weight = operands(base.kernel_weight())
+        y: Tensor = lora_linear(x, *weight, self.A, self.B, self.scaling)[0]
+        return y if self.bias is None else y + (self.bias * self.scaling).to(y.dtype)
 
     def delta(self, base: FrozenLinear) -> Tensor:
         """Return s B A, float64 [out_features, in_features]."""

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapters.base import Adapter, lora_scaling
-from graft.formats.base import GridUpdate, Packed
+from graft.formats.base import GridUpdate, LowRank, Packed
+from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
+from graft.kernels.low_rank_ops import qalora_linear
 
 
 class QALoraAdapter(Adapter):
@@ -50,8 +52,27 @@ class QALoraAdapter(Adapter):
         nn.init.uniform_(self.A, -bound, bound)
 
     def grid_update(self, packed: Packed) -> GridUpdate:
-        """Return offsets += s B A, accumulated in float64 so that its rounding is reproducible."""
-        return GridUpdate(offsets=(self.B.double() @ self.A.double()) * self.scaling)
+        """Return offsets += s B A, which is summed in float64 so that its rounding is reproducible."""
+        return GridUpdate(offsets=LowRank(self.A, self.B, self.scaling))
+
+    def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
+        """Return x W'ᵀ, W' with the moved offsets, whose gradients are formed from the group sums."""
+        if not isinstance(base.weight_format, IntGroupFormat):
+            return None
+        packed = base.packed
+        y: Tensor = qalora_linear(
+            x,
+            packed["codes"],
+            packed.get("codes_high"),
+            packed["scales"],
+            packed["offsets"],
+            base.weight_format.bits,
+            base.weight_format.group_size,
+            self.A,
+            self.B,
+            self.scaling,
+        )[0]
+        return y
 
     def expanded_a(self, in_features: int) -> Tensor:
         """Return A repeated over each group, [rank, in_features]: this adapter as plain LoRA."""

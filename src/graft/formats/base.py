@@ -10,6 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from graft.kernels.weights import Weight
+
 Packed = Mapping[str, Tensor]
 """The tensors that hold one frozen weight: codes, scales, offsets, absmax ..."""
 
@@ -32,14 +34,24 @@ class TensorSpec:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """The matrix scaling B A, [out_features, groups]; A [rank, groups] and B [out_features, rank]."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+
+@dataclass(frozen=True)
 class GridUpdate:
     """A move of a group-wise grid: scales + d_scales and offsets + d_offsets.
 
-    Each is float64 [out_features, groups], or None when that statistic does not move.
+    Each is float64 [out_features, groups], or None when that statistic does not move; offsets can
+    also move by a low-rank matrix.
     """
 
     scales: Tensor | None = None
-    offsets: Tensor | None = None
+    offsets: Tensor | LowRank | None = None
 
 
 class WeightFormat(Protocol):
@@ -70,6 +82,10 @@ class WeightFormat(Protocol):
 
     def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
         """Return y = x Wᵀ in x's dtype, differentiable in x (and in what `absorb` returned)."""
+        ...
+
+    def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
+        """Return the weight as the kernels see it, for operations that do more than multiply."""
         ...
 
     def absorb(self, packed: Packed, update: GridUpdate) -> dict[str, Tensor] | None:

@@ -13,13 +13,12 @@ from graft.kernels import ops
 from graft.kernels.codebooks import (
     CODEBOOK_NAMES,
     codebook,
-    dynamic_code,
     dynamic_code_table,
     quantisation_bounds,
 )
+from graft.kernels.weights import NESTED_BLOCK_SIZE, Layout, Weight, plain_absmax
 
 BLOCK_SIZE = 64
-NESTED_BLOCK_SIZE = 256
 
 
 @dataclass(frozen=True)
@@ -71,19 +70,21 @@ class CodebookFormat:
         self, packed: Packed, out_features: int, in_features: int, dtype: torch.dtype
     ) -> Tensor:
         """Return codebook[code] * absmax, computed in float32 and rounded once to `dtype`."""
-        absmax = self._absmax(packed)
-        out: Tensor = ops.codebook_dequantize(
-            packed["codes"], absmax, self.name, BLOCK_SIZE, out_features, in_features, dtype
-        )
+        tensors, nested = (packed["codes"], packed["absmax"]), self._nested(packed)
+        options = self.name, BLOCK_SIZE, out_features, in_features, dtype
+        out: Tensor = ops.codebook_dequantize(*tensors, *options, *nested)
         return out
 
     def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
         """Return y = x Wᵀ in x's dtype, differentiable in x."""
-        absmax = self._absmax(packed)
-        out: Tensor = ops.codebook_linear(
-            x, packed["codes"], absmax, self.name, BLOCK_SIZE, out_features
-        )
+        tensors, nested = (packed["codes"], packed["absmax"]), self._nested(packed)
+        out: Tensor = ops.codebook_linear(x, *tensors, self.name, BLOCK_SIZE, out_features, *nested)
         return out
+
+    def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
+        """Return the weight as the kernels see it."""
+        layout = Layout("codebook", out_features, in_features, 4, BLOCK_SIZE, self.name)
+        return Weight(layout, (packed["codes"], packed["absmax"], *self._nested(packed)))
 
     def absorb(self, packed: Packed, update: GridUpdate) -> dict[str, Tensor] | None:
         """Return None: there is no offset that an update could move."""
@@ -94,7 +95,8 @@ class CodebookFormat:
     def fit_grid(self, weight: Tensor) -> dict[str, Tensor]:
         """Return absmax float32 [blocks] as it will be stored, and the weight's shape."""
         _, absmax = ops.codebook_quantize(weight.float().contiguous(), self.name, BLOCK_SIZE)
-        stored = self._absmax(self._pack_absmax(absmax))
+        packed = self._pack_absmax(absmax)
+        stored = plain_absmax(packed["absmax"], *self._nested(packed))
         return {"absmax": absmax, "stored_absmax": stored, "shape": torch.tensor(weight.shape)}
 
     def refit_grid(self, grid: dict[str, Tensor], weight: Tensor, column: int) -> None:
@@ -144,11 +146,5 @@ class CodebookFormat:
             "absmax_offset": offset.view(1),
         }
 
-    def _absmax(self, packed: Packed) -> Tensor:
-        """Return absmax float32 [blocks] from the packed statistics."""
-        absmax = packed["absmax"]
-        if not self.double_quant:
-            return absmax
-        values = dynamic_code().to(absmax.device).index_select(0, absmax.int())
-        scale = packed["absmax_scale"].repeat_interleave(NESTED_BLOCK_SIZE)[: values.numel()]
-        return values.mul_(scale).add_(packed["absmax_offset"])
+    def _nested(self, packed: Packed) -> tuple[Tensor | None, Tensor | None]:
+        return packed.get("absmax_scale"), packed.get("absmax_offset")

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from graft.formats.base import GridUpdate, Packed, TensorSpec
+from graft.kernels import ops
+from graft.kernels.weights import Layout, Weight
 
 _DTYPES = {
     "float32": torch.float32,
@@ -54,7 +55,12 @@ class DenseFormat:
 
     def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
         """Return y = x Wᵀ in x's dtype."""
-        return functional.linear(x, packed["weight"].to(x.dtype))
+        out: Tensor = ops.dense_linear(x, packed["weight"].to(x.dtype))
+        return out
+
+    def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
+        """Return the weight as the kernels see it."""
+        return Weight(Layout("dense", out_features, in_features), (packed["weight"],))
 
     def absorb(self, packed: Packed, update: GridUpdate) -> dict[str, Tensor] | None:
         """Return None: a dense weight has no grid."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from graft.formats.base import GridUpdate, Packed, TensorSpec
 from graft.kernels import ops
+from graft.kernels.weights import Layout, Weight
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,11 @@ class Int8Format:
         """Return y = x Wᵀ in x's dtype, differentiable in x."""
         out: Tensor = ops.int8_linear(x, packed["codes"], packed["scales"])
         return out
+
+    def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
+        """Return the weight as the kernels see it."""
+        layout = Layout("int8", out_features, in_features)
+        return Weight(layout, (packed["codes"], packed["scales"]))
 
     def absorb(self, packed: Packed, update: GridUpdate) -> dict[str, Tensor] | None:
         """Return None: one scale per row cannot take up a low-rank update."""

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from graft.errors import GraftError
-from graft.formats.base import GridUpdate, Packed, TensorSpec
-from graft.kernels import ops
+from graft.formats.base import GridUpdate, LowRank, Packed, TensorSpec
+from graft.kernels import low_rank_ops, ops
 from graft.kernels.packing import PLANES, pack_codes, plane_bytes
+from graft.kernels.reference import fit_groups, nearest_codes
+from graft.kernels.weights import Layout, Weight
 
 GROUP_SIZES = (8, 16, 32, 64, 128)
 _STATISTICS = {"float16": torch.float16, "float32": torch.float32}
@@ -75,6 +77,10 @@ class IntGroupFormat:
         """The largest code."""
         return (1 << self.bits) - 1
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        return _STATISTICS[self.statistics]
+
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
         return {
@@ -99,19 +105,12 @@ class IntGroupFormat:
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Round to nearest on the grid from each group's minimum to its maximum."""
-        pieces = []
-        # Row pieces keep the float32 temporaries small beside the weight.
-        for rows in weight.split(max(1, (1 << 22) // weight.shape[1])):
-            values = rows.float()
-            grid = self.fit_grid(values)
-            scales = grid["scales"].float().repeat_interleave(self.group_size, -1)
-            offsets = grid["offsets"].float().repeat_interleave(self.group_size, -1)
-            columns = values.shape[1]
-            codes = self._nearest(values, scales[:, :columns], offsets[:, :columns])
-            pieces.append(self.pack_codes(codes, grid))
-        if len(pieces) == 1:
-            return pieces[0]
-        return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+        codes, codes_high, scales, offsets = ops.int_group_quantize(
+            weight, self.bits, self.group_size, self._dtype, _SMALLEST_SCALE
+        )
+        _check_finite(scales, offsets, self.statistics)
+        high = {"codes_high": codes_high} if self.bits == 3 else {}
+        return {"codes": codes, **high, "scales": scales, "offsets": offsets}
 
     def unpack(
         self, packed: Packed, out_features: int, in_features: int, dtype: torch.dtype
@@ -142,6 +141,12 @@ class IntGroupFormat:
         )
         return out
 
+    def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
+        """Return the weight as the kernels see it."""
+        layout = Layout("int_group", out_features, in_features, self.bits, self.group_size)
+        names = "codes", "codes_high", "scales", "offsets"
+        return Weight(layout, tuple(packed.get(name) for name in names))
+
     def absorb(self, packed: Packed, update: GridUpdate) -> dict[str, Tensor]:
         """Return the packed tensors with scales and offsets moved and rounded as stored.
 
@@ -151,27 +156,23 @@ class IntGroupFormat:
         """
         absorbed = dict(packed)
         for name, move in (("scales", update.scales), ("offsets", update.offsets)):
-            if move is not None:
+            if isinstance(move, LowRank):
+                absorbed[name] = low_rank_ops.move_offsets(
+                    packed[name], move.A, move.B, move.scaling, self._dtype
+                )
+            elif move is not None:
                 moved = packed[name].double() + move
-                absorbed[name] = _round_statistics(moved, _STATISTICS[self.statistics])
+                absorbed[name] = _round_statistics(moved, self._dtype)
         return absorbed
 
     # What a solver needs ---------------------------------------------------------------------
 
     def fit_grid(self, weight: Tensor) -> dict[str, Tensor]:
-        """Return scales and offsets [out_features, groups] from each group's minimum and maximum.
-
-        The filler of a short last group repeats the row's last weight, which moves neither.
-        """
-        short = -weight.shape[1] % self.group_size
-        if short:
-            weight = torch.cat([weight, weight[:, -1:].expand(-1, short)], dim=1)
-        low, high = weight.unflatten(-1, (-1, self.group_size)).aminmax(dim=-1)
-        dtype = _STATISTICS[self.statistics]
-        offsets = low.to(dtype)
-        # From the rounded offset to the maximum, so that the maximum stays representable.
-        scales = ((high - offsets.float()) / self.levels).clamp_(min=_SMALLEST_SCALE)
-        return {"scales": scales.to(dtype), "offsets": offsets}
+        """Return scales and offsets [out_features, groups] from each group's minimum and maximum."""
+        scales, offsets = fit_groups(
+            weight, self.bits, self.group_size, self._dtype, _SMALLEST_SCALE
+        )
+        return {"scales": scales, "offsets": offsets}
 
     def refit_grid(self, grid: dict[str, Tensor], weight: Tensor, column: int) -> None:
         """Fit again, in place, the group that begins at `column`."""
@@ -185,7 +186,7 @@ class IntGroupFormat:
         """Round values float32 [out_features] of one column to the nearest representable ones."""
         group = column // self.group_size
         scales, offsets = grid["scales"][:, group].float(), grid["offsets"][:, group].float()
-        codes = self._nearest(values, scales, offsets)
+        codes = nearest_codes(values, scales, offsets, self.bits)
         return codes, scales * codes + offsets
 
     def pack_codes(self, codes: Tensor, grid: Packed) -> dict[str, Tensor]:
@@ -193,14 +194,15 @@ class IntGroupFormat:
 
         Raises GraftError when the grid is not finite.
         """
-        if not all(grid[name].isfinite().all() for name in ("scales", "offsets")):
-            raise GraftError(
-                f"the scales or offsets are not finite in {self.statistics}: the weight holds NaN, "
-                f"infinity or values that {self.statistics} cannot hold; mend the model, or leave "
-                "this layer unquantised"
-            )
+        _check_finite(grid["scales"], grid["offsets"], self.statistics)
         planes = dict(zip(("codes", "codes_high"), pack_codes(codes, self.bits), strict=False))
         return planes | {"scales": grid["scales"], "offsets": grid["offsets"]}
 
-    def _nearest(self, values: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
-        return ((values - offsets) / scales).round_().clamp_(0, self.levels).to(torch.uint8)
+
+def _check_finite(scales: Tensor, offsets: Tensor, statistics: str) -> None:
+    if not (scales.isfinite().all() and offsets.isfinite().all()):
+        raise GraftError(
+            f"the scales or offsets are not finite in {statistics}: the weight holds NaN, "
+            f"infinity or values that {statistics} cannot hold; mend the model, or leave "
+            "this layer unquantised"
+        )

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.formats.base import Packed, WeightFormat
+from graft.kernels.weights import Weight
 
 
 class FrozenLinear(nn.Module):
@@ -66,8 +67,15 @@ class FrozenLinear(nn.Module):
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         """Return the layer's output with other packed tensors in place of its own."""
-        y = self.weight_format.linear(x, packed, self.out_features)
+        return self.add_bias(self.weight_format.linear(x, packed, self.out_features))
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """Return y + bias, if there is one."""
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def kernel_weight(self) -> Weight:
+        """Return the packed weight as the kernels see it."""
+        return self.weight_format.kernel_weight(self.packed, self.out_features, self.in_features)
 
     def dense_weight(
         self, dtype: torch.dtype = torch.float32, packed: Packed | None = None

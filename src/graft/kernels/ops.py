@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-import graft.kernels.reference  # noqa: F401  (registers the backend that implements everything)
+import graft.kernels.native
+import graft.kernels.reference  # noqa: F401  (these modules register the backends)
+from graft.kernels.packing import PLANES, plane_bytes
 from graft.kernels.registry import implementation
 
 # int group: w = scale * q + offset ---------------------------------------------------------------
@@ -178,6 +180,37 @@ def _int_group_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 int_group_linear.register_autograd(_int_group_backward, setup_context=_int_group_save)
 
+@custom_op("graft::int_group_quantize", mutates_args=())
+def int_group_quantize(
+    weight: Tensor, bits: int, group_size: int, statistics: torch.dtype, smallest_scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return (codes, codes_high, scales, offsets) of a weight, rounded to nearest in each group.
+
+    codes_high is empty unless bits is 3. Where the weight or its statistics are not finite, so is
+    at least one of the scales and offsets.
+    """
+    compute = implementation("int_group_quantize", weight.device)
+    codes, codes_high, scales, offsets = compute(
+        weight, bits, group_size, statistics, smallest_scale
+    )
+    if codes_high is None:
+        codes_high = codes.new_empty((codes.shape[0], 0))
+    return codes, codes_high, scales, offsets
+
+
+@int_group_quantize.register_fake
+def _(
+    weight: Tensor, bits: int, group_size: int, statistics: torch.dtype, smallest_scale: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = weight.shape
+    planes = [plane_bytes(plane, columns) for plane in PLANES[bits]]
+    low, high = planes[0], planes[1] if len(planes) > 1 else 0
+    codes = (weight.new_empty((rows, width), dtype=torch.uint8) for width in (low, high))
+    shape = rows, -(-columns // group_size)
+    grid = (weight.new_empty(shape, dtype=statistics) for _ in range(2))
+    return *codes, *grid
+
+
 # codebook (nf4, fp4): w = codebook[code] * absmax ------------------------------------------------
 
 
@@ -206,10 +239,16 @@ def codebook_dequantize(
     out_features: int,
     in_features: int,
     dtype: torch.dtype,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
 ) -> Tensor:
-    """Return the weight `codebook[code] * absmax`, [out_features, in_features] in `dtype`."""
+    """Return the weight `codebook[code] * absmax`, [out_features, in_features] in `dtype`.
+
+    With double quantisation absmax holds codes, and absmax_scale and absmax_offset are given.
+    """
     compute = implementation("codebook_dequantize", codes.device)
-    out: Tensor = compute(codes, absmax, codebook, block_size, out_features, in_features, dtype)
+    shape, nested = (out_features, in_features), (absmax_scale, absmax_offset)
+    out: Tensor = compute(codes, absmax, codebook, block_size, *shape, dtype, *nested)
     return out
 
 
@@ -222,59 +261,127 @@ def _(
     out_features: int,
     in_features: int,
     dtype: torch.dtype,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
 ) -> Tensor:
     return codes.new_empty((out_features, in_features), dtype=dtype)
 
 
 @custom_op("graft::codebook_linear", mutates_args=())
 def codebook_linear(
-    x: Tensor, codes: Tensor, absmax: Tensor, codebook: str, block_size: int, out_features: int
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    out_features: int,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
 ) -> Tensor:
     """Return y = x Wᵀ; differentiable in x."""
     compute = implementation("codebook_linear", x.device)
-    out: Tensor = compute(x, codes, absmax, codebook, block_size, out_features)
+    nested = absmax_scale, absmax_offset
+    out: Tensor = compute(x, codes, absmax, codebook, block_size, out_features, *nested)
     return out
 
 
 @codebook_linear.register_fake
 def _(
-    x: Tensor, codes: Tensor, absmax: Tensor, codebook: str, block_size: int, out_features: int
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    out_features: int,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 @custom_op("graft::codebook_grad_input", mutates_args=())
 def codebook_grad_input(
-    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: str, block_size: int, in_features: int
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    in_features: int,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
 ) -> Tensor:
     """Return dx = dy W."""
     compute = implementation("codebook_grad_input", grad.device)
-    out: Tensor = compute(grad, codes, absmax, codebook, block_size, in_features)
+    nested = absmax_scale, absmax_offset
+    out: Tensor = compute(grad, codes, absmax, codebook, block_size, in_features, *nested)
     return out
 
 
 @codebook_grad_input.register_fake
 def _(
-    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: str, block_size: int, in_features: int
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    in_features: int,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
 ) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
 def _codebook_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, codes, absmax, ctx.codebook, ctx.block_size, _ = inputs
+    x, codes, absmax, ctx.codebook, ctx.block_size, _, scale, offset = inputs
     ctx.in_features = x.shape[-1]
-    ctx.save_for_backward(codes, absmax)
+    ctx.save_for_backward(codes, absmax, scale, offset)
 
 
 def _codebook_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    codes, absmax = ctx.saved_tensors
-    grad_x = codebook_grad_input(
-        grad.contiguous(), codes, absmax, ctx.codebook, ctx.block_size, ctx.in_features
-    )
-    return grad_x, None, None, None, None, None
+    codes, absmax, scale, offset = ctx.saved_tensors
+    options = ctx.codebook, ctx.block_size, ctx.in_features
+    grad_x = codebook_grad_input(grad.contiguous(), codes, absmax, *options, scale, offset)
+    return grad_x, *7 * [None]
 
 
 codebook_linear.register_autograd(_codebook_backward, setup_context=_codebook_save)
+
+# dense: the weight itself, frozen ----------------------------------------------------------------
+
+
+@custom_op("graft::dense_linear", mutates_args=())
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Return y = x Wᵀ for a frozen weight of x's dtype; differentiable in x."""
+    out: Tensor = implementation("dense_linear", x.device)(x, weight)
+    return out
+
+
+@dense_linear.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@custom_op("graft::dense_grad_input", mutates_args=())
+def dense_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+    """Return dx = dy W."""
+    out: Tensor = implementation("dense_grad_input", grad.device)(grad, weight)
+    return out
+
+
+@dense_grad_input.register_fake
+def _(grad: Tensor, weight: Tensor) -> Tensor:
+    return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
+
+
+def _dense_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _dense_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return dense_grad_input(grad.contiguous(), *ctx.saved_tensors), None
+
+
+dense_linear.register_autograd(_dense_backward, setup_context=_dense_save)
 
 # int8: w = scale[row] * code ---------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ from torch.nn import functional
 
 from graft.kernels.codebooks import codebook as codebook_values
 from graft.kernels.codebooks import quantisation_bounds
-from graft.kernels.packing import unpack_codes
-from graft.kernels.registry import Backend, register_backend
+from graft.kernels.packing import pack_codes, unpack_codes
+from graft.kernels.registry import Backend, implementation, register_backend
+from graft.kernels.weights import Weight, plain_absmax
 
 reference = register_backend(Backend(name="reference", priority=0))
 
@@ -103,6 +104,53 @@ def int_group_grad_offsets(grad: Tensor, x: Tensor, group_size: int) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).float().T @ pooled
 
 
+@reference.implements("int_group_quantize")
+def int_group_quantize(
+    weight: Tensor, bits: int, group_size: int, statistics: torch.dtype, smallest_scale: float
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Round to nearest between each group's minimum and maximum."""
+    pieces = []
+    # Row pieces keep the float32 temporaries small beside the weight.
+    for rows in weight.split(max(1, (1 << 22) // weight.shape[1])):
+        values = rows.float()
+        scales, offsets = fit_groups(values, bits, group_size, statistics, smallest_scale)
+        grouped = _in_groups(values, group_size)
+        codes = nearest_codes(grouped, scales.float()[..., None], offsets.float()[..., None], bits)
+        codes = codes.flatten(-2)[:, : values.shape[1]]
+        planes = pack_codes(codes, bits)
+        pieces.append((planes[0], planes[1] if len(planes) > 1 else None, scales, offsets))
+    if len(pieces) == 1:
+        return pieces[0]
+    codes, codes_high, scales, offsets = (
+        None if part[0] is None else torch.cat(part) for part in zip(*pieces, strict=True)
+    )
+    assert codes is not None and scales is not None and offsets is not None
+    return codes, codes_high, scales, offsets
+
+
+def fit_groups(
+    weight: Tensor, bits: int, group_size: int, statistics: torch.dtype, smallest_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return scales and offsets [rows, groups] from each group's minimum and maximum.
+
+    The filler of a short last group repeats the row's last weight, which moves neither.
+    """
+    short = -weight.shape[1] % group_size
+    if short:
+        weight = torch.cat([weight, weight[:, -1:].expand(-1, short)], dim=1)
+    low, high = weight.unflatten(-1, (-1, group_size)).aminmax(dim=-1)
+    offsets = low.to(statistics)
+    # From the rounded offset to the maximum, so that the maximum stays representable.
+    scales = ((high - offsets.float()) / ((1 << bits) - 1)).clamp_(min=smallest_scale)
+    return scales.to(statistics), offsets
+
+
+def nearest_codes(values: Tensor, scales: Tensor, offsets: Tensor, bits: int) -> Tensor:
+    """Return the codes uint8 of the grid points nearest to the values."""
+    codes = ((values - offsets) / scales).round_().clamp_(0, (1 << bits) - 1)
+    return codes.to(torch.uint8)
+
+
 @reference.implements("codebook_quantize")
 def codebook_quantize(weight: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
     """Quantise the flattened weight block by block to the nearest codebook value.
@@ -149,8 +197,11 @@ def codebook_dequantize(
     out_features: int,
     in_features: int,
     dtype: torch.dtype,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
 ) -> Tensor:
     """Compute w = codebook[code] * absmax of its block in float32 and round once to `dtype`."""
+    absmax = plain_absmax(absmax, absmax_scale, absmax_offset)
     count = out_features * in_features
     table = codebook_values(codebook).to(codes.device)
     pairs = torch.cartesian_prod(table, table)  # both values of a byte, high nibble first
@@ -165,23 +216,48 @@ def codebook_dequantize(
 
 @reference.implements("codebook_linear")
 def codebook_linear(
-    x: Tensor, codes: Tensor, absmax: Tensor, codebook: str, block_size: int, out_features: int
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    out_features: int,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
 ) -> Tensor:
     """Compute y = x Wᵀ with the dequantised weight."""
-    weight = codebook_dequantize(
-        codes, absmax, codebook, block_size, out_features, x.shape[-1], x.dtype
-    )
+    shape, nested = (out_features, x.shape[-1]), (absmax_scale, absmax_offset)
+    weight = codebook_dequantize(codes, absmax, codebook, block_size, *shape, x.dtype, *nested)
     return functional.linear(x, weight)
 
 
 @reference.implements("codebook_grad_input")
 def codebook_grad_input(
-    grad: Tensor, codes: Tensor, absmax: Tensor, codebook: str, block_size: int, in_features: int
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    in_features: int,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
 ) -> Tensor:
     """Compute dx = dy W."""
-    weight = codebook_dequantize(
-        codes, absmax, codebook, block_size, grad.shape[-1], in_features, grad.dtype
-    )
+    shape, nested = (grad.shape[-1], in_features), (absmax_scale, absmax_offset)
+    weight = codebook_dequantize(codes, absmax, codebook, block_size, *shape, grad.dtype, *nested)
+    out: Tensor = grad @ weight
+    return out
+
+
+@reference.implements("dense_linear")
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute y = x Wᵀ."""
+    return functional.linear(x, weight)
+
+
+@reference.implements("dense_grad_input")
+def dense_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+    """Compute dx = dy W."""
     out: Tensor = grad @ weight
     return out
 
@@ -200,3 +276,67 @@ def int8_grad_input(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
 
 def _int8_weight(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (codes.float() * scales.unsqueeze(-1)).to(dtype)
+
+
+# Low-rank updates: compositions of whatever computes the parts on the device ----------------------
+
+
+def _product(operation: str, x: Tensor, weight: Weight) -> Tensor:
+    """Compute x Wᵀ ('linear') or x W ('grad_input') for a weight of any kind."""
+    layout, tensors = weight.layout, weight.tensors
+    compute = implementation(f"{layout.kind}_{operation}", x.device)
+    forward = operation == "linear"
+    if layout.kind == "codebook":
+        codes, absmax, scale, offset = tensors
+        features = layout.out_features if forward else layout.in_features
+        options = layout.codebook, layout.group_size, features
+        out: Tensor = compute(x, codes, absmax, *options, scale, offset)
+    elif layout.kind == "int_group":
+        options = (layout.bits, layout.group_size) + (() if forward else (layout.in_features,))
+        out = compute(x, *tensors, *options)
+    elif layout.kind == "dense":
+        out = compute(x, *(tensor.to(x.dtype) for tensor in tensors if tensor is not None))
+    else:
+        out = compute(x, *tensors)
+    return out
+
+
+@reference.implements("lora_linear")
+def lora_linear(
+    x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Compute y = x Wᵀ + hidden Bᵀ and hidden = scaling x Aᵀ."""
+    hidden = functional.linear(x, A.to(x.dtype)) * scaling
+    return _product("linear", x, weight) + functional.linear(hidden, B.to(x.dtype)), hidden
+
+
+@reference.implements("lora_grad_input")
+def lora_grad_input(
+    grad: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Compute dx = dy W + hidden A and hidden = scaling dy B."""
+    hidden = (grad @ B.to(grad.dtype)) * scaling
+    return _product("grad_input", grad, weight) + hidden @ A.to(grad.dtype), hidden
+
+
+@reference.implements("token_product")
+def token_product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute aᵀ b over all tokens, float32."""
+    return (a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])).float()
+
+
+@reference.implements("pool")
+def pool(x: Tensor, group_size: int) -> Tensor:
+    """Compute the sums over groups of neighbouring features, in float32, rounded to x's dtype."""
+    short = -x.shape[-1] % group_size
+    groups = functional.pad(x, (0, short)).unflatten(-1, (-1, group_size))
+    return groups.sum(-1, dtype=torch.float32).to(x.dtype)
+
+
+@reference.implements("move_offsets")
+def move_offsets(
+    offsets: Tensor, A: Tensor, B: Tensor, scaling: float, stored: torch.dtype
+) -> Tensor:
+    """Compute stored(offsets + scaling B A) in float64, as float32 [out_features, groups]."""
+    update = (B.double() @ A.double()) * scaling
+    return (offsets.double() + update).to(stored).float()

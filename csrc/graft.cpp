@@ -1,0 +1,183 @@
+/* Entry points: the instruction set, the threads, the workspaces. */
+
+#include <stdlib.h>
+
+#include <atomic>
+#include <thread>
+#include <vector>
+
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
+#include "kernels.h"
+
+/* Threads -------------------------------------------------------------------------------------- */
+
+namespace {
+
+std::atomic<graft_parallel> borrowed{nullptr};
+
+struct Job {
+    int64_t count;
+    int (*task)(void *, int64_t);
+    void *context;
+    std::atomic<int64_t> next{0};
+    std::atomic<int> status{0};
+};
+
+void work(void *data) {
+    Job &job = *static_cast<Job *>(data);
+    for (;;) {
+        int64_t index = job.next.fetch_add(1, std::memory_order_relaxed);
+        if (index >= job.count) return;
+        int status = job.task(job.context, index);
+        if (status) job.status.store(status, std::memory_order_relaxed);
+    }
+}
+
+}  // namespace
+
+int parallel_for(int64_t count, int64_t threads, int (*task)(void *, int64_t), void *context) {
+    Job job{count, task, context};
+    if (threads > count) threads = count;
+    graft_parallel parallel = borrowed.load(std::memory_order_relaxed);
+    if (threads <= 1) {
+        work(&job);
+    } else if (parallel) {
+        parallel(work, &job, unsigned(threads), 0);
+    } else {
+        std::vector<std::thread> helpers;
+        for (int64_t i = 1; i < threads; i++) helpers.emplace_back(work, &job);
+        work(&job);
+        for (std::thread &helper : helpers) helper.join();
+    }
+    return job.status.load();
+}
+
+void graft_use_threads_of(graft_parallel parallel) { borrowed.store(parallel); }
+
+/* Workspaces ----------------------------------------------------------------------------------- */
+
+namespace {
+
+constexpr int64_t HUGE_PAGE = 2 << 20;
+
+struct Workspaces {
+    void *data[SLOTS] = {};
+    int64_t bytes[SLOTS] = {};
+    ~Workspaces() {
+        for (void *slot : data) free(slot);
+    }
+};
+
+thread_local Workspaces workspaces;
+
+}  // namespace
+
+void *workspace(Slot slot, int64_t bytes) {
+    Workspaces &own = workspaces;
+    if (own.bytes[slot] < bytes) {
+        free(own.data[slot]);
+        own.data[slot] = nullptr, own.bytes[slot] = 0;
+        int64_t alignment = bytes >= HUGE_PAGE ? HUGE_PAGE : 4096;
+        int64_t whole = (bytes + alignment - 1) / alignment * alignment;
+        void *data = aligned_alloc(size_t(alignment), size_t(whole));
+        if (!data) return nullptr;
+#ifdef __linux__
+        if (alignment == HUGE_PAGE) madvise(data, size_t(whole), MADV_HUGEPAGE);
+#endif
+        own.data[slot] = data, own.bytes[slot] = whole;
+    }
+    return own.data[slot];
+}
+
+/* Instruction sets ----------------------------------------------------------------------------- */
+
+namespace {
+
+int best_level() {
+#ifdef __x86_64__
+    __builtin_cpu_init();
+    bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+    bool f16c = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (wide && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) return 3;
+    if (wide) return 2;
+    if (f16c) return 1;
+#endif
+    return 0;
+}
+
+std::atomic<int> level{best_level()};
+
+const Kernels &kernels() {
+#ifdef __x86_64__
+    switch (level.load(std::memory_order_relaxed)) {
+        case 3: return avx512_bf16::kernels;
+        case 2: return avx512::kernels;
+        case 1: return avx2::kernels;
+    }
+#endif
+    return baseline::kernels;
+}
+
+}  // namespace
+
+const char *graft_instructions(void) { return kernels().name; }
+
+int graft_limit(int limit) {
+    int best = best_level();
+    level.store(limit < best ? limit : best);
+    return level.load();
+}
+
+/* Operations ----------------------------------------------------------------------------------- */
+
+int graft_linear(const graft_weight *weight, const graft_low_rank *low_rank, int64_t dtype, const void *x,
+                 int64_t tokens, void *y, void *hidden, int64_t threads) {
+    return kernels().linear(*weight, low_rank, dtype, x, tokens, y, hidden, threads);
+}
+
+int graft_grad_input(const graft_weight *weight, const graft_low_rank *low_rank, int64_t dtype, const void *dy,
+                     int64_t tokens, void *dx, void *hidden, int64_t threads) {
+    return kernels().grad_input(*weight, low_rank, dtype, dy, tokens, dx, hidden, threads);
+}
+
+int graft_token_product(int64_t dtype, const void *a, int64_t a_cols, const void *b, int64_t b_cols, int64_t tokens,
+                        float *out, int64_t threads) {
+    return kernels().token_product(dtype, a, a_cols, b, b_cols, tokens, out, threads);
+}
+
+int graft_grad_scales(const graft_weight *weight, int64_t dtype, const void *dy, const void *x, int64_t tokens,
+                      float *out, int64_t threads) {
+    return kernels().grad_scales(*weight, dtype, dy, x, tokens, out, threads);
+}
+
+int graft_pool(int64_t dtype, const void *x, int64_t tokens, int64_t cols, int64_t group_size, void *out,
+               int64_t threads) {
+    return kernels().pool(dtype, x, tokens, cols, group_size, out, threads);
+}
+
+int graft_move_offsets(int64_t dtype, const void *offsets, const float *up, const float *down, int64_t rows,
+                       int64_t groups, int64_t rank, double scaling, float *out, int64_t threads) {
+    return kernels().move_offsets(dtype, offsets, up, down, rows, groups, rank, scaling, out, threads);
+}
+
+int graft_dequantize(const graft_weight *weight, int64_t dtype, void *out, int64_t threads) {
+    return kernels().dequantize(*weight, dtype, out, threads);
+}
+
+int graft_codebook_quantize(int64_t dtype, const void *weight, int64_t count, int64_t block_size,
+                            const float *bounds, const uint8_t *code_of_rank, uint8_t *codes, float *absmax,
+                            int64_t threads) {
+    return kernels().codebook_quantize(dtype, weight, count, block_size, bounds, code_of_rank, codes, absmax,
+                                       threads);
+}
+
+int graft_int_group_quantize(int64_t weight_dtype, const void *weight, int64_t rows, int64_t cols, int64_t bits,
+                             int64_t group_size, int64_t dtype, float smallest_scale, uint8_t *codes,
+                             uint8_t *codes_high, void *scales, void *offsets, int64_t threads) {
+    return kernels().int_group_quantize(weight_dtype, weight, rows, cols, bits, group_size, dtype, smallest_scale,
+                                        codes, codes_high, scales, offsets, threads);
+}

@@ -1,0 +1,113 @@
+/* graft's native CPU kernels: the plain C interface.
+
+   Every function reads packed weights as they lie in the file (see graft/kernels/packing.py and
+   graft/formats) and returns 0, or -1 when memory runs out. Matrices are row-major and contiguous.
+   `threads` is the largest number of threads to use. Results do not depend on it. */
+#ifndef GRAFT_H
+#define GRAFT_H
+
+#include <stdint.h>
+
+#ifdef _WIN32
+#define GRAFT_API __declspec(dllexport)
+#else
+#define GRAFT_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum graft_kind { GRAFT_DENSE, GRAFT_CODEBOOK, GRAFT_INT_GROUP, GRAFT_INT8 };
+enum graft_dtype { GRAFT_F32, GRAFT_BF16, GRAFT_F16 };
+
+/* A frozen weight [rows, cols] = [out_features, in_features]. */
+typedef struct graft_weight {
+    int64_t kind;
+    int64_t rows, cols;
+    int64_t dtype;      /* of a dense weight; of the scales of an int group weight */
+    int64_t offsets_dtype; /* int group: adapters move offsets in float */
+    int64_t bits;       /* int group: 2, 3, 4 or 8 */
+    int64_t group_size; /* int group: inputs per group; codebook: weights per block */
+    const void *data;   /* dense weight, or codes */
+    const uint8_t *codes_high; /* int group of 3 bits: the plane of high bits */
+    const void *scales;        /* int group; int8 (float, one per row); codebook: absmax (float) */
+    const void *offsets;       /* int group */
+    const float *codebook;     /* codebook: 16 values by code */
+    /* Double quantisation: absmax[b] = nested_code[nested[b]] * nested_scale[b / 256] + offset. */
+    const uint8_t *nested;
+    const float *nested_code, *nested_scale, *nested_offset;
+} graft_weight;
+
+/* A low-rank update beside a weight: y += scaling * (x down^T) up^T. Null pointers: there is none.
+   down [rank, cols] and up [rows, rank] have the dtype of x. */
+typedef struct graft_low_rank {
+    int64_t rank;
+    float scaling;
+    const void *down, *up;
+} graft_low_rank;
+
+/* y [tokens, rows] = x [tokens, cols] W^T + hidden up^T, all of one dtype (float or bf16);
+   hidden [tokens, rank] = scaling * x down^T is written when there is a low-rank update. */
+GRAFT_API int graft_linear(const graft_weight *weight, const graft_low_rank *low_rank,
+                           int64_t dtype, const void *x, int64_t tokens, void *y, void *hidden,
+                           int64_t threads);
+
+/* dx [tokens, cols] = dy [tokens, rows] W + hidden down, where
+   hidden [tokens, rank] = scaling * dy up. */
+GRAFT_API int graft_grad_input(const graft_weight *weight, const graft_low_rank *low_rank,
+                               int64_t dtype, const void *dy, int64_t tokens, void *dx,
+                               void *hidden, int64_t threads);
+
+/* out float [a_cols, b_cols] = a^T b for a [tokens, a_cols] and b [tokens, b_cols]. */
+GRAFT_API int graft_token_product(int64_t dtype, const void *a, int64_t a_cols, const void *b,
+                                  int64_t b_cols, int64_t tokens, float *out, int64_t threads);
+
+/* out float [rows, groups]: sums over each group of (dy^T x) * code, for an int group weight. */
+GRAFT_API int graft_grad_scales(const graft_weight *weight, int64_t dtype, const void *dy,
+                                const void *x, int64_t tokens, float *out, int64_t threads);
+
+/* out [tokens, ceil(cols / group_size)] of dtype: sums over each group, taken in float. */
+GRAFT_API int graft_pool(int64_t dtype, const void *x, int64_t tokens, int64_t cols,
+                         int64_t group_size, void *out, int64_t threads);
+
+/* out float [rows, groups] = dtype(offsets + scaling * up down), taken in double; up [rows, rank]
+   and down [rank, groups] are float, offsets [rows, groups] and the rounding are of dtype. */
+GRAFT_API int graft_move_offsets(int64_t dtype, const void *offsets, const float *up,
+                                 const float *down, int64_t rows, int64_t groups, int64_t rank,
+                                 double scaling, float *out, int64_t threads);
+
+/* out [rows, cols] of dtype (float or bf16). */
+GRAFT_API int graft_dequantize(const graft_weight *weight, int64_t dtype, void *out,
+                               int64_t threads);
+
+/* The nearest codes and the absmax of each block of `block_size` (an even number) weights.
+   bounds [15] are the midpoints, code_of_rank [16] the codes in ascending order of value. */
+GRAFT_API int graft_codebook_quantize(int64_t dtype, const void *weight, int64_t count,
+                                      int64_t block_size, const float *bounds,
+                                      const uint8_t *code_of_rank, uint8_t *codes, float *absmax,
+                                      int64_t threads);
+
+/* Codes and statistics of dtype for a weight [rows, cols], rounded to nearest between each group's
+   minimum and maximum; returns 1 when a statistic is not finite. */
+GRAFT_API int graft_int_group_quantize(int64_t weight_dtype, const void *weight, int64_t rows,
+                                       int64_t cols, int64_t bits, int64_t group_size,
+                                       int64_t dtype, float smallest_scale, uint8_t *codes,
+                                       uint8_t *codes_high, void *scales, void *offsets,
+                                       int64_t threads);
+
+/* Name of the instruction set in use. `graft_limit` caps it (for tests): 0 baseline, 1 avx2,
+   2 avx512, 3 avx512 with bf16; it returns the level in use. */
+GRAFT_API const char *graft_instructions(void);
+GRAFT_API int graft_limit(int level);
+
+/* Lends the kernels another runtime's threads: GOMP_parallel of the OpenMP library that PyTorch
+   uses. Without it they start their own for each call. */
+typedef void (*graft_parallel)(void (*function)(void *), void *data, unsigned threads,
+                               unsigned flags);
+GRAFT_API void graft_use_threads_of(graft_parallel parallel);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

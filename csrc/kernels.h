@@ -1,0 +1,49 @@
+/* What the entry points (graft.cpp) know of the kernels, which are compiled once for each
+   instruction set from kernels.inc. */
+#ifndef GRAFT_KERNELS_H
+#define GRAFT_KERNELS_H
+
+#include "graft.h"
+
+struct Kernels {
+    const char *name;
+    int (*linear)(const graft_weight &, const graft_low_rank *, int64_t, const void *, int64_t,
+                  void *, void *, int64_t);
+    int (*grad_input)(const graft_weight &, const graft_low_rank *, int64_t, const void *, int64_t,
+                      void *, void *, int64_t);
+    int (*token_product)(int64_t, const void *, int64_t, const void *, int64_t, int64_t, float *,
+                         int64_t);
+    int (*grad_scales)(const graft_weight &, int64_t, const void *, const void *, int64_t, float *,
+                       int64_t);
+    int (*dequantize)(const graft_weight &, int64_t, void *, int64_t);
+    int (*codebook_quantize)(int64_t, const void *, int64_t, int64_t, const float *,
+                             const uint8_t *, uint8_t *, float *, int64_t);
+    int (*pool)(int64_t, const void *, int64_t, int64_t, int64_t, void *, int64_t);
+    int (*move_offsets)(int64_t, const void *, const float *, const float *, int64_t, int64_t, int64_t,
+                        double, float *, int64_t);
+    int (*int_group_quantize)(int64_t, const void *, int64_t, int64_t, int64_t, int64_t, int64_t, float,
+                              uint8_t *, uint8_t *, void *, void *, int64_t);
+};
+
+namespace baseline { extern const Kernels kernels; }
+namespace avx2 { extern const Kernels kernels; }
+namespace avx512 { extern const Kernels kernels; }
+namespace avx512_bf16 { extern const Kernels kernels; }
+
+/* Calls task(context, index) for every index in [0, count), on up to `threads` threads; returns
+   -1 when a task returned other than 0. */
+int parallel_for(int64_t count, int64_t threads, int (*task)(void *context, int64_t index),
+                 void *context);
+
+/* This thread's reusable memory in one of a few slots, 64-byte aligned; null when there is none. */
+enum Slot { SLOT_SHARED, SLOT_SHARED_HIDDEN, SLOT_SHARED_SIDE, SLOT_PANEL, SLOT_SUMS, SLOT_ROW, SLOTS };
+void *workspace(Slot slot, int64_t bytes);
+
+template <class Task> int parallel(int64_t count, int64_t threads, const Task &task) {
+    return parallel_for(
+        count, threads,
+        [](void *context, int64_t index) -> int { return (*static_cast<const Task *>(context))(index); },
+        const_cast<Task *>(&task));
+}
+
+#endif

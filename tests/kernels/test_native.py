@@ -1,0 +1,193 @@
+"""The native backend against the reference, on every instruction set that this machine has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from graft.formats.base import WeightFormat
+from graft.formats.codebook import CodebookFormat
+from graft.formats.dense import DenseFormat
+from graft.formats.int8 import Int8Format
+from graft.formats.int_group import IntGroupFormat
+from graft.kernels import native, native_library, reference
+from graft.kernels.weights import Weight
+
+pytestmark = pytest.mark.skipif(
+    native_library.why_unavailable() is not None,
+    reason=f"native backend: {native_library.why_unavailable()}",
+)
+
+LEVELS = {"baseline": 0, "AVX2": 1, "AVX-512": 2, "AVX-512+BF16": 3}
+# A row of one straddling block, a short last group and an odd count; whole blocks; many rows.
+SHAPES = [(7, 45), (33, 130), (96, 256)]
+FORMATS: list[WeightFormat] = [
+    CodebookFormat(),
+    CodebookFormat(name="fp4", double_quant=True),
+    Int8Format(),
+    *(IntGroupFormat(bits=bits, group_size=size) for bits in (2, 3, 4, 8) for size in (8, 32, 64)),
+    IntGroupFormat(bits=4, group_size=16, statistics="float32"),
+]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    library = native_library.library()
+    if library.graft_limit(LEVELS[request.param]) != LEVELS[request.param]:
+        library.graft_limit(max(LEVELS.values()))
+        pytest.skip(f"this processor has no {request.param}")
+    assert native_library.instructions() == request.param
+    yield request.param
+    library.graft_limit(max(LEVELS.values()))
+
+
+def packed_weight(weight_format: WeightFormat, shape: tuple[int, int]) -> tuple[Weight, Tensor]:
+    """Return a weight and what it stands for in float64 when it is read in float32."""
+    packed = weight_format.pack(torch.randn(shape))
+    dense = weight_format.unpack(packed, *shape, torch.float32)
+    return weight_format.kernel_weight(packed, *shape), dense.double()
+
+
+def assert_near(got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
+    """Within the rounding of the output (and, in bf16, of the weight and the hidden matrix)."""
+    tolerance = (2e-5 if dtype == torch.float32 else 2e-2) * exact.abs().max().item()
+    assert (got.double() - exact).abs().max().item() <= tolerance
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_dequantised_weights_equal_the_references(
+    level: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    for weight_format in FORMATS:
+        if isinstance(weight_format, Int8Format):
+            continue  # unpacks itself
+        packed = weight_format.pack(torch.randn(shape))
+        kind = "codebook" if isinstance(weight_format, CodebookFormat) else "int_group"
+        if kind == "codebook":
+            nested = packed.get("absmax_scale"), packed.get("absmax_offset")
+            arguments = (packed["codes"], packed["absmax"], weight_format.name, 64, *shape)
+            arguments = (*arguments, dtype, *nested)
+        else:
+            planes = packed["codes"], packed.get("codes_high"), packed["scales"], packed["offsets"]
+            options = weight_format.options()
+            arguments = (*planes, options["bits"], options["group_size"], shape[1], dtype)
+        expected = reference.reference.operations[f"{kind}_dequantize"](*arguments)
+        got = native.native.operations[f"{kind}_dequantize"](*arguments)
+        assert torch.equal(got, expected), weight_format
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 17, 70, 130])
+def test_products_equal_float64(
+    level: str, shape: tuple[int, int], dtype: torch.dtype, tokens: int
+) -> None:
+    dense_format = DenseFormat(str(dtype).removeprefix("torch."))
+    out_features, in_features = shape
+    for weight_format in [*FORMATS, dense_format]:
+        weight, dense = packed_weight(weight_format, shape)
+        x, grad = (torch.randn(tokens, n).to(dtype) for n in (in_features, out_features))
+        A, B = torch.randn(5, in_features).to(dtype), torch.randn(out_features, 5).to(dtype)
+        x64, grad64, A64, B64 = (tensor.double() for tensor in (x, grad, A, B))
+        y, hidden = native.lora_linear(x, weight, A, B, 0.5)
+        assert_near(hidden, 0.5 * x64 @ A64.T, dtype)
+        assert_near(y, x64 @ dense.T + 0.5 * x64 @ A64.T @ B64.T, dtype)
+        dx, hidden = native.lora_grad_input(grad, weight, A, B, 0.5)
+        assert_near(hidden, 0.5 * grad64 @ B64, dtype)
+        assert_near(dx, grad64 @ dense + 0.5 * grad64 @ B64 @ A64, dtype)
+        assert_near(native._product("linear", x, weight, out_features), x64 @ dense.T, dtype)
+        assert_near(native._product("grad_input", grad, weight, in_features), grad64 @ dense, dtype)
+        assert_near(native.token_product(grad, x), grad64.T @ x64, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_statistics_gradients_and_pooling(
+    level: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    for bits, group_size in ((2, 8), (3, 64), (4, 32), (8, 16)):
+        packed = IntGroupFormat(bits=bits, group_size=group_size).pack(torch.randn(shape))
+        codes = packed["codes"], packed.get("codes_high")
+        grad, x = torch.randn(19, shape[0]).to(dtype), torch.randn(19, shape[1]).to(dtype)
+        # Inputs of the dtype, sums in float64.
+        options = bits, group_size
+        expected = reference.int_group_grad_scales(grad.double(), x.double(), *codes, *options)
+        assert_near(native.int_group_grad_scales(grad, x, *codes, *options), expected, dtype)
+        expected = reference.int_group_grad_offsets(grad.double(), x.double(), group_size)
+        assert_near(native.int_group_grad_offsets(grad, x, group_size), expected, torch.float32)
+        pooled = reference.pool(x.double(), group_size)
+        assert_near(native.pool(x, group_size), pooled, dtype)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_quantised_weights_equal_the_references(
+    level: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    weight = torch.randn(shape).to(dtype)
+    weight[0] = 0.25
+    weight[1, :8] = 0
+    for name in ("nf4", "fp4"):
+        expected = reference.codebook_quantize(weight, name, 64)
+        for got, other in zip(native.codebook_quantize(weight, name, 64), expected, strict=True):
+            assert torch.equal(got, other)
+    for bits in (2, 3, 4, 8):
+        for group_size in (8, 16, 32, 64, 128):
+            for statistics in (torch.float16, torch.float32):
+                arguments = weight, bits, group_size, statistics, 2.0**-20
+                got = native.int_group_quantize(*arguments)
+                expected = reference.int_group_quantize(*arguments)
+                for mine, other in zip(got, expected, strict=True):
+                    assert (mine is None) == (other is None)
+                    assert mine is None or torch.equal(mine, other)
+
+
+def test_a_weight_that_is_not_finite_has_statistics_that_are_not(level: str) -> None:
+    for value in (float("nan"), float("inf"), 1e30):
+        weight = torch.randn(20, 64)
+        weight[13, 5] = value
+        _, _, scales, offsets = native.int_group_quantize(weight, 4, 32, torch.float16, 2.0**-20)
+        assert not (scales.isfinite().all() and offsets.isfinite().all())
+
+
+def test_offsets_move_as_in_the_reference(level: str) -> None:
+    for stored in (torch.float16, torch.float32):
+        offsets, A, B = torch.randn(9, 33).to(stored), torch.randn(4, 33), torch.randn(9, 4)
+        A[:, :4] *= 1e-7  # sums that float16 holds as subnormal numbers, and ties
+        arguments = offsets, A, B, 0.5, stored
+        assert torch.equal(native.move_offsets(*arguments), reference.move_offsets(*arguments))
+
+
+def test_results_do_not_depend_on_the_number_of_threads() -> None:
+    weight, _ = packed_weight(CodebookFormat(double_quant=True), (300, 512))
+    x, grad = torch.randn(130, 512).bfloat16(), torch.randn(130, 300).bfloat16()
+    A, B = torch.randn(16, 512), torch.randn(300, 16)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(
+                (
+                    *native.lora_linear(x, weight, A, B, 1.0),
+                    *native.lora_grad_input(grad, weight, A, B, 1.0),
+                    native.token_product(x, grad),
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+def test_dtypes_that_the_kernels_do_not_multiply_go_to_the_reference() -> None:
+    weight, dense = packed_weight(IntGroupFormat(), (12, 64))
+    x = torch.randn(3, 64, dtype=torch.float64)
+    A, B = torch.randn(2, 64), torch.randn(12, 2)
+    y, _ = native.lora_linear(x, weight, A, B, 1.0)
+    assert y.dtype == torch.float64
+    torch.testing.assert_close(y, x @ dense.T + x @ A.double().T @ B.double().T)
