@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -162,16 +163,33 @@ def test_accumulation_normalises_by_the_targets_of_the_whole_step(tiny_base, row
 
 
 def test_checkpointing_changes_no_gradient(tiny_base, rows, tmp_path):
-    for name, checkpointing in (("kept", False), ("recomputed", True)):
-        config = settings(
-            tiny_base,
-            rows,
-            tmp_path / name,
-            method="qalora",
-            gradient_checkpointing=checkpointing,
-        )
-        graft.finetune(config)
-    assert adapter_tensors(tmp_path / "kept") == adapter_tensors(tmp_path / "recomputed")
+    common = {"method": "qlora", "dropout": 0.1, "save_every": 2}
+    for choice in ("none", "products", "layers"):
+        run = tmp_path / choice
+        report = graft.finetune(settings(tiny_base, rows, run, **common, checkpointing=choice))
+        assert report.checkpointing == f"{choice}, as asked for"
+        assert adapter_tensors(run) == adapter_tensors(tmp_path / "none")
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    graft.finetune(settings(tiny_base, rows, run, **common, checkpointing="products", resume=True))
+    assert adapter_tensors(run) == adapter_tensors(tmp_path / "none")
+
+
+def test_checkpointing_is_picked_by_the_plan(tiny_base, rows, tmp_path, monkeypatch):
+    from graft.api.events import Events
+
+    notes: list[str] = []
+
+    class Notes(Events):
+        def note(self, text):
+            notes.append(text)
+
+    run = tmp_path / "run"
+    monkeypatch.setattr("graft.plan.memory.free_bytes", lambda device: 2**20)
+    report = graft.finetune(settings(tiny_base, rows, run, steps=1), Notes())
+    assert report.checkpointing.startswith("layers, whose planned peak is ")
+    assert f"checkpointing: {report.checkpointing}" in notes
+    assert "checkpointing: layers\n" in (run / "config.yaml").read_text()
+    assert report.checkpointing in (run / "report.md").read_text()
 
 
 def test_reports_and_metrics(tiny_base, rows, tmp_path):

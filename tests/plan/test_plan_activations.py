@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import _VersionWrapper
 
 from graft.adapters.attach import attach_adapter
 from graft.adapters.config import AdapterConfig
 from graft.formats.registry import make_format
+from graft.model import checkpointing as checkpointing_module
+from graft.model.checkpointing import CHECKPOINTING, enable_checkpointing
 from graft.model.load import load_model
 from graft.model.targets import freeze_layers, select_targets
-from graft.plan.activations import plan_activations
+from graft.plan.activations import Activations, plan_activations
 from graft.plan.skeleton import plan_model
 
 BATCH, LENGTH, LAYERS = 3, 40, 3
@@ -26,8 +30,11 @@ METHODS = {
 }
 
 
-def saved_bytes(folder, weight_format, adapter, dtype, checkpointing=False) -> int:
-    """Return the bytes that autograd keeps after a forward pass, each storage once."""
+def saved_bytes(folder, weight_format, adapter, dtype, checkpointing="none") -> int:
+    """Return the bytes that autograd keeps after a forward pass, each storage once.
+
+    With checkpointing, that are the layers' inputs; `kept_products` has what they keep besides.
+    """
     model = load_model(str(folder), weight_format=weight_format, dtype=dtype).model
     names = select_targets(model, adapter.targets)
     if adapter.method == "full":
@@ -35,8 +42,7 @@ def saved_bytes(folder, weight_format, adapter, dtype, checkpointing=False) -> i
     else:
         freeze_layers(model, names)
         attach_adapter(model, names, adapter)
-    if checkpointing:
-        model.activation_checkpointing_enable()
+    enable_checkpointing(model, checkpointing)
     model.train()
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -53,7 +59,7 @@ def saved_bytes(folder, weight_format, adapter, dtype, checkpointing=False) -> i
     return sum(storage.nbytes() for storage in kept.values())
 
 
-def planned_bytes(folder, weight_format, adapter, dtype, checkpointing=False) -> int:
+def planned_activations(folder, weight_format, adapter, dtype, checkpointing="none") -> Activations:
     planned = plan_model(
         str(folder), weight_format=weight_format, adapter=adapter, dtype=dtype, device="cpu"
     )
@@ -64,8 +70,36 @@ def planned_bytes(folder, weight_format, adapter, dtype, checkpointing=False) ->
         planned.device,
         batch_size=BATCH,
         sequence_length=LENGTH,
-        gradient_checkpointing=checkpointing,
-    ).kept_bytes
+        checkpointing=checkpointing,
+    )
+
+
+def planned_bytes(*case) -> int:
+    return planned_activations(*case).kept_bytes
+
+
+@pytest.fixture
+def kept_products(monkeypatch):
+    """A function that returns the bytes of the outputs that checkpointing has kept so far."""
+    storages: list[dict] = []
+    create = checkpointing_module.create_selective_checkpoint_contexts
+
+    def recorded(policy):
+        forward, backward = create(policy)
+        storages.append(forward.storage)
+        return forward, backward
+
+    monkeypatch.setattr(checkpointing_module, "create_selective_checkpoint_contexts", recorded)
+
+    def total() -> int:
+        wrapped = [
+            leaf for storage in storages for calls in storage.values() for leaf in calls.values()
+        ]
+        kept = [leaf.val for leaf in tree_leaves(wrapped) if isinstance(leaf, _VersionWrapper)]
+        unique = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in kept}
+        return sum(storage.nbytes() for storage in unique.values())
+
+    return total
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -85,13 +119,24 @@ def test_what_does_not_train_keeps_no_input(model_folder, family):
     assert planned_bytes(*case) == pytest.approx(saved_bytes(*case), rel=0.1)
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora", "affine", "full"])
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_checkpointing_keeps_the_inputs_and_one_layer(model_folder, family, method):
+@pytest.mark.parametrize("checkpointing", ["products", "layers"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
+def test_checkpointing(model_folder, kept_products, family, method, checkpointing):
     adapter, options = METHODS[method]
     weight_format = make_format(*options) if options else None
     case = (model_folder(family), weight_format, adapter, "float32")
-    outside = saved_bytes(*case, checkpointing=True)
+    inputs = saved_bytes(*case, checkpointing)
+    planned = planned_activations(*case, checkpointing)
+    assert planned.kept_bytes == pytest.approx(inputs + kept_products(), rel=0.03)
     hidden = BATCH * LENGTH * 48 * 4
-    one_layer = (saved_bytes(*case) - outside + LAYERS * hidden) / LAYERS
-    assert planned_bytes(*case, checkpointing=True) == pytest.approx(outside + one_layer, rel=0.1)
+    one_layer = (saved_bytes(*case) - inputs + LAYERS * hidden) / LAYERS
+    assert planned.recomputed_bytes == pytest.approx(one_layer, rel=0.1)
+
+
+def test_each_choice_keeps_less(model_folder):
+    adapter, options = METHODS["qlora"]
+    case = (model_folder("llama"), make_format(*options), adapter, "bfloat16")
+    none, products, layers = (planned_activations(*case, choice) for choice in CHECKPOINTING)
+    assert none.kept_bytes > 1.5 * products.kept_bytes > 2 * layers.kept_bytes
+    assert none.recomputed_bytes == 0 < products.recomputed_bytes == layers.recomputed_bytes

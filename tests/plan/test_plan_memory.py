@@ -9,17 +9,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from graft.adapters.attach import adapter_parameters, attach_adapter, frozen_layers
 from graft.adapters.config import AdapterConfig
 from graft.errors import GraftError
 from graft.formats.dense import DenseFormat
 from graft.formats.registry import make_format
+from graft.model.checkpointing import CHECKPOINTING
 from graft.model.load import load_model
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
-from graft.plan.memory import MemoryPlan, plan_memory
+from graft.plan.memory import MemoryPlan, free_bytes, plan_memory
 
 FORMATS = [
     ("int", {"bits": 4}),
@@ -39,7 +40,7 @@ def plan(folder: Path | str, method: str = "lora", weight_format=None, **changes
         "device": "cpu",
         "batch_size": 2,
         "sequence_length": 16,
-        "gradient_checkpointing": False,
+        "checkpointing": "none",
     }
     adapter = changes.pop("adapter", AdapterConfig(method=method, rank=4))
     return plan_memory(
@@ -199,7 +200,7 @@ def test_seven_billion_parameters_plan_quickly_and_small(tmp_path):
         dtype="bfloat16",
         batch_size=1,
         sequence_length=512,
-        gradient_checkpointing=True,
+        checkpointing="layers",
     )
     assert time.perf_counter() - begin < 10
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 * 1024  # KiB
@@ -226,13 +227,93 @@ def test_peaks_are_sums_of_rows(model_folder):
     rows = {row.name: row.bytes for row in planned.rows}
     weights = sum(rows[name] for name in ("frozen weights", "other weights", "trained weights"))
     held = rows["process"] + weights + rows["optimizer"]
-    passing = max(rows["logits"], rows["layer workspace"])
+    passing = max(rows["loss"], rows["layer workspace"])
     assert planned.evaluation_bytes == held + passing
     assert planned.training_bytes == held + rows["gradients"] + rows["activations"] + passing
+    assert rows["recomputation"] == 0
     assert planned.saving_bytes == rows["process"] + weights + rows["merging"]
     assert planned.peak_bytes == planned.training_bytes
-    # 2 x 16 tokens, 90 logits: three float32 matrices.
-    assert rows["logits"] == 2 * 16 * 90 * 4 * 3
+    # 2 x 16 tokens, 90 logits: four float32 matrices; the hidden states' gradient twice.
+    assert rows["loss"] == 2 * 16 * 4 * (4 * 90 + 2 * 48)
+
+
+def test_recomputing_takes_turns_with_the_loss(model_folder):
+    planned = plan(model_folder("llama"), "qalora", make_format("int"), checkpointing="layers")
+    rows = {row.name: row.bytes for row in planned.rows}
+    backward = rows["recomputation"] + rows["layer workspace"]
+    assert backward > rows["loss"] > 0
+    rest = ("gradients", "optimizer", "activations")
+    weights = sum(rows[name] for name in ("frozen weights", "other weights", "trained weights"))
+    held = rows["process"] + weights + sum(rows[name] for name in rest)
+    assert planned.training_bytes == held + backward
+
+
+def test_the_loss_needs_a_chunk_of_logits_and_no_more(tmp_path):
+    folder = seven_billion(tmp_path)
+    adapter = AdapterConfig(method="lora", rank=8)
+    sizes = {"dtype": "bfloat16", "batch_size": 1, "checkpointing": "layers"}
+    short, long = (
+        row(plan(folder, adapter=adapter, sequence_length=length, **sizes), "loss")
+        for length in (512, 4096)
+    )
+    assert long - short == 2 * 2 * (4096 - 512) * 4096  # the hidden states' gradient
+    assert short == 2 * 2 * (262 * 32000 + 512 * 4096) + 8 * 2**18
+
+
+def test_a_head_that_trains_has_a_gradient_of_its_own_in_the_loss(model_folder):
+    frozen, trained = (plan(model_folder("llama"), method) for method in ("lora", "full"))
+    assert row(trained, "loss") - row(frozen, "loss") == 4 * 90 * 48
+
+
+# checkpointing -----------------------------------------------------------------------------------
+
+
+def test_auto_takes_the_first_that_fits(model_folder, monkeypatch):
+    folder, changes = model_folder("llama"), {"batch_size": 64, "sequence_length": 64}
+    plans = [plan(folder, checkpointing=choice, **changes) for choice in CHECKPOINTING]
+    sizes = [one.training_bytes for one in plans]
+    assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
+    for expected in plans:
+        for free, fits in ((expected.training_bytes / 0.8 + 1, True), (sizes[-1], False)):
+            monkeypatch.setattr("graft.plan.memory.free_bytes", lambda device, free=free: int(free))
+            picked = plan(folder, checkpointing="auto", **changes)
+            wanted = expected if fits else plans[-1]
+            assert picked.checkpointing == wanted.checkpointing
+            assert picked.rows == wanted.rows
+            assert picked.peak_bytes == wanted.peak_bytes
+            assert picked.checkpointing_reason.startswith(wanted.checkpointing)
+            said = "the first of none, products, layers" if fits else "no choice needs less"
+            assert said in picked.checkpointing_reason
+    assert plans[1].checkpointing_reason == "products, as asked for"
+
+
+def test_auto_on_another_machine_s_gpu_is_careful(model_folder, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    picked = plan(model_folder("llama"), device="cuda", checkpointing="auto")
+    assert picked.checkpointing == "layers"
+    assert "how much memory is free on that cuda is not known here" in picked.checkpointing_reason
+
+
+def test_a_model_that_cannot_recompute(model_folder, monkeypatch):
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    picked = plan(model_folder("llama"), checkpointing="auto")
+    assert picked.checkpointing == "none"
+    assert picked.checkpointing_reason == "none: LlamaForCausalLM cannot recompute its layers"
+    with pytest.raises(GraftError, match="--checkpointing none"):
+        plan(model_folder("llama"), checkpointing="layers")
+
+
+def test_free_memory_is_what_the_system_says(tmp_path, monkeypatch):
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal:       16 kB\nMemFree:  3 kB\nMemAvailable:    7 kB\n")
+    monkeypatch.setattr("graft.plan.memory._MEMINFO", meminfo)
+    assert free_bytes(torch.device("cpu")) == 7 * 1024
+    monkeypatch.setattr("graft.plan.memory._MEMINFO", tmp_path / "nowhere")
+    total = free_bytes(torch.device("cpu"))
+    assert total is not None and total > 2**30
+    monkeypatch.undo()
+    available = free_bytes(torch.device("cpu"))
+    assert available is not None and 0 < available <= total
 
 
 def test_merging_counts_the_dense_weights_that_lora_becomes(model_folder):

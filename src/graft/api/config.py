@@ -49,8 +49,10 @@ class PlanConfig(AdapterConfig, FormatConfig, ModelConfig):
     """Rows that are computed at once."""
     max_length: int = 512
     """Tokens in a row."""
-    gradient_checkpointing: bool = False
-    """Recompute each decoder layer in the backward pass."""
+    checkpointing: Literal["auto", "none", "products", "layers"] = "auto"
+    """What each decoder layer keeps for the backward pass: everything (none), its input and its
+    matrix products (products), or little more than its input (layers). auto takes the first of
+    them whose planned peak fits into 80 % of the memory that is free now."""
     json: bool = False
     """Print one JSON object instead of a table."""
 

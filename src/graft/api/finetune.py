@@ -43,6 +43,7 @@ from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.registry import parse_format
 from graft.model.adapter_files import save_adapter
+from graft.model.checkpointing import check_checkpointing, enable_checkpointing
 from graft.model.load import LoadedModel, build_skeleton, find_folder, read_config, read_tokenizer
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
@@ -50,7 +51,7 @@ from graft.plan.memory import MemoryPlan, plan_memory
 from graft.train.loop import Metrics, TrainingTask, read_metrics, steps_to_train, train
 from graft.train.schedule import default_learning_rate
 
-RESUME_MAY_CHANGE = {"resume", "eval_every", "save_every", "device", "export"}
+RESUME_MAY_CHANGE = {"resume", "eval_every", "save_every", "checkpointing", "device", "export"}
 _METHODS_WITHOUT_ADAPTER = ("full",)
 
 
@@ -127,7 +128,8 @@ def _resumed_config(config: TrainConfig, run: Path) -> TrainConfig:
         if not free and given not in (before, field.default, None):
             problems.append(f"{field.name} is {given!r}, the run was begun with {before!r}")
     raise_problems(problems, "--resume goes on with the same settings")
-    changes = {name: getattr(config, name) for name in ("eval_every", "save_every", "device")}
+    names = ("eval_every", "save_every", "checkpointing", "device")
+    changes = {name: getattr(config, name) for name in names}
     changed = {name: value for name, value in changes.items() if value not in (None, "auto")}
     return dataclasses.replace(stored, **changed, out=config.out, resume=True)
 
@@ -147,6 +149,7 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
     with problems.collecting():
         skeleton = build_skeleton(model_config, config.trust_remote_code)
         targets = select_targets(skeleton, config.targets)
+        check_checkpointing(skeleton, config.checkpointing)
     with problems.collecting():
         limit = getattr(model_config, "max_position_embeddings", None)
         training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed)
@@ -165,9 +168,11 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
         device=config.device,
         batch_size=config.batch_size,
         sequence_length=max(len(example.input_ids) for example in training.examples),
-        gradient_checkpointing=config.gradient_checkpointing,
+        checkpointing=config.checkpointing,
         trust_remote_code=config.trust_remote_code,
     )
+    if config.checkpointing == "auto":
+        events.note(f"checkpointing: {plan.checkpointing_reason}")
     return _Prepared(
         config=config,
         folder=folder,
@@ -211,6 +216,7 @@ def _make_run_folder(run: Path, prepared: _Prepared) -> None:
     """Make the run's folder with the resolved configuration."""
     resolved: dict[str, Any] = as_plain(prepared.config)
     resolved |= {"learning_rate": prepared.learning_rate, "steps": prepared.steps, "epochs": None}
+    resolved["checkpointing"] = prepared.plan.checkpointing
     if prepared.weight_format is not None:
         options = prepared.weight_format.options()
         resolved["format"] = prepared.weight_format.name
@@ -255,10 +261,7 @@ def _make_trainable(loaded: LoadedModel, prepared: _Prepared) -> dict[str, nn.Pa
     """Attach the adapter (or, for full, free the weights) and return what trains, by name."""
     config, model = prepared.config, loaded.model
     torch.manual_seed(config.seed)
-    if config.gradient_checkpointing:
-        # The name changed within transformers 5; both mean the same.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)()
+    enable_checkpointing(model, prepared.plan.checkpointing)
     if config.method not in _METHODS_WITHOUT_ADAPTER:
         attach_adapter(model, prepared.targets, config)
         return adapter_parameters(model, "default")

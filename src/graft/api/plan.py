@@ -19,6 +19,6 @@ def plan(config: PlanConfig) -> MemoryPlan:
         device=config.device,
         batch_size=config.batch_size,
         sequence_length=config.max_length,
-        gradient_checkpointing=config.gradient_checkpointing,
+        checkpointing=config.checkpointing,
         trust_remote_code=config.trust_remote_code,
     )

@@ -39,6 +39,8 @@ class RunReport:
     """Tokens computed per second of training steps, padding included."""
     peak_memory_bytes: int
     planned_memory_bytes: int
+    checkpointing: str
+    """What the layers kept for the backward pass, and why."""
     trainable_parameters: int
     total_parameters: int
     bits_per_weight: float | None
@@ -84,6 +86,7 @@ def make_report(
         tokens_per_second=tokens / spent,
         peak_memory_bytes=peak_bytes(next(model.parameters()).device),
         planned_memory_bytes=plan.peak_bytes,
+        checkpointing=plan.checkpointing_reason,
         trainable_parameters=trainable,
         total_parameters=plan.total_parameters,
         bits_per_weight=bits_per_weight,
@@ -123,6 +126,7 @@ def _markdown(report: RunReport) -> str:
         "time": f"{report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s",
         "peak memory (planned)": f"{report.peak_memory_bytes / 2**20:,.0f} MiB "
         f"({report.planned_memory_bytes / 2**20:,.0f} MiB)",
+        "checkpointing": report.checkpointing,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     versions_line = ", ".join(f"{name} {number}" for name, number in report.versions.items())

@@ -176,6 +176,7 @@ def plan(words: Sequence[str]) -> None:
     for row in memory.table():
         table.add_row(*row)
     Console().print(table)
+    print(f"checkpointing: {memory.checkpointing_reason}")
 
 
 def evaluate(words: Sequence[str]) -> None:

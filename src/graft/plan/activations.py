@@ -11,8 +11,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from graft.adapters.base import AdaptedLinear
 from graft.adapters.config import AdapterConfig
-from graft.formats.codebook import BLOCK_SIZE
-from graft.formats.linear import FrozenLinear
+from graft.model.checkpointing import Checkpointing, keeps_attention, keeps_product
 from graft.model.targets import linear_layers, linear_shape
 
 _COMPOSED_ACTIVATIONS = {"gelu_new": 3, "gelu_fast": 3, "quick_gelu": 2}
@@ -24,7 +23,9 @@ class Activations:
     """What a model keeps for the backward pass, and what its largest layer needs meanwhile."""
 
     kept_bytes: int
-    """From the end of the forward pass on, without the logits."""
+    """From the end of the forward pass on, without what the loss needs."""
+    recomputed_bytes: int
+    """What checkpointing computes again of one layer, while that layer's gradients are computed."""
     widest: int
     """Features of the widest linear layer's larger side."""
 
@@ -37,11 +38,15 @@ class _Linear:
     in_features: int
     out_features: int
     keeps_input: bool
-    """For the gradient of what trains; adapters with dropout keep a copy of their own instead."""
+    """For the gradient of what trains."""
+    beside: int
+    """Values per token that are computed beside the output: LoRA's A x, QA-LoRA's group sums."""
+    fused: bool
+    """Whether one operation gives both."""
     kept_per_token: int
     """Values that its adapter keeps for each token."""
     kept_bytes: int
-    """Bytes that its adapter and its format keep, whatever the batch."""
+    """Bytes that its adapter keeps, whatever the batch."""
 
 
 @dataclass(frozen=True)
@@ -50,12 +55,14 @@ class _Setting:
 
     itemsize: int
     sequence_length: int
+    hidden: int
     heads: int
     attention_width: int
     rms_norm: bool
     norms_train: bool
     activation: str
-    attention_dropout: bool
+    unfused_attention: bool
+    """Computed in float32, as it is on a CPU when it drops out weights."""
     residual_dropout: bool
     on_cpu: bool
 
@@ -68,7 +75,7 @@ def plan_activations(
     *,
     batch_size: int,
     sequence_length: int,
-    gradient_checkpointing: bool,
+    checkpointing: Checkpointing,
 ) -> Activations:
     """Return what the backward pass of a decoder with adapters (on the meta device) keeps.
 
@@ -77,22 +84,24 @@ def plan_activations(
     an RMSNorm), each distinct input of a layer that trains, the attention's output, and what the
     activation function keeps; attention is PyTorch's fused one, which keeps one float32 a head and
     no scores. Models that drop out attention weights keep three matrices of scores on the CPU.
-    To this come the adapters' own copies. Gradient checkpointing keeps every layer's input and
-    one layer's activations, those which are being recomputed.
+    To this come the adapters' own copies. With checkpointing, all this is there for one layer at a
+    time, the one that is being recomputed; every layer keeps its input and, of its products and its
+    attention, the outputs that `graft.model.checkpointing` names.
     """
     setting = _setting(model, adapter, dtype, device, sequence_length)
     tokens = batch_size * sequence_length
     layers = _decoder_layers(model, adapter, dtype)
-    kept = [_layer_bytes(linears, setting, tokens) for linears in layers]
-    hidden = _hidden_size(model)
+    whole = [_layer_bytes(linears, setting, tokens) for linears in layers]
     norm_itemsize = 4 if setting.rms_norm else setting.itemsize
-    last = tokens * hidden * (norm_itemsize + (2 * setting.itemsize if setting.norms_train else 0))
-    if gradient_checkpointing:
-        inside = len(layers) * tokens * hidden * setting.itemsize + max(kept, default=0)
+    last_norm = norm_itemsize + (2 * setting.itemsize if setting.norms_train else 0)
+    kept, recomputed = tokens * setting.hidden * last_norm, 0
+    if checkpointing == "none":
+        kept += sum(whole)
     else:
-        inside = sum(kept)
+        kept += sum(_checkpointed_bytes(layer, setting, tokens, checkpointing) for layer in layers)
+        recomputed = max(whole, default=0)
     shapes = [linear_shape(_bare(module)) for module in linear_layers(model).values()]
-    return Activations(inside + last, max(max(shape[:2]) for shape in shapes))
+    return Activations(kept, recomputed, max(max(shape[:2]) for shape in shapes))
 
 
 def _setting(
@@ -103,19 +112,22 @@ def _setting(
     sequence_length: int,
 ) -> _Setting:
     config = model.config
+    on_cpu = device.type == "cpu"
     heads = int(getattr(config, "num_attention_heads", 1))
-    head_dim = getattr(config, "head_dim", None) or _hidden_size(model) // heads
+    hidden = model.get_input_embeddings().get_parameter("weight").shape[1]
+    head_dim = getattr(config, "head_dim", None) or hidden // heads
     return _Setting(
         itemsize=dtype.itemsize,
         sequence_length=sequence_length,
+        hidden=hidden,
         heads=heads,
         attention_width=heads * head_dim,
         rms_norm=not any(isinstance(module, nn.LayerNorm) for module in model.modules()),
         norms_train=adapter.method == "full" and not adapter.targets,
         activation=str(_first(config, "hidden_act", "activation_function", "hidden_activation")),
-        attention_dropout=bool(_first(config, "attention_dropout", "attn_pdrop")),
+        unfused_attention=on_cpu and bool(_first(config, "attention_dropout", "attn_pdrop")),
         residual_dropout=bool(_first(config, "resid_pdrop", "hidden_dropout", "dropout")),
-        on_cpu=device.type == "cpu",
+        on_cpu=on_cpu,
     )
 
 
@@ -123,10 +135,6 @@ def _first(config: PreTrainedConfig, *names: str) -> object:
     """Return the first of the entries that a configuration has: families name them differently."""
     values = config.to_dict()
     return next((values[name] for name in names if values.get(name) is not None), None)
-
-
-def _hidden_size(model: PreTrainedModel) -> int:
-    return model.get_input_embeddings().get_parameter("weight").shape[1]
 
 
 def _bare(module: nn.Module) -> nn.Module:
@@ -147,25 +155,27 @@ def _decoder_layers(
 
 
 def _linear(parent: str, module: nn.Module, adapter: AdapterConfig, dtype: torch.dtype) -> _Linear:
-    bare = _bare(module)
-    in_features, out_features, _ = linear_shape(bare)
-    trained = any(parameter.requires_grad for parameter in module.parameters())
-    keeps_input = trained and not adapter.dropout
-    kept_per_token = kept_bytes = 0
+    in_features, out_features, _ = linear_shape(_bare(module))
+    keeps_input = any(parameter.requires_grad for parameter in module.parameters())
+    beside = kept_per_token = kept_bytes = 0
+    fused = not adapter.dropout
     if isinstance(module, AdaptedLinear):
         numbers = sum(p.numel() for p in module.adapters.parameters())
         if adapter.method in ("lora", "qlora"):
-            # Dropout gives each layer a copy of its input, and keeps its mask.
-            kept_per_token = adapter.rank + (2 * in_features if adapter.dropout else 0)
-            kept_bytes = numbers * dtype.itemsize if dtype != torch.float32 else 0
+            beside = kept_per_token = adapter.rank
+            if not fused:
+                # Each layer has a copy of its input, the mask, and A and B as it computes.
+                keeps_input = False
+                kept_per_token += 2 * in_features
+                kept_bytes = numbers * dtype.itemsize if dtype != torch.float32 else 0
         elif adapter.method == "qalora":
-            groups = module.base.packed["offsets"].numel()
-            kept_bytes = 8 * numbers + 4 * groups  # A and B in float64, the moved offsets
+            keeps_input = False
+            beside = kept_per_token = module.base.packed["offsets"].shape[-1]
         elif adapter.method == "affine":
             kept_bytes = 8 * numbers  # the scales in float64, both moved statistics in float32
-    if isinstance(bare, FrozenLinear) and bare.weight_format.options().get("double_quant"):
-        kept_bytes += 4 * -(-in_features * out_features // BLOCK_SIZE)  # absmax, dequantised
-    return _Linear(parent, in_features, out_features, keeps_input, kept_per_token, kept_bytes)
+    return _Linear(
+        parent, in_features, out_features, keeps_input, beside, fused, kept_per_token, kept_bytes
+    )
 
 
 def _layer_bytes(linears: list[_Linear], setting: _Setting, tokens: int) -> int:
@@ -176,6 +186,35 @@ def _layer_bytes(linears: list[_Linear], setting: _Setting, tokens: int) -> int:
     adapters = sum(linear.kept_per_token for linear in linears) * setting.itemsize
     constant = sum(linear.kept_bytes for linear in linears)
     return tokens * (per_token + adapters) + constant
+
+
+def _checkpointed_bytes(
+    linears: list[_Linear], setting: _Setting, tokens: int, checkpointing: Checkpointing
+) -> int:
+    """Return what a layer keeps that is recomputed: its input, some products, its attention."""
+    values, kept = setting.hidden, 0
+    for linear in linears:
+        outputs = (linear.out_features, linear.beside)
+        for width in (sum(outputs),) if linear.fused else outputs:
+            if keeps_product(checkpointing, setting.hidden, linear.in_features, width):
+                values += width
+    for _, block in groupby(linears, key=lambda linear: linear.parent):
+        *_, last = block
+        if last.in_features == setting.attention_width:
+            kept += _kept_attention_bytes(setting, checkpointing)
+    return tokens * (values * setting.itemsize + kept)
+
+
+def _kept_attention_bytes(setting: _Setting, checkpointing: Checkpointing) -> int:
+    """Return what checkpointing keeps of attention per token: its output and one float32 a head."""
+    width, length = setting.attention_width, setting.sequence_length
+    if not setting.unfused_attention:
+        kept = keeps_attention(checkpointing, width, length)
+        return width * setting.itemsize + 4 * setting.heads if kept else 0
+    head_dim = width // setting.heads
+    scores = keeps_product(checkpointing, setting.hidden, head_dim, length)
+    output = keeps_product(checkpointing, setting.hidden, length, head_dim)
+    return 4 * (setting.heads * length * scores + width * output)
 
 
 def _block_bytes(block: list[_Linear], setting: _Setting) -> int:
@@ -203,8 +242,7 @@ def _block_bytes(block: list[_Linear], setting: _Setting) -> int:
         kept += last.out_features * (setting.itemsize if setting.on_cpu else 1)
     if attention:
         kept += 4 * setting.heads
-        if setting.attention_dropout and setting.on_cpu:
-            # Unfused attention, computed in float32.
+        if setting.unfused_attention:
             kept += 4 * 3 * setting.heads * setting.sequence_length
             kept += last.in_features * setting.itemsize
     return kept

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+import os
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
 
 from graft.adapters.config import AdapterConfig
 from graft.errors import raise_problems
 from graft.formats.base import WeightFormat
-from graft.plan.activations import Activations, plan_activations
+from graft.model.checkpointing import CHECKPOINTING, Checkpointing, check_checkpointing
+from graft.model.loss import BLOCK_LOGITS, chunk_tokens
+from graft.plan.activations import plan_activations
 from graft.plan.skeleton import PlannedModel, WeightCounts, count_weights, plan_model
 
 PROCESS_BYTES = 390 * 2**20
 """What Python holds beside the model: a run on a 4 MB model with one short row per batch peaked at
 397 MiB on Linux (x86-64, torch 2.13 for the CPU, transformers 5.23)."""
 
-LOGIT_BYTES = 12
-"""Per logit at the loss: three float32 matrices at once, forward (logits, those asked for, log
-softmax) as well as backward (log softmax and two gradients); in bfloat16 2 + 2 + 4 + 4 bytes."""
+USABLE_MEMORY = 0.8
+"""Share of the memory that is free which `checkpointing` "auto" plans to use."""
+
+_MEMINFO = Path("/proc/meminfo")
 
 MERGE_BYTES = 36
 """Per weight of the layer that is being merged: four float64 matrices (trained, base, difference
@@ -58,6 +65,9 @@ class MemoryPlan:
     device: str
     dtype: str
     """The dtype that the model computes in."""
+    checkpointing: Checkpointing
+    checkpointing_reason: str
+    """Why 'auto' picked it, in words; that it was asked for, if it was."""
 
     @property
     def peak_bytes(self) -> int:
@@ -96,7 +106,7 @@ def plan_memory(
     device: str,
     batch_size: int,
     sequence_length: int,
-    gradient_checkpointing: bool,
+    checkpointing: Checkpointing | Literal["auto"],
     trust_remote_code: bool = False,
 ) -> MemoryPlan:
     """Return the memory plan of a training run on a model folder or hub id; reads no weights.
@@ -106,6 +116,9 @@ def plan_memory(
     Method 'full' trains them, with gradients and AdamW's two states in their own dtype, which for
     dtype 'auto' is float32. sequence_length is the longest row's, in tokens. On a GPU the plan
     counts the GPU's memory alone.
+
+    checkpointing 'auto' gives the plan of the first of none, products and layers whose peak of
+    training fits into 80 % of the memory that is free now, and of layers when none does.
 
     Raises GraftError when the model, the targets and the method do not fit together.
     """
@@ -120,6 +133,57 @@ def plan_memory(
         device=device,
         trust_remote_code=trust_remote_code,
     )
+    check_checkpointing(planned.model, checkpointing)
+    if checkpointing != "auto":
+        return _plan(planned, adapter, checkpointing, batch_size, sequence_length)
+    plans = [_plan(planned, adapter, one, batch_size, sequence_length) for one in CHECKPOINTING]
+    if not planned.model.supports_gradient_checkpointing:
+        reason = f"none: {type(planned.model).__name__} cannot recompute its layers"
+        return replace(plans[0], checkpointing_reason=reason)
+    return _pick(plans, free_bytes(planned.device))
+
+
+def _pick(plans: list[MemoryPlan], free: int | None) -> MemoryPlan:
+    """Return the first plan whose peak of training fits into the free memory, else the last."""
+    usable = 0 if free is None else USABLE_MEMORY * free
+    picked = next((plan for plan in plans if plan.training_bytes <= usable), plans[-1])
+    reason = f"{picked.checkpointing}, whose planned peak is {format_bytes(picked.training_bytes)}"
+    if free is None:
+        reason += f": how much memory is free on that {picked.device} is not known here"
+    elif picked.training_bytes <= usable:
+        names = ", ".join(plan.checkpointing for plan in plans)
+        reason += f": the first of {names} that fits into {_share(free)}"
+    else:
+        reason += f": more than {_share(free)}, and no choice needs less"
+    return replace(picked, checkpointing_reason=reason)
+
+
+def _share(free: int) -> str:
+    return f"{USABLE_MEMORY:.0%} of the {format_bytes(free)} that are free"
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the memory that a run on the device could take now; None for another machine's GPU.
+
+    Of the CPU's it is what Linux calls available, elsewhere all that there is.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        return None
+    if _MEMINFO.is_file():
+        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _plan(
+    planned: PlannedModel,
+    adapter: AdapterConfig,
+    checkpointing: Checkpointing,
+    batch_size: int,
+    sequence_length: int,
+) -> MemoryPlan:
     activations = plan_activations(
         planned.model,
         adapter,
@@ -127,53 +191,37 @@ def plan_memory(
         planned.device,
         batch_size=batch_size,
         sequence_length=sequence_length,
-        gradient_checkpointing=gradient_checkpointing,
+        checkpointing=checkpointing,
     )
-    return _add_up(planned, adapter, activations, batch_size, sequence_length)
-
-
-def _add_up(
-    planned: PlannedModel,
-    adapter: AdapterConfig,
-    activations: Activations,
-    batch_size: int,
-    sequence_length: int,
-) -> MemoryPlan:
     counts = count_weights(planned)
     tokens = batch_size * sequence_length
     process = 0 if planned.device.type == "cuda" else PROCESS_BYTES
-    logits = LOGIT_BYTES * tokens * _vocabulary(planned)
+    loss = _loss_bytes(planned, tokens)
     workspace = _workspace_bytes(planned, counts, tokens, activations.widest)
-    passing = max(logits, workspace)
     optimizer = 2 * counts.trained_bytes
     merging = _merging_bytes(planned, counts, adapter)
     weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
+    held = process + weights + optimizer
+    backward = max(loss, activations.recomputed_bytes + workspace)
     dtype = str(planned.dtype).removeprefix("torch.")
     shape = f"{batch_size} x {sequence_length} tokens"
     rows = (
         MemoryRow("process", process, "Python, PyTorch, Transformers"),
-        MemoryRow("frozen weights", counts.frozen_bytes, _frozen_note(counts, dtype)),
-        MemoryRow("other weights", counts.other_bytes, f"embeddings, norms, head in {dtype}"),
-        MemoryRow("trained weights", counts.trained_bytes, f"{counts.trained:,} parameters"),
-        MemoryRow("gradients", counts.trained_bytes, "one per trained parameter"),
+        *_weight_rows(counts, dtype),
         MemoryRow("optimizer", optimizer, "AdamW: two states per trained parameter"),
-        MemoryRow("activations", activations.kept_bytes, f"for the backward pass, {shape}"),
-        MemoryRow("logits", logits, f"and the loss on them, {shape}"),
         MemoryRow(
-            "layer workspace", workspace, "of the largest layer; it and the logits take turns"
+            "activations", activations.kept_bytes, f"kept, {shape}, checkpointing {checkpointing}"
         ),
-        MemoryRow("evaluation", passing, "logits or workspace; no gradients, no activations"),
+        MemoryRow("recomputation", activations.recomputed_bytes, "of one layer's activations"),
+        MemoryRow("layer workspace", workspace, "of the largest layer"),
+        MemoryRow("loss", loss, "a chunk of logits; takes turns with the two before"),
+        MemoryRow("evaluation", max(loss, workspace), "loss or workspace; nothing is kept"),
         MemoryRow("merging", merging, "float64 copies of one layer; the merged weights"),
     )
     return MemoryPlan(
         rows=rows,
-        training_bytes=process
-        + weights
-        + counts.trained_bytes
-        + optimizer
-        + activations.kept_bytes
-        + passing,
-        evaluation_bytes=process + weights + optimizer + passing,
+        training_bytes=held + counts.trained_bytes + activations.kept_bytes + backward,
+        evaluation_bytes=held + max(loss, workspace),
         saving_bytes=process + weights + merging,
         weight_file_bytes=planned.file_bytes,
         bits_per_weight=counts.bits_per_weight,
@@ -181,13 +229,31 @@ def _add_up(
         total_parameters=counts.total,
         device=planned.device.type,
         dtype=dtype,
+        checkpointing=checkpointing,
+        checkpointing_reason=f"{checkpointing}, as asked for",
     )
 
 
-def _vocabulary(planned: PlannedModel) -> int:
-    """Return the number of logits per token."""
-    head = planned.model.get_output_embeddings() or planned.model.get_input_embeddings()
-    return head.get_parameter("weight").shape[0]
+def _weight_rows(counts: WeightCounts, dtype: str) -> tuple[MemoryRow, ...]:
+    return (
+        MemoryRow("frozen weights", counts.frozen_bytes, _frozen_note(counts, dtype)),
+        MemoryRow("other weights", counts.other_bytes, f"embeddings, norms, head in {dtype}"),
+        MemoryRow("trained weights", counts.trained_bytes, f"{counts.trained:,} parameters"),
+        MemoryRow("gradients", counts.trained_bytes, "one per trained parameter"),
+    )
+
+
+def _loss_bytes(planned: PlannedModel, tokens: int) -> int:
+    """Return what the loss needs: logits and their gradient for a chunk of tokens, the softmax of
+    a block of them in float32, the hidden states' gradient twice, and the head's, if it trains.
+    """
+    vocabulary, hidden = planned.model.get_input_embeddings().get_parameter("weight").shape
+    chunk = min(tokens, chunk_tokens(vocabulary)) * vocabulary
+    block = min(chunk, max(BLOCK_LOGITS, vocabulary)) if planned.device.type == "cpu" else chunk
+    head = planned.model.get_output_embeddings()
+    trained = sum(p.numel() for p in head.parameters() if p.requires_grad) if head else 0
+    itemsize = planned.dtype.itemsize
+    return 2 * itemsize * (chunk + tokens * hidden) + 2 * 4 * block + 4 * trained
 
 
 def _workspace_bytes(planned: PlannedModel, counts: WeightCounts, tokens: int, widest: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +28,11 @@ class LoopConfig:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm when they exceed it."""
-    gradient_checkpointing: bool = False
-    """Recompute each decoder layer in the backward pass instead of keeping its activations."""
+    checkpointing: Literal["auto", "none", "products", "layers"] = "auto"
+    """What each decoder layer keeps for the backward pass: everything (none); its input and its
+    matrix products, so that only pointwise parts are recomputed (products); little more than its
+    input (layers). auto takes the first of them whose planned peak fits into 80 % of the free
+    memory. The gradients are the same, bit for bit."""
     eval_every: int | None = None
     """Steps between evaluations; the default evaluates at the beginning and at the end."""
     save_every: int | None = None
