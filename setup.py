@@ -64,7 +64,9 @@ setup(
         Extension(
             "graft.kernels._native",
             sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
-            depends=[str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc").glob(pattern)],
+            depends=[
+                str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc").glob(pattern)
+            ],
             optional=True,
         )
     ],

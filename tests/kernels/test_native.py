@@ -13,7 +13,7 @@ from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels import native, native_library, reference
+from graft.kernels import native, native_library, native_low_rank, reference
 from graft.kernels.weights import Weight
 
 pytestmark = pytest.mark.skipif(
@@ -94,15 +94,15 @@ def test_products_equal_float64(
         x, grad = (torch.randn(tokens, n).to(dtype) for n in (in_features, out_features))
         A, B = torch.randn(5, in_features).to(dtype), torch.randn(out_features, 5).to(dtype)
         x64, grad64, A64, B64 = (tensor.double() for tensor in (x, grad, A, B))
-        y, hidden = native.lora_linear(x, weight, A, B, 0.5)
+        y, hidden = native_low_rank.lora_linear(x, weight, A, B, 0.5)
         assert_near(hidden, 0.5 * x64 @ A64.T, dtype)
         assert_near(y, x64 @ dense.T + 0.5 * x64 @ A64.T @ B64.T, dtype)
-        dx, hidden = native.lora_grad_input(grad, weight, A, B, 0.5)
+        dx, hidden = native_low_rank.lora_grad_input(grad, weight, A, B, 0.5)
         assert_near(hidden, 0.5 * grad64 @ B64, dtype)
         assert_near(dx, grad64 @ dense + 0.5 * grad64 @ B64 @ A64, dtype)
         assert_near(native._product("linear", x, weight, out_features), x64 @ dense.T, dtype)
         assert_near(native._product("grad_input", grad, weight, in_features), grad64 @ dense, dtype)
-        assert_near(native.token_product(grad, x), grad64.T @ x64, dtype)
+        assert_near(native_low_rank.token_product(grad, x), grad64.T @ x64, dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -119,9 +119,11 @@ def test_statistics_gradients_and_pooling(
         expected = reference.int_group_grad_scales(grad.double(), x.double(), *codes, *options)
         assert_near(native.int_group_grad_scales(grad, x, *codes, *options), expected, dtype)
         expected = reference.int_group_grad_offsets(grad.double(), x.double(), group_size)
-        assert_near(native.int_group_grad_offsets(grad, x, group_size), expected, torch.float32)
+        assert_near(
+            native_low_rank.int_group_grad_offsets(grad, x, group_size), expected, torch.float32
+        )
         pooled = reference.pool(x.double(), group_size)
-        assert_near(native.pool(x, group_size), pooled, dtype)
+        assert_near(native_low_rank.pool(x, group_size), pooled, dtype)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -160,7 +162,9 @@ def test_offsets_move_as_in_the_reference(level: str) -> None:
         offsets, A, B = torch.randn(9, 33).to(stored), torch.randn(4, 33), torch.randn(9, 4)
         A[:, :4] *= 1e-7  # sums that float16 holds as subnormal numbers, and ties
         arguments = offsets, A, B, 0.5, stored
-        assert torch.equal(native.move_offsets(*arguments), reference.move_offsets(*arguments))
+        assert torch.equal(
+            native_low_rank.move_offsets(*arguments), reference.move_offsets(*arguments)
+        )
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:
@@ -173,9 +177,9 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
             torch.set_num_threads(threads)
             found.append(
                 (
-                    *native.lora_linear(x, weight, A, B, 1.0),
-                    *native.lora_grad_input(grad, weight, A, B, 1.0),
-                    native.token_product(x, grad),
+                    *native_low_rank.lora_linear(x, weight, A, B, 1.0),
+                    *native_low_rank.lora_grad_input(grad, weight, A, B, 1.0),
+                    native_low_rank.token_product(x, grad),
                 )
             )
     finally:
@@ -188,6 +192,6 @@ def test_dtypes_that_the_kernels_do_not_multiply_go_to_the_reference() -> None:
     weight, dense = packed_weight(IntGroupFormat(), (12, 64))
     x = torch.randn(3, 64, dtype=torch.float64)
     A, B = torch.randn(2, 64), torch.randn(12, 2)
-    y, _ = native.lora_linear(x, weight, A, B, 1.0)
+    y, _ = native_low_rank.lora_linear(x, weight, A, B, 1.0)
     assert y.dtype == torch.float64
     torch.testing.assert_close(y, x @ dense.T + x @ A.double().T @ B.double().T)

@@ -12,7 +12,7 @@ from torch import Tensor
 from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels import ops
+from graft.kernels import ops, row_ops
 
 OUT, IN = 6, 45  # a short last group, a straddling block, an odd count of codes
 
@@ -99,7 +99,10 @@ PREFIX = {"int3": "int_group", "int4": "int_group", "int8": "int_group"} | {
     "dense": "dense",
 }
 OPERATIONS = {
-    name: value for name, value in vars(ops).items() if isinstance(value, torch.library.CustomOpDef)
+    name: value
+    for module in (ops, row_ops)
+    for name, value in vars(module).items()
+    if isinstance(value, torch.library.CustomOpDef)
 }
 PAIRS = [
     (operation, case)

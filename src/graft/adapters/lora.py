@@ -56,7 +56,7 @@ class LoraAdapter(Adapter):
         return functional.linear(hidden, self.B.to(x.dtype), bias) * self.scaling
 
     def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
-        """Return W x + s (B A x + b) in one pass over W; with dropout there is no such operation."""
+        """Return W x + s (B A x + b) in one pass over W; there is no such pass with dropout."""
         if self.dropout and self.training:
             return None
         weight = operands(base.kernel_weight())

@@ -52,11 +52,11 @@ class QALoraAdapter(Adapter):
         nn.init.uniform_(self.A, -bound, bound)
 
     def grid_update(self, packed: Packed) -> GridUpdate:
-        """Return offsets += s B A, which is summed in float64 so that its rounding is reproducible."""
+        """Return offsets += s B A, summed in float64 so that its rounding is reproducible."""
         return GridUpdate(offsets=LowRank(self.A, self.B, self.scaling))
 
     def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
-        """Return x W'ᵀ, W' with the moved offsets, whose gradients are formed from the group sums."""
+        """Return x W'ᵀ, W' with moved offsets, whose gradients are formed from the group sums."""
         if not isinstance(base.weight_format, IntGroupFormat):
             return None
         packed = base.packed

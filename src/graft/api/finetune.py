@@ -45,9 +45,11 @@ from graft.formats.registry import parse_format
 from graft.model.adapter_files import save_adapter
 from graft.model.checkpointing import check_checkpointing, enable_checkpointing
 from graft.model.load import LoadedModel, build_skeleton, find_folder, read_config, read_tokenizer
+from graft.model.memory import reuse_freed_memory
+from graft.model.prefetch import prefetch_layers
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
-from graft.plan.memory import MemoryPlan, plan_memory
+from graft.plan.memory import MemoryPlan, free_bytes, plan_memory
 from graft.train.loop import Metrics, TrainingTask, read_metrics, steps_to_train, train
 from graft.train.schedule import default_learning_rate
 
@@ -299,7 +301,10 @@ def _train(
         folder=run,
     )
     events.training_begins(prepared.steps, 1)
-    return train(task, config, events.metrics)
+    if loaded.model.device.type == "cpu":
+        reuse_freed_memory()
+    with prefetch_layers(loaded.model, free_bytes(loaded.model.device) or 0):
+        return train(task, config, events.metrics)
 
 
 def _save_result(loaded: LoadedModel, config: TrainConfig, run: Path) -> None:

@@ -35,7 +35,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The matrix scaling B A, [out_features, groups]; A [rank, groups] and B [out_features, rank]."""
+    """The matrix scaling B A [out_features, groups]; A [rank, groups], B [out_features, rank]."""
 
     A: Tensor
     B: Tensor

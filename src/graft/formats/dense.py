@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.formats.base import GridUpdate, Packed, TensorSpec
-from graft.kernels import ops
+from graft.kernels import row_ops
 from graft.kernels.weights import Layout, Weight
 
 _DTYPES = {
@@ -55,7 +55,7 @@ class DenseFormat:
 
     def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
         """Return y = x Wᵀ in x's dtype."""
-        out: Tensor = ops.dense_linear(x, packed["weight"].to(x.dtype))
+        out: Tensor = row_ops.dense_linear(x, packed["weight"].to(x.dtype))
         return out
 
     def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:

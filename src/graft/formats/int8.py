@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.formats.base import GridUpdate, Packed, TensorSpec
-from graft.kernels import ops
+from graft.kernels import row_ops
 from graft.kernels.weights import Layout, Weight
 
 
@@ -49,7 +49,7 @@ class Int8Format:
 
     def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
         """Return y = x Wᵀ in x's dtype, differentiable in x."""
-        out: Tensor = ops.int8_linear(x, packed["codes"], packed["scales"])
+        out: Tensor = row_ops.int8_linear(x, packed["codes"], packed["scales"])
         return out
 
     def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:

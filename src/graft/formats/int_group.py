@@ -168,7 +168,7 @@ class IntGroupFormat:
     # What a solver needs ---------------------------------------------------------------------
 
     def fit_grid(self, weight: Tensor) -> dict[str, Tensor]:
-        """Return scales and offsets [out_features, groups] from each group's minimum and maximum."""
+        """Return scales and offsets [out_features, groups] from the groups' minima and maxima."""
         scales, offsets = fit_groups(
             weight, self.bits, self.group_size, self._dtype, _SMALLEST_SCALE
         )

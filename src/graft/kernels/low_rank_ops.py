@@ -1,7 +1,8 @@
 """The operations of adapted layers: a frozen weight and its low-rank update in one.
 
 A layer saves what its gradients need once: x for LoRA (its group sums for QA-LoRA), the small
-hidden matrix, and the packed weight, which it shares. A and B are float32 and take part in x's dtype.
+hidden matrix, and the packed weight, which it shares. A and B are float32 and take part in x's
+dtype.
 """
 
 from __future__ import annotations
@@ -137,7 +138,7 @@ def _lora_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
 
 lora_linear.register_autograd(_lora_backward, setup_context=_lora_save)
 
-# QA-LoRA: y = x Wᵀ with the offsets moved by scaling B A -------------------------------------------
+# QA-LoRA: y = x Wᵀ with the offsets moved by scaling B A ----------------------------------------
 
 
 @custom_op("graft::move_offsets", mutates_args=())

@@ -125,7 +125,11 @@ def descriptor(weight: Weight) -> tuple[_Weight, Any]:
         if scale is None:
             out.scales = address(absmax)
         else:
-            out.nested, out.nested_scale, out.nested_offset = address(absmax), address(scale), address(offset)
+            out.nested, out.nested_scale, out.nested_offset = (
+                address(absmax),
+                address(scale),
+                address(offset),
+            )
             out.nested_code = dynamic_code().data_ptr()
         return out, tensors
     if layout.kind == "int8":

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-import graft.kernels.native
-import graft.kernels.reference  # noqa: F401  (these modules register the backends)
+import graft.kernels.backends  # noqa: F401  (registers them)
 from graft.kernels.packing import PLANES, plane_bytes
 from graft.kernels.registry import implementation
 
@@ -180,6 +179,7 @@ def _int_group_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 int_group_linear.register_autograd(_int_group_backward, setup_context=_int_group_save)
 
+
 @custom_op("graft::int_group_quantize", mutates_args=())
 def int_group_quantize(
     weight: Tensor, bits: int, group_size: int, statistics: torch.dtype, smallest_scale: float
@@ -205,10 +205,12 @@ def _(
     rows, columns = weight.shape
     planes = [plane_bytes(plane, columns) for plane in PLANES[bits]]
     low, high = planes[0], planes[1] if len(planes) > 1 else 0
-    codes = (weight.new_empty((rows, width), dtype=torch.uint8) for width in (low, high))
+    codes, codes_high = (
+        weight.new_empty((rows, width), dtype=torch.uint8) for width in (low, high)
+    )
     shape = rows, -(-columns // group_size)
-    grid = (weight.new_empty(shape, dtype=statistics) for _ in range(2))
-    return *codes, *grid
+    scales, offsets = (weight.new_empty(shape, dtype=statistics) for _ in range(2))
+    return codes, codes_high, scales, offsets
 
 
 # codebook (nf4, fp4): w = codebook[code] * absmax ------------------------------------------------
@@ -345,77 +347,3 @@ def _codebook_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 codebook_linear.register_autograd(_codebook_backward, setup_context=_codebook_save)
-
-# dense: the weight itself, frozen ----------------------------------------------------------------
-
-
-@custom_op("graft::dense_linear", mutates_args=())
-def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return y = x Wᵀ for a frozen weight of x's dtype; differentiable in x."""
-    out: Tensor = implementation("dense_linear", x.device)(x, weight)
-    return out
-
-
-@dense_linear.register_fake
-def _(x: Tensor, weight: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-@custom_op("graft::dense_grad_input", mutates_args=())
-def dense_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
-    """Return dx = dy W."""
-    out: Tensor = implementation("dense_grad_input", grad.device)(grad, weight)
-    return out
-
-
-@dense_grad_input.register_fake
-def _(grad: Tensor, weight: Tensor) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], weight.shape[1]))
-
-
-def _dense_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-
-
-def _dense_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return dense_grad_input(grad.contiguous(), *ctx.saved_tensors), None
-
-
-dense_linear.register_autograd(_dense_backward, setup_context=_dense_save)
-
-# int8: w = scale[row] * code ---------------------------------------------------------------------
-
-
-@custom_op("graft::int8_linear", mutates_args=())
-def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Return y = x Wᵀ with codes int8 [out, in] and scales float32 [out]; differentiable in x."""
-    out: Tensor = implementation("int8_linear", x.device)(x, codes, scales)
-    return out
-
-
-@int8_linear.register_fake
-def _(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
-
-
-@custom_op("graft::int8_grad_input", mutates_args=())
-def int8_grad_input(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Return dx = dy W."""
-    out: Tensor = implementation("int8_grad_input", grad.device)(grad, codes, scales)
-    return out
-
-
-@int8_grad_input.register_fake
-def _(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    return grad.new_empty((*grad.shape[:-1], codes.shape[1]))
-
-
-def _int8_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
-
-
-def _int8_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return int8_grad_input(grad.contiguous(), *ctx.saved_tensors), None, None
-
-
-int8_linear.register_autograd(_int8_backward, setup_context=_int8_save)

@@ -121,11 +121,9 @@ def int_group_quantize(
         pieces.append((planes[0], planes[1] if len(planes) > 1 else None, scales, offsets))
     if len(pieces) == 1:
         return pieces[0]
-    codes, codes_high, scales, offsets = (
-        None if part[0] is None else torch.cat(part) for part in zip(*pieces, strict=True)
-    )
-    assert codes is not None and scales is not None and offsets is not None
-    return codes, codes_high, scales, offsets
+    low, high, all_scales, all_offsets = zip(*pieces, strict=True)
+    codes_high = None if high[0] is None else torch.cat(high)
+    return torch.cat(low), codes_high, torch.cat(all_scales), torch.cat(all_offsets)
 
 
 def fit_groups(
@@ -281,16 +279,16 @@ def _int8_weight(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 # Low-rank updates: compositions of whatever computes the parts on the device ----------------------
 
 
-def _product(operation: str, x: Tensor, weight: Weight) -> Tensor:
-    """Compute x Wᵀ ('linear') or x W ('grad_input') for a weight of any kind."""
+def frozen_product(operation: str, x: Tensor, weight: Weight) -> Tensor:
+    """Compute x Wᵀ ('linear') or x W ('grad_input') for a weight of any kind, on any backend."""
     layout, tensors = weight.layout, weight.tensors
     compute = implementation(f"{layout.kind}_{operation}", x.device)
     forward = operation == "linear"
     if layout.kind == "codebook":
         codes, absmax, scale, offset = tensors
         features = layout.out_features if forward else layout.in_features
-        options = layout.codebook, layout.group_size, features
-        out: Tensor = compute(x, codes, absmax, *options, scale, offset)
+        block = layout.codebook, layout.group_size
+        out: Tensor = compute(x, codes, absmax, *block, features, scale, offset)
     elif layout.kind == "int_group":
         options = (layout.bits, layout.group_size) + (() if forward else (layout.in_features,))
         out = compute(x, *tensors, *options)
@@ -307,7 +305,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """Compute y = x Wᵀ + hidden Bᵀ and hidden = scaling x Aᵀ."""
     hidden = functional.linear(x, A.to(x.dtype)) * scaling
-    return _product("linear", x, weight) + functional.linear(hidden, B.to(x.dtype)), hidden
+    return frozen_product("linear", x, weight) + functional.linear(hidden, B.to(x.dtype)), hidden
 
 
 @reference.implements("lora_grad_input")
@@ -316,7 +314,7 @@ def lora_grad_input(
 ) -> tuple[Tensor, Tensor]:
     """Compute dx = dy W + hidden A and hidden = scaling dy B."""
     hidden = (grad @ B.to(grad.dtype)) * scaling
-    return _product("grad_input", grad, weight) + hidden @ A.to(grad.dtype), hidden
+    return frozen_product("grad_input", grad, weight) + hidden @ A.to(grad.dtype), hidden
 
 
 @reference.implements("token_product")
@@ -330,7 +328,8 @@ def pool(x: Tensor, group_size: int) -> Tensor:
     """Compute the sums over groups of neighbouring features, in float32, rounded to x's dtype."""
     short = -x.shape[-1] % group_size
     groups = functional.pad(x, (0, short)).unflatten(-1, (-1, group_size))
-    return groups.sum(-1, dtype=torch.float32).to(x.dtype)
+    pooled: Tensor = groups.sum(-1, dtype=torch.float32)
+    return pooled.to(x.dtype)
 
 
 @reference.implements("move_offsets")

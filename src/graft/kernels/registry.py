@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 Implementation = Callable[..., Any]
+F = TypeVar("F", bound=Implementation)
 
 
 def _always_available() -> str | None:
@@ -33,10 +34,10 @@ class Backend:
     """Returns None when the backend works on this machine, else the reason why it does not."""
     operations: dict[str, Implementation] = field(default_factory=dict)
 
-    def implements(self, operation: str) -> Callable[[Implementation], Implementation]:
+    def implements(self, operation: str) -> Callable[[F], F]:
         """Register the decorated function as this backend's implementation of `operation`."""
 
-        def register(function: Implementation) -> Implementation:
+        def register(function: F) -> F:
             self.operations[operation] = function
             return function
 
@@ -76,3 +77,18 @@ def implementation(operation: str, device: torch.device) -> Implementation:
         else:
             return backend.operations[operation]
     raise LookupError(f"no backend computes {operation} on {device}: {'; '.join(reasons)}")
+
+
+def runs_directly(x: torch.Tensor) -> bool:
+    """Return whether an operation on x may call its implementation without PyTorch's dispatcher.
+
+    That is so where nobody records what is done: no gradients, no tracing, no other tensor type or
+    mode. The dispatcher takes longer than a product with one token.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and type(x) in (torch.Tensor, torch.nn.Parameter)
+        and x.device.type != "meta"
+        and not torch.compiler.is_compiling()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
 from torch import Tensor
 
 from graft.kernels.codebooks import dynamic_code
@@ -44,7 +43,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Weight:
-    """A frozen weight [out_features, in_features]: tensors in the order that its kind's kernels take.
+    """A frozen weight [out_features, in_features]: its tensors in the order that kernels take them.
 
     dense: (weight,); codebook: (codes, absmax, absmax_scale or None, absmax_offset or None);
     int_group: (codes, codes_high or None, scales, offsets); int8: (codes, scales).

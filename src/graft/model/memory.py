@@ -1,13 +1,33 @@
-"""How much memory this process uses."""
+"""How much memory this process uses, and how the C library keeps what is freed."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import resource
 import sys
 from pathlib import Path
 
 import torch
+
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of mallopt, in glibc's malloc.h
+_LARGEST_REUSED = 64 * 2**20
+_NEVER = 2**31 - 1
+
+
+def reuse_freed_memory() -> bool:
+    """Let the C library keep freed buffers for the next ones; return whether it can be told to.
+
+    A training step frees and takes the same large buffers over and over. By default glibc maps each
+    anew, and the page faults of a fresh mapping cost more than the arithmetic on it. Buffers of
+    more than 64 MiB still go back to the system.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    settings = (_MMAP_THRESHOLD, _LARGEST_REUSED), (_TRIM_THRESHOLD, _NEVER), (_TOP_PAD, 16 * 2**20)
+    return all([mallopt(option, value) == 1 for option, value in settings])
 
 
 def resident_bytes(device: torch.device) -> int:

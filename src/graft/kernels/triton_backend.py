@@ -1,0 +1,369 @@
+"""The Triton backend: CUDA kernels that read the packed layout as it lies on disk.
+
+A product with few tokens (decoding) is fused: codes are dequantised in registers, rounded to x's
+dtype as the reference rounds them, and summed in float32. With more tokens, and backwards, the
+weight is dequantised into memory and multiplied by cuBLAS, which is at the machine's limit there.
+Nothing is summed with atomics, so two runs give the same bits.
+
+int_group_grad_offsets is left to the reference backend: a pooling of x, and a product group_size
+times smaller than the layer's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graft.kernels import reference
+from graft.kernels.codebooks import codebook as codebook_values
+from graft.kernels.codebooks import dynamic_code, quantisation_bounds
+from graft.kernels.packing import BLOCK, PLANES
+from graft.kernels.registry import Backend, register_backend
+from graft.kernels.weights import NESTED_BLOCK_SIZE
+
+_FUSED_TOKENS = 16
+"""A product with at most so many tokens is fused: one tile of the tensor cores."""
+_FUSED_ROWS = 32
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What the kernels multiply; anything else (float64) is dequantised and left to PyTorch."""
+
+
+@cache
+def _why_unavailable() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if torch.version.hip is not None:
+        return "this PyTorch is built for ROCm, where the kernels are not tested"
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    capability = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
+    if capability < (8, 0):
+        return "needs compute capability 8.0, a GPU here has {}.{}".format(*capability)
+    return None
+
+
+triton = register_backend(
+    Backend(
+        name="triton",
+        priority=20,
+        device_types=frozenset({"cuda"}),
+        why_unavailable=_why_unavailable,
+    )
+)
+
+
+@cache
+def _kernels() -> ModuleType:
+    """Import the kernels on first use: this module itself is imported without triton too."""
+    from graft.kernels import triton_kernels
+
+    return triton_kernels
+
+
+def _launch(
+    kernel: str, grid: tuple[int, ...], out: Tensor, *arguments: Any, **options: Any
+) -> None:
+    """Run a kernel on out's device.
+
+    A fused multiply-add would skip the rounding of a product that the reference rounds, which
+    shows where a statistic is a full float32 number.
+    """
+    with torch.cuda.device_of(out):
+        getattr(_kernels(), kernel)[grid](out, *arguments, **options, enable_fp_fusion=False)
+
+
+def _tiles(count: int, size: int) -> int:
+    return -(-count // size)
+
+
+def _as_matrix(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def _is_fused(x: Tensor) -> bool:
+    return x.dtype in _DTYPES and 0 < x.numel() // x.shape[-1] <= _FUSED_TOKENS
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _fused_linear(
+    kernel: str,
+    x: Tensor,
+    packed: tuple[Tensor | None, ...],
+    sizes: tuple[int, ...],
+    steps: int,
+    **constants: int,
+) -> Tensor:
+    """Launch a linear kernel that takes `steps` tiles along each row; sizes[0] is out_features.
+
+    Where the rows alone do not fill the GPU, a row's tiles are shared out in splits. Each split
+    writes its own float32 part, and the parts are summed in a fixed order.
+    """
+    matrix, out_features = _as_matrix(x), sizes[0]
+    tiles = _tiles(out_features, _FUSED_ROWS)
+    steps_each = _tiles(steps, max(1, 2 * _processors(x.device) // tiles))
+    splits = _tiles(steps, steps_each)
+    dtype = x.dtype if splits == 1 else torch.float32
+    out = x.new_empty((splits, matrix.shape[0], out_features), dtype=dtype)
+    constants |= {"TOKENS": _FUSED_TOKENS, "ROWS": _FUSED_ROWS}
+    sizes = (matrix.shape[0], *sizes, steps_each)
+    _launch(kernel, (tiles, splits), out, matrix, *packed, *sizes, **constants)
+    summed = out[0] if splits == 1 else out.sum(0).to(x.dtype)
+    return summed.view(*x.shape[:-1], out_features)
+
+
+# int group: w = scale * q + offset ---------------------------------------------------------------
+
+
+def _layout(
+    codes: Tensor, bits: int, group_size: int, in_features: int
+) -> tuple[tuple[int, int, int, int], dict[str, int]]:
+    """Return (out_features, in_features, groups, blocks) and the kernels' constants."""
+    sizes = codes.shape[0], in_features, _tiles(in_features, group_size), _tiles(in_features, BLOCK)
+    return sizes, {"BITS": bits, "PLANE": PLANES[bits][0], "GROUP": group_size}
+
+
+@triton.implements("int_group_dequantize")
+def int_group_dequantize(
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute w = scale * q + offset in float32 and round once to `dtype`."""
+    sizes, constants = _layout(codes, bits, group_size, in_features)
+    out = codes.new_empty(sizes[:2], dtype=dtype)
+    packed = codes, codes_high, scales.contiguous(), offsets.contiguous()
+    constants |= {"ROWS": 4, "BLOCKS": 32}
+    grid = _tiles(sizes[0], 4), _tiles(sizes[3], 32)
+    _launch("int_group_dequantize", grid, out, *packed, *sizes, **constants)
+    return out
+
+
+@triton.implements("int_group_linear")
+def int_group_linear(
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """Compute y = x Wᵀ, fused for few tokens."""
+    if not _is_fused(x):
+        weight = int_group_dequantize(
+            codes, codes_high, scales, offsets, bits, group_size, x.shape[-1], x.dtype
+        )
+        return functional.linear(x, weight)
+    sizes, constants = _layout(codes, bits, group_size, x.shape[-1])
+    packed = codes, codes_high, scales.contiguous(), offsets.contiguous()
+    tile = 1 if x.dtype == torch.float32 else 8  # float32 needs registers for its operands
+    steps = _tiles(sizes[3], tile)
+    return _fused_linear("int_group_linear", x, packed, sizes, steps, BLOCKS=tile, **constants)
+
+
+@triton.implements("int_group_grad_input")
+def int_group_grad_input(
+    grad: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """Compute dx = dy W."""
+    weight: Tensor = int_group_dequantize(
+        codes, codes_high, scales, offsets, bits, group_size, in_features, grad.dtype
+    )
+    return grad @ weight
+
+
+@triton.implements("int_group_grad_scales")
+def int_group_grad_scales(
+    grad: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """Compute d scale[o, g] = sum over j in g of (dyᵀ x)[o, j] * q[o, j]; float32.
+
+    The product [out_features, in_features] stays in registers, a tile at a time, in float32.
+    """
+    if x.dtype not in _DTYPES:
+        out: Tensor = reference.int_group_grad_scales(grad, x, codes, codes_high, bits, group_size)
+        return out
+    sizes, constants = _layout(codes, bits, group_size, x.shape[-1])
+    out = x.new_empty((sizes[0], sizes[2]), dtype=torch.float32)
+    grad, x = _as_matrix(grad), _as_matrix(x)
+    rows, tokens = (64, 16) if x.dtype == torch.float32 else (128, 32)
+    constants |= {"ROWS": rows, "COLUMNS": 128, "TOKENS": tokens, "num_warps": 8}
+    arguments = grad, x, codes, codes_high, x.shape[0], *sizes
+    grid = _tiles(sizes[0], rows), _tiles(sizes[1], 128)
+    _launch("int_group_grad_scales", grid, out, *arguments, **constants)
+    return out
+
+
+# codebook: w = codebook[code] * absmax -----------------------------------------------------------
+
+
+@cache
+def _values(name: str, device: torch.device) -> Tensor:
+    return codebook_values(name).to(device)
+
+
+@cache
+def _dynamic_code(device: torch.device) -> Tensor:
+    return dynamic_code().to(device)
+
+
+@cache
+def _bounds(name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    bounds, code_of_rank = quantisation_bounds(name)
+    return bounds.to(device), code_of_rank.to(device)
+
+
+def _check_block_size(block_size: int) -> None:
+    if block_size < 2 or block_size & (block_size - 1):
+        raise ValueError(f"block_size is {block_size}; the Triton kernels need a power of two")
+
+
+@triton.implements("codebook_quantize")
+def codebook_quantize(weight: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
+    """Quantise the flattened weight block by block, to the reference's very codes and absmax."""
+    _check_block_size(block_size)
+    flat = weight.reshape(-1).contiguous()
+    count = flat.numel()
+    blocks = _tiles(count, block_size)
+    codes = flat.new_empty((_tiles(count, 2),), dtype=torch.uint8)
+    absmax = flat.new_empty((blocks,), dtype=torch.float32)
+    arguments = absmax, flat, *_bounds(codebook, flat.device), count, codes.numel()
+    constants = {"BLOCK": block_size, "BLOCKS": 32}
+    _launch("codebook_quantize", (_tiles(blocks, 32),), codes, *arguments, **constants)
+    return codes, absmax
+
+
+def _packed_codebook(
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    absmax_scale: Tensor | None,
+    absmax_offset: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """Return the kernels' arguments of a packed weight: its tensors among their tables."""
+    dynamic = None if absmax_scale is None else _dynamic_code(codes.device)
+    nested = dynamic, absmax_scale, absmax_offset
+    return codes, absmax, *nested, _values(codebook, codes.device)
+
+
+@triton.implements("codebook_dequantize")
+def codebook_dequantize(
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """Compute w = codebook[code] * absmax of its block in float32 and round once to `dtype`."""
+    _check_block_size(block_size)
+    out = codes.new_empty((out_features, in_features), dtype=dtype)
+    packed = _packed_codebook(codes, absmax, codebook, absmax_scale, absmax_offset)
+    sizes = out.numel(), codes.numel(), absmax.numel()
+    constants = {"BLOCK": block_size, "NESTED": NESTED_BLOCK_SIZE, "BLOCKS": 64}
+    _launch("codebook_dequantize", (_tiles(sizes[2], 64),), out, *packed, *sizes, **constants)
+    return out
+
+
+@triton.implements("codebook_linear")
+def codebook_linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    out_features: int,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """Compute y = x Wᵀ, fused for few tokens when no block straddles two rows."""
+    sizes, nested = (out_features, x.shape[-1]), (absmax_scale, absmax_offset)
+    if sizes[1] % block_size or not _is_fused(x):
+        weight = codebook_dequantize(codes, absmax, codebook, block_size, *sizes, x.dtype, *nested)
+        return functional.linear(x, weight)
+    _check_block_size(block_size)
+    packed = _packed_codebook(codes, absmax, codebook, *nested)
+    tile = 1 if x.dtype == torch.float32 else 4
+    constants = {"BLOCK": block_size, "NESTED": NESTED_BLOCK_SIZE, "BLOCKS": tile}
+    steps = _tiles(sizes[1], tile * block_size)
+    return _fused_linear("codebook_linear", x, packed, sizes, steps, **constants)
+
+
+@triton.implements("codebook_grad_input")
+def codebook_grad_input(
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    in_features: int,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """Compute dx = dy W."""
+    shape, nested = (grad.shape[-1], in_features), (absmax_scale, absmax_offset)
+    weight: Tensor = codebook_dequantize(
+        codes, absmax, codebook, block_size, *shape, grad.dtype, *nested
+    )
+    return grad @ weight
+
+
+# int8: w = scale[row] * code ---------------------------------------------------------------------
+
+
+def _int8_weight(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Compute w = scale[row] * code in float32 and round once to `dtype`."""
+    out = torch.empty_like(codes, dtype=dtype)
+    grid = _tiles(codes.shape[0], 4), _tiles(codes.shape[1], 512)
+    arguments = codes, scales.contiguous(), *codes.shape
+    _launch("int8_dequantize", grid, out, *arguments, ROWS=4, COLUMNS=512)
+    return out
+
+
+@triton.implements("int8_linear")
+def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Compute y = x Wᵀ with w = scale[row] * code, fused for few tokens."""
+    if not _is_fused(x):
+        return functional.linear(x, _int8_weight(codes, scales, x.dtype))
+    tile = 32 if x.dtype == torch.float32 else 256
+    steps = _tiles(codes.shape[1], tile)
+    packed = codes, scales.contiguous()
+    return _fused_linear("int8_linear", x, packed, tuple(codes.shape), steps, COLUMNS=tile)
+
+
+@triton.implements("int8_grad_input")
+def int8_grad_input(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Compute dx = dy W."""
+    return grad @ _int8_weight(codes, scales, grad.dtype)

@@ -1,0 +1,399 @@
+"""The Triton kernels against the reference backend, on a GPU or in Triton's interpreter.
+
+The interpreter is chosen when triton is first imported, and other libraries import it too. So
+without a GPU the tests of what the kernels compute run in a process of their own, which
+`test_the_kernels_in_the_interpreter` starts with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
+from graft.formats.int8 import Int8Format
+from graft.formats.int_group import GROUP_SIZES, IntGroupFormat
+from graft.kernels import reference
+from graft.kernels import triton_backend as backend
+from graft.kernels.codebooks import quantisation_bounds
+from graft.kernels.packing import unpack_codes
+from graft.kernels.registry import backends
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = backend._why_unavailable() is None and not INTERPRETED
+DEVICE = "cuda" if ON_GPU else "cpu"
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+TOKENS = [(1,), (3, 1), (17,)]
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton; pip install 'graft-llm[test]'"
+)
+
+if INTERPRETED:  # a process without the suite's conftest
+    torch.set_num_threads(1)
+
+    @pytest.fixture(autouse=True)
+    def _seed() -> None:
+        torch.manual_seed(0)
+
+
+def collected(condition: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    def mark(test: Callable[..., None]) -> Callable[..., None]:
+        test.__test__ = condition  # type: ignore[attr-defined]
+        return test
+
+    return mark
+
+
+where_kernels_run = collected(INTERPRETED or ON_GPU)
+where_the_suite_runs = collected(not INTERPRETED)
+
+
+@collected(not INTERPRETED and not ON_GPU)
+@needs_triton
+def test_the_kernels_in_the_interpreter() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "skipped" not in result.stdout
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape).to(DEVICE, dtype)
+
+
+def int_group(shape: tuple[int, int], bits: int, group_size: int, statistics: str) -> tuple:
+    """Codes, codes_high, scales, offsets, bits and group size of a random weight.
+
+    The statistics are strided, as an update may leave them; the kernels read them contiguously.
+    """
+    weight_format = IntGroupFormat(bits=bits, group_size=group_size, statistics=statistics)
+    packed = weight_format.pack(randn(*shape))
+    scales, offsets = (packed[name].T.contiguous().T for name in ("scales", "offsets"))
+    return packed["codes"], packed.get("codes_high"), scales, offsets, bits, group_size
+
+
+def codebook(shape: tuple[int, int], name: str, double: bool) -> tuple[tuple, tuple]:
+    """(Codes, absmax, codebook and block size) and (absmax_scale, absmax_offset) of a weight."""
+    packed = CodebookFormat(name=name, double_quant=double).pack(randn(*shape))
+    nested = packed.get("absmax_scale"), packed.get("absmax_offset")
+    return (packed["codes"], packed["absmax"], name, BLOCK_SIZE), nested
+
+
+def assert_is_product(y: Tensor, a: Tensor, b: Tensor) -> None:
+    """y = a b up to float32 sums in any order and one rounding to y's dtype."""
+    a, b = a.double(), b.double()
+    bound = a.shape[-1] * 2.0**-24 * (a.abs() @ b.abs())
+    kind, exact = torch.finfo(y.dtype), a @ b
+    bound += kind.eps * exact.abs().clamp(min=kind.smallest_normal)
+    assert ((y - exact).abs() <= bound).all()
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
+    """Kernel and grid of each launch, in order."""
+    launched: list[tuple[str, tuple[int, ...]]] = []
+    launch = backend._launch
+
+    def record(kernel: str, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+        launched.append((kernel, grid))
+        launch(kernel, grid, *arguments, **options)
+
+    monkeypatch.setattr(backend, "_launch", record)
+    return launched
+
+
+# int group ---------------------------------------------------------------------------------------
+
+F16, F32 = "float16", "float32"
+INT_CASES = [(2, 32, F32), (2, 8, F16), (3, 128, F16), (3, 16, F32), (4, 8, F32), (8, 64, F16)]
+
+
+@where_kernels_run
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_int_group_dequantize(bits: int, group_size: int, dtype: torch.dtype) -> None:
+    statistics, columns = (F32, 1100) if group_size in (16, 64) else (F16, 170)
+    args = (*int_group((3, columns), bits, group_size, statistics), columns, dtype)
+    assert torch.equal(backend.int_group_dequantize(*args), reference.int_group_dequantize(*args))
+
+
+@where_kernels_run
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group_size", "statistics"), INT_CASES)
+def test_int_group_products(
+    bits: int, group_size: int, statistics: str, dtype: torch.dtype, launches: list
+) -> None:
+    for rows, columns in [(3, 45), (33, 70)]:
+        args = int_group((rows, columns), bits, group_size, statistics)
+        weight = reference.int_group_dequantize(*args, columns, dtype)
+        for tokens in TOKENS if rows == 3 else TOKENS[:2]:
+            launches.clear()
+            x = randn(*tokens, columns, dtype=dtype)
+            y = backend.int_group_linear(x, *args)
+            assert y.shape == (*tokens, rows) and y.dtype == dtype
+            assert_is_product(y, x, weight.T)
+            assert launches[0][0] == f"int_group_{'dequantize' if tokens == (17,) else 'linear'}"
+        grad = randn(2, rows, dtype=dtype)
+        assert_is_product(backend.int_group_grad_input(grad, *args, columns), grad, weight)
+
+
+@where_kernels_run
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("bits", "group_size", "statistics"), INT_CASES)
+def test_int_group_grad_scales(
+    bits: int, group_size: int, statistics: str, dtype: torch.dtype
+) -> None:
+    for rows, columns in [(6, 45), (133, 160)]:
+        args = int_group((rows, columns), bits, group_size, statistics)
+        codes = unpack_codes(args[: 2 if bits == 3 else 1], bits, columns)
+        for tokens in ((1,), (2, 20)):
+            x, grad = randn(*tokens, columns, dtype=dtype), randn(*tokens, rows, dtype=dtype)
+            ours = backend.int_group_grad_scales(grad, x, *args[:2], bits, group_size)
+            a, b = grad.flatten(0, -2).double(), x.flatten(0, -2).double()
+            terms = (a.T @ b) * codes, (a.abs().T @ b.abs()) * codes
+            exact, size = (reference._in_groups(term, group_size).sum(-1) for term in terms)
+            assert ours.dtype == torch.float32 and ours.shape == exact.shape
+            assert ((ours - exact).abs() <= (len(a) + group_size) * 2.0**-24 * size).all()
+
+
+# codebook ----------------------------------------------------------------------------------------
+
+# A block that straddles rows, a short tail, an odd count, more blocks than a program's 32 and 64.
+CODEBOOK_SHAPES = [(6, 45), (5, 64), (7, 7), (3, 1504)]
+
+
+@where_kernels_run
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+@pytest.mark.parametrize("shape", CODEBOOK_SHAPES)
+def test_codebook_quantize(shape: tuple[int, int], name: str, dtype: torch.dtype) -> None:
+    weight = randn(*shape, dtype=dtype)
+    codes, absmax = reference.codebook_quantize(weight, name, BLOCK_SIZE)
+    ours = backend.codebook_quantize(weight, name, BLOCK_SIZE)
+    assert torch.equal(ours[0], codes) and torch.equal(ours[1], absmax)
+
+
+@where_kernels_run
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "double"), [("nf4", True), ("nf4", False), ("fp4", True)])
+@pytest.mark.parametrize("shape", [*CODEBOOK_SHAPES, (1, 20000)])
+def test_codebook_dequantize(
+    shape: tuple[int, int], name: str, double: bool, dtype: torch.dtype
+) -> None:
+    packed, nested = codebook(shape, name, double)
+    args = (*packed, *shape, dtype, *nested)
+    assert torch.equal(backend.codebook_dequantize(*args), reference.codebook_dequantize(*args))
+
+
+@where_kernels_run
+@pytest.mark.parametrize("name", ["nf4", "fp4"])
+def test_codebook_quantize_at_the_edges(name: str) -> None:
+    """Ties, zeros of both signs, subnormal numbers, NaN, each in a full and in a short block."""
+    bounds, _ = quantisation_bounds(name)
+    rows = torch.zeros(5, 40)
+    rows[0, :15], rows[0, 15] = bounds * 1.7, 1.7  # division and reciprocal round differently
+    rows[1, ::2] = -0.0
+    rows[2] = torch.randn(40) * 1e-39
+    rows[3] = torch.randn(40)
+    rows[3, 7] = float("nan")
+    for row in rows:
+        weight = torch.cat([row, row[:24], row]).to(DEVICE)
+        expected = reference.codebook_quantize(weight, name, BLOCK_SIZE)
+        ours = backend.codebook_quantize(weight, name, BLOCK_SIZE)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
+
+
+@where_kernels_run
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "double"), [("nf4", True), ("fp4", False)])
+@pytest.mark.parametrize("shape", [(6, 45), (33, 320)])
+def test_codebook_products(
+    shape: tuple[int, int], name: str, double: bool, dtype: torch.dtype, launches: list
+) -> None:
+    packed, nested = codebook(shape, name, double)
+    weight = reference.codebook_dequantize(*packed, *shape, dtype, *nested)
+    for tokens in TOKENS:
+        x, grad = randn(*tokens, shape[1], dtype=dtype), randn(*tokens, shape[0], dtype=dtype)
+        launches.clear()
+        y = backend.codebook_linear(x, *packed, shape[0], *nested)
+        assert y.shape == grad.shape and y.dtype == dtype
+        assert_is_product(y, x, weight.T)
+        fused = tokens != (17,) and shape[1] % BLOCK_SIZE == 0
+        assert launches[0][0] == ("codebook_linear" if fused else "codebook_dequantize")
+        grad_x = backend.codebook_grad_input(grad, *packed, shape[1], *nested)
+        assert_is_product(grad_x, grad, weight)
+
+
+# int8, and what all linears share ----------------------------------------------------------------
+
+
+@where_kernels_run
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(6, 45), (33, 520)])
+def test_int8_products(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    packed = Int8Format().pack(randn(*shape))
+    weight = Int8Format().unpack(packed, *shape, dtype)
+    assert torch.equal(backend._int8_weight(**packed, dtype=dtype), weight)
+    for tokens in TOKENS:
+        x, grad = randn(*tokens, shape[1], dtype=dtype), randn(*tokens, shape[0], dtype=dtype)
+        assert_is_product(backend.int8_linear(x, **packed), x, weight.T)
+        assert_is_product(backend.int8_grad_input(grad, **packed), grad, weight)
+
+
+def linears(columns: int) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
+    """Each linear operation as a function of x, with its weight [40, columns] in float32."""
+    args = int_group((40, columns), 4, 32, "float16")
+    nf4, _ = codebook((40, columns), "nf4", double=False)
+    int8 = Int8Format().pack(randn(40, columns))
+    int_weight = reference.int_group_dequantize(*args, columns, torch.float32)
+    nf4_weight = reference.codebook_dequantize(*nf4, 40, columns, torch.float32)
+    int8_weight = Int8Format().unpack(int8, 40, columns, torch.float32)
+    return [
+        (lambda x: backend.int_group_linear(x, *args), int_weight),
+        (lambda x: backend.codebook_linear(x, *nf4, 40), nf4_weight),
+        (lambda x: backend.int8_linear(x, **int8), int8_weight),
+    ]
+
+
+@where_kernels_run
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_shared_out_in_splits(
+    dtype: torch.dtype, launches: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_processors", lambda device: 2)
+    # Two tiles of rows for four programs: two splits, of 3 tiles of 256 columns, 11 of 64 or 22.
+    for linear, weight in linears(704):
+        launches.clear()
+        x = randn(2, 704, dtype=dtype)
+        assert_is_product(linear(x), x, weight.to(dtype).T)
+        assert [grid for _, grid in launches] == [(2, 2)]
+
+
+@where_kernels_run
+def test_strided_inputs_no_tokens_and_float64() -> None:
+    for linear, weight in linears(64):
+        x = randn(3, 64, 2).transpose(1, 2)
+        assert_is_product(linear(x), x, weight.T)
+        assert linear(randn(2, 0, 64)).shape == (2, 0, 40)
+        wide = randn(3, 64, dtype=torch.float64)
+        torch.testing.assert_close(linear(wide), wide @ weight.double().T)
+    args = int_group((6, 45), 3, 8, "float32")
+    grad, x = randn(4, 6, dtype=torch.float64), randn(4, 45, dtype=torch.float64)
+    sides = (
+        module.int_group_grad_scales(grad, x, *args[:2], 3, 8) for module in (backend, reference)
+    )
+    torch.testing.assert_close(*sides)
+
+
+# Without running a kernel ------------------------------------------------------------------------
+
+
+def test_it_stands_before_the_reference_on_cuda_alone() -> None:
+    names = [known.name for known in backends()]
+    assert names.index("triton") < names.index("reference")
+    assert backend.triton.device_types == {"cuda"}
+    assert set(backend.triton.operations) <= set(reference.reference.operations)
+
+
+def test_it_says_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    why, cuda = backend._why_unavailable.__wrapped__, torch.cuda
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert why() == "triton is not installed"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in why()
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(cuda, "is_available", lambda: False)
+    assert why() == "no CUDA device"
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "get_device_capability", lambda device: (9 - 2 * device, 5))
+    monkeypatch.setattr(cuda, "device_count", lambda: 2)
+    assert why() == "needs compute capability 8.0, a GPU here has 7.5"
+    monkeypatch.setattr(cuda, "device_count", lambda: 1)
+    assert why() is None
+
+
+@where_the_suite_runs
+def test_importing_it_needs_no_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from graft.kernels import ops, triton_backend\n"
+        "assert triton_backend._why_unavailable() == 'triton is not installed'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("block_size", [0, 1, 48])
+def test_block_sizes_are_powers_of_two(block_size: int) -> None:
+    with pytest.raises(ValueError, match=f"block_size is {block_size}"):
+        backend.codebook_quantize(torch.randn(96), "nf4", block_size)
+
+
+KINDS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "int8": "i8"}
+POINTERS = {getattr(torch, name): f"*{short}" for name, short in KINDS.items()}
+
+
+class CompiledInstead:
+    """A kernel that is compiled to machine code, which takes no GPU, where it would be launched."""
+
+    def __init__(self, function: Any, binaries: dict[str, Any]) -> None:
+        self.function, self.binaries = function, binaries
+
+    def __getitem__(self, grid: tuple[int, ...]) -> CompiledInstead:
+        return self
+
+    def __call__(self, *arguments: Any, **options: Any) -> None:
+        from triton import compile
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        names, signature, constants = self.function.arg_names, {}, {}
+        values = dict(zip(names, arguments, strict=False))
+        values |= {name: options.pop(name) for name in names if name in options}
+        for name, value in values.items():
+            signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
+            if name.isupper() or value is None:
+                signature[name], constants[name] = "constexpr", value
+        source = ASTSource(self.function, signature, constexprs=constants)
+        binary = compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+        self.binaries[self.function.__name__] = binary.asm
+
+
+@where_the_suite_runs  # interpreted kernels cannot be compiled
+@needs_triton
+def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    binaries: dict[str, Any] = {}
+    kernels = vars(backend._kernels()).items()
+    compiled = {name: CompiledInstead(function, binaries) for name, function in kernels}
+    monkeypatch.setattr(backend, "_kernels", lambda: SimpleNamespace(**compiled))
+    args, dtype = int_group((4, 64), 3, 8, F16), torch.bfloat16
+    x, grad = torch.randn(2, 64, dtype=dtype), torch.randn(2, 4, dtype=dtype)
+    nf4, nested = codebook((2, 64), "nf4", double=True)
+    backend.codebook_quantize(x, "nf4", BLOCK_SIZE)
+    backend.codebook_dequantize(*nf4, 2, 64, dtype, *nested)
+    backend.codebook_linear(x, *nf4, 2, *nested)
+    backend.int_group_dequantize(*args, 64, dtype)
+    backend.int_group_linear(x, *args)
+    backend.int_group_grad_scales(grad, x, *args[:2], 3, 8)
+    int8 = Int8Format().pack(torch.randn(4, 64))
+    backend.int8_linear(x, **int8)
+    backend._int8_weight(**int8, dtype=dtype)
+    assert len(binaries) == 8 and all(asm["cubin"] for asm in binaries.values())
+    # Contracting a product and an addition would round once where the reference rounds twice.
+    assert not any("fma." in binaries[name]["ptx"] for name in binaries if "dequant" in name)
