@@ -111,13 +111,15 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        data = write_jsonl(folder / "data.jsonl", [{"text": text}] * 32)
         for number, case in enumerate(CASES):
             if case.shape not in arguments.only:
                 continue
             model = folder / case.shape
             if not model.is_dir():
                 write_model(model, case.shape)
+            # A little longer than the row may be, so that every row is cut at its full length.
+            row = {"text": text[: 8 * case.length]}
+            data = write_jsonl(folder / f"data{case.length}.jsonl", [row] * 32)
             given = [json.dumps(asdict(case)), str(model), str(data), str(folder / f"run{number}")]
             command = [sys.executable, __file__, "--child", *given]
             done = subprocess.run(command, capture_output=True, text=True)

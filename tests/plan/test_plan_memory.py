@@ -20,7 +20,7 @@ from graft.model.checkpointing import CHECKPOINTING
 from graft.model.load import load_model
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
-from graft.plan.memory import MemoryPlan, free_bytes, plan_memory
+from graft.plan.memory import HEAP_BYTES, MemoryPlan, free_bytes, plan_memory
 
 FORMATS = [
     ("int", {"bits": 4}),
@@ -229,7 +229,10 @@ def test_peaks_are_sums_of_rows(model_folder):
     held = rows["process"] + weights + rows["optimizer"]
     passing = max(rows["loss"], rows["layer workspace"])
     assert planned.evaluation_bytes == held + passing
-    assert planned.training_bytes == held + rows["gradients"] + rows["activations"] + passing
+    assert planned.training_bytes == held + sum(
+        rows[name] for name in ("gradients", "activations", "heap")
+    ) + (passing)
+    assert rows["heap"] == HEAP_BYTES + rows["activations"] // 2
     assert rows["recomputation"] == 0
     assert planned.saving_bytes == rows["process"] + weights + rows["merging"]
     assert planned.peak_bytes == planned.training_bytes
@@ -242,7 +245,7 @@ def test_recomputing_takes_turns_with_the_loss(model_folder):
     rows = {row.name: row.bytes for row in planned.rows}
     backward = rows["recomputation"] + rows["layer workspace"]
     assert backward > rows["loss"] > 0
-    rest = ("gradients", "optimizer", "activations")
+    rest = ("gradients", "optimizer", "activations", "heap")
     weights = sum(rows[name] for name in ("frozen weights", "other weights", "trained weights"))
     held = rows["process"] + weights + sum(rows[name] for name in rest)
     assert planned.training_bytes == held + backward
@@ -336,7 +339,7 @@ def test_table_and_dict(model_folder):
     planned = plan(model_folder("gpt2"), "qlora", make_format("nf4"))
     table = planned.table()
     assert [name for name, _, _ in table[:2]] == ["process", "frozen weights"]
-    assert table[0][1] == "390.0 MiB"
+    assert table[0][1] == "450.0 MiB"
     assert all(isinstance(cell, str) and cell for line in table for cell in line)
     again = json.loads(json.dumps(planned.as_dict()))
     assert again["rows"][1]["bytes"] == row(planned, "frozen weights")

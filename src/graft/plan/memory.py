@@ -12,14 +12,21 @@ import torch
 from graft.adapters.config import AdapterConfig
 from graft.errors import raise_problems
 from graft.formats.base import WeightFormat
+from graft.kernels import native_library
 from graft.model.checkpointing import CHECKPOINTING, Checkpointing, check_checkpointing
 from graft.model.loss import BLOCK_LOGITS, chunk_tokens
 from graft.plan.activations import plan_activations
 from graft.plan.skeleton import PlannedModel, WeightCounts, count_weights, plan_model
 
-PROCESS_BYTES = 390 * 2**20
-"""What Python holds beside the model: a run on a 4 MB model with one short row per batch peaked at
-397 MiB on Linux (x86-64, torch 2.13 for the CPU, transformers 5.23)."""
+PROCESS_BYTES = 450 * 2**20
+"""What Python holds beside the model when the weights are about to be read, on Linux (x86-64, torch
+2.13 for the CPU, transformers 5.23)."""
+
+HEAP_BYTES = 64 * 2**20
+HEAP_SHARES: dict[Checkpointing, float] = {"none": 0.5, "products": 0.3, "layers": 0.9}
+"""What the C library's heap holds beyond the tensors, in gaps that freed ones left and kept for the
+next (`reuse_freed_memory`): a constant, and a share of the activations. Found by
+benchmarks/plan.py, which says how well it fits."""
 
 USABLE_MEMORY = 0.8
 """Share of the memory that is free which `checkpointing` "auto" plans to use."""
@@ -44,8 +51,8 @@ class MemoryRow:
 class MemoryPlan:
     """Where the memory of a run goes, and its peaks, in bytes.
 
-    What is counted are tensors and, on a CPU, the bare process. The C library's heap can hold as
-    much again as the activations, in gaps that freed tensors left, and the data come on top.
+    What is counted are tensors and, on a CPU, the process and the gaps in its heap. The data come on
+    top.
     """
 
     rows: tuple[MemoryRow, ...]
@@ -202,6 +209,9 @@ def _plan(
     merging = _merging_bytes(planned, counts, adapter)
     weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
     held = process + weights + optimizer
+    transient = activations.kept_bytes + activations.recomputed_bytes
+    on_cpu = planned.device.type == "cpu"
+    heap = HEAP_BYTES + int(HEAP_SHARES[checkpointing] * transient) if on_cpu else 0
     backward = max(loss, activations.recomputed_bytes + workspace)
     dtype = str(planned.dtype).removeprefix("torch.")
     shape = f"{batch_size} x {sequence_length} tokens"
@@ -215,12 +225,13 @@ def _plan(
         MemoryRow("recomputation", activations.recomputed_bytes, "of one layer's activations"),
         MemoryRow("layer workspace", workspace, "of the largest layer"),
         MemoryRow("loss", loss, "a chunk of logits; takes turns with the two before"),
+        MemoryRow("heap", heap, "gaps between the tensors, which malloc keeps"),
         MemoryRow("evaluation", max(loss, workspace), "loss or workspace; nothing is kept"),
         MemoryRow("merging", merging, "float64 copies of one layer; the merged weights"),
     )
     return MemoryPlan(
         rows=rows,
-        training_bytes=held + counts.trained_bytes + activations.kept_bytes + backward,
+        training_bytes=held + counts.trained_bytes + activations.kept_bytes + backward + heap,
         evaluation_bytes=held + max(loss, workspace),
         saving_bytes=process + weights + merging,
         weight_file_bytes=planned.file_bytes,
@@ -257,10 +268,11 @@ def _loss_bytes(planned: PlannedModel, tokens: int) -> int:
 
 
 def _workspace_bytes(planned: PlannedModel, counts: WeightCounts, tokens: int, widest: int) -> int:
-    """Return what the layer at work needs: its weight in float32 and in the compute dtype, if it
-    is quantised, and four of its widest features (an MLP's, or their gradients).
+    """Return what the layer at work needs: four of its widest features (an MLP's, or their
+    gradients) and, but for the native backend, a quantised weight in float32 and the compute dtype.
     """
-    dequantised = counts.largest_quantised * (4 + planned.dtype.itemsize)
+    in_pieces = planned.device.type == "cpu" and native_library.why_unavailable() is None
+    dequantised = 0 if in_pieces else counts.largest_quantised * (4 + planned.dtype.itemsize)
     return dequantised + 4 * tokens * widest * planned.dtype.itemsize
 
 
