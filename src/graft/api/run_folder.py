@@ -43,7 +43,12 @@ def is_run(path: Path) -> bool:
 
 def read_run_config(run: Path) -> TrainConfig:
     """Return the resolved configuration of a run; raises GraftError when it is damaged."""
-    settings = checked_settings(read_yaml(run / CONFIG), TrainConfig, str(run / CONFIG))
+    written = read_yaml(run / CONFIG)
+    # Version 0.1.0 knew two of today's choices under another name.
+    recomputes = written.pop("gradient_checkpointing", None)
+    if recomputes is not None:
+        written["checkpointing"] = "layers" if recomputes else "none"
+    settings = checked_settings(written, TrainConfig, str(run / CONFIG))
     try:
         return TrainConfig(**settings)
     except TypeError as error:
