@@ -113,6 +113,14 @@ class DemoArguments:
     """Folder to write."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoctorArguments:
+    """Say which kernels compute here and why the others do not; processor, memory, versions."""
+
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
 def train(words: Sequence[str]) -> None:
     """Graft train [CONFIG.yaml] --model M --data D --method X --out RUN."""
     given = _settings_of_resumed_run(words)
@@ -305,6 +313,19 @@ def demo(words: Sequence[str]) -> None:
     show_demo(Path(arguments.out))
 
 
+def doctor(words: Sequence[str]) -> None:
+    """Graft doctor [--json]."""
+    arguments = parse(DoctorArguments, words, "doctor", DoctorArguments.__doc__ or "")
+    from graft.api.doctor import diagnose
+    from graft.cli.doctor import show_diagnosis
+
+    diagnosis = diagnose()
+    if arguments.json:
+        print(json.dumps(diagnosis, indent=2))
+    else:
+        show_diagnosis(diagnosis)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "plan": plan,
@@ -315,4 +336,5 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "chat": chat,
     "merge": merge,
     "export": export,
+    "doctor": doctor,
 }

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import mmap
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -17,6 +20,27 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
+_LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its header, a little-endian integer of 64 bits."""
+
+_MAP_FLAGS = mmap.MAP_PRIVATE
+if sys.platform == "linux":
+    # MAP_NORESERVE: else Linux refuses to map a file that is larger than the memory, since a
+    # private mapping could be written all over.
+    _MAP_FLAGS |= 0x4000
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    """Its first byte in the file."""
+    bytes: int
+
 
 class WeightFiles:
     """The safetensors files of a folder as one mapping from tensor name to tensor.
@@ -27,12 +51,10 @@ class WeightFiles:
 
     def __init__(self, folder: Path, single_file: str | None = None) -> None:
         self.folder = folder
-        self._open: dict[str, safe_open] = {}
-        self._file_of: dict[str, str] = {}
+        self._mapped: dict[str, mmap.mmap] = {}
+        self._entries: dict[str, _Entry] = {}
         for file in [single_file] if single_file else _weight_files(folder):
-            handle = self._handle(file)
-            for name in handle.keys():  # noqa: SIM118  (not a dict)
-                self._file_of[name] = file
+            self._entries |= self._read_header(file)
 
     def __enter__(self) -> WeightFiles:
         return self
@@ -43,38 +65,47 @@ class WeightFiles:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._open.clear()
+        self._mapped.clear()  # each mapping lives on in the tensors that were read from it
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._entries
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._file_of)
+        return iter(self._entries)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape without reading its data."""
-        return tuple(self._handle(self._file_of[name]).get_slice(name).get_shape())
+        return self._entries[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's dtype without reading its data; raises GraftError for exotic ones."""
-        code = self._handle(self._file_of[name]).get_slice(name).get_dtype()
+        code = self._entries[name].dtype
         if code not in _DTYPES:
             raise GraftError(f"{self.folder}: tensor {name} has dtype {code}, which is not read")
         return _DTYPES[code]
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor, memory-mapped on the CPU."""
-        tensor: torch.Tensor = self._handle(self._file_of[name]).get_tensor(name)
-        return tensor
+        """Return a tensor, memory-mapped on the CPU: its pages are read when they are touched.
+
+        Writing to it changes this process's copy of the page, not the file. A tensor whose place
+        in the file is no multiple of its dtype's size is a copy in memory.
+        """
+        entry = self._entries[name]
+        if entry.file not in self._mapped:
+            self._mapped[entry.file] = self._map(entry.file)
+        return self._view(name, self._mapped[entry.file], entry.begin)
 
     def read_once(self, name: str) -> torch.Tensor:
         """Return a tensor whose pages leave memory with it.
 
         A mapping that stays open keeps what was read of it resident; this one is the tensor's own.
         """
-        with self._map(self._file_of[name]) as handle:
-            tensor: torch.Tensor = handle.get_tensor(name)
-            return tensor
+        entry = self._entries[name]
+        if not entry.bytes:
+            return self.read(name)
+        before = entry.begin % mmap.ALLOCATIONGRANULARITY
+        mapped = self._map(entry.file, entry.begin - before, before + entry.bytes)
+        return self._view(name, mapped, before)
 
     def source_dtype(self) -> torch.dtype:
         """Return the dtype that most of the floating tensors have."""
@@ -85,19 +116,45 @@ class WeightFiles:
                 counts[dtype] = counts.get(dtype, 0) + 1
         return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
 
-    def _handle(self, file: str) -> safe_open:
-        if file not in self._open:
-            self._open[file] = self._map(file)
-        return self._open[file]
+    def _view(self, name: str, mapped: mmap.mmap, begin: int) -> torch.Tensor:
+        dtype, shape = self.dtype(name), self.shape(name)
+        count = self._entries[name].bytes // dtype.itemsize
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        tensor = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin).view(shape)
+        return tensor.clone() if begin % dtype.itemsize else tensor
 
-    def _map(self, file: str) -> safe_open:
+    def _read_header(self, file: str) -> dict[str, _Entry]:
+        path = self.folder / file
         try:
-            return safe_open(self.folder / file, framework="pt")
+            # safetensors checks the whole header: that it is one, and that the tensors fill the
+            # file without gaps.
+            with safe_open(path, framework="numpy") as handle:
+                names = list(handle.keys())  # noqa: SIM118  (not a dict)
+            with path.open("rb") as opened:
+                length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+                header = json.loads(opened.read(length))
         except (SafetensorError, OSError) as error:
             raise GraftError(
-                f"{self.folder / file} is no readable safetensors file: {error}; "
+                f"{path} is no readable safetensors file: {error}; "
                 "it may be truncated: copy or download it again"
             ) from error
+        entries = {}
+        for name in names:
+            begin, end = header[name]["data_offsets"]
+            place = _LENGTH_BYTES + length + begin, end - begin
+            shape = tuple(header[name]["shape"])
+            entries[name] = _Entry(file, header[name]["dtype"], shape, *place)
+        return entries
+
+    def _map(self, file: str, begin: int = 0, length: int = 0) -> mmap.mmap:
+        path = self.folder / file
+        try:
+            with path.open("rb") as opened:
+                access = mmap.PROT_READ | mmap.PROT_WRITE
+                return mmap.mmap(opened.fileno(), length, _MAP_FLAGS, access, offset=begin)
+        except OSError as error:
+            raise GraftError(f"{path} cannot be mapped into memory: {error.strerror}") from error
 
 
 _DTYPES = {
