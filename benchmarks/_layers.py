@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from graft.formats.base import WeightFormat, storage_bytes
+from graft.formats.linear import FrozenLinear
 from graft.formats.registry import make_format
 
 NF4: WeightFormat = make_format("nf4", {"double_quant": True})
@@ -90,11 +91,12 @@ def _rotating(
 
 
 def _graft(weight_format: WeightFormat, weight: Tensor) -> Candidate:
+    shape = weight.shape[1], weight.shape[0]
     return _rotating(
-        weight_format.pack(weight),
-        copy_packed,
+        FrozenLinear(*shape, weight_format, weight_format.pack(weight)),
+        lambda layer: layer.replaced(weight_format, copy_packed(layer.packed)),
         storage_bytes(weight_format, *weight.shape),
-        lambda x, packed: weight_format.linear(x, packed, weight.shape[0]),
+        lambda x, layer: layer(x),
     )
 
 

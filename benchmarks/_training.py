@@ -48,7 +48,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def graft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tensor) -> Train:
     """Build a model as `graft.finetune` does; the result trains it by graft's own loop."""
-    model = _graft_model(shape, method)
+    model = graft_model(shape, method)
     enable_checkpointing(model, cast(Checkpointing, checkpointing))
     config = AdapterConfig(method=cast(Method, method), rank=RANK, alpha=ALPHA)
     attach_adapter(model, select_targets(model, ()), config)
@@ -79,7 +79,7 @@ def graft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tens
     return run
 
 
-def _graft_model(shape: LlamaShape, method: str) -> PreTrainedModel:
+def graft_model(shape: LlamaShape, method: str) -> PreTrainedModel:
     """Return a model with random frozen layers, as `load_model` makes it."""
     model = build_skeleton(shape.config())
     name, options = _FORMATS[method]

@@ -55,6 +55,41 @@ int parallel_for(int64_t count, int64_t threads, int (*task)(void *, int64_t), v
     return job.status.load();
 }
 
+namespace {
+
+/* Gives way to what else runs on the core: at first for a moment, then for a turn of the scheduler. */
+void wait_a_little(int tries) {
+    if (tries >= 4096) return std::this_thread::yield();
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
+int run_stages(int64_t stages, const int64_t *counts, int64_t threads,
+               void (*prepare)(const void *, int64_t, int64_t),
+               int (*run)(const void *, int64_t, int64_t, int64_t), const void *context) {
+    alignas(64) std::atomic<int64_t> next{0}; /* of all stages' tasks, in order */
+    alignas(64) std::atomic<int64_t> done{0};
+    std::atomic<int> status{0};
+    /* A task is taken after all earlier ones, and waits for those of earlier stages alone: however
+       few threads there come to be, none waits for a task that no thread has. */
+    parallel(threads, threads, [&](int64_t worker) {
+        int64_t stage = 0, first = 0;
+        for (;;) {
+            int64_t index = next.fetch_add(1, std::memory_order_relaxed);
+            while (stage < stages && index >= first + counts[stage]) first += counts[stage++];
+            if (stage == stages) return 0;
+            prepare(context, stage, index - first);
+            for (int tries = 0; done.load(std::memory_order_acquire) < first; tries++) wait_a_little(tries);
+            if (!status.load(std::memory_order_relaxed) && run(context, worker, stage, index - first)) status = -1;
+            done.fetch_add(1, std::memory_order_release);
+        }
+    });
+    return status.load();
+}
+
 void graft_use_threads_of(graft_parallel parallel) { borrowed.store(parallel); }
 
 /* Workspaces ----------------------------------------------------------------------------------- */
@@ -180,4 +215,9 @@ int graft_int_group_quantize(int64_t weight_dtype, const void *weight, int64_t r
                              uint8_t *codes_high, void *scales, void *offsets, int64_t threads) {
     return kernels().int_group_quantize(weight_dtype, weight, rows, cols, bits, group_size, dtype, smallest_scale,
                                         codes, codes_high, scales, offsets, threads);
+}
+
+int graft_next_logits(const graft_decoder *decoder, int64_t token, int64_t position, float *logits,
+                      int64_t threads) {
+    return kernels().next_logits(*decoder, token, position, logits, threads);
 }

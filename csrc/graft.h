@@ -96,6 +96,38 @@ GRAFT_API int graft_int_group_quantize(int64_t weight_dtype, const void *weight,
                                        uint8_t *codes_high, void *scales, void *offsets,
                                        int64_t threads);
 
+/* A linear layer: y = x W^T + bias, where the bias [rows] may be null. */
+typedef struct graft_projection {
+    graft_weight weight;
+    const float *bias;
+} graft_projection;
+
+/* One layer of a decoder. keys and values [key_value_heads, capacity, stride] of the decoder's dtype
+   are its cache, where stride is head_dim rounded up to 64, and what lies beyond head_dim is 0. */
+typedef struct graft_decoder_layer {
+    const float *attention_norm, *mlp_norm; /* [hidden] */
+    graft_projection query, key, value, out, gate, up, down;
+    void *keys, *values;
+} graft_decoder_layer;
+
+/* A decoder of the Llama family: RMSNorm, rotated heads that may share keys and values, SiLU. */
+typedef struct graft_decoder {
+    int64_t dtype; /* of what it computes: float or bf16 */
+    int64_t layers, hidden, intermediate, heads, key_value_heads, head_dim;
+    int64_t capacity; /* positions of the cache */
+    float epsilon, attention_scaling;
+    const graft_decoder_layer *layer;
+    graft_weight embedding;
+    const float *norm;
+    graft_projection head;
+    const float *cosines, *sines; /* [capacity, head_dim]; a head's halves are turned together */
+} graft_decoder;
+
+/* logits float [rows of the head] of the token after `token`, which stands at `position`. The cache
+   holds what came before, and then this token too. */
+GRAFT_API int graft_next_logits(const graft_decoder *decoder, int64_t token, int64_t position,
+                                float *logits, int64_t threads);
+
 /* Name of the instruction set in use. `graft_limit` caps it (for tests): 0 baseline, 1 avx2,
    2 avx512, 3 avx512 with bf16; it returns the level in use. */
 GRAFT_API const char *graft_instructions(void);

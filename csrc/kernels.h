@@ -23,6 +23,7 @@ struct Kernels {
                         double, float *, int64_t);
     int (*int_group_quantize)(int64_t, const void *, int64_t, int64_t, int64_t, int64_t, int64_t, float,
                               uint8_t *, uint8_t *, void *, void *, int64_t);
+    int (*next_logits)(const graft_decoder &, int64_t, int64_t, float *, int64_t);
 };
 
 namespace baseline { extern const Kernels kernels; }
@@ -44,6 +45,26 @@ template <class Task> int parallel(int64_t count, int64_t threads, const Task &t
         count, threads,
         [](void *context, int64_t index) -> int { return (*static_cast<const Task *>(context))(index); },
         const_cast<Task *>(&task));
+}
+
+/* Runs stages one after another on up to `threads` threads in one parallel region. Stage s has
+   counts[s] tasks, handed out in order. A worker, 0 to `threads` - 1, first calls
+   prepare(context, s, task), and run(context, worker, s, task) when all tasks of the stages before
+   are done. */
+int run_stages(int64_t stages, const int64_t *counts, int64_t threads,
+               void (*prepare)(const void *context, int64_t stage, int64_t task),
+               int (*run)(const void *context, int64_t worker, int64_t stage, int64_t task), const void *context);
+
+template <class Work> int parallel_stages(int64_t stages, const int64_t *counts, int64_t threads, const Work &work) {
+    return run_stages(
+        stages, counts, threads,
+        [](const void *context, int64_t stage, int64_t task) {
+            static_cast<const Work *>(context)->prepare(stage, task);
+        },
+        [](const void *context, int64_t worker, int64_t stage, int64_t task) -> int {
+            return static_cast<const Work *>(context)->run(worker, stage, task);
+        },
+        &work);
 }
 
 #endif

@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    RepetitionPenaltyLogitsProcessor,
+)
 from transformers.generation.streamers import TextStreamer
 
 from graft.errors import GraftError
+from graft.model.decode import Decoder, why_not_native
 
 OnText = Callable[[str], None]
+
+_SET_HERE = ("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
+_WITHOUT_EFFECT = (
+    *("transformers_version", "_from_model_config", "use_cache", "cache_implementation"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+    *("bos_token_id", "pad_token_id", "early_stopping", "length_penalty"),
+)
+_HEEDED = ("eos_token_id", "repetition_penalty")
+_NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}
 
 
 class _Stream(TextStreamer):
@@ -36,7 +52,8 @@ def generate_text(
     """Return the continuation of a tokenised prompt; temperature 0 is greedy.
 
     Generation ends at the end-of-sequence token, after max_new_tokens, or where the model's
-    position limit ends. Raises GraftError when the prompt leaves no room.
+    position limit ends. A model that `graft.model.decode` knows is decoded by it, any other by
+    transformers. Raises GraftError when the prompt leaves no room.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt_ids))
@@ -44,25 +61,102 @@ def generate_text(
         raise GraftError("the prompt is empty; give at least one token")
     if room < 1:
         raise GraftError(f"the prompt has {len(prompt_ids)} tokens; the model takes {limit}")
+    stream = None if on_text is None else _Stream(tokenizer, on_text)
+    if temperature > 0:
+        torch.manual_seed(seed)
+    if decodes_natively(model, len(prompt_ids) + room):
+        new = []
+        if stream is not None:
+            stream.put(torch.tensor(prompt_ids))  # which it skips
+        for token in _decoded(model, prompt_ids, room, temperature):
+            new.append(token)
+            if stream is not None:
+                stream.put(torch.tensor([token]))
+        if stream is not None:
+            stream.end()
+    else:
+        new = _generated(model, tokenizer, prompt_ids, room, temperature, stream)
+    text = tokenizer.decode(new, skip_special_tokens=True)
+    assert isinstance(text, str)
+    return text
+
+
+def decodes_natively(model: PreTrainedModel, positions: int) -> bool:
+    """Return whether texts of that many positions are decoded without transformers' own loop.
+
+    So it is if the kernels know the model, and its generation config asks for nothing that this
+    module does not do.
+    """
+    known = (*_SET_HERE, *_WITHOUT_EFFECT, *_HEEDED)
+    asked = model.generation_config.to_dict().items()
+    unknown = [
+        name
+        for name, value in asked
+        if name not in known and value not in (None, False, _NEUTRAL.get(name))
+    ]
+    return not unknown and why_not_native(model, positions) is None
+
+
+def _decoded(
+    model: PreTrainedModel, prompt_ids: list[int], room: int, temperature: float
+) -> Iterator[int]:
+    """Yield the new tokens, as transformers' `generate` chooses them."""
+    tokens = list(prompt_ids)
+    end = _end_tokens(model.generation_config)
+    penalty = model.generation_config.repetition_penalty
+    decoder = Decoder(model, len(prompt_ids) + room)
+    logits = decoder.start(torch.tensor(prompt_ids))
+    while True:
+        scores = logits[None]
+        if penalty is not None and penalty != 1.0:
+            penalise = RepetitionPenaltyLogitsProcessor(penalty)
+            scores = penalise(torch.tensor([tokens]), scores)
+        tokens.append(_choose(scores, temperature))
+        yield tokens[-1]
+        if tokens[-1] in end or len(tokens) == len(prompt_ids) + room:
+            return
+        logits = decoder.step(tokens[-1])
+
+
+def _choose(scores: Tensor, temperature: float) -> int:
+    if temperature == 0:
+        return int(scores.argmax(-1))
+    probabilities = (scores / temperature).softmax(-1)
+    return int(torch.multinomial(probabilities, num_samples=1))
+
+
+def _end_tokens(config: GenerationConfig) -> list[int]:
+    eos = config.eos_token_id
+    if eos is None:
+        return []
+    return eos if isinstance(eos, list) else [eos]
+
+
+def _generated(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: list[int],
+    room: int,
+    temperature: float,
+    stream: _Stream | None,
+) -> list[int]:
+    """Return the new tokens of transformers' `generate`."""
     ids = torch.tensor([prompt_ids], device=model.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:
-        torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
-    eos = model.generation_config.eos_token_id
     pad = tokenizer.pad_token_id
     if pad is None:
-        pad = eos[0] if isinstance(eos, list) else eos
+        pad = next(iter(_end_tokens(model.generation_config)), 0)
     with torch.no_grad():
         # generate comes from a mixin that the type checker does not follow.
         out = model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=room,
-            pad_token_id=0 if pad is None else pad,
-            streamer=None if on_text is None else _Stream(tokenizer, on_text),
+            pad_token_id=pad,
+            streamer=stream,
             **sampling,
         )
-    text = tokenizer.decode(out[0, len(prompt_ids) :], skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+    new: list[int] = out[0, len(prompt_ids) :].tolist()
+    return new

@@ -28,7 +28,9 @@ _pointer, _int, _float, _double = (
 )
 
 
-class _Weight(ctypes.Structure):
+class PackedWeight(ctypes.Structure):
+    """graft_weight."""
+
     _fields_ = [
         *((name, _int) for name in ("kind", "rows", "cols", "dtype", "offsets_dtype")),
         *((name, _int) for name in ("bits", "group_size")),
@@ -53,6 +55,7 @@ _ARGUMENTS = {
     "dequantize": (_pointer, _int, _pointer, _int),
     "codebook_quantize": (_int, _pointer, _int, _int, *4 * [_pointer], _int),
     "int_group_quantize": (_int, _pointer, *5 * [_int], _float, *4 * [_pointer], _int),
+    "next_logits": (_pointer, _int, _int, _pointer, _int),
 }
 
 
@@ -109,11 +112,11 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def descriptor(weight: Weight) -> tuple[_Weight, Any]:
+def descriptor(weight: Weight) -> tuple[PackedWeight, Any]:
     """Return the C struct of a weight, and what must stay alive while it is used."""
     layout = weight.layout
     tensors = tuple(None if t is None else t.contiguous() for t in weight.tensors)
-    out = _Weight(_KINDS[layout.kind], layout.out_features, layout.in_features)
+    out = PackedWeight(_KINDS[layout.kind], layout.out_features, layout.in_features)
     out.bits, out.group_size, out.data = layout.bits, layout.group_size, address(tensors[0])
     if layout.kind == "dense":
         assert tensors[0] is not None

@@ -1,0 +1,243 @@
+"""Decoding one token at a time beside llama.cpp, on the very weights that graft exports to GGUF.
+
+A Llama shape with random weights, int4 in groups of 32 on all seven linear layers, a bf16 head.
+graft's decoder, graft through transformers' forward, and llama.cpp on the exported file take turns
+in fresh processes with the same number of threads, each choosing greedily. The floor is the time of
+reading every weight once (of the embedding, one row) at the read bandwidth of the same run.
+
+    python benchmarks/decode.py [--shape tiny] [--threads 2] [--tokens 96] [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import _peers
+import torch
+from _common import write_csv
+from _shapes import GROUP_SIZE, SHAPES
+from _timing import (
+    OTHER_LOAD_LIMIT,
+    OtherLoad,
+    load_text,
+    print_table,
+    run_child,
+    summarise,
+)
+
+PROMPT = list(range(300, 316))
+WARM_UP = 4
+SLOW_TOKENS = 16
+"""Decoded through transformers, which takes ten times as long."""
+
+WHO = ("graft", "graft through transformers", "llama.cpp")
+GGUF = "model.gguf"
+
+
+def main() -> None:
+    arguments = _arguments()
+    if arguments.child is not None:
+        print(json.dumps(_child(**json.loads(arguments.child))))
+        return
+    who = list(WHO)
+    reason = _peers.missing("llama_cpp")
+    if reason is not None:
+        print(f"skipped llama.cpp: {reason}")
+        who.remove("llama.cpp")
+    torch.set_num_threads(arguments.threads)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in who}
+    with tempfile.TemporaryDirectory(prefix="graft-decode-") as temporary:
+        folder = Path(temporary) / "model"
+        given = {"folder": str(folder), "threads": arguments.threads}
+        described = run_child(__file__, {"do": "write", "shape": arguments.shape, **given})
+        bandwidth = 0.0
+        for _ in range(arguments.rounds):
+            measured = run_child(__file__, {"do": "bandwidth", **given})
+            bandwidth = max(bandwidth, measured["bytes_per_second"])
+            for name in who:
+                task = {"do": name, "tokens": arguments.tokens, **given}
+                one = run_child(__file__, task)
+                if one["other"] > OTHER_LOAD_LIMIT:
+                    one = min(one, run_child(__file__, task), key=lambda result: result["other"])
+                results[name].append(one)
+                print(f"{name}: {1 / summarise(one['seconds']).median:.1f} tokens/s", flush=True)
+    _report(results, described["read_bytes"], bandwidth, arguments)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=list(SHAPES), default="1.1b")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=3, help="processes for each contender")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# In processes of their own ------------------------------------------------------------------------
+
+
+def _child(do: str, threads: int, folder: str, **options: Any) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    if do == "write":
+        return _write(Path(folder), **options)
+    if do == "bandwidth":
+        return {"bytes_per_second": _bandwidth()}
+    contenders = {"graft": _graft, "graft through transformers": _transformers}
+    step = contenders.get(do, _llama_cpp)(Path(folder), threads)
+    count = SLOW_TOKENS if step.__name__ == "slow" else options["tokens"]
+    token = PROMPT[-1]
+    for _ in range(WARM_UP):
+        token = step(token)
+    load, seconds = OtherLoad(), []
+    for _ in range(count):
+        begin = time.perf_counter()
+        token = step(token)
+        seconds.append(time.perf_counter() - begin)
+    return {"seconds": seconds, "other": load.cores()}
+
+
+def _write(folder: Path, shape: str) -> dict[str, Any]:
+    """Write a model folder and its GGUF file; return the bytes that a token reads."""
+    from _training import graft_model
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    from graft.api.export import export_model
+    from graft.model.load import LoadedModel
+    from graft.model.save import save_model
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate(["</s>", *alphabet, "th"])}
+    bytes_only = Tokenizer(models.BPE(vocabulary, [("t", "h")]))
+    bytes_only.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bytes_only.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytes_only, eos_token="</s>")
+    tokenizer.save_pretrained(folder.with_name("tokenizer"))
+    model = graft_model(SHAPES[shape], "qalora")
+    narrow = torch.bfloat16
+    save_model(LoadedModel(model, tokenizer, folder.with_name("tokenizer"), narrow, narrow), folder)
+    export_model(folder, "gguf", folder / GGUF)
+    parameters = dict(model.named_parameters())
+    del parameters["model.embed_tokens.weight"]
+    return {"read_bytes": sum(parameter.nbytes for parameter in parameters.values())}
+
+
+def _bandwidth(megabytes: int = 512) -> float:
+    """Return bytes per second of a sum over int64, at the best of several times."""
+    numbers = torch.ones(megabytes << 17, dtype=torch.int64)
+    seconds = []
+    for _ in range(12):
+        begin = time.perf_counter()
+        numbers.sum()
+        seconds.append(time.perf_counter() - begin)
+    return numbers.nbytes / min(seconds)
+
+
+def _graft(folder: Path, threads: int) -> Callable[[int], int]:
+    from graft.model.decode import Decoder, why_not_native
+    from graft.model.load import load_model
+
+    model = load_model(str(folder), dtype="bfloat16", device="cpu").model
+    reason = why_not_native(model, 1024)
+    if reason is not None:
+        raise RuntimeError(reason)
+    decoder = Decoder(model, 1024)
+    decoder.start(torch.tensor(PROMPT))
+
+    def fast(token: int) -> int:
+        return int(decoder.step(token).argmax())
+
+    return fast
+
+
+def _transformers(folder: Path, threads: int) -> Callable[[int], int]:
+    from transformers import DynamicCache
+
+    from graft.model.load import load_model
+
+    model = load_model(str(folder), dtype="bfloat16", device="cpu").model
+    cache = DynamicCache()
+
+    @torch.no_grad()
+    def slow(token: int, *before: int) -> int:
+        ids = torch.tensor([[*before, token]])
+        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return int(logits.logits[0, -1].argmax())
+
+    slow(PROMPT[-1], *PROMPT[:-1])
+    return slow
+
+
+def _llama_cpp(folder: Path, threads: int) -> Callable[[int], int]:
+    import llama_cpp
+    import numpy
+
+    peer = llama_cpp.Llama(
+        str(folder / GGUF), n_ctx=1024, n_threads=threads, n_threads_batch=threads, verbose=False
+    )
+    peer.eval(PROMPT)
+
+    def fast(token: int) -> int:
+        peer.eval([token])
+        logits = llama_cpp.llama_get_logits(peer.ctx)
+        return int(numpy.ctypeslib.as_array(logits, shape=(peer.n_vocab(),)).argmax())
+
+    return fast
+
+
+# The table ----------------------------------------------------------------------------------------
+
+
+def _report(
+    results: dict[str, list[dict[str, Any]]],
+    read_bytes: int,
+    bandwidth: float,
+    arguments: argparse.Namespace,
+) -> None:
+    floor = read_bytes / bandwidth
+    print(
+        f"\nshape {arguments.shape}, int4 in groups of {GROUP_SIZE}, bf16, {arguments.threads} "
+        f"threads: a token reads {read_bytes / 1e6:.0f} MB, at {bandwidth / 1e9:.1f} GB/s in "
+        f"{floor * 1e3:.2f} ms ({1 / floor:.1f} tokens/s)\n"
+    )
+    found = {
+        name: summarise([second for one in several for second in one["seconds"]])
+        for name, several in results.items()
+    }
+    rows: list[dict[str, object]] = []
+    for name, summary in found.items():
+        peer = found.get("llama.cpp")
+        rows.append(
+            {
+                "who": name,
+                "tokens/s": f"{1 / summary.median:.2f}",
+                "ms/token": f"{summary.median * 1e3:.2f}",
+                "min ms": f"{summary.minimum * 1e3:.2f}",
+                "spread": f"{summary.spread:.0%}",
+                "tokens": summary.count,
+                "GB/s": f"{read_bytes / summary.median / 1e9:.1f}",
+                "of floor": f"{floor / summary.median:.2f}",
+                "over llama.cpp": "" if peer is None else f"{peer.median / summary.median:.2f}",
+                "other load": load_text(max(one["other"] for one in results[name])),
+            }
+        )
+    print_table(rows)
+    ours = found["graft"].median
+    peers = [found[name].median for name in ("llama.cpp",) if name in found]
+    good = floor / ours >= 0.9 or any(ours <= peer for peer in peers)
+    print("at least 0.9 of the floor, or as fast as llama.cpp: " + ("yes" if good else "no"))
+    for row in rows:
+        row |= {"shape": arguments.shape, "read GB/s": f"{bandwidth / 1e9:.1f}"}
+        row |= {"floor ms": f"{floor * 1e3:.2f}", "threads": arguments.threads}
+    print(f"wrote {write_csv(f'decode-{arguments.shape}', rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Generation: the native decoder chooses the tokens that transformers' `generate` chooses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from graft.errors import GraftError
+from graft.evaluate import generate as module
+from graft.evaluate.generate import decodes_natively, generate_text
+from graft.kernels.native_library import why_unavailable
+from graft.model.load import LoadedModel, load_model
+
+PROMPT = [40, 41, 42, 43]
+
+needs_library = pytest.mark.skipif(
+    why_unavailable() is not None, reason=f"native backend: {why_unavailable()}"
+)
+
+
+@pytest.fixture
+def loaded(tiny_base: Path) -> LoadedModel:
+    return load_model(str(tiny_base), dtype="float32", device="cpu")
+
+
+@pytest.fixture
+def both(loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[str, str]]:
+    """Generate natively and through transformers."""
+
+    def generate(**options: Any) -> tuple[str, str]:
+        texts = []
+        for native in (True, False):
+            monkeypatch.setattr(module, "decodes_natively", lambda *_, native=native: native)
+            texts.append(generate_text(loaded.model, loaded.tokenizer, PROMPT, **options))
+        return texts[0], texts[1]
+
+    return generate
+
+
+@needs_library
+def test_texts_are_those_of_transformers(
+    loaded: LoadedModel, both: Callable[..., tuple[str, str]]
+) -> None:
+    loaded.model.generation_config.eos_token_id = None
+    native, expected = both(max_new_tokens=40)
+    assert native == expected and native
+    samples = [both(max_new_tokens=40, temperature=0.8, seed=seed) for seed in range(5)]
+    assert all(native == expected for native, expected in samples)
+    assert len({native for native, _ in samples}) == 5
+    loaded.model.generation_config.repetition_penalty = 1.3
+    penalised, expected = both(max_new_tokens=40)
+    assert penalised == expected and penalised != native
+
+
+@needs_library
+def test_generation_ends_where_transformers_ends(
+    loaded: LoadedModel, both: Callable[..., tuple[str, str]]
+) -> None:
+    config = loaded.model.generation_config
+    config.eos_token_id = None
+    whole, _ = both(max_new_tokens=500)
+    assert whole.startswith(both(max_new_tokens=1)[0])
+    for eos in (list(range(0, 320, 3)), 7):
+        config.eos_token_id = eos
+        short, expected = both(max_new_tokens=500)
+        assert short == expected
+    config.eos_token_id = list(range(320))
+    assert both(max_new_tokens=500)[0] == both(max_new_tokens=1)[1]
+
+
+@needs_library
+def test_streamed_pieces_join_to_the_text(both: Callable[..., tuple[str, str]]) -> None:
+    pieces: list[str] = []
+    native, expected = both(max_new_tokens=30, on_text=pieces.append)
+    assert "".join(pieces) == native + expected
+    assert len(pieces) > 4
+
+
+@needs_library
+def test_settings_that_are_not_known_go_to_transformers(loaded: LoadedModel) -> None:
+    def natively(positions: int = 20, **settings: Any) -> bool:
+        model: PreTrainedModel = loaded.model
+        before = {name: getattr(model.generation_config, name) for name in settings}
+        model.generation_config.update(**settings)
+        answer = decodes_natively(model, positions)
+        model.generation_config.update(**before)
+        return answer
+
+    assert natively()
+    assert natively(repetition_penalty=1.2, num_beams=1, temperature=0.6, do_sample=True, top_k=5)
+    assert not natively(num_beams=2)
+    assert not natively(no_repeat_ngram_size=2)
+    assert not natively(suppress_tokens=[3])
+    assert not natively(min_new_tokens=4)
+
+
+def test_no_room(loaded: LoadedModel) -> None:
+    with pytest.raises(GraftError, match="the prompt is empty"):
+        generate_text(loaded.model, loaded.tokenizer, [])
+    with pytest.raises(GraftError, match="64 tokens; the model takes 64"):
+        generate_text(loaded.model, loaded.tokenizer, [1] * 64)
