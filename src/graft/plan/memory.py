@@ -51,8 +51,8 @@ class MemoryRow:
 class MemoryPlan:
     """Where the memory of a run goes, and its peaks, in bytes.
 
-    What is counted are tensors and, on a CPU, the process and the gaps in its heap. The data come on
-    top.
+    What is counted are tensors and, on a CPU, the process and the gaps in its heap. The data come
+    on top.
     """
 
     rows: tuple[MemoryRow, ...]
