@@ -23,6 +23,7 @@ from graft.adapters.attach import adapter_parameters, attach_adapter, replace_mo
 from graft.adapters.config import AdapterConfig, Method
 from graft.data.encode import Example
 from graft.formats.registry import make_format
+from graft.model.attention import use_own_attention
 from graft.model.checkpointing import Checkpointing, enable_checkpointing
 from graft.model.load import build_skeleton
 from graft.model.targets import frozen_linear, select_targets
@@ -49,6 +50,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 def graft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tensor) -> Train:
     """Build a model as `graft.finetune` does; the result trains it by graft's own loop."""
     model = graft_model(shape, method)
+    use_own_attention(model)
     enable_checkpointing(model, cast(Checkpointing, checkpointing))
     config = AdapterConfig(method=cast(Method, method), rank=RANK, alpha=ALPHA)
     attach_adapter(model, select_targets(model, ()), config)

@@ -221,3 +221,11 @@ int graft_next_logits(const graft_decoder *decoder, int64_t token, int64_t posit
                       int64_t threads) {
     return kernels().next_logits(*decoder, token, position, logits, threads);
 }
+
+int graft_attention(int64_t dtype, const graft_attention_call *call, int64_t threads) {
+    return kernels().attention(dtype, *call, threads);
+}
+
+int graft_attention_backward(int64_t dtype, const graft_attention_call *call, int64_t threads) {
+    return kernels().attention_backward(dtype, *call, threads);
+}

@@ -128,6 +128,28 @@ typedef struct graft_decoder {
 GRAFT_API int graft_next_logits(const graft_decoder *decoder, int64_t token, int64_t position,
                                 float *logits, int64_t threads);
 
+/* Vectors [batch, heads, length, head_dim] of a dtype; strides in numbers, 1 along head_dim. */
+typedef struct graft_rows {
+    void *data;
+    int64_t batch, head, row;
+} graft_rows;
+
+/* Causal attention: out = softmax(scale q k^T) v, where query i sees the keys 0 to i; head h reads
+   kv head h / (heads / kv_heads). lse float [batch, heads, length] is log(sum of e^scores). */
+typedef struct graft_attention_call {
+    int64_t batch, heads, kv_heads, length, head_dim;
+    float scale;
+    graft_rows q, k, v, out;
+    float *lse;
+    graft_rows grad_out, grad_q, grad_k, grad_v; /* of graft_attention_backward */
+} graft_attention_call;
+
+/* Writes out and lse. */
+GRAFT_API int graft_attention(int64_t dtype, const graft_attention_call *call, int64_t threads);
+
+/* Writes grad_q, grad_k and grad_v from the others (FlashAttention-2, arXiv 2307.08691). */
+GRAFT_API int graft_attention_backward(int64_t dtype, const graft_attention_call *call, int64_t threads);
+
 /* Name of the instruction set in use. `graft_limit` caps it (for tests): 0 baseline, 1 avx2,
    2 avx512, 3 avx512 with bf16; it returns the level in use. */
 GRAFT_API const char *graft_instructions(void);

@@ -24,6 +24,8 @@ struct Kernels {
     int (*int_group_quantize)(int64_t, const void *, int64_t, int64_t, int64_t, int64_t, int64_t, float,
                               uint8_t *, uint8_t *, void *, void *, int64_t);
     int (*next_logits)(const graft_decoder &, int64_t, int64_t, float *, int64_t);
+    int (*attention)(int64_t, const graft_attention_call &, int64_t);
+    int (*attention_backward)(int64_t, const graft_attention_call &, int64_t);
 };
 
 namespace baseline { extern const Kernels kernels; }

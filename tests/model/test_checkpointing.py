@@ -22,6 +22,8 @@ from graft.adapters.config import AdapterConfig
 from graft.errors import GraftError
 from graft.formats.base import WeightFormat
 from graft.formats.registry import make_format
+from graft.kernels import native_library
+from graft.model.attention import use_own_attention
 from graft.model.checkpointing import (
     CHECKPOINTING,
     Checkpointing,
@@ -165,6 +167,21 @@ def test_what_is_kept_is_not_computed_again(family, method) -> None:
     assert recomputed["none"] == recomputed["products"] == (0, 0)
     narrowing = {"llama": 3, "gpt2": 1}[family]  # k, v and down; c_proj of the MLP
     assert recomputed["layers"] == ((in_a_layer - narrowing) * LAYERS, attention)
+
+
+@pytest.mark.skipif(native_library.why_unavailable() is not None, reason="no native backend")
+def test_own_attention_is_kept_where_pytorch_s_would_be() -> None:
+    found, recomputed = {}, {}
+    for choice in CHECKPOINTING:
+        model = adapted("llama", "qlora", choice)
+        assert use_own_attention(model)
+        _, found[choice], forward, backward = step(model)
+        assert forward.calls["graft::attention"] == LAYERS and forward.attention() == 0
+        recomputed[choice] = backward.calls["graft::attention"]
+    assert recomputed == {"none": 0, "products": 0, "layers": LAYERS}
+    for gradients in found.values():
+        assert gradients.keys() == found["none"].keys()
+        assert all(torch.equal(gradients[name], found["none"][name]) for name in gradients)
 
 
 def test_a_pass_without_gradients_recomputes_nothing() -> None:

@@ -43,6 +43,7 @@ from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.registry import parse_format
 from graft.model.adapter_files import save_adapter
+from graft.model.attention import use_own_attention
 from graft.model.checkpointing import check_checkpointing, enable_checkpointing
 from graft.model.load import LoadedModel, build_skeleton, find_folder, read_config, read_tokenizer
 from graft.model.memory import reuse_freed_memory
@@ -263,6 +264,7 @@ def _make_trainable(loaded: LoadedModel, prepared: _Prepared) -> dict[str, nn.Pa
     """Attach the adapter (or, for full, free the weights) and return what trains, by name."""
     config, model = prepared.config, loaded.model
     torch.manual_seed(config.seed)
+    use_own_attention(model)
     enable_checkpointing(model, prepared.plan.checkpointing)
     if config.method not in _METHODS_WITHOUT_ADAPTER:
         attach_adapter(model, prepared.targets, config)

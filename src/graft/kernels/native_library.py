@@ -55,6 +55,8 @@ _ARGUMENTS = {
     "dequantize": (_pointer, _int, _pointer, _int),
     "codebook_quantize": (_int, _pointer, _int, _int, *4 * [_pointer], _int),
     "int_group_quantize": (_int, _pointer, *5 * [_int], _float, *4 * [_pointer], _int),
+    "attention": (_int, _pointer, _int),
+    "attention_backward": (_int, _pointer, _int),
     "next_logits": (_pointer, _int, _int, _pointer, _int),
 }
 

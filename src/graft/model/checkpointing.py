@@ -124,7 +124,7 @@ def _kind(op: torch._ops.OpOverload) -> int | Literal["attention"] | None:
     if namespace == "aten" and name.startswith("_scaled_dot_product"):
         return "attention"
     if namespace == "graft":
-        return 0 if "linear" in name else None
+        return "attention" if name == "attention" else 0 if "linear" in name else None
     return _FIRST_FACTOR.get(name)
 
 
