@@ -26,6 +26,7 @@ from graft.formats.registry import make_format
 from graft.model.attention import use_own_attention
 from graft.model.checkpointing import Checkpointing, enable_checkpointing
 from graft.model.load import build_skeleton
+from graft.model.memory import reuse_freed_memory
 from graft.model.targets import frozen_linear, select_targets
 from graft.train.config import LoopConfig
 from graft.train.loop import Metrics, TrainingTask, train
@@ -50,6 +51,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 def graft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tensor) -> Train:
     """Build a model as `graft.finetune` does; the result trains it by graft's own loop."""
     model = graft_model(shape, method)
+    reuse_freed_memory()
     use_own_attention(model)
     enable_checkpointing(model, cast(Checkpointing, checkpointing))
     config = AdapterConfig(method=cast(Method, method), rank=RANK, alpha=ALPHA)
