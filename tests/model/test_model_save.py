@@ -7,6 +7,7 @@ import json
 import os
 import resource
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -233,18 +234,24 @@ def test_an_interrupt_leaves_nothing(tmp_path) -> None:
     assert list((tmp_path / "deep").iterdir()) == []
 
 
-@pytest.fixture
+@contextmanager
 def small_disk() -> Iterator[None]:
-    """No file may grow beyond 64 KB, which fails in the very write of the tensors."""
+    """No file may grow beyond 64 KB, which fails in the very write of the tensors.
+
+    Around that write alone: pytest's own output may go to a file that is longer already.
+    """
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def test_a_full_disk_is_told(load, small_disk, tmp_path) -> None:
-    with pytest.raises(GraftError, match="cannot be written"):
-        save_model(load("llama"), tmp_path / "out")
+def test_a_full_disk_is_told(load, tmp_path) -> None:
+    loaded = load("llama")
+    with small_disk(), pytest.raises(GraftError, match="cannot be written"):
+        save_model(loaded, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
