@@ -184,9 +184,9 @@ int graft_token_product(int64_t dtype, const void *a, int64_t a_cols, const void
     return kernels().token_product(dtype, a, a_cols, b, b_cols, tokens, out, threads);
 }
 
-int graft_grad_scales(const graft_weight *weight, int64_t dtype, const void *dy, const void *x, int64_t tokens,
-                      float *out, int64_t threads) {
-    return kernels().grad_scales(*weight, dtype, dy, x, tokens, out, threads);
+int graft_grad_statistics(const graft_weight *weight, int64_t dtype, const void *dy, const void *x, int64_t tokens,
+                          float *scales, float *offsets, int64_t threads) {
+    return kernels().grad_statistics(*weight, dtype, dy, x, tokens, scales, offsets, threads);
 }
 
 int graft_pool(int64_t dtype, const void *x, int64_t tokens, int64_t cols, int64_t group_size, void *out,
@@ -199,6 +199,11 @@ int graft_move_offsets(int64_t dtype, const void *offsets, const float *up, cons
     return kernels().move_offsets(dtype, offsets, up, down, rows, groups, rank, scaling, out, threads);
 }
 
+int graft_move_scaled(int64_t dtype, const void *start, const void *scales, const float *moves, int64_t count,
+                      float *out, int64_t threads) {
+    return kernels().move_scaled(dtype, start, scales, moves, count, out, threads);
+}
+
 int graft_dequantize(const graft_weight *weight, int64_t dtype, void *out, int64_t threads) {
     return kernels().dequantize(*weight, dtype, out, threads);
 }
@@ -208,6 +213,11 @@ int graft_codebook_quantize(int64_t dtype, const void *weight, int64_t count, in
                             int64_t threads) {
     return kernels().codebook_quantize(dtype, weight, count, block_size, bounds, code_of_rank, codes, absmax,
                                        threads);
+}
+
+int graft_absmax_quantize(const float *absmax, int64_t count, float offset, const uint8_t *table, uint8_t *codes,
+                          float *scales, int64_t threads) {
+    return kernels().absmax_quantize(absmax, count, offset, table, codes, scales, threads);
 }
 
 int graft_int_group_quantize(int64_t weight_dtype, const void *weight, int64_t rows, int64_t cols, int64_t bits,

@@ -63,9 +63,11 @@ GRAFT_API int graft_grad_input(const graft_weight *weight, const graft_low_rank 
 GRAFT_API int graft_token_product(int64_t dtype, const void *a, int64_t a_cols, const void *b,
                                   int64_t b_cols, int64_t tokens, float *out, int64_t threads);
 
-/* out float [rows, groups]: sums over each group of (dy^T x) * code, for an int group weight. */
-GRAFT_API int graft_grad_scales(const graft_weight *weight, int64_t dtype, const void *dy,
-                                const void *x, int64_t tokens, float *out, int64_t threads);
+/* For an int group weight, float [rows, groups]: sums over each group of dy^T x (offsets) and of
+   (dy^T x) * code (scales). */
+GRAFT_API int graft_grad_statistics(const graft_weight *weight, int64_t dtype, const void *dy,
+                                    const void *x, int64_t tokens, float *scales, float *offsets,
+                                    int64_t threads);
 
 /* out [tokens, ceil(cols / group_size)] of dtype: sums over each group, taken in float. */
 GRAFT_API int graft_pool(int64_t dtype, const void *x, int64_t tokens, int64_t cols,
@@ -77,6 +79,10 @@ GRAFT_API int graft_move_offsets(int64_t dtype, const void *offsets, const float
                                  const float *down, int64_t rows, int64_t groups, int64_t rank,
                                  double scaling, float *out, int64_t threads);
 
+/* out float [count] = dtype(start + scales * moves), taken in double; start and scales are of dtype. */
+GRAFT_API int graft_move_scaled(int64_t dtype, const void *start, const void *scales,
+                                const float *moves, int64_t count, float *out, int64_t threads);
+
 /* out [rows, cols] of dtype (float or bf16). */
 GRAFT_API int graft_dequantize(const graft_weight *weight, int64_t dtype, void *out,
                                int64_t threads);
@@ -87,6 +93,12 @@ GRAFT_API int graft_codebook_quantize(int64_t dtype, const void *weight, int64_t
                                       int64_t block_size, const float *bounds,
                                       const uint8_t *code_of_rank, uint8_t *codes, float *absmax,
                                       int64_t threads);
+
+/* Double quantisation: codes [count] and scales [ceil(count / 256)] of absmax - offset, each block
+   of 256 over its largest magnitude; table [65536] has the code of the value i / 32767.5 - 1. */
+GRAFT_API int graft_absmax_quantize(const float *absmax, int64_t count, float offset,
+                                    const uint8_t *table, uint8_t *codes, float *scales,
+                                    int64_t threads);
 
 /* Codes and statistics of dtype for a weight [rows, cols], rounded to nearest between each group's
    minimum and maximum; returns 1 when a statistic is not finite. */

@@ -13,14 +13,16 @@ struct Kernels {
                       void *, void *, int64_t);
     int (*token_product)(int64_t, const void *, int64_t, const void *, int64_t, int64_t, float *,
                          int64_t);
-    int (*grad_scales)(const graft_weight &, int64_t, const void *, const void *, int64_t, float *,
-                       int64_t);
+    int (*grad_statistics)(const graft_weight &, int64_t, const void *, const void *, int64_t, float *,
+                           float *, int64_t);
     int (*dequantize)(const graft_weight &, int64_t, void *, int64_t);
     int (*codebook_quantize)(int64_t, const void *, int64_t, int64_t, const float *,
                              const uint8_t *, uint8_t *, float *, int64_t);
+    int (*absmax_quantize)(const float *, int64_t, float, const uint8_t *, uint8_t *, float *, int64_t);
     int (*pool)(int64_t, const void *, int64_t, int64_t, int64_t, void *, int64_t);
     int (*move_offsets)(int64_t, const void *, const float *, const float *, int64_t, int64_t, int64_t,
                         double, float *, int64_t);
+    int (*move_scaled)(int64_t, const void *, const void *, const float *, int64_t, float *, int64_t);
     int (*int_group_quantize)(int64_t, const void *, int64_t, int64_t, int64_t, int64_t, int64_t, float,
                               uint8_t *, uint8_t *, void *, void *, int64_t);
     int (*next_logits)(const graft_decoder &, int64_t, int64_t, float *, int64_t);

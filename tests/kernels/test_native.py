@@ -116,8 +116,10 @@ def test_statistics_gradients_and_pooling(
         grad, x = torch.randn(19, shape[0]).to(dtype), torch.randn(19, shape[1]).to(dtype)
         # Inputs of the dtype, sums in float64.
         options = bits, group_size
-        expected = reference.int_group_grad_scales(grad.double(), x.double(), *codes, *options)
-        assert_near(native.int_group_grad_scales(grad, x, *codes, *options), expected, dtype)
+        exact = reference.int_group_grad_statistics(grad.double(), x.double(), *codes, *options)
+        ours = native.int_group_grad_statistics(grad, x, *codes, *options)
+        assert_near(ours[0], exact[0], dtype)
+        assert_near(ours[1], exact[1], dtype)
         expected = reference.int_group_grad_offsets(grad.double(), x.double(), group_size)
         assert_near(
             native_low_rank.int_group_grad_offsets(grad, x, group_size), expected, torch.float32
@@ -165,6 +167,40 @@ def test_offsets_move_as_in_the_reference(level: str) -> None:
         assert torch.equal(
             native_low_rank.move_offsets(*arguments), reference.move_offsets(*arguments)
         )
+
+
+def test_statistics_move_in_units_of_the_scales_as_in_the_reference(level: str) -> None:
+    for stored in (torch.float16, torch.float32):
+        # So many that some lie where rounding by way of float32 would go the other way.
+        values, scales = (torch.randn(900, 33).to(stored) for _ in range(2))
+        moves = torch.randn(900, 33)
+        moves[:4] *= 1e-7
+        values[0, 0], moves[0, 0] = 60000.0, 1e6  # overflows float16
+        arguments = values, scales, moves, stored
+        expected = reference.move_scaled(*arguments)
+        assert torch.equal(native_low_rank.move_scaled(*arguments), expected)
+        assert expected.isfinite().all() == (stored == torch.float32)
+
+
+def test_doubly_quantised_statistics_equal_the_references(level: str) -> None:
+    for absmax in (torch.rand(700), torch.full((300,), 0.5), torch.randn(256).exp()):
+        offset = absmax.mean()
+        got = native.codebook_quantize_absmax(absmax, offset)
+        for mine, other in zip(
+            got, reference.codebook_quantize_absmax(absmax, offset), strict=True
+        ):
+            assert torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("weight_format", [CodebookFormat(double_quant=True), IntGroupFormat()])
+def test_a_weight_larger_than_the_caches_is_dequantised_past_them(
+    weight_format: WeightFormat,
+) -> None:
+    shape = 2050, 2112
+    packed = weight_format.pack(torch.randn(shape))
+    got = weight_format.unpack(packed, *shape, torch.bfloat16)
+    assert got.nbytes > 8 << 20
+    assert torch.equal(got, weight_format.unpack(packed, *shape, torch.float32).bfloat16())
 
 
 def test_results_do_not_depend_on_the_number_of_threads() -> None:

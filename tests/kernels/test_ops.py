@@ -32,7 +32,7 @@ def int_case(bits: int, group_size: int, dtype: torch.dtype, statistics: str, tr
             "int_group_dequantize": (*codes, *frozen, bits, group_size, IN, dtype),
             "int_group_linear": (x.requires_grad_(), *codes, *grid, bits, group_size),
             "int_group_grad_input": (grad, *codes, *frozen, bits, group_size, IN),
-            "int_group_grad_scales": (grad, x.detach(), *codes, bits, group_size),
+            "int_group_grad_statistics": (grad, x.detach(), *codes, bits, group_size),
             "int_group_grad_offsets": (grad, x.detach(), group_size),
             "int_group_quantize": (
                 torch.randn(OUT, IN, dtype=dtype),
@@ -52,6 +52,7 @@ def codebook_case(name: str, dtype: torch.dtype, double_quant: bool):
         x = torch.randn(2, 3, IN, dtype=dtype, requires_grad=True)
         return {
             "codebook_quantize": (weight, name, BLOCK_SIZE),
+            "codebook_quantize_absmax": (torch.rand(700), torch.rand(1)),
             "codebook_dequantize": (*codes, OUT, IN, dtype, *nested),
             "codebook_linear": (x, *codes, OUT, *nested),
             "codebook_grad_input": (torch.randn(2, 3, OUT, dtype=dtype), *codes, IN, *nested),

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapters.base import Adapter
-from graft.formats.base import GridUpdate, Packed
+from graft.formats.base import GridUpdate, Packed, Scaled
 from graft.formats.linear import FrozenLinear
 
 
@@ -28,9 +28,8 @@ class AffineAdapter(Adapter):
         self.v = nn.Parameter(torch.zeros(out_features, groups, device=device))
 
     def grid_update(self, packed: Packed) -> GridUpdate:
-        """Return scales += scale u and offsets += scale v, in float64."""
-        scales = packed["scales"].double()
-        return GridUpdate(scales=scales * self.u, offsets=scales * self.v)
+        """Return scales += scale u and offsets += scale v."""
+        return GridUpdate(scales=Scaled(self.u), offsets=Scaled(self.v))
 
     def delta(self, base: FrozenLinear) -> Tensor:
         """Return the unrounded move of the weight, scale (u q + v), float64 [out, in]."""

@@ -43,15 +43,22 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Scaled:
+    """Moves float32 [out_features, groups] in units of each group's own scale."""
+
+    moves: Tensor
+
+
+@dataclass(frozen=True)
 class GridUpdate:
     """A move of a group-wise grid: scales + d_scales and offsets + d_offsets.
 
-    Each is float64 [out_features, groups], or None when that statistic does not move; offsets can
-    also move by a low-rank matrix.
+    Each is float64 [out_features, groups], a low-rank or a scaled move, or None when that statistic
+    does not move.
     """
 
-    scales: Tensor | None = None
-    offsets: Tensor | LowRank | None = None
+    scales: Tensor | LowRank | Scaled | None = None
+    offsets: Tensor | LowRank | Scaled | None = None
 
 
 class WeightFormat(Protocol):

@@ -10,12 +10,7 @@ from torch import Tensor
 
 from graft.formats.base import GridUpdate, Packed, TensorSpec
 from graft.kernels import ops
-from graft.kernels.codebooks import (
-    CODEBOOK_NAMES,
-    codebook,
-    dynamic_code_table,
-    quantisation_bounds,
-)
+from graft.kernels.codebooks import CODEBOOK_NAMES, codebook, quantisation_bounds
 from graft.kernels.weights import NESTED_BLOCK_SIZE, Layout, Weight, plain_absmax
 
 BLOCK_SIZE = 64
@@ -129,22 +124,8 @@ class CodebookFormat:
         if not self.double_quant:
             return {"absmax": absmax}
         offset = absmax.mean()
-        centred = absmax - offset
-        short = -centred.numel() % NESTED_BLOCK_SIZE
-        blocks = torch.nn.functional.pad(centred, (0, short)).view(-1, NESTED_BLOCK_SIZE)
-        scale = blocks.abs().amax(-1)
-        # The clamp keeps the reciprocal finite; a denormal scale occurs when all weights are zero.
-        normalised = blocks * (1.0 / scale.clamp(min=3e-39)).unsqueeze(-1)
-        # bitsandbytes' CPU kernel rounds through a table of 65,536 entries; so do we.
-        index = ((normalised + 1.0) * 32767.5 + 0.5).floor().clamp(0, 65535).int().view(-1)
-        codes = dynamic_code_table().to(absmax.device).index_select(0, index)
-        # Any code stands for 0 where the scale is 0; bitsandbytes writes code 0 there.
-        codes = torch.where(scale.unsqueeze(-1) > 0, codes.view_as(blocks), 0).view(-1)
-        return {
-            "absmax": codes[: absmax.numel()].clone(),
-            "absmax_scale": scale,
-            "absmax_offset": offset.view(1),
-        }
+        codes, scale = ops.codebook_quantize_absmax(absmax, offset)
+        return {"absmax": codes, "absmax_scale": scale, "absmax_offset": offset.view(1)}
 
     def _nested(self, packed: Packed) -> tuple[Tensor | None, Tensor | None]:
         return packed.get("absmax_scale"), packed.get("absmax_offset")

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from graft.errors import GraftError
-from graft.formats.base import GridUpdate, LowRank, Packed, TensorSpec
+from graft.formats.base import GridUpdate, LowRank, Packed, Scaled, TensorSpec
 from graft.kernels import low_rank_ops, ops
 from graft.kernels.packing import PLANES, pack_codes, plane_bytes
-from graft.kernels.reference import fit_groups, nearest_codes
+from graft.kernels.reference import fit_groups, nearest_codes, round_once
 from graft.kernels.weights import Layout, Weight
 
 GROUP_SIZES = (8, 16, 32, 64, 128)
@@ -29,7 +29,7 @@ class _RoundStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, stored_dtype: torch.dtype) -> Tensor:
-        return values.to(stored_dtype).float()
+        return round_once(values, stored_dtype).float()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -159,6 +159,10 @@ class IntGroupFormat:
             if isinstance(move, LowRank):
                 absorbed[name] = low_rank_ops.move_offsets(
                     packed[name], move.A, move.B, move.scaling, self._dtype
+                )
+            elif isinstance(move, Scaled):
+                absorbed[name] = low_rank_ops.move_scaled(
+                    packed[name], packed["scales"], move.moves, self._dtype
                 )
             elif move is not None:
                 moved = packed[name].double() + move

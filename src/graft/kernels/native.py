@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from graft.kernels import reference
-from graft.kernels.codebooks import quantisation_bounds
+from graft.kernels.codebooks import dynamic_code_table, quantisation_bounds
 from graft.kernels.native_library import (
     COMPUTE,
     DTYPES,
@@ -27,7 +27,7 @@ from graft.kernels.native_library import (
 )
 from graft.kernels.packing import PLANES, plane_bytes
 from graft.kernels.registry import Backend, register_backend
-from graft.kernels.weights import Layout, Weight
+from graft.kernels.weights import NESTED_BLOCK_SIZE, Layout, Weight
 
 native = register_backend(
     Backend(
@@ -144,29 +144,30 @@ def int_group_grad_input(
     return _product("grad_input", grad, weight, in_features)
 
 
-@native.implements("int_group_grad_scales")
-def int_group_grad_scales(
+@native.implements("int_group_grad_statistics")
+def int_group_grad_statistics(
     grad: Tensor,
     x: Tensor,
     codes: Tensor,
     codes_high: Tensor | None,
     bits: int,
     group_size: int,
-) -> Tensor:
-    """Compute d scale[o, g] = sum over j in g of (dyᵀ x)[o, j] * q[o, j], never holding dyᵀ x."""
+) -> tuple[Tensor, Tensor]:
+    """Compute the group sums of (dyᵀ x) * q and of dyᵀ x, never holding dyᵀ x; float32."""
     if x.dtype not in COMPUTE:
-        return reference.int_group_grad_scales(grad, x, codes, codes_high, bits, group_size)
+        return reference.int_group_grad_statistics(grad, x, codes, codes_high, bits, group_size)
     dy, inputs = grad.contiguous(), x.contiguous()
     weight = _int_group(codes, codes_high, None, None, bits, group_size, x.shape[-1])
     groups = -(-x.shape[-1] // group_size)
-    out = x.new_zeros((codes.shape[0], groups), dtype=torch.float32)
+    shape = codes.shape[0], groups
     if not x.numel():
-        return out
+        return x.new_zeros(shape, dtype=torch.float32), x.new_zeros(shape, dtype=torch.float32)
+    scales, offsets = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
     struct, alive = descriptor(weight)
-    where = ctypes.byref(struct), DTYPES[x.dtype]
-    call("grad_scales", *where, address(dy), address(inputs), token_count(x), address(out))
+    where = ctypes.byref(struct), DTYPES[x.dtype], address(dy), address(inputs), token_count(x)
+    call("grad_statistics", *where, address(scales), address(offsets))
     del alive
-    return out
+    return scales, offsets
 
 
 @native.implements("int_group_quantize")
@@ -233,6 +234,17 @@ def codebook_quantize(weight: Tensor, codebook: str, block_size: int) -> tuple[T
         address(absmax),
     )
     return codes, absmax
+
+
+@native.implements("codebook_quantize_absmax")
+def codebook_quantize_absmax(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Round absmax - offset to 8-bit dynamic codes in blocks of 256."""
+    values, table = absmax.contiguous(), dynamic_code_table()
+    codes = values.new_empty(values.shape, dtype=torch.uint8)
+    scales = values.new_empty((-(-values.numel() // NESTED_BLOCK_SIZE),))
+    where = address(values), values.numel(), offset.item(), address(table)
+    call("absmax_quantize", *where, address(codes), address(scales))
+    return codes, scales
 
 
 @native.implements("codebook_dequantize")

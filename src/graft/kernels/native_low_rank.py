@@ -109,6 +109,18 @@ def move_offsets(
     return out
 
 
+@native.implements("move_scaled")
+def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
+    """Compute stored(values + scales * moves) in float64, as float32."""
+    if stored not in (torch.float32, torch.float16) or moves.dtype != torch.float32:
+        return reference.move_scaled(values, scales, moves, stored)
+    start, units, steps = values.to(stored).contiguous(), scales.to(stored).contiguous(), moves
+    out = torch.empty_like(start, dtype=torch.float32)
+    operands = address(start), address(units), address(steps.contiguous())
+    call("move_scaled", DTYPES[stored], *operands, out.numel(), address(out))
+    return out
+
+
 @native.implements("int_group_grad_offsets")
 def int_group_grad_offsets(grad: Tensor, x: Tensor, group_size: int) -> Tensor:
     """Compute d offset[o, g] = sum over tokens of dy[o] * groupsum(x)[g]; float32."""

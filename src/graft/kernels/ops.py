@@ -16,6 +16,7 @@ from torch.library import custom_op
 import graft.kernels.backends  # noqa: F401  (registers them)
 from graft.kernels.packing import PLANES, plane_bytes
 from graft.kernels.registry import implementation
+from graft.kernels.weights import NESTED_BLOCK_SIZE
 
 # int group: w = scale * q + offset ---------------------------------------------------------------
 
@@ -111,22 +112,25 @@ def _(
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
-@custom_op("graft::int_group_grad_scales", mutates_args=())
-def int_group_grad_scales(
+@custom_op("graft::int_group_grad_statistics", mutates_args=())
+def int_group_grad_statistics(
     grad: Tensor,
     x: Tensor,
     codes: Tensor,
     codes_high: Tensor | None,
     bits: int,
     group_size: int,
-) -> Tensor:
-    """Return d scales float32 [out_features, groups]: group sums of (dyᵀ x) * q."""
-    compute = implementation("int_group_grad_scales", x.device)
-    out: Tensor = compute(grad, x, codes, codes_high, bits, group_size)
+) -> tuple[Tensor, Tensor]:
+    """Return d scales and d offsets, float32 [out_features, groups], of one product dyᵀ x.
+
+    Group sums of (dyᵀ x) * q, and of dyᵀ x.
+    """
+    compute = implementation("int_group_grad_statistics", x.device)
+    out: tuple[Tensor, Tensor] = compute(grad, x, codes, codes_high, bits, group_size)
     return out
 
 
-@int_group_grad_scales.register_fake
+@int_group_grad_statistics.register_fake
 def _(
     grad: Tensor,
     x: Tensor,
@@ -134,14 +138,15 @@ def _(
     codes_high: Tensor | None,
     bits: int,
     group_size: int,
-) -> Tensor:
-    groups = -(-x.shape[-1] // group_size)
-    return x.new_empty((grad.shape[-1], groups), dtype=torch.float32)
+) -> tuple[Tensor, Tensor]:
+    shape = grad.shape[-1], -(-x.shape[-1] // group_size)
+    scales, offsets = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
+    return scales, offsets
 
 
 @custom_op("graft::int_group_grad_offsets", mutates_args=())
 def int_group_grad_offsets(grad: Tensor, x: Tensor, group_size: int) -> Tensor:
-    """Return d offsets float32 [out_features, groups]: dyᵀ groupsum(x)."""
+    """Return d offsets alone, float32 [out_features, groups]: dyᵀ groupsum(x)."""
     out: Tensor = implementation("int_group_grad_offsets", x.device)(grad, x, group_size)
     return out
 
@@ -170,9 +175,10 @@ def _int_group_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad, codes, codes_high, scales, offsets, ctx.bits, ctx.group_size, ctx.in_features
         )
     if need_scales:
-        grad_scales = int_group_grad_scales(grad, x, codes, codes_high, ctx.bits, ctx.group_size)
-        grad_scales = grad_scales.to(scales.dtype)
-    if need_offsets:
+        both = int_group_grad_statistics(grad, x, codes, codes_high, ctx.bits, ctx.group_size)
+        grad_scales = both[0].to(scales.dtype)
+        grad_offsets = both[1].to(offsets.dtype) if need_offsets else None
+    elif need_offsets:
         grad_offsets = int_group_grad_offsets(grad, x, ctx.group_size).to(offsets.dtype)
     return grad_x, None, None, grad_scales, grad_offsets, None, None
 
@@ -230,6 +236,23 @@ def _(weight: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
     count = weight.numel()
     codes = weight.new_empty((-(-count // 2),), dtype=torch.uint8)
     return codes, weight.new_empty((-(-count // block_size),), dtype=torch.float32)
+
+
+@custom_op("graft::codebook_quantize_absmax", mutates_args=())
+def codebook_quantize_absmax(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Return (codes uint8 [n], scales float32 [ceil(n/256)]) of absmax [n] - offset [1].
+
+    Double quantisation (QLoRA, arXiv 2305.14314, section 3): 8-bit dynamic codes in blocks of 256.
+    """
+    compute = implementation("codebook_quantize_absmax", absmax.device)
+    out: tuple[Tensor, Tensor] = compute(absmax, offset)
+    return out
+
+
+@codebook_quantize_absmax.register_fake
+def _(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    scales = absmax.new_empty((-(-absmax.numel() // NESTED_BLOCK_SIZE),))
+    return absmax.new_empty(absmax.shape, dtype=torch.uint8), scales
 
 
 @custom_op("graft::codebook_dequantize", mutates_args=())

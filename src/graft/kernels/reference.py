@@ -7,10 +7,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from graft.kernels.codebooks import codebook as codebook_values
-from graft.kernels.codebooks import quantisation_bounds
+from graft.kernels.codebooks import dynamic_code_table, quantisation_bounds
 from graft.kernels.packing import pack_codes, unpack_codes
 from graft.kernels.registry import Backend, implementation, register_backend
-from graft.kernels.weights import Weight, plain_absmax
+from graft.kernels.weights import NESTED_BLOCK_SIZE, Weight, plain_absmax
 
 reference = register_backend(Backend(name="reference", priority=0))
 
@@ -81,20 +81,21 @@ def int_group_grad_input(
     return out
 
 
-@reference.implements("int_group_grad_scales")
-def int_group_grad_scales(
+@reference.implements("int_group_grad_statistics")
+def int_group_grad_statistics(
     grad: Tensor,
     x: Tensor,
     codes: Tensor,
     codes_high: Tensor | None,
     bits: int,
     group_size: int,
-) -> Tensor:
-    """Compute d scale[o, g] = sum over j in g of (dyᵀ x)[o, j] * q[o, j]; float32."""
+) -> tuple[Tensor, Tensor]:
+    """Compute d scale[o, g] = sum over j in g of (dyᵀ x)[o, j] * q[o, j], and d offset; float32."""
     in_features = x.shape[-1]
     product = (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, in_features)).float()
     values = unpack_codes(_planes(codes, codes_high), bits, in_features)
-    return _in_groups(product.mul_(values), group_size).sum(-1)
+    grad_scales = _in_groups(product.mul_(values), group_size).sum(-1)
+    return grad_scales, int_group_grad_offsets(grad, x, group_size)
 
 
 @reference.implements("int_group_grad_offsets")
@@ -184,6 +185,23 @@ def _quantize_piece(flat: Tensor, codebook: str, block_size: int) -> tuple[Tenso
     ranks = torch.bucketize(values, bounds.to(flat.device), out_int32=True)
     quantised = code_of_rank.to(flat.device).index_select(0, ranks)
     return (quantised[::2] << 4) | quantised[1::2], absmax
+
+
+@reference.implements("codebook_quantize_absmax")
+def codebook_quantize_absmax(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Round absmax - offset to 8-bit dynamic codes in blocks of 256."""
+    centred = absmax - offset
+    short = -centred.numel() % NESTED_BLOCK_SIZE
+    blocks = functional.pad(centred, (0, short)).view(-1, NESTED_BLOCK_SIZE)
+    scales = blocks.abs().amax(-1)
+    # The clamp keeps the reciprocal finite; a denormal scale occurs when all weights are zero.
+    normalised = blocks * (1.0 / scales.clamp(min=3e-39)).unsqueeze(-1)
+    # bitsandbytes' CPU kernel rounds through a table of 65,536 entries; so do we.
+    index = ((normalised + 1.0) * 32767.5 + 0.5).floor().clamp(0, 65535).int().view(-1)
+    codes = dynamic_code_table().to(absmax.device).index_select(0, index)
+    # Any code stands for 0 where the scale is 0; bitsandbytes writes code 0 there.
+    codes = torch.where(scales.unsqueeze(-1) > 0, codes.view_as(blocks), 0).view(-1)
+    return codes[: absmax.numel()].clone(), scales
 
 
 @reference.implements("codebook_dequantize")
@@ -338,4 +356,22 @@ def move_offsets(
 ) -> Tensor:
     """Compute stored(offsets + scaling B A) in float64, as float32 [out_features, groups]."""
     update = (B.double() @ A.double()) * scaling
-    return (offsets.double() + update).to(stored).float()
+    return round_once(offsets.double() + update, stored).float()
+
+
+@reference.implements("move_scaled")
+def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
+    """Compute stored(values + scales * moves) in float64, as float32 [out_features, groups]."""
+    return round_once(values.double() + scales.double() * moves, stored).float()
+
+
+def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 to the nearest float16 or float32; torch itself goes by way of float32."""
+    nearest = values.float()
+    if dtype != torch.float16:
+        return nearest
+    # Toward zero, with an odd last bit where that loses something: no tie arises that was none.
+    too_far = nearest.double().abs() > values.abs()
+    near_zero = torch.where(too_far, nearest.nextafter(torch.zeros_like(nearest)), nearest)
+    inexact = (near_zero.double() != values).int()
+    return (near_zero.view(torch.int32) | inexact).view(torch.float32).half()

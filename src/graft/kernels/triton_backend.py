@@ -196,7 +196,20 @@ def int_group_grad_input(
     return grad @ weight
 
 
-@triton.implements("int_group_grad_scales")
+@triton.implements("int_group_grad_statistics")
+def int_group_grad_statistics(
+    grad: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Compute the gradients of scales and offsets; float32."""
+    grad_scales = int_group_grad_scales(grad, x, codes, codes_high, bits, group_size)
+    return grad_scales, reference.int_group_grad_offsets(grad, x, group_size)
+
+
 def int_group_grad_scales(
     grad: Tensor,
     x: Tensor,
@@ -210,8 +223,9 @@ def int_group_grad_scales(
     The product [out_features, in_features] stays in registers, a tile at a time, in float32.
     """
     if x.dtype not in _DTYPES:
-        out: Tensor = reference.int_group_grad_scales(grad, x, codes, codes_high, bits, group_size)
-        return out
+        packed = codes, codes_high, bits, group_size
+        computed: Tensor = reference.int_group_grad_statistics(grad, x, *packed)[0]
+        return computed
     sizes, constants = _layout(codes, bits, group_size, x.shape[-1])
     out = x.new_empty((sizes[0], sizes[2]), dtype=torch.float32)
     grad, x = _as_matrix(grad), _as_matrix(x)
