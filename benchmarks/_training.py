@@ -27,6 +27,7 @@ from graft.model.attention import use_own_attention
 from graft.model.checkpointing import Checkpointing, enable_checkpointing
 from graft.model.load import build_skeleton
 from graft.model.memory import reuse_freed_memory
+from graft.model.pointwise import use_own_pointwise
 from graft.model.targets import frozen_linear, select_targets
 from graft.train.config import LoopConfig
 from graft.train.loop import Metrics, TrainingTask, train
@@ -56,6 +57,7 @@ def graft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tens
     enable_checkpointing(model, cast(Checkpointing, checkpointing))
     config = AdapterConfig(method=cast(Method, method), rank=RANK, alpha=ALPHA)
     attach_adapter(model, select_targets(model, ()), config)
+    use_own_pointwise(model)
     parameters = adapter_parameters(model, "default")
     predicted = [False] + [True] * (ids.shape[1] - 1)
     examples = [Example(row, predicted, "random") for row in ids.tolist()]

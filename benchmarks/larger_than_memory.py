@@ -288,6 +288,7 @@ def _measure(
     from graft.model.checkpointing import enable_checkpointing
     from graft.model.load import load_model
     from graft.model.memory import reuse_freed_memory
+    from graft.model.pointwise import use_own_pointwise
     from graft.model.prefetch import prefetch_layers
     from graft.model.targets import select_targets
     from graft.plan.memory import free_bytes
@@ -304,6 +305,7 @@ def _measure(
     enable_checkpointing(model, checkpointing)
     config = AdapterConfig(method="lora", rank=RANK, alpha=ALPHA)
     attach_adapter(model, select_targets(model, ()), config)
+    use_own_pointwise(model)
     batch, length = (int(part) for part in tokens.split("x"))
     ids = torch.randint(model.config.vocab_size, (batch, length)).tolist()
     predicted = [False] + [True] * (length - 1)

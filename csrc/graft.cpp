@@ -239,3 +239,22 @@ int graft_attention(int64_t dtype, const graft_attention_call *call, int64_t thr
 int graft_attention_backward(int64_t dtype, const graft_attention_call *call, int64_t threads) {
     return kernels().attention_backward(dtype, *call, threads);
 }
+
+int graft_rms_norm(int64_t dtype, const void *x, const void *weight, int64_t tokens, int64_t cols, float epsilon,
+                   void *y, float *scale, int64_t threads) {
+    return kernels().rms_norm(dtype, x, weight, tokens, cols, epsilon, y, scale, threads);
+}
+
+int graft_rms_norm_backward(int64_t dtype, const void *grad, const void *x, const void *weight, const float *scale,
+                            int64_t tokens, int64_t cols, void *dx, int64_t threads) {
+    return kernels().rms_norm_backward(dtype, grad, x, weight, scale, tokens, cols, dx, threads);
+}
+
+int graft_gate(int64_t dtype, const void *gate, const void *up, int64_t count, void *out, int64_t threads) {
+    return kernels().gate(dtype, gate, up, count, out, threads);
+}
+
+int graft_gate_backward(int64_t dtype, const void *grad, const void *gate, const void *up, int64_t count,
+                        void *d_gate, void *d_up, int64_t threads) {
+    return kernels().gate_backward(dtype, grad, gate, up, count, d_gate, d_up, threads);
+}

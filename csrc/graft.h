@@ -162,6 +162,24 @@ GRAFT_API int graft_attention(int64_t dtype, const graft_attention_call *call, i
 /* Writes grad_q, grad_k and grad_v from the others (FlashAttention-2, arXiv 2307.08691). */
 GRAFT_API int graft_attention_backward(int64_t dtype, const graft_attention_call *call, int64_t threads);
 
+/* y [tokens, cols] = weight * (x * scale), scale float [tokens] = 1 / sqrt(mean(x^2) + epsilon); x and
+   weight [cols] have the dtype of y, to which x * scale is rounded. */
+GRAFT_API int graft_rms_norm(int64_t dtype, const void *x, const void *weight, int64_t tokens,
+                             int64_t cols, float epsilon, void *y, float *scale, int64_t threads);
+
+/* dx [tokens, cols] from grad, that of y. */
+GRAFT_API int graft_rms_norm_backward(int64_t dtype, const void *grad, const void *x,
+                                      const void *weight, const float *scale, int64_t tokens,
+                                      int64_t cols, void *dx, int64_t threads);
+
+/* out [count] = silu(gate) * up, silu(gate) rounded to the dtype. */
+GRAFT_API int graft_gate(int64_t dtype, const void *gate, const void *up, int64_t count, void *out,
+                         int64_t threads);
+
+/* The gradients of gate and up from grad, that of out. */
+GRAFT_API int graft_gate_backward(int64_t dtype, const void *grad, const void *gate, const void *up,
+                                  int64_t count, void *d_gate, void *d_up, int64_t threads);
+
 /* Name of the instruction set in use. `graft_limit` caps it (for tests): 0 baseline, 1 avx2,
    2 avx512, 3 avx512 with bf16; it returns the level in use. */
 GRAFT_API const char *graft_instructions(void);

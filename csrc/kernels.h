@@ -28,6 +28,11 @@ struct Kernels {
     int (*next_logits)(const graft_decoder &, int64_t, int64_t, float *, int64_t);
     int (*attention)(int64_t, const graft_attention_call &, int64_t);
     int (*attention_backward)(int64_t, const graft_attention_call &, int64_t);
+    int (*rms_norm)(int64_t, const void *, const void *, int64_t, int64_t, float, void *, float *, int64_t);
+    int (*rms_norm_backward)(int64_t, const void *, const void *, const void *, const float *, int64_t, int64_t,
+                             void *, int64_t);
+    int (*gate)(int64_t, const void *, const void *, int64_t, void *, int64_t);
+    int (*gate_backward)(int64_t, const void *, const void *, const void *, int64_t, void *, void *, int64_t);
 };
 
 namespace baseline { extern const Kernels kernels; }

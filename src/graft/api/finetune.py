@@ -47,6 +47,7 @@ from graft.model.attention import use_own_attention
 from graft.model.checkpointing import check_checkpointing, enable_checkpointing
 from graft.model.load import LoadedModel, build_skeleton, find_folder, read_config, read_tokenizer
 from graft.model.memory import reuse_freed_memory
+from graft.model.pointwise import use_own_pointwise
 from graft.model.prefetch import prefetch_layers
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
@@ -268,6 +269,7 @@ def _make_trainable(loaded: LoadedModel, prepared: _Prepared) -> dict[str, nn.Pa
     enable_checkpointing(model, prepared.plan.checkpointing)
     if config.method not in _METHODS_WITHOUT_ADAPTER:
         attach_adapter(model, prepared.targets, config)
+        use_own_pointwise(model)
         return adapter_parameters(model, "default")
     inside = tuple(f"{name}." for name in prepared.targets)
     chosen = {
@@ -277,6 +279,7 @@ def _make_trainable(loaded: LoadedModel, prepared: _Prepared) -> dict[str, nn.Pa
     }
     for parameter in chosen.values():
         parameter.requires_grad_(True)
+    use_own_pointwise(model)  # which leaves norms that train
     return chosen
 
 

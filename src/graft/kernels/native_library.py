@@ -59,6 +59,10 @@ _ARGUMENTS = {
     "int_group_quantize": (_int, _pointer, *5 * [_int], _float, *4 * [_pointer], _int),
     "attention": (_int, _pointer, _int),
     "attention_backward": (_int, _pointer, _int),
+    "rms_norm": (_int, _pointer, _pointer, _int, _int, _float, _pointer, _pointer, _int),
+    "rms_norm_backward": (_int, *4 * [_pointer], _int, _int, _pointer, _int),
+    "gate": (_int, _pointer, _pointer, _int, _pointer, _int),
+    "gate_backward": (_int, *3 * [_pointer], _int, _pointer, _pointer, _int),
     "next_logits": (_pointer, _int, _int, _pointer, _int),
 }
 

@@ -65,9 +65,9 @@ def token_product(a: Tensor, b: Tensor) -> Tensor:
         return reference.token_product(a, b)
     left, right = a.contiguous(), b.contiguous()
     rows, columns = a.shape[-1], b.shape[-1]
-    out = a.new_zeros((rows, columns), dtype=torch.float32)
     if not a.numel():
-        return out
+        return a.new_zeros((rows, columns), dtype=torch.float32)
+    out = a.new_empty((rows, columns), dtype=torch.float32)
     sizes = address(left), rows, address(right), columns, token_count(a)
     call("token_product", DTYPES[a.dtype], *sizes, address(out))
     return out

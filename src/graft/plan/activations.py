@@ -11,7 +11,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from graft.adapters.base import AdaptedLinear
 from graft.adapters.config import AdapterConfig
+from graft.kernels.native_library import why_unavailable
 from graft.model.checkpointing import Checkpointing, keeps_attention, keeps_product
+from graft.model.pointwise import own_gates, own_norms
 from graft.model.targets import linear_layers, linear_shape
 
 _COMPOSED_ACTIVATIONS = {"gelu_new": 3, "gelu_fast": 3, "quick_gelu": 2}
@@ -60,6 +62,9 @@ class _Setting:
     attention_width: int
     rms_norm: bool
     norms_train: bool
+    own_norms: bool
+    """One operation each (`graft.model.pointwise`), which keeps its input alone."""
+    own_gates: bool
     activation: str
     unfused_attention: bool
     """Computed in float32, as it is on a CPU when it drops out weights."""
@@ -81,7 +86,7 @@ def plan_activations(
 
     Per token and decoder layer, in values of the compute dtype: the output of every linear layer
     (the two that write to the residual stream stand for the inputs of the next norms, float32 in
-    an RMSNorm), each distinct input of a layer that trains, the attention's output, and what the
+    an RMSNorm that is not graft's own), each distinct input of a layer that trains, the attention's output, and what the
     activation function keeps; attention is PyTorch's fused one, which keeps one float32 a head and
     no scores. Models that drop out attention weights keep three matrices of scores on the CPU.
     To this come the adapters' own copies. With checkpointing, all this is there for one layer at a
@@ -92,7 +97,7 @@ def plan_activations(
     tokens = batch_size * sequence_length
     layers = _decoder_layers(model, adapter, dtype)
     whole = [_layer_bytes(linears, setting, tokens) for linears in layers]
-    norm_itemsize = 4 if setting.rms_norm else setting.itemsize
+    norm_itemsize = _norm_itemsize(setting)
     last_norm = norm_itemsize + (2 * setting.itemsize if setting.norms_train else 0)
     kept, recomputed = tokens * setting.hidden * last_norm, 0
     if checkpointing == "none":
@@ -113,6 +118,8 @@ def _setting(
 ) -> _Setting:
     config = model.config
     on_cpu = device.type == "cpu"
+    native = on_cpu and why_unavailable() is None
+    norms_train = adapter.method == "full" and not adapter.targets
     heads = int(getattr(config, "num_attention_heads", 1))
     hidden = model.get_input_embeddings().get_parameter("weight").shape[1]
     head_dim = getattr(config, "head_dim", None) or hidden // heads
@@ -123,12 +130,19 @@ def _setting(
         heads=heads,
         attention_width=heads * head_dim,
         rms_norm=not any(isinstance(module, nn.LayerNorm) for module in model.modules()),
-        norms_train=adapter.method == "full" and not adapter.targets,
+        norms_train=norms_train,
+        own_norms=native and not norms_train and bool(own_norms(model)),
+        own_gates=native and bool(own_gates(model)),
         activation=str(_first(config, "hidden_act", "activation_function", "hidden_activation")),
         unfused_attention=on_cpu and bool(_first(config, "attention_dropout", "attn_pdrop")),
         residual_dropout=bool(_first(config, "resid_pdrop", "hidden_dropout", "dropout")),
         on_cpu=on_cpu,
     )
+
+
+def _norm_itemsize(setting: _Setting) -> int:
+    """Return the bytes per value of what a norm keeps of its input."""
+    return 4 if setting.rms_norm and not setting.own_norms else setting.itemsize
 
 
 def _first(config: PreTrainedConfig, *names: str) -> object:
@@ -172,7 +186,7 @@ def _linear(parent: str, module: nn.Module, adapter: AdapterConfig, dtype: torch
             keeps_input = False
             beside = kept_per_token = module.base.packed["offsets"].shape[-1]
         elif adapter.method == "affine":
-            kept_bytes = 8 * numbers  # the scales in float64, both moved statistics in float32
+            kept_bytes = 4 * numbers  # both moved statistics in float32
     return _Linear(
         parent, in_features, out_features, keeps_input, beside, fused, kept_per_token, kept_bytes
     )
@@ -232,12 +246,13 @@ def _block_bytes(block: list[_Linear], setting: _Setting) -> int:
         values += last.in_features
     if not attention:
         gated = outputs == 2 * last.in_features
-        intermediates = 1 if gated else _COMPOSED_ACTIVATIONS.get(setting.activation, 0)
+        composed = _COMPOSED_ACTIVATIONS.get(setting.activation, 0)
+        intermediates = int(not setting.own_gates) if gated else composed
         values += intermediates * last.in_features
     if setting.norms_train and setting.rms_norm:
         values += last.out_features  # the normalised input, for the norm's weight
     kept = values * setting.itemsize
-    kept += last.out_features * (4 if setting.rms_norm else setting.itemsize)
+    kept += last.out_features * _norm_itemsize(setting)
     if setting.residual_dropout:
         kept += last.out_features * (setting.itemsize if setting.on_cpu else 1)
     if attention:

@@ -76,7 +76,11 @@ class _Loop:
         self.trained = list(task.parameters.values())
         self.device = self.trained[0].device
         self.optimizer = torch.optim.AdamW(
-            self.trained, lr=task.learning_rate, weight_decay=config.weight_decay
+            self.trained,
+            lr=task.learning_rate,
+            weight_decay=config.weight_decay,
+            # One kernel per tensor instead of ten, and no temporaries.
+            fused=self.device.type in ("cpu", "cuda"),
         )
         self.sampler = BatchSampler(len(task.examples), config.batch_size, config.seed)
         self.metrics_file = task.folder / "metrics.jsonl"

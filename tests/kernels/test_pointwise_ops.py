@@ -1,0 +1,101 @@
+"""RMSNorm and SiLU gates against float64, by torch's own checks, on every instruction set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from graft.kernels import native_library, native_pointwise, reference_pointwise
+from graft.kernels import pointwise_ops as ops
+
+NATIVE = native_library.why_unavailable() is None
+BACKENDS: dict[str, int | None] = {"reference": None, "baseline": 0, "AVX2": 1, "AVX-512": 2}
+BACKENDS["AVX-512+BF16"] = 3
+SHAPES = [(1, 1), (3, 7), (2, 5, 64), (17, 130)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
+    level = BACKENDS[request.param]
+    if level is None:
+        yield reference_pointwise
+        return
+    if not NATIVE:
+        pytest.skip(f"native backend: {native_library.why_unavailable()}")
+    library = native_library.library()
+    found = library.graft_limit(level)
+    if found == level:
+        yield native_pointwise
+    library.graft_limit(3)
+    if found != level:
+        pytest.skip(f"this processor has no {request.param}")
+
+
+def assert_near(got: Tensor, exact: Tensor, dtype: torch.dtype, size: float = 0) -> None:
+    """Within a few roundings to the dtype, of the number itself or of what it is the difference."""
+    error, size = (got.double() - exact).abs(), max(size, 0.05 * exact.abs().max().item())
+    assert got.dtype == dtype
+    assert (error <= 5 * torch.finfo(dtype).eps * (exact.abs() + size)).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norm_and_its_gradient_equal_float64(backend: Any, shape: Any, dtype: torch.dtype) -> None:
+    x, grad = (torch.randn(shape).to(dtype) for _ in range(2))
+    weight = (1 + 0.2 * torch.randn(shape[-1])).to(dtype)
+    exact = x.double().requires_grad_()
+    scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + 1e-5)
+    expected = exact * scale * weight.double()
+    expected.backward(grad.double())
+    y, own = backend.rms_norm(x, weight, 1e-5)
+    assert_near(y, expected.detach(), dtype)
+    torch.testing.assert_close(own.double(), scale.detach().squeeze(-1), rtol=1e-6, atol=0)
+    size = (grad.double() * weight * scale).abs().max().item()
+    assert_near(backend.rms_norm_backward(grad, x, weight, own), exact.grad, dtype, size)
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (3, 1500)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gate_and_its_gradients_equal_float64(backend: Any, shape: Any, dtype: torch.dtype) -> None:
+    gate, up, grad = (3 * torch.randn(shape).to(dtype) for _ in range(3))
+    exact = [tensor.double().requires_grad_() for tensor in (gate, up)]
+    expected = torch.nn.functional.silu(exact[0]) * exact[1]
+    expected.backward(grad.double())
+    assert_near(backend.silu_gate(gate, up), expected.detach(), dtype)
+    for got, tensor in zip(backend.silu_gate_backward(grad, gate, up), exact, strict=True):
+        assert_near(got, tensor.grad, dtype)
+
+
+def test_gates_far_from_zero(backend: Any) -> None:
+    gate = torch.tensor([-200.0, -90.0, 0.0, 90.0, 200.0])
+    up = torch.full_like(gate, 2.0)
+    torch.testing.assert_close(backend.silu_gate(gate, up), torch.tensor([0.0, 0, 0, 180, 400]))
+    slopes = backend.silu_gate_backward(torch.ones_like(gate), gate, up)[0]
+    torch.testing.assert_close(slopes, torch.tensor([0.0, 0, 1, 2, 2]))
+
+
+def test_by_torch_s_own_checks() -> None:
+    x = torch.randn(2, 3, 20, requires_grad=True)
+    torch.library.opcheck(ops.rms_norm, (x, torch.rand(20), 1e-6))
+    frozen, scale = x.detach(), torch.rand(2, 3)
+    torch.library.opcheck(ops.rms_norm_backward, (frozen, frozen, torch.rand(20), scale))
+    torch.library.opcheck(ops.silu_gate, (x, torch.randn(2, 3, 20, requires_grad=True)))
+    torch.library.opcheck(ops.silu_gate_backward, (frozen, frozen, frozen))
+
+
+def test_inputs_that_are_not_contiguous_and_other_dtypes() -> None:
+    x = torch.randn(6, 20).T.requires_grad_()
+    weight = torch.rand(6)
+    y = ops.rms_norm(x, weight, 1e-6)[0]
+    torch.testing.assert_close(y, torch.nn.functional.rms_norm(x, (6,), weight, 1e-6))
+    grad = torch.ones(()).expand(20, 6)
+    y.backward(grad)
+    assert x.grad is not None and x.grad.shape == x.shape
+    wide = torch.randn(3, 6, dtype=torch.float64)
+    assert ops.silu_gate(wide, wide).dtype == torch.float64
+    with torch.no_grad():
+        assert ops.rms_norm(torch.randn(0, 6), weight, 1e-6)[0].shape == (0, 6)
