@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graft.kernels import attention_ops, low_rank_ops, ops, registry, row_ops
+from graft.kernels import attention_ops, low_rank_ops, ops, pointwise_ops, registry, row_ops
 from graft.kernels.registry import Backend, backends, implementation, register_backend
 
 CPU = torch.device("cpu")
@@ -57,7 +57,7 @@ def test_the_reference_backend_implements_every_operation() -> None:
     (reference,) = (backend for backend in backends() if backend.name == "reference")
     declared = {
         name
-        for module in (ops, row_ops, low_rank_ops, attention_ops)
+        for module in (ops, row_ops, low_rank_ops, attention_ops, pointwise_ops)
         for name, value in vars(module).items()
         if isinstance(value, torch.library.CustomOpDef)
     }

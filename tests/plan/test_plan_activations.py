@@ -13,6 +13,7 @@ from graft.formats.registry import make_format
 from graft.model import checkpointing as checkpointing_module
 from graft.model.checkpointing import CHECKPOINTING, enable_checkpointing
 from graft.model.load import load_model
+from graft.model.pointwise import use_own_pointwise
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan.activations import Activations, plan_activations
 from graft.plan.skeleton import plan_model
@@ -42,6 +43,7 @@ def saved_bytes(folder, weight_format, adapter, dtype, checkpointing="none") -> 
     else:
         freeze_layers(model, names)
         attach_adapter(model, names, adapter)
+    use_own_pointwise(model)
     enable_checkpointing(model, checkpointing)
     model.train()
     weights = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
@@ -138,5 +140,6 @@ def test_each_choice_keeps_less(model_folder):
     adapter, options = METHODS["qlora"]
     case = (model_folder("llama"), make_format(*options), adapter, "bfloat16")
     none, products, layers = (planned_activations(*case, choice) for choice in CHECKPOINTING)
-    assert none.kept_bytes > 1.5 * products.kept_bytes > 2 * layers.kept_bytes
+    # Norms and gates keep nothing of their own, so that products are most of what there is to keep.
+    assert none.kept_bytes > 1.25 * products.kept_bytes > 1.6 * layers.kept_bytes
     assert none.recomputed_bytes == 0 < products.recomputed_bytes == layers.recomputed_bytes

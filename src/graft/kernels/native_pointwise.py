@@ -35,9 +35,7 @@ def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) ->
     operands = [tensor.contiguous() for tensor in (grad, x, weight, scale)]
     dx = torch.empty_like(operands[1])
     addresses = map(address, operands)
-    call(
-        "rms_norm_backward", DTYPES[x.dtype], *addresses, token_count(x), x.shape[-1], address(dx)
-    )
+    call("rms_norm_backward", DTYPES[x.dtype], *addresses, token_count(x), x.shape[-1], address(dx))
     return dx
 
 
