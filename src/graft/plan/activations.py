@@ -85,13 +85,13 @@ def plan_activations(
     """Return what the backward pass of a decoder with adapters (on the meta device) keeps.
 
     Per token and decoder layer, in values of the compute dtype: the output of every linear layer
-    (the two that write to the residual stream stand for the inputs of the next norms, float32 in
-    an RMSNorm that is not graft's own), each distinct input of a layer that trains, the attention's
+    (the two that write to the residual stream stand for the inputs of the next norms, float32 in an
+    RMSNorm that is not graft's own), each distinct input of a layer that trains, the attention's
     output, and what the activation function keeps; attention is PyTorch's fused one, which keeps
     one float32 a head and no scores. Models that drop out attention weights keep three matrices of
-    scores on the CPU. To this come the adapters' own copies. With checkpointing, all this is there for one layer at a
-    time, the one that is being recomputed; every layer keeps its input and, of its products and its
-    attention, the outputs that `graft.model.checkpointing` names.
+    scores on the CPU. To this come the adapters' own copies. With checkpointing, all this is there
+    for one layer at a time, the one that is being recomputed; every layer keeps its input and, of
+    its products and its attention, the outputs that `graft.model.checkpointing` names.
     """
     setting = _setting(model, adapter, dtype, device, sequence_length)
     tokens = batch_size * sequence_length

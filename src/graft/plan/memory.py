@@ -22,11 +22,12 @@ PROCESS_BYTES = 450 * 2**20
 """What Python holds beside the model when the weights are about to be read, on Linux (x86-64, torch
 2.13 for the CPU, transformers 5.23)."""
 
-HEAP_BYTES = 64 * 2**20
-HEAP_SHARES: dict[Checkpointing, float] = {"none": 0.5, "products": 0.3, "layers": 0.9}
+HEAP_BYTES = 40 * 2**20
+HEAP_BUFFERS = 5
+HEAP_SHARE = 0.15
 """What the C library's heap holds beyond the tensors, in gaps that freed ones left and kept for the
-next (`reuse_freed_memory`): a constant, and a share of the activations. Found by
-benchmarks/plan.py, which says how well it fits."""
+next (`reuse_freed_memory`): a constant, a number of times the buffers of the layer at work, and a
+share of the activations. Found by benchmarks/plan.py, which says how well it fits."""
 
 USABLE_MEMORY = 0.8
 """Share of the memory that is free which `checkpointing` "auto" plans to use."""
@@ -211,7 +212,9 @@ def _plan(
     held = process + weights + optimizer
     transient = activations.kept_bytes + activations.recomputed_bytes
     on_cpu = planned.device.type == "cpu"
-    heap = HEAP_BYTES + int(HEAP_SHARES[checkpointing] * transient) if on_cpu else 0
+    buffers = _buffer_bytes(planned, tokens, activations.widest)
+    gaps = HEAP_BYTES + HEAP_BUFFERS * buffers + int(HEAP_SHARE * transient)
+    heap = gaps if on_cpu else 0
     backward = max(loss, activations.recomputed_bytes + workspace)
     dtype = str(planned.dtype).removeprefix("torch.")
     shape = f"{batch_size} x {sequence_length} tokens"
@@ -267,13 +270,18 @@ def _loss_bytes(planned: PlannedModel, tokens: int) -> int:
     return 2 * itemsize * (chunk + tokens * hidden) + 2 * 4 * block + 4 * trained
 
 
+def _buffer_bytes(planned: PlannedModel, tokens: int, widest: int) -> int:
+    """Return four of the widest features of the layer at work: an MLP's, or their gradients."""
+    return 4 * tokens * widest * planned.dtype.itemsize
+
+
 def _workspace_bytes(planned: PlannedModel, counts: WeightCounts, tokens: int, widest: int) -> int:
-    """Return what the layer at work needs: four of its widest features (an MLP's, or their
-    gradients) and, but for the native backend, a quantised weight in float32 and the compute dtype.
+    """Return what the layer at work needs: its buffers and, but for the native backend, a quantised
+    weight in float32 and the compute dtype.
     """
     in_pieces = planned.device.type == "cpu" and native_library.why_unavailable() is None
     dequantised = 0 if in_pieces else counts.largest_quantised * (4 + planned.dtype.itemsize)
-    return dequantised + 4 * tokens * widest * planned.dtype.itemsize
+    return dequantised + _buffer_bytes(planned, tokens, widest)
 
 
 def _merging_bytes(planned: PlannedModel, counts: WeightCounts, adapter: AdapterConfig) -> int:
