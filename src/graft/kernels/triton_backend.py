@@ -205,36 +205,24 @@ def int_group_grad_statistics(
     bits: int,
     group_size: int,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the gradients of scales and offsets; float32."""
-    grad_scales = int_group_grad_scales(grad, x, codes, codes_high, bits, group_size)
-    return grad_scales, reference.int_group_grad_offsets(grad, x, group_size)
-
-
-def int_group_grad_scales(
-    grad: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    codes_high: Tensor | None,
-    bits: int,
-    group_size: int,
-) -> Tensor:
-    """Compute d scale[o, g] = sum over j in g of (dyᵀ x)[o, j] * q[o, j]; float32.
+    """Compute d scale[o, g] = sum over j in g of (dyᵀ x)[o, j] * q[o, j], and d offset; float32.
 
     The product [out_features, in_features] stays in registers, a tile at a time, in float32.
     """
     if x.dtype not in _DTYPES:
         packed = codes, codes_high, bits, group_size
-        computed: Tensor = reference.int_group_grad_statistics(grad, x, *packed)[0]
-        return computed
+        both: tuple[Tensor, Tensor] = reference.int_group_grad_statistics(grad, x, *packed)
+        return both
+    grad_offsets = reference.int_group_grad_offsets(grad, x, group_size)
     sizes, constants = _layout(codes, bits, group_size, x.shape[-1])
-    out = x.new_empty((sizes[0], sizes[2]), dtype=torch.float32)
+    grad_scales = x.new_empty((sizes[0], sizes[2]), dtype=torch.float32)
     grad, x = _as_matrix(grad), _as_matrix(x)
     rows, tokens = (64, 16) if x.dtype == torch.float32 else (128, 32)
     constants |= {"ROWS": rows, "COLUMNS": 128, "TOKENS": tokens, "num_warps": 8}
     arguments = grad, x, codes, codes_high, x.shape[0], *sizes
     grid = _tiles(sizes[0], rows), _tiles(sizes[1], 128)
-    _launch("int_group_grad_scales", grid, out, *arguments, **constants)
-    return out
+    _launch("int_group_grad_scales", grid, grad_scales, *arguments, **constants)
+    return grad_scales, grad_offsets
 
 
 # codebook: w = codebook[code] * absmax -----------------------------------------------------------
