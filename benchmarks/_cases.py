@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 WHO = ("peft-lora", "peft-qlora", "graft-lora", "graft-qlora", "graft-qalora", "graft-affine")
-CHECKPOINTING = {"peft": ("none", "layers"), "graft": ("none", "products", "layers")}
+CHECKPOINTING = {"peft": ("none", "layers"), "graft": ("none", "products", "half", "layers")}
 TOKENS = {
     "tiny": ("1x32", "2x64"),
     "0.1b": ("4x512",),

@@ -71,7 +71,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shape", choices=list(LARGE), default="70b")
     parser.add_argument("--layers", type=int, help="decoder layers, other than the shape's")
     parser.add_argument("--tokens", default="1x128", metavar="BATCHxLENGTH")
-    parser.add_argument("--checkpointing", default="layers", choices=("none", "products", "layers"))
+    parser.add_argument(
+        "--checkpointing", default="layers", choices=("none", "products", "half", "layers")
+    )
     parser.add_argument("--steps", type=int, default=1, help="measured steps")
     parser.add_argument("--warm-up", type=int, default=1, help="steps before the measured ones")
     parser.add_argument("--folder", help="where to write; default: a temporary one in build/")

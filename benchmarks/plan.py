@@ -54,6 +54,7 @@ CASES = (
     Case("0.4b", "full", 1, 128, "layers"),
     Case("1.1b", "qlora", 1, 256, "none"),
     Case("1.1b", "qlora", 2, 512, "products"),
+    Case("1.1b", "qlora", 2, 512, "half"),
 )
 
 

@@ -164,7 +164,7 @@ def test_accumulation_normalises_by_the_targets_of_the_whole_step(tiny_base, row
 
 def test_checkpointing_changes_no_gradient(tiny_base, rows, tmp_path):
     common = {"method": "qlora", "dropout": 0.1, "save_every": 2}
-    for choice in ("none", "products", "layers"):
+    for choice in ("none", "products", "half", "layers"):
         run = tmp_path / choice
         report = graft.finetune(settings(tiny_base, rows, run, **common, checkpointing=choice))
         assert report.checkpointing == f"{choice}, as asked for"

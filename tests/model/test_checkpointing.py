@@ -27,7 +27,7 @@ from graft.model.attention import use_own_attention
 from graft.model.checkpointing import (
     CHECKPOINTING,
     Checkpointing,
-    _policy,
+    _Policy,
     enable_checkpointing,
     keeps_attention,
     keeps_product,
@@ -126,7 +126,7 @@ def step(model: PreTrainedModel) -> tuple[Tensor, dict[str, Tensor], _Count, _Co
     return loss.detach(), named, forward, backward
 
 
-@pytest.mark.parametrize("checkpointing", ["products", "layers"])
+@pytest.mark.parametrize("checkpointing", ["products", "half", "layers"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", MODELS)
 def test_gradients_are_equal_bit_for_bit(family, method, checkpointing) -> None:
@@ -166,6 +166,8 @@ def test_what_is_kept_is_not_computed_again(family, method) -> None:
     assert forward.attention() == attention
     assert recomputed["none"] == recomputed["products"] == (0, 0)
     narrowing = {"llama": 3, "gpt2": 1}[family]  # k, v and down; c_proj of the MLP
+    # up; of GPT-2's two wide products the second
+    assert recomputed["half"] == (LAYERS, 0)
     assert recomputed["layers"] == ((in_a_layer - narrowing) * LAYERS, attention)
 
 
@@ -178,7 +180,7 @@ def test_own_attention_is_kept_where_pytorch_s_would_be() -> None:
         _, found[choice], forward, backward = step(model)
         assert forward.calls["graft::attention"] == LAYERS and forward.attention() == 0
         recomputed[choice] = backward.calls["graft::attention"]
-    assert recomputed == {"none": 0, "products": 0, "layers": LAYERS}
+    assert recomputed == {"none": 0, "products": 0, "half": 0, "layers": LAYERS}
     for gradients in found.values():
         assert gradients.keys() == found["none"].keys()
         assert all(torch.equal(gradients[name], found["none"][name]) for name in gradients)
@@ -212,7 +214,7 @@ def test_unfused_attention_that_drops_out() -> None:
         return step(model)[1]
 
     expected = gradients("none")
-    for choice in ("products", "layers"):
+    for choice in ("products", "half", "layers"):
         for name, gradient in gradients(choice).items():
             assert torch.equal(gradient, expected[name]), name
 
@@ -228,7 +230,7 @@ def test_fused_attention_that_drops_out_runs_again_for_its_random_numbers(dropou
         "name": (masked, (query, query, query, None, True), {"dropout_p": dropout}),
     }
     for op, args, kwargs in calls.values():
-        kept = _policy("products", HIDDEN, context, op, *args, **kwargs)
+        kept = _Policy("products", HIDDEN)(context, op, *args, **kwargs)
         assert (kept == CheckpointPolicy.MUST_SAVE) == (dropout == 0)
 
 
@@ -239,9 +241,13 @@ def test_which_products_are_kept() -> None:
     assert kept == {
         "none": [False] * 5,
         "products": [True, True, True, True, False],
+        "half": [True, True, True, True, False],
         "layers": [False, False, True, True, False],
     }
-    assert keeps_attention("products", 4096, 256)
+    # Of several wide ones every second.
+    found = [keeps_product("half", 4096, 4096, 11008, before) for before in range(4)]
+    assert found == [True, False, True, False]
+    assert keeps_attention("products", 4096, 256) and keeps_attention("half", 4096, 256)
     assert not keeps_attention("layers", 4096, 4096)
     assert keeps_attention("layers", 4096, 8192)
 

@@ -135,8 +135,9 @@ def test_one_weight_at_a_time_is_alive(name, options, checkpoint, monkeypatch) -
 def test_resident_and_peak_memory() -> None:
     cpu = torch.device("cpu")
     before = resident_bytes(cpu)
-    block = torch.ones(1 << 24)  # 64 MB, mapped by itself
-    assert 60e6 < resident_bytes(cpu) - before < 80e6
+    # 256 MB are mapped by themselves: no gap that earlier tests left in the heap holds so many.
+    block = torch.ones(1 << 26)
+    assert 250e6 < resident_bytes(cpu) - before < 290e6
     assert peak_bytes(cpu) >= resident_bytes(cpu) - 4096 * 256
     del block
     assert resident_bytes(cpu) - before < 10e6 <= peak_bytes(cpu)

@@ -121,7 +121,7 @@ def test_what_does_not_train_keeps_no_input(model_folder, family):
     assert planned_bytes(*case) == pytest.approx(saved_bytes(*case), rel=0.1)
 
 
-@pytest.mark.parametrize("checkpointing", ["products", "layers"])
+@pytest.mark.parametrize("checkpointing", ["products", "half", "layers"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_checkpointing(model_folder, kept_products, family, method, checkpointing):
@@ -139,7 +139,8 @@ def test_checkpointing(model_folder, kept_products, family, method, checkpointin
 def test_each_choice_keeps_less(model_folder):
     adapter, options = METHODS["qlora"]
     case = (model_folder("llama"), make_format(*options), adapter, "bfloat16")
-    none, products, layers = (planned_activations(*case, choice) for choice in CHECKPOINTING)
+    none, products, half, layers = (planned_activations(*case, choice) for choice in CHECKPOINTING)
     # Norms and gates keep nothing of their own, so that products are most of what there is to keep.
     assert none.kept_bytes > 1.25 * products.kept_bytes > 1.6 * layers.kept_bytes
+    assert products.kept_bytes > half.kept_bytes > layers.kept_bytes
     assert none.recomputed_bytes == 0 < products.recomputed_bytes == layers.recomputed_bytes

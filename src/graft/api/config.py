@@ -49,7 +49,7 @@ class PlanConfig(AdapterConfig, FormatConfig, ModelConfig):
     """Rows that are computed at once."""
     max_length: int = 512
     """Tokens in a row."""
-    checkpointing: Literal["auto", "none", "products", "layers"] = "auto"
+    checkpointing: Literal["auto", "none", "products", "half", "layers"] = "auto"
     """What each decoder layer keeps for the backward pass: everything (none), its input and its
     matrix products (products), or little more than its input (layers). auto takes the first of
     them whose planned peak fits into 80 % of the memory that is free now."""

@@ -17,11 +17,13 @@ from transformers import PreTrainedModel
 
 from graft.errors import GraftError
 
-Checkpointing = Literal["none", "products", "layers"]
+Checkpointing = Literal["none", "products", "half", "layers"]
 """What a decoder layer keeps for its backward pass; it recomputes the rest.
 
-none: everything. products: its input and the outputs of its products. layers: its input and the
-outputs of the products that narrow theirs (in Llama: the MLP's last, grouped keys and values)."""
+none: everything. products: its input and the outputs of its products. half: of those, not every
+second one that is at least twice as wide as its input (in Llama: the MLP's second). layers: its
+input and the outputs of the products that narrow theirs (in Llama: the MLP's last, grouped keys and
+values)."""
 
 CHECKPOINTING: tuple[Checkpointing, ...] = get_args(Checkpointing)
 """From the quickest, which needs the most memory, to the slowest."""
@@ -53,11 +55,8 @@ def enable_checkpointing(model: PreTrainedModel, checkpointing: Checkpointing) -
         return
     check_checkpointing(model, checkpointing)
     hidden_size = model.get_input_embeddings().get_parameter("weight").shape[1]
-    policy = partial(_policy, checkpointing, hidden_size)
-    kwargs = {
-        "use_reentrant": False,
-        "context_fn": partial(create_selective_checkpoint_contexts, policy),
-    }
+    contexts = partial(_contexts, checkpointing, hidden_size)
+    kwargs = {"use_reentrant": False, "context_fn": contexts}
     # The name changed within transformers 5; both mean the same.
     enable = getattr(model, "activation_checkpointing_enable", None)
     (enable or model.gradient_checkpointing_enable)(kwargs)
@@ -69,7 +68,10 @@ def check_checkpointing(
     model: PreTrainedModel, checkpointing: Checkpointing | Literal["auto"]
 ) -> None:
     """Raise GraftError when the model cannot recompute its layers and the choice asks for it."""
-    if checkpointing in ("products", "layers") and not model.supports_gradient_checkpointing:
+    if (
+        checkpointing in ("products", "half", "layers")
+        and not model.supports_gradient_checkpointing
+    ):
         raise GraftError(
             f"--checkpointing {checkpointing}: {type(model).__name__} cannot recompute its layers; "
             "use --checkpointing none, and a smaller --batch-size or --max-length"
@@ -77,12 +79,26 @@ def check_checkpointing(
 
 
 def keeps_product(
-    checkpointing: Checkpointing, hidden_size: int, in_features: int, out_features: int
+    checkpointing: Checkpointing,
+    hidden_size: int,
+    in_features: int,
+    out_features: int,
+    wide_before: int = 0,
 ) -> bool:
-    """Return whether a layer keeps the output of a product of [.., in] to [.., out] features."""
+    """Return whether a layer keeps the output of a product of [.., in] to [.., out] features.
+
+    wide_before: linear layers before this one that `is_wide`.
+    """
     if checkpointing == "none" or _CHEAP * in_features < hidden_size:
         return False
+    if checkpointing == "half":
+        return not is_wide(hidden_size, in_features, out_features) or wide_before % 2 == 0
     return checkpointing == "products" or out_features < in_features
+
+
+def is_wide(hidden_size: int, in_features: int, out_features: int) -> bool:
+    """Return whether a product's output is at least twice as wide as its input."""
+    return _CHEAP * in_features >= hidden_size and out_features >= 2 * in_features
 
 
 def keeps_attention(checkpointing: Checkpointing, width: int, length: int) -> bool:
@@ -90,31 +106,42 @@ def keeps_attention(checkpointing: Checkpointing, width: int, length: int) -> bo
 
     Each is a sum over `length` positions, as an output of a product is one over its in_features.
     """
-    return checkpointing == "products" or (checkpointing == "layers" and width < length)
+    some = checkpointing in ("products", "half")
+    return some or (checkpointing == "layers" and width < length)
 
 
-def _policy(
-    checkpointing: Checkpointing,
-    hidden_size: int,
-    context: SelectiveCheckpointContext,
-    op: Any,
-    *args: Any,
-    **kwargs: Any,
-) -> CheckpointPolicy:
-    """Return whether the output of an operation is kept; called once for each in the forward."""
-    kind = _kind(op)
-    keep = False
-    if kind == "attention":
-        query, key = args[:2]  # [batch, heads, length, head_dim]
-        width = query.shape[1] * query.shape[3]
-        # What is not run again draws no random numbers, and what follows it would draw others.
-        drops_out = bool(_argument(op, args, kwargs, "dropout_p"))
-        keep = not drops_out and keeps_attention(checkpointing, width, key.shape[2])
-    elif kind is not None:
-        outputs = [leaf for leaf in tree_leaves(context.op_output) if isinstance(leaf, Tensor)]
-        out_features = sum(output.shape[-1] for output in outputs)
-        keep = keeps_product(checkpointing, hidden_size, args[kind].shape[-1], out_features)
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+def _contexts(checkpointing: Checkpointing, hidden_size: int) -> Any:
+    """Return the contexts of one layer's forward pass and of its recomputation."""
+    return create_selective_checkpoint_contexts(_Policy(checkpointing, hidden_size))
+
+
+class _Policy:
+    """Says of each operation in one forward pass of a layer whether its output is kept."""
+
+    def __init__(self, checkpointing: Checkpointing, hidden_size: int) -> None:
+        self.checkpointing, self.hidden_size = checkpointing, hidden_size
+        self.wide = {False: 0, True: 0}  # layers so far; some versions of torch ask once more
+
+    def __call__(
+        self, context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
+    ) -> CheckpointPolicy:
+        kind = _kind(op)
+        keep = False
+        if kind == "attention":
+            query, key = args[:2]  # [batch, heads, length, head_dim]
+            width = query.shape[1] * query.shape[3]
+            # What is not run again draws no random numbers, and what follows it would draw others.
+            drops_out = bool(_argument(op, args, kwargs, "dropout_p"))
+            keep = not drops_out and keeps_attention(self.checkpointing, width, key.shape[2])
+        elif kind is not None:
+            outputs = [leaf for leaf in tree_leaves(context.op_output) if isinstance(leaf, Tensor)]
+            out_features = sum(output.shape[-1] for output in outputs)
+            shape = self.hidden_size, args[kind].shape[-1], out_features
+            of_layer = not op._schema.name.endswith("bmm")  # else of unfused attention
+            wide = self.wide[context.is_recompute] if of_layer else 0
+            keep = keeps_product(self.checkpointing, *shape, wide)
+            self.wide[context.is_recompute] += of_layer and is_wide(*shape)
+        return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 @cache

@@ -12,7 +12,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from graft.adapters.base import AdaptedLinear
 from graft.adapters.config import AdapterConfig
 from graft.kernels.native_library import why_unavailable
-from graft.model.checkpointing import Checkpointing, keeps_attention, keeps_product
+from graft.model.checkpointing import (
+    Checkpointing,
+    is_wide,
+    keeps_attention,
+    keeps_product,
+)
 from graft.model.pointwise import own_gates, own_norms
 from graft.model.targets import linear_layers, linear_shape
 
@@ -206,12 +211,14 @@ def _checkpointed_bytes(
     linears: list[_Linear], setting: _Setting, tokens: int, checkpointing: Checkpointing
 ) -> int:
     """Return what a layer keeps that is recomputed: its input, some products, its attention."""
-    values, kept = setting.hidden, 0
+    values, kept, wide = setting.hidden, 0, 0
     for linear in linears:
         outputs = (linear.out_features, linear.beside)
         for width in (sum(outputs),) if linear.fused else outputs:
-            if keeps_product(checkpointing, setting.hidden, linear.in_features, width):
+            shape = setting.hidden, linear.in_features, width
+            if keeps_product(checkpointing, *shape, wide):
                 values += width
+            wide += is_wide(*shape)
     for _, block in groupby(linears, key=lambda linear: linear.parent):
         *_, last = block
         if last.in_features == setting.attention_width:

@@ -125,8 +125,8 @@ def plan_memory(
     dtype 'auto' is float32. sequence_length is the longest row's, in tokens. On a GPU the plan
     counts the GPU's memory alone.
 
-    checkpointing 'auto' gives the plan of the first of none, products and layers whose peak of
-    training fits into 80 % of the memory that is free now, and of layers when none does.
+    checkpointing 'auto' gives the plan of the first of none, products, half and layers whose peak
+    of training fits into 80 % of the memory that is free now, and of layers when none does.
 
     Raises GraftError when the model, the targets and the method do not fit together.
     """

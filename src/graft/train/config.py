@@ -28,7 +28,7 @@ class LoopConfig:
     """AdamW's decoupled weight decay."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm when they exceed it."""
-    checkpointing: Literal["auto", "none", "products", "layers"] = "auto"
+    checkpointing: Literal["auto", "none", "products", "half", "layers"] = "auto"
     """What each decoder layer keeps for the backward pass: everything (none); its input and its
     matrix products, so that only pointwise parts are recomputed (products); little more than its
     input (layers). auto takes the first of them whose planned peak fits into 80 % of the free
