@@ -51,8 +51,8 @@ class PlanConfig(AdapterConfig, FormatConfig, ModelConfig):
     """Tokens in a row."""
     checkpointing: Literal["auto", "none", "products", "half", "layers"] = "auto"
     """What each decoder layer keeps for the backward pass: everything (none), its input and its
-    matrix products (products), or little more than its input (layers). auto takes the first of
-    them whose planned peak fits into 80 % of the memory that is free now."""
+    matrix products (products), most of those (half), or little more than its input (layers). auto
+    takes the first of them whose planned peak fits into 80 % of the memory that is free now."""
     json: bool = False
     """Print one JSON object instead of a table."""
 

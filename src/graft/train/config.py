@@ -30,8 +30,8 @@ class LoopConfig:
     """Gradients are scaled down to this norm when they exceed it."""
     checkpointing: Literal["auto", "none", "products", "half", "layers"] = "auto"
     """What each decoder layer keeps for the backward pass: everything (none); its input and its
-    matrix products, so that only pointwise parts are recomputed (products); little more than its
-    input (layers). auto takes the first of them whose planned peak fits into 80 % of the free
+    matrix products, so that only pointwise parts are recomputed (products); those without every
+    second one that is much wider than its input (half); little more than its input (layers). auto takes the first of them whose planned peak fits into 80 % of the free
     memory. The gradients are the same, bit for bit."""
     eval_every: int | None = None
     """Steps between evaluations; the default evaluates at the beginning and at the end."""
