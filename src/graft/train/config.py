@@ -31,8 +31,9 @@ class LoopConfig:
     checkpointing: Literal["auto", "none", "products", "half", "layers"] = "auto"
     """What each decoder layer keeps for the backward pass: everything (none); its input and its
     matrix products, so that only pointwise parts are recomputed (products); those without every
-    second one that is much wider than its input (half); little more than its input (layers). auto takes the first of them whose planned peak fits into 80 % of the free
-    memory. The gradients are the same, bit for bit."""
+    second one that is much wider than its input (half); little more than its input (layers). auto
+    takes the first of them whose planned peak fits into 80 % of the free memory. The gradients are
+    the same, bit for bit."""
     eval_every: int | None = None
     """Steps between evaluations; the default evaluates at the beginning and at the end."""
     save_every: int | None = None
