@@ -200,7 +200,7 @@ int graft_move_offsets(int64_t dtype, const void *offsets, const float *up, cons
 }
 
 int graft_move_scaled(int64_t dtype, const void *start, const void *scales, const float *moves, int64_t count,
-                      float *out, int64_t threads) {
+                      void *out, int64_t threads) {
     return kernels().move_scaled(dtype, start, scales, moves, count, out, threads);
 }
 

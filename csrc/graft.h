@@ -64,7 +64,7 @@ GRAFT_API int graft_token_product(int64_t dtype, const void *a, int64_t a_cols, 
                                   int64_t b_cols, int64_t tokens, float *out, int64_t threads);
 
 /* For an int group weight, float [rows, groups]: sums over each group of dy^T x (offsets) and of
-   (dy^T x) * code (scales). */
+   (dy^T x) * code (scales), both times the weight's scales if it has any. */
 GRAFT_API int graft_grad_statistics(const graft_weight *weight, int64_t dtype, const void *dy,
                                     const void *x, int64_t tokens, float *scales, float *offsets,
                                     int64_t threads);
@@ -79,9 +79,9 @@ GRAFT_API int graft_move_offsets(int64_t dtype, const void *offsets, const float
                                  const float *down, int64_t rows, int64_t groups, int64_t rank,
                                  double scaling, float *out, int64_t threads);
 
-/* out float [count] = dtype(start + scales * moves), taken in double; start and scales are of dtype. */
+/* out [count] = start + scales * moves, taken in double; start, scales and out are of dtype. */
 GRAFT_API int graft_move_scaled(int64_t dtype, const void *start, const void *scales,
-                                const float *moves, int64_t count, float *out, int64_t threads);
+                                const float *moves, int64_t count, void *out, int64_t threads);
 
 /* out [rows, cols] of dtype (float or bf16). */
 GRAFT_API int graft_dequantize(const graft_weight *weight, int64_t dtype, void *out,

@@ -3,7 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graft.kernels import attention_ops, low_rank_ops, ops, pointwise_ops, registry, row_ops
+from graft.kernels import (
+    affine_ops,
+    attention_ops,
+    low_rank_ops,
+    ops,
+    pointwise_ops,
+    registry,
+    row_ops,
+)
 from graft.kernels.registry import Backend, backends, implementation, register_backend
 
 CPU = torch.device("cpu")
@@ -57,11 +65,11 @@ def test_the_reference_backend_implements_every_operation() -> None:
     (reference,) = (backend for backend in backends() if backend.name == "reference")
     declared = {
         name
-        for module in (ops, row_ops, low_rank_ops, attention_ops, pointwise_ops)
+        for module in (affine_ops, ops, row_ops, low_rank_ops, attention_ops, pointwise_ops)
         for name, value in vars(module).items()
         if isinstance(value, torch.library.CustomOpDef)
     }
     # An adapted layer's operation that is made of others needs no implementation of its own.
-    assert declared - {"qalora_linear"} == set(reference.operations) - {"pool"}
+    assert declared - {"qalora_linear", "affine_linear"} == set(reference.operations) - {"pool"}
     assert reference.device_types is None
     assert reference.why_unavailable() is None

@@ -116,10 +116,12 @@ def test_statistics_gradients_and_pooling(
         grad, x = torch.randn(19, shape[0]).to(dtype), torch.randn(19, shape[1]).to(dtype)
         # Inputs of the dtype, sums in float64.
         options = bits, group_size
-        exact = reference.int_group_grad_statistics(grad.double(), x.double(), *codes, *options)
-        ours = native.int_group_grad_statistics(grad, x, *codes, *options)
-        assert_near(ours[0], exact[0], dtype)
-        assert_near(ours[1], exact[1], dtype)
+        inputs = grad.double(), x.double()
+        for units in (None, packed["scales"]):
+            exact = reference.int_group_grad_statistics(*inputs, *codes, *options, units)
+            ours = native.int_group_grad_statistics(grad, x, *codes, *options, units)
+            assert_near(ours[0], exact[0], dtype)
+            assert_near(ours[1], exact[1], dtype)
         expected = reference.int_group_grad_offsets(grad.double(), x.double(), group_size)
         assert_near(
             native_low_rank.int_group_grad_offsets(grad, x, group_size), expected, torch.float32
@@ -222,6 +224,23 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
         torch.set_num_threads(before)
     for others in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+
+
+@pytest.mark.parametrize("group_size", [8, 32, 128])
+def test_no_group_is_cut_by_the_tasks_of_a_statistics_gradient(level: str, group_size: int) -> None:
+    packed = IntGroupFormat(group_size=group_size).pack(torch.randn(5, 704))
+    grad, x = torch.randn(70, 5), torch.randn(70, 704)
+    arguments = packed["codes"], None, 4, group_size, None
+    exact = reference.int_group_grad_statistics(grad.double(), x.double(), *arguments)
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            ours = native.int_group_grad_statistics(grad, x, *arguments)
+            for mine, other in zip(ours, exact, strict=True):
+                assert_near(mine, other, torch.float32)
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_dtypes_that_the_kernels_do_not_multiply_go_to_the_reference() -> None:

@@ -32,7 +32,10 @@ def int_case(bits: int, group_size: int, dtype: torch.dtype, statistics: str, tr
             "int_group_dequantize": (*codes, *frozen, bits, group_size, IN, dtype),
             "int_group_linear": (x.requires_grad_(), *codes, *grid, bits, group_size),
             "int_group_grad_input": (grad, *codes, *frozen, bits, group_size, IN),
-            "int_group_grad_statistics": (grad, x.detach(), *codes, bits, group_size),
+            "int_group_grad_statistics": (
+                *(grad, x.detach(), *codes, bits, group_size),
+                frozen[0],
+            ),
             "int_group_grad_offsets": (grad, x.detach(), group_size),
             "int_group_quantize": (
                 torch.randn(OUT, IN, dtype=dtype),

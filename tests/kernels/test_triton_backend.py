@@ -163,7 +163,7 @@ def test_int_group_grad_scales(
         codes = unpack_codes(args[: 2 if bits == 3 else 1], bits, columns)
         for tokens in ((1,), (2, 20)):
             x, grad = randn(*tokens, columns, dtype=dtype), randn(*tokens, rows, dtype=dtype)
-            ours = backend.int_group_grad_statistics(grad, x, *args[:2], bits, group_size)[0]
+            ours = backend.int_group_grad_statistics(grad, x, *args[:2], bits, group_size, None)[0]
             a, b = grad.flatten(0, -2).double(), x.flatten(0, -2).double()
             terms = (a.T @ b) * codes, (a.abs().T @ b.abs()) * codes
             exact, size = (reference._in_groups(term, group_size).sum(-1) for term in terms)
@@ -295,7 +295,7 @@ def test_strided_inputs_no_tokens_and_float64() -> None:
     args = int_group((6, 45), 3, 8, "float32")
     grad, x = randn(4, 6, dtype=torch.float64), randn(4, 45, dtype=torch.float64)
     sides = (
-        module.int_group_grad_statistics(grad, x, *args[:2], 3, 8)[0]
+        module.int_group_grad_statistics(grad, x, *args[:2], 3, 8, None)[0]
         for module in (backend, reference)
     )
     torch.testing.assert_close(*sides)
@@ -391,7 +391,7 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     backend.codebook_linear(x, *nf4, 2, *nested)
     backend.int_group_dequantize(*args, 64, dtype)
     backend.int_group_linear(x, *args)
-    backend.int_group_grad_statistics(grad, x, *args[:2], 3, 8)
+    backend.int_group_grad_statistics(grad, x, *args[:2], 3, 8, None)
     int8 = Int8Format().pack(torch.randn(4, 64))
     backend.int8_linear(x, **int8)
     backend._int8_weight(**int8, dtype=dtype)

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from graft.adapters.base import Adapter
 from graft.formats.base import GridUpdate, Packed, Scaled
+from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
+from graft.kernels.affine_ops import affine_linear
 
 
 class AffineAdapter(Adapter):
@@ -30,6 +32,24 @@ class AffineAdapter(Adapter):
     def grid_update(self, packed: Packed) -> GridUpdate:
         """Return scales += scale u and offsets += scale v."""
         return GridUpdate(scales=Scaled(self.u), offsets=Scaled(self.v))
+
+    def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
+        """Return x W'ᵀ, W' on the moved grid, which keeps the statistics as they are stored."""
+        if not isinstance(base.weight_format, IntGroupFormat):
+            return None
+        packed = base.packed
+        y: Tensor = affine_linear(
+            x,
+            packed["codes"],
+            packed.get("codes_high"),
+            packed["scales"],
+            packed["offsets"],
+            base.weight_format.bits,
+            base.weight_format.group_size,
+            self.u,
+            self.v,
+        )[0]
+        return y
 
     def delta(self, base: FrozenLinear) -> Tensor:
         """Return the unrounded move of the weight, scale (u q + v), float64 [out, in]."""

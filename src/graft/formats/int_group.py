@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graft.errors import GraftError
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled, TensorSpec
-from graft.kernels import low_rank_ops, ops
+from graft.kernels import affine_ops, low_rank_ops, ops
 from graft.kernels.packing import PLANES, pack_codes, plane_bytes
 from graft.kernels.reference import fit_groups, nearest_codes, round_once
 from graft.kernels.weights import Layout, Weight
@@ -161,7 +161,7 @@ class IntGroupFormat:
                     packed[name], move.A, move.B, move.scaling, self._dtype
                 )
             elif isinstance(move, Scaled):
-                absorbed[name] = low_rank_ops.move_scaled(
+                absorbed[name] = affine_ops.move_scaled(
                     packed[name], packed["scales"], move.moves, self._dtype
                 )
             elif move is not None:

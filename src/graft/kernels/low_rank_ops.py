@@ -172,33 +172,6 @@ def _move_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 move_offsets.register_autograd(_move_backward, setup_context=_move_save)
 
 
-@custom_op("graft::move_scaled", mutates_args=())
-def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
-    """Return stored(values + scales * moves), taken in float64, as float32 [out_features, groups].
-
-    Differentiable in the moves, float32, straight through the rounding.
-    """
-    compute = implementation("move_scaled", values.device)
-    out: Tensor = compute(values, scales, moves, stored)
-    return out
-
-
-@move_scaled.register_fake
-def _(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
-    return torch.empty_like(values, dtype=torch.float32)
-
-
-def _scaled_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
-
-
-def _scaled_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return None, None, grad * ctx.saved_tensors[0], None
-
-
-move_scaled.register_autograd(_scaled_backward, setup_context=_scaled_save)
-
-
 @custom_op("graft::qalora_linear", mutates_args=())
 def qalora_linear(
     x: Tensor,

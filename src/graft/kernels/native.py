@@ -152,12 +152,14 @@ def int_group_grad_statistics(
     codes_high: Tensor | None,
     bits: int,
     group_size: int,
+    units: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the group sums of (dyᵀ x) * q and of dyᵀ x, never holding dyᵀ x; float32."""
+    packed = codes, codes_high, bits, group_size
     if x.dtype not in COMPUTE:
-        return reference.int_group_grad_statistics(grad, x, codes, codes_high, bits, group_size)
+        return reference.int_group_grad_statistics(grad, x, *packed, units)
     dy, inputs = grad.contiguous(), x.contiguous()
-    weight = _int_group(codes, codes_high, None, None, bits, group_size, x.shape[-1])
+    weight = _int_group(codes, codes_high, units, None, bits, group_size, x.shape[-1])
     groups = -(-x.shape[-1] // group_size)
     shape = codes.shape[0], groups
     if not x.numel():

@@ -111,11 +111,11 @@ def move_offsets(
 
 @native.implements("move_scaled")
 def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
-    """Compute stored(values + scales * moves) in float64, as float32."""
+    """Compute values + scales * moves in float64, rounded once to the stored dtype."""
     if stored not in (torch.float32, torch.float16) or moves.dtype != torch.float32:
         return reference.move_scaled(values, scales, moves, stored)
     start, units, steps = values.to(stored).contiguous(), scales.to(stored).contiguous(), moves
-    out = torch.empty_like(start, dtype=torch.float32)
+    out = torch.empty_like(start)
     operands = address(start), address(units), address(steps.contiguous())
     call("move_scaled", DTYPES[stored], *operands, out.numel(), address(out))
     return out

@@ -120,13 +120,14 @@ def int_group_grad_statistics(
     codes_high: Tensor | None,
     bits: int,
     group_size: int,
+    units: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return d scales and d offsets, float32 [out_features, groups], of one product dyᵀ x.
 
-    Group sums of (dyᵀ x) * q, and of dyᵀ x.
+    Group sums of (dyᵀ x) * q, and of dyᵀ x; both times units [out_features, groups], if given.
     """
     compute = implementation("int_group_grad_statistics", x.device)
-    out: tuple[Tensor, Tensor] = compute(grad, x, codes, codes_high, bits, group_size)
+    out: tuple[Tensor, Tensor] = compute(grad, x, codes, codes_high, bits, group_size, units)
     return out
 
 
@@ -138,6 +139,7 @@ def _(
     codes_high: Tensor | None,
     bits: int,
     group_size: int,
+    units: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     shape = grad.shape[-1], -(-x.shape[-1] // group_size)
     scales, offsets = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
@@ -175,7 +177,7 @@ def _int_group_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             grad, codes, codes_high, scales, offsets, ctx.bits, ctx.group_size, ctx.in_features
         )
     if need_scales:
-        both = int_group_grad_statistics(grad, x, codes, codes_high, ctx.bits, ctx.group_size)
+        both = int_group_grad_statistics(grad, x, codes, codes_high, ctx.bits, ctx.group_size, None)
         grad_scales = both[0].to(scales.dtype)
         grad_offsets = both[1].to(offsets.dtype) if need_offsets else None
     elif need_offsets:

@@ -89,13 +89,17 @@ def int_group_grad_statistics(
     codes_high: Tensor | None,
     bits: int,
     group_size: int,
+    units: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute d scale[o, g] = sum over j in g of (dyᵀ x)[o, j] * q[o, j], and d offset; float32."""
     in_features = x.shape[-1]
     product = (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, in_features)).float()
     values = unpack_codes(_planes(codes, codes_high), bits, in_features)
     grad_scales = _in_groups(product.mul_(values), group_size).sum(-1)
-    return grad_scales, int_group_grad_offsets(grad, x, group_size)
+    grad_offsets = int_group_grad_offsets(grad, x, group_size)
+    if units is None:
+        return grad_scales, grad_offsets
+    return grad_scales * units, grad_offsets * units
 
 
 @reference.implements("int_group_grad_offsets")
@@ -361,8 +365,8 @@ def move_offsets(
 
 @reference.implements("move_scaled")
 def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
-    """Compute stored(values + scales * moves) in float64, as float32 [out_features, groups]."""
-    return round_once(values.double() + scales.double() * moves, stored).float()
+    """Compute values + scales * moves in float64, rounded once to the stored dtype."""
+    return round_once(values.double() + scales.double() * moves, stored)
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:

@@ -204,13 +204,14 @@ def int_group_grad_statistics(
     codes_high: Tensor | None,
     bits: int,
     group_size: int,
+    units: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Compute d scale[o, g] = sum over j in g of (dyᵀ x)[o, j] * q[o, j], and d offset; float32.
 
     The product [out_features, in_features] stays in registers, a tile at a time, in float32.
     """
     if x.dtype not in _DTYPES:
-        packed = codes, codes_high, bits, group_size
+        packed = codes, codes_high, bits, group_size, units
         both: tuple[Tensor, Tensor] = reference.int_group_grad_statistics(grad, x, *packed)
         return both
     grad_offsets = reference.int_group_grad_offsets(grad, x, group_size)
@@ -222,7 +223,9 @@ def int_group_grad_statistics(
     arguments = grad, x, codes, codes_high, x.shape[0], *sizes
     grid = _tiles(sizes[0], rows), _tiles(sizes[1], 128)
     _launch("int_group_grad_scales", grid, grad_scales, *arguments, **constants)
-    return grad_scales, grad_offsets
+    if units is None:
+        return grad_scales, grad_offsets
+    return grad_scales * units, grad_offsets * units
 
 
 # codebook: w = codebook[code] * absmax -----------------------------------------------------------

@@ -1,0 +1,46 @@
+"""The operations of affine tuning against the chain of moves and float64, and torch's checks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from graft.formats.base import GridUpdate, Scaled
+from graft.formats.int_group import IntGroupFormat
+from graft.kernels import affine_ops as ops
+
+OUT, IN = 22, 96
+
+
+@pytest.mark.parametrize("statistics", ["float16", "float32"])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 8), (3, 32), (4, 32), (8, 64)])
+def test_affine_linear_is_the_chain_through_the_moved_statistics(
+    bits: int, group_size: int, statistics: str
+) -> None:
+    weight_format = IntGroupFormat(bits, group_size, statistics)
+    packed = weight_format.pack(torch.randn(OUT, IN))
+    moves = [torch.randn(OUT, -(-IN // group_size)) * 0.1 for _ in range(2)]
+    ours = [t.requires_grad_() for t in (torch.randn(9, IN), *moves)]
+    x, u, v = ours
+    grid = packed["codes"], packed.get("codes_high"), packed["scales"], packed["offsets"]
+    y, scales, offsets = ops.affine_linear(x, *grid, bits, group_size, u, v)
+    assert scales.dtype == offsets.dtype == packed["scales"].dtype
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    others = [t.detach().clone().requires_grad_() for t in ours]
+    update = GridUpdate(scales=Scaled(others[1]), offsets=Scaled(others[2]))
+    expected = weight_format.linear(others[0], weight_format.absorb(packed, update), OUT)
+    expected.backward(grad)
+    assert torch.equal(y, expected)
+    for got, other in zip(ours, others, strict=True):
+        torch.testing.assert_close(got.grad, other.grad, rtol=1e-5, atol=1e-6)
+
+
+def test_opcheck() -> None:
+    packed = IntGroupFormat().pack(torch.randn(OUT, IN))
+    grid = packed["codes"], None, packed["scales"], packed["offsets"]
+    u, v = (torch.zeros(OUT, IN // 32, requires_grad=True) for _ in range(2))
+    x = torch.randn(2, 3, IN, requires_grad=True)
+    torch.library.opcheck(ops.affine_linear, (x, *grid, 4, 32, u, v))
+    moves = packed["offsets"], packed["scales"], u, torch.float16
+    torch.library.opcheck(ops.move_scaled, moves)
