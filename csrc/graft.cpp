@@ -199,6 +199,15 @@ int graft_move_offsets(int64_t dtype, const void *offsets, const float *up, cons
     return kernels().move_offsets(dtype, offsets, up, down, rows, groups, rank, scaling, out, threads);
 }
 
+int graft_latent_codes(const graft_latent *weight, uint8_t *codes, uint8_t *codes_high, int64_t threads) {
+    return kernels().latent_codes(*weight, codes, codes_high, threads);
+}
+
+int graft_latent_grads(const graft_latent *weight, const float *product, float *grad, float *grad_u, float *grad_v,
+                       int64_t threads) {
+    return kernels().latent_grads(*weight, product, grad, grad_u, grad_v, threads);
+}
+
 int graft_move_scaled(int64_t dtype, const void *start, const void *scales, const float *moves, int64_t count,
                       void *out, int64_t threads) {
     return kernels().move_scaled(dtype, start, scales, moves, count, out, threads);

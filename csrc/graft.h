@@ -83,6 +83,27 @@ GRAFT_API int graft_move_offsets(int64_t dtype, const void *offsets, const float
 GRAFT_API int graft_move_scaled(int64_t dtype, const void *start, const void *scales,
                                 const float *moves, int64_t count, void *out, int64_t threads);
 
+/* A latent weight W + scaling * up down [rows, cols] that rounds to int group codes on a grid of its
+   own; W is of weight_dtype (float or bf16), up [rows, rank] and down [rank, cols] are float. */
+typedef struct graft_latent {
+    int64_t rows, cols, bits, group_size;
+    int64_t weight_dtype;
+    int64_t dtype; /* of scales and offsets [rows, groups] */
+    const void *weight, *scales, *offsets;
+    int64_t rank; /* 0: there is no update */
+    float scaling;
+    const float *down, *up;
+} graft_latent;
+
+/* The packed codes. */
+GRAFT_API int graft_latent_codes(const graft_latent *weight, uint8_t *codes, uint8_t *codes_high,
+                                 int64_t threads);
+
+/* From product [rows, cols] = dy^T x: grad = product where the weight lies in the grid's range, else
+   0; grad_u and grad_v [rows, groups]: scale * sums over the group of product * code and product. */
+GRAFT_API int graft_latent_grads(const graft_latent *weight, const float *product, float *grad,
+                                 float *grad_u, float *grad_v, int64_t threads);
+
 /* out [rows, cols] of dtype (float or bf16). */
 GRAFT_API int graft_dequantize(const graft_weight *weight, int64_t dtype, void *out,
                                int64_t threads);

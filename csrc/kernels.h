@@ -23,6 +23,8 @@ struct Kernels {
     int (*move_offsets)(int64_t, const void *, const float *, const float *, int64_t, int64_t, int64_t,
                         double, float *, int64_t);
     int (*move_scaled)(int64_t, const void *, const void *, const float *, int64_t, void *, int64_t);
+    int (*latent_codes)(const graft_latent &, uint8_t *, uint8_t *, int64_t);
+    int (*latent_grads)(const graft_latent &, const float *, float *, float *, float *, int64_t);
     int (*int_group_quantize)(int64_t, const void *, int64_t, int64_t, int64_t, int64_t, int64_t, float,
                               uint8_t *, uint8_t *, void *, void *, int64_t);
     int (*next_logits)(const graft_decoder &, int64_t, int64_t, float *, int64_t);

@@ -38,6 +38,7 @@ CASES = {
     "qalora-int3": ("qalora", ("int", {"bits": 3, "group_size": 16})),
     "qalora-int8": ("qalora", ("int", {"bits": 8})),
     "affine-int4": ("affine", ("int", {})),
+    "merge_aware-int3": ("merge_aware", ("latent", {"bits": 3})),
     "affine-int2": ("affine", ("int", {"bits": 2})),
 }
 

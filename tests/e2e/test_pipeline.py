@@ -32,7 +32,7 @@ def adapter_tensors(run: Path) -> bytes:
     return (run / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("method", ["qalora", "affine"])
+@pytest.mark.parametrize("method", ["qalora", "affine", "merge_aware"])
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_what_is_trained_is_what_is_deployed(tiny_base, rows, tmp_path, method, bits):
     run, merged, file = tmp_path / "run", tmp_path / "merged", tmp_path / "model.gguf"

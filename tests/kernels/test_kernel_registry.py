@@ -6,6 +6,7 @@ import torch
 from graft.kernels import (
     affine_ops,
     attention_ops,
+    latent_ops,
     low_rank_ops,
     ops,
     pointwise_ops,
@@ -65,11 +66,20 @@ def test_the_reference_backend_implements_every_operation() -> None:
     (reference,) = (backend for backend in backends() if backend.name == "reference")
     declared = {
         name
-        for module in (affine_ops, ops, row_ops, low_rank_ops, attention_ops, pointwise_ops)
+        for module in (
+            affine_ops,
+            latent_ops,
+            ops,
+            row_ops,
+            low_rank_ops,
+            attention_ops,
+            pointwise_ops,
+        )
         for name, value in vars(module).items()
         if isinstance(value, torch.library.CustomOpDef)
     }
     # An adapted layer's operation that is made of others needs no implementation of its own.
-    assert declared - {"qalora_linear", "affine_linear"} == set(reference.operations) - {"pool"}
+    composed = {"qalora_linear", "affine_linear", "latent_linear"}
+    assert declared - composed == set(reference.operations) - {"pool"}
     assert reference.device_types is None
     assert reference.why_unavailable() is None

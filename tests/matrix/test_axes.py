@@ -20,6 +20,7 @@ OPTIONS = {
     "nf4": [{}, {"double_quant": True}],
     "fp4": [{}, {"double_quant": True}],
     "int": [{"bits": bits, "group_size": size} for bits in (2, 3, 4, 8) for size in (8, 32)],
+    "latent": [{"bits": bits, "group_size": 32} for bits in (2, 3, 4, 8)],
 }
 VARIANTS = [
     pytest.param(name, options, id="-".join([name, *map(str, options.values())]))
@@ -28,6 +29,7 @@ VARIANTS = [
 ]
 METHODS = [method for method in get_args(Method) if method != "full"]
 ADDITIVE = {"lora", "qlora"}
+NEEDS = {"qalora": "int", "affine": "int", "merge_aware": "latent"}
 IN, OUT = 44, 12
 
 
@@ -52,7 +54,7 @@ def adapted_model(name: str, options: dict, method: str) -> torch.nn.Sequential:
 
 
 def supported(name: str, method: str) -> bool:
-    return method in ADDITIVE or name == "int"
+    return method in ADDITIVE or name == NEEDS[method]
 
 
 PAIRS = [
@@ -65,7 +67,7 @@ PAIRS = [
 @pytest.mark.parametrize(("name", "options", "method"), PAIRS)
 def test_train_and_merge(name: str, options: dict, method: str) -> None:
     if not supported(name, method):
-        with pytest.raises(GraftError, match="needs weights in the int format"):
+        with pytest.raises(GraftError, match=f"needs weights in the {NEEDS[method]} format"):
             adapted_model(name, options, method)
         return
     model = adapted_model(name, options, method)
@@ -84,7 +86,8 @@ def test_train_and_merge(name: str, options: dict, method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_merge_into_every_format(method: str, target: str, target_options: dict) -> None:
     """The reported error is the distance between the merged and the trained weight."""
-    layer = adapted_layer(adapted_model("int", {"group_size": 16}, method), "0")
+    base = NEEDS.get(method, "int")
+    layer = adapted_layer(adapted_model(base, {"group_size": 16}, method), "0")
     weight_format = make_format(target, target_options)
     result = merge(layer, weight_format)
     assert result.layer.weight_format == weight_format

@@ -53,6 +53,7 @@ CASES = {
     "qalora": (INT, {"method": "qalora", "alpha": 5.0}),
     "qalora-rslora": (make_format("int", {"group_size": 16}), {"method": "qalora", "rslora": True}),
     "affine": (make_format("int", {"bits": 3}), {"method": "affine"}),
+    "merge_aware": (make_format("latent", {"bits": 3}), {"method": "merge_aware"}),
 }
 
 

@@ -27,6 +27,7 @@ METHODS = {
     "qlora": (AdapterConfig(method="qlora", rank=4), ("nf4", {"double_quant": True})),
     "qalora": (AdapterConfig(method="qalora", rank=4), ("int", {})),
     "affine": (AdapterConfig(method="affine"), ("int", {"bits": 2})),
+    "merge_aware": (AdapterConfig(method="merge_aware"), ("latent", {"bits": 2})),
     "full": (AdapterConfig(method="full"), None),
 }
 

@@ -132,7 +132,7 @@ def test_the_source_dtype_is_that_of_config_json(model_folder, tmp_path, key):
 
 # weights in memory -------------------------------------------------------------------------------
 
-METHODS = {"lora": None, "qlora": "nf4", "qalora": "int", "affine": "int"}
+METHODS = {"lora": None, "qlora": "nf4", "qalora": "int", "affine": "int", "merge_aware": "latent"}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

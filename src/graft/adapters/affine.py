@@ -34,7 +34,7 @@ class AffineAdapter(Adapter):
         return GridUpdate(scales=Scaled(self.u), offsets=Scaled(self.v))
 
     def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
-        """Return x W'ᵀ, W' on the moved grid, which keeps the statistics as they are stored."""
+        """Return x W'ᵀ, W' on the moved grid, without keeping the moved statistics."""
         if not isinstance(base.weight_format, IntGroupFormat):
             return None
         packed = base.packed
@@ -48,7 +48,7 @@ class AffineAdapter(Adapter):
             base.weight_format.group_size,
             self.u,
             self.v,
-        )[0]
+        )
         return y
 
     def delta(self, base: FrozenLinear) -> Tensor:

@@ -11,9 +11,11 @@ from graft.adapters.affine import AffineAdapter
 from graft.adapters.base import AdaptedLinear, Adapter
 from graft.adapters.config import AdapterConfig
 from graft.adapters.lora import LoraAdapter
+from graft.adapters.merge_aware import MergeAwareAdapter
 from graft.adapters.qalora import QALoraAdapter
 from graft.errors import GraftError, did_you_mean, raise_problems
 from graft.formats.int_group import IntGroupFormat
+from graft.formats.latent import LatentFormat
 from graft.formats.linear import FrozenLinear
 
 
@@ -35,6 +37,21 @@ def make_adapter(layer: FrozenLinear, config: AdapterConfig) -> Adapter:
             device,
         )
     weight_format = layer.weight_format
+    if config.method == "merge_aware":
+        if not isinstance(weight_format, LatentFormat):
+            raise GraftError(
+                f"method 'merge_aware' needs weights in the latent format, found "
+                f"{weight_format.name!r}; quantise the base with --format latent"
+            )
+        return MergeAwareAdapter(
+            layer.in_features,
+            layer.out_features,
+            weight_format.groups(layer.in_features),
+            config.rank,
+            config.alpha,
+            config.rslora,
+            device,
+        )
     if not isinstance(weight_format, IntGroupFormat):
         raise GraftError(
             f"method {config.method!r} needs weights in the int format, found "

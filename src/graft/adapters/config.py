@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Method = Literal["lora", "qlora", "qalora", "affine", "full"]
+Method = Literal["lora", "qlora", "qalora", "affine", "merge_aware", "full"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,9 +14,10 @@ class AdapterConfig:
 
     method: Method = "qalora"
     """lora: on the weights as they are; qlora: LoRA on 4-bit NormalFloat; qalora: group-pooled LoRA
-    that merges exactly into INT4; affine: scales and offsets of INT4; full: all weights."""
+    that merges exactly into INT4; affine: scales and offsets of INT4; merge_aware: LoRA inside the
+    rounding to INT4, and its scales and offsets; full: all weights."""
     rank: int = 16
-    """Rank of the low-rank update (lora, qlora, qalora)."""
+    """Rank of the low-rank update (not of affine and full)."""
     alpha: float | None = None
     """Numerator of the scaling alpha/rank; None means rank, so that the scaling is 1."""
     rslora: bool = False

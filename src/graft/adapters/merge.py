@@ -53,7 +53,7 @@ def merge(
         trained = layer.effective_weight()
         start = layer.base.dense_weight(torch.float32).double()
         packed = _exact_packed(layer) if base is None and target is None else None
-        weight_format = layer.base.weight_format
+        weight_format = layer.base.weight_format.deployed
         if packed is None:
             weight_format = target or DenseFormat("float32")
             moved = 0.0 if base is None else base.dense_weight(torch.float32).double() - start
@@ -68,7 +68,9 @@ def _exact_packed(layer: AdaptedLinear) -> dict[str, Tensor] | None:
     if not layer.moves_grid_only():
         return None
     packed = layer.effective_packed()
-    specs = layer.base.weight_format.storage(layer.base.out_features, layer.base.in_features)
+    specs = layer.base.weight_format.deployed.storage(
+        layer.base.out_features, layer.base.in_features
+    )
     return {name: packed[name].detach().to(spec.dtype) for name, spec in specs.items()}
 
 

@@ -60,10 +60,11 @@ class PlanConfig(AdapterConfig, FormatConfig, ModelConfig):
 def format_description(config: FormatConfig, method: str | None) -> dict[str, Any] | None:
     """Return {'format': ..., options}, with the method's defaults filled in; None for dense.
 
-    qlora: nf4 with double quantisation; qalora and affine: int, 4 bits, groups of 32; lora and
-    full: the weights as they are. Raises GraftError with every option that does not fit.
+    qlora: nf4 with double quantisation; qalora and affine: int, 4 bits, groups of 32; merge_aware:
+    latent, likewise; lora and full: the weights as they are. Raises GraftError with every option
+    that does not fit.
     """
-    defaults = {"qlora": "nf4", "qalora": "int", "affine": "int"}
+    defaults = {"qlora": "nf4", "qalora": "int", "affine": "int", "merge_aware": "latent"}
     name = config.format or defaults.get(method or "", "dense")
     problems = []
     if method == "full" and name != "dense":
@@ -76,16 +77,22 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
             f"method {method} moves the grid of the int format; {name} has none. Drop --format, "
             "or train with qlora"
         )
+    if method == "merge_aware" and name != "latent":
+        problems.append(
+            f"method merge_aware rounds the weight anew at each step, and {name} does not keep it. "
+            "Drop --format"
+        )
     if method == "qlora" and name == "dense":
         problems.append("method qlora needs quantised weights; train with lora, or drop --format")
-    if name != "int" and (config.bits is not None or config.group_size is not None):
+    grouped = ("int", "latent")
+    if name not in grouped and (config.bits is not None or config.group_size is not None):
         problems.append(f"--bits and --group-size belong to the int format; the format is {name}")
     if name not in ("nf4", "fp4") and config.double_quant:
         problems.append(f"--double-quant belongs to nf4 and fp4; the format is {name}")
     raise_problems(problems, "format")
     if name == "dense":
         return None
-    if name == "int":
+    if name in grouped:
         bits, group_size = config.bits or 4, config.group_size or 32
         return {"format": name, "bits": bits, "group_size": group_size}
     if name in ("nf4", "fp4"):
@@ -129,7 +136,7 @@ def check_train_config(config: TrainConfig) -> None:
             problems.append(f"--adapter-bias belongs to lora and qlora, not to {config.method}")
     if config.solver == "gptq" and config.method in ("lora", "full") and config.format is None:
         problems.append(f"--solver gptq: method {config.method} quantises nothing; drop it")
-    if "peft" in config.export and config.method in ("affine", "full"):
+    if "peft" in config.export and config.method in ("affine", "merge_aware", "full"):
         problems.append(f"--export peft: PEFT has no {config.method} adapter")
     raise_problems(problems, "configuration")
 

@@ -53,7 +53,7 @@ from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan.memory import MemoryPlan, free_bytes, plan_memory
 from graft.train.loop import Metrics, TrainingTask, read_metrics, steps_to_train, train
-from graft.train.schedule import default_learning_rate
+from graft.train.schedule import default_learning_rate, rate_factors
 
 RESUME_MAY_CHANGE = {"resume", "eval_every", "save_every", "checkpointing", "device", "export"}
 _METHODS_WITHOUT_ADAPTER = ("full",)
@@ -71,6 +71,7 @@ class _Prepared:
     held_out: EncodedData
     steps: int
     learning_rate: float
+    hidden_size: int
     plan: MemoryPlan
 
 
@@ -186,6 +187,7 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
         held_out=held_out,
         steps=steps_to_train(config, len(training.examples)),
         learning_rate=config.learning_rate or default_learning_rate(config, hidden),
+        hidden_size=hidden,
         plan=plan,
     )
 
@@ -203,8 +205,8 @@ def _check_exports(
         return
     # lora and qlora are merged into dense weights before they are exported.
     exported: WeightFormat = DenseFormat()
-    if weight_format is not None and config.method in ("qalora", "affine"):
-        exported = weight_format
+    if weight_format is not None and config.method in ("qalora", "affine", "merge_aware"):
+        exported = weight_format.deployed
     raise_problems(check_gguf_plan(model_config, exported), "--export gguf")
 
 
@@ -302,6 +304,7 @@ def _train(
         examples=prepared.training.examples,
         evaluate=evaluate,
         learning_rate=prepared.learning_rate,
+        rate_factors=rate_factors(config, prepared.hidden_size, parameters),
         steps=prepared.steps,
         folder=run,
     )

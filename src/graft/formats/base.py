@@ -35,7 +35,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class LowRank:
-    """The matrix scaling B A [out_features, groups]; A [rank, groups], B [out_features, rank]."""
+    """The matrix scaling B A; A [rank, groups or in_features], B [out_features, rank]."""
 
     A: Tensor
     B: Tensor
@@ -54,11 +54,12 @@ class GridUpdate:
     """A move of a group-wise grid: scales + d_scales and offsets + d_offsets.
 
     Each is float64 [out_features, groups], a low-rank or a scaled move, or None when that statistic
-    does not move.
+    does not move. A latent weight [out_features, in_features] may move too, and rounds anew.
     """
 
     scales: Tensor | LowRank | Scaled | None = None
     offsets: Tensor | LowRank | Scaled | None = None
+    weights: LowRank | None = None
 
 
 class WeightFormat(Protocol):
@@ -67,6 +68,11 @@ class WeightFormat(Protocol):
     @property
     def name(self) -> str:
         """The registry's name of the format."""
+        ...
+
+    @property
+    def deployed(self) -> WeightFormat:
+        """The format of what `absorb` returns and a merge keeps: itself, but for the latent one."""
         ...
 
     def options(self) -> dict[str, Any]:

@@ -38,6 +38,11 @@ class CodebookFormat:
                 f"codebook is {self.name!r}; expected one of {', '.join(CODEBOOK_NAMES)}"
             )
 
+    @property
+    def deployed(self) -> CodebookFormat:
+        """Itself."""
+        return self
+
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
         return {"double_quant": self.double_quant}

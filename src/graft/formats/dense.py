@@ -35,6 +35,11 @@ class DenseFormat:
         """The stored dtype."""
         return _DTYPES[self.dtype]
 
+    @property
+    def deployed(self) -> DenseFormat:
+        """Itself."""
+        return self
+
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
         return {"dtype": self.dtype}

@@ -22,6 +22,11 @@ class Int8Format:
 
     name: str = "int8"
 
+    @property
+    def deployed(self) -> Int8Format:
+        """Itself."""
+        return self
+
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
         return {}

@@ -81,6 +81,11 @@ class IntGroupFormat:
     def _dtype(self) -> torch.dtype:
         return _STATISTICS[self.statistics]
 
+    @property
+    def deployed(self) -> IntGroupFormat:
+        """Itself."""
+        return self
+
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
         return {
@@ -152,8 +157,13 @@ class IntGroupFormat:
 
         new = stored_dtype(old + update), the sum taken in float64; the moved statistics come as
         float32 tensors that hold stored-dtype values. Training forward and merge both call this,
-        so both see the very same numbers.
+        so both see the very same numbers. Raises GraftError when the weight itself is to move.
         """
+        if update.weights is not None:
+            raise GraftError(
+                "codes cannot round anew without the weight that they came from; quantise the base "
+                "to the latent format"
+            )
         absorbed = dict(packed)
         for name, move in (("scales", update.scales), ("offsets", update.offsets)):
             if isinstance(move, LowRank):
@@ -161,7 +171,7 @@ class IntGroupFormat:
                     packed[name], move.A, move.B, move.scaling, self._dtype
                 )
             elif isinstance(move, Scaled):
-                absorbed[name] = affine_ops.move_scaled(
+                absorbed[name] = affine_ops.moved_through(
                     packed[name], packed["scales"], move.moves, self._dtype
                 )
             elif move is not None:

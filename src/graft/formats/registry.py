@@ -11,6 +11,7 @@ from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
+from graft.formats.latent import LatentFormat
 
 FORMATS: dict[str, Callable[..., WeightFormat]] = {
     "dense": DenseFormat,
@@ -18,6 +19,7 @@ FORMATS: dict[str, Callable[..., WeightFormat]] = {
     "fp4": lambda **options: CodebookFormat(name="fp4", **options),
     "int8": Int8Format,
     "int": IntGroupFormat,
+    "latent": LatentFormat,
 }
 
 

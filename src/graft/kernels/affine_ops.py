@@ -14,29 +14,47 @@ from graft.kernels.registry import implementation
 
 @custom_op("graft::move_scaled", mutates_args=())
 def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
-    """Return stored(values + scales * moves), taken in float64, as float32 [out_features, groups].
-
-    Differentiable in the moves, float32, straight through the rounding.
-    """
+    """Return stored(values + scales * moves) [out_features, groups], taken in float64."""
     compute = implementation("move_scaled", values.device)
-    out: Tensor = compute(values, scales, moves, stored).to(torch.float32, copy=True)
+    out: Tensor = compute(values, scales, moves, stored)
     return out
 
 
 @move_scaled.register_fake
 def _(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
-    return torch.empty_like(values, dtype=torch.float32)
+    return torch.empty_like(values, dtype=stored)
 
 
-def _scaled_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(inputs[1])
+class _MoveThrough(torch.autograd.Function):
+    """`move_scaled`, handed out as float32, whose gradient would not fit into float16."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(scales)
+        moved: Tensor = move_scaled(values, scales, moves, stored)
+        return moved.float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, None]:
+        return None, None, grads[0] * ctx.saved_tensors[0], None
 
 
-def _scaled_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return None, None, grad * ctx.saved_tensors[0], None
+def moved_through(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
+    """Return `move_scaled` as float32, differentiable in the moves past the rounding."""
+    moved: Tensor = _MoveThrough.apply(values, scales, moves, stored)  # type: ignore[no-untyped-call]
+    return moved
 
 
-move_scaled.register_autograd(_scaled_backward, setup_context=_scaled_save)
+def moved_statistics(
+    scales: Tensor, offsets: Tensor, u: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return scales + scales u and offsets + scales v, rounded as they are stored."""
+    return (
+        move_scaled(scales, scales, u, scales.dtype),
+        move_scaled(offsets, scales, v, offsets.dtype),
+    )
 
 
 @custom_op("graft::affine_linear", mutates_args=())
@@ -50,17 +68,17 @@ def affine_linear(
     group_size: int,
     u: Tensor,
     v: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (y, moved scales, moved offsets); y is differentiable in x, u and v.
+) -> Tensor:
+    """Return y = x Wᵀ, W on the grid moved by u and v; differentiable in x, u and v.
 
-    The statistics move as a merge moves them, by `move_scaled`, and are kept in their own dtype for
-    the backward pass, where du = scales * d scales' and dv = scales * d offsets' (straight through
-    the rounding) come from one product.
+    The statistics move as a merge moves them, and once more in the backward pass, where
+    du = scales * d scales' and dv = scales * d offsets' (straight through the rounding) come from
+    one product.
     """
-    move = implementation("move_scaled", x.device)
-    moved = move(scales, scales, u, scales.dtype), move(offsets, scales, v, offsets.dtype)
+    moved = moved_statistics(scales, offsets, u, v)
     compute = implementation("int_group_linear", x.device)
-    return compute(x, codes, codes_high, *moved, bits, group_size), *moved
+    y: Tensor = compute(x, codes, codes_high, *moved, bits, group_size)
+    return y
 
 
 @affine_linear.register_fake
@@ -74,23 +92,21 @@ def _(
     group_size: int,
     u: Tensor,
     v: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = x.new_empty((*x.shape[:-1], codes.shape[0]))
-    return y, torch.empty_like(scales), torch.empty_like(offsets)
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-def _affine_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, codes, codes_high, scales, _, ctx.bits, ctx.group_size, _, _ = inputs
-    ctx.save_for_backward(x, codes, codes_high, scales, *output[1:])
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
+def _affine_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *packed, ctx.bits, ctx.group_size, u, v = inputs
+    ctx.save_for_backward(x, *packed, u, v)
 
 
-def _affine_backward(ctx: Any, grad: Tensor, *_: Tensor | None) -> tuple[Tensor | None, ...]:
-    x, codes, codes_high, scales, *moved = ctx.saved_tensors
+def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, codes, codes_high, scales, offsets, u, v = ctx.saved_tensors
     grad, options = grad.contiguous(), (ctx.bits, ctx.group_size)
     grad_x = None
     if ctx.needs_input_grad[0]:
+        moved = moved_statistics(scales, offsets, u.detach(), v.detach())
         grad_x = int_group_grad_input(grad, codes, codes_high, *moved, *options, x.shape[-1])
     both = int_group_grad_statistics(grad, x, codes, codes_high, *options, scales)
     return grad_x, *6 * [None], *both

@@ -53,6 +53,8 @@ _ARGUMENTS = {
     "pool": (_int, _pointer, _int, _int, _int, _pointer, _int),
     "move_offsets": (_int, _pointer, _pointer, _pointer, *3 * [_int], _double, _pointer, _int),
     "move_scaled": (_int, _pointer, _pointer, _pointer, _int, _pointer, _int),
+    "latent_codes": (_pointer, _pointer, _pointer, _int),
+    "latent_grads": (_pointer, *4 * [_pointer], _int),
     "dequantize": (_pointer, _int, _pointer, _int),
     "codebook_quantize": (_int, _pointer, _int, _int, *4 * [_pointer], _int),
     "absmax_quantize": (_pointer, _int, _float, _pointer, _pointer, _pointer, _int),

@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT's format for lora and qalora, a safetensors file of our own for affine.
+"""Adapters on disk: PEFT's format for lora and qalora, one of our own for what PEFT has not.
 
 A folder holds adapter_model.safetensors and adapter_config.json as PEFT writes them, and beside
 them graft_adapter.json, which keeps what PEFT's configuration cannot say exactly.
@@ -19,9 +19,11 @@ from graft.adapters.affine import AffineAdapter
 from graft.adapters.attach import adapted_layer, adapted_layers, adapter_names, frozen_layers
 from graft.adapters.base import Adapter
 from graft.adapters.lora import LoraAdapter
+from graft.adapters.merge_aware import MergeAwareAdapter
 from graft.adapters.qalora import QALoraAdapter
 from graft.errors import GraftError, raise_problems
 from graft.formats.int_group import IntGroupFormat
+from graft.formats.latent import LatentFormat
 from graft.formats.linear import FrozenLinear
 from graft.model.save import new_folder, save_tensors, write_json
 from graft.model.weights import WeightFiles, read_json
@@ -32,6 +34,7 @@ OWN_CONFIG = "graft_adapter.json"
 OWN_VERSION = 1
 _PREFIX = "base_model.model."
 _OWN_OF_PEFT = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias"}
+_OWN_PARAMETERS = {"affine": ("u", "v"), "merge_aware": ("A", "B", "u", "v")}
 _PEFT_OF_OWN = {own: peft for peft, own in _OWN_OF_PEFT.items()}
 _UNREAD_OPTIONS = (
     "use_dora",
@@ -52,10 +55,10 @@ def save_adapter(
 ) -> None:
     """Write one adapter to a new folder, float32.
 
-    lora and qalora are written so that PEFT reads them; affine, which PEFT has not, as
-    u and v by layer. With `as_lora` a qalora adapter is written as an ordinary LoRA whose A is
+    lora and qalora are written so that PEFT reads them; affine and merge_aware, which PEFT has not,
+    by our own names. With `as_lora` a qalora adapter is written as an ordinary LoRA whose A is
     repeated group-wise, which every LoRA runtime can serve. Raises GraftError when there is no
-    such adapter, or when `as_lora` is asked of affine.
+    such adapter, or when `as_lora` is asked of one that is no LoRA.
     """
     layers = {
         layer_name: (layer.base, layer.adapter(name))
@@ -66,10 +69,10 @@ def save_adapter(
         raise GraftError(f"the model has no adapter named {name!r}")
     adapters = [adapter for _, adapter in layers.values()]
     method = adapters[0].method
-    if method == "affine":
+    if method in _OWN_PARAMETERS:
         if as_lora:
             raise GraftError(
-                "an affine adapter moves scales; it is no LoRA. Export the merged model"
+                f"a {method} adapter moves the grid; it is no LoRA. Export the merged model"
             )
         tensors: dict[str, Tensor] = {
             f"{layer_name}.{key}": parameter
@@ -164,15 +167,15 @@ def load_adapter(
     config = read_json(folder / PEFT_CONFIG) if (folder / PEFT_CONFIG).is_file() else {}
     tensors = _read_tensors(folder)
     layers = dict(frozen_layers(model))
+    method = str(own.get("method") or ("qalora" if config.get("use_qalora") else "lora"))
     problems = _peft_problems(config)
     by_layer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        layer_name, parameter = _split_key(key, own_names=not config)
+        layer_name, parameter = _split_key(key, _OWN_PARAMETERS.get(method))
         if parameter is None or layer_name not in layers:
             problems.append(f"tensor {key} belongs to no linear layer of this model")
         else:
             by_layer.setdefault(layer_name, {})[parameter] = tensor
-    method = str(own.get("method") or ("qalora" if config.get("use_qalora") else "lora"))
     made = {}
     for layer_name, parts in by_layer.items():
         try:
@@ -222,10 +225,10 @@ def _peft_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
-def _split_key(key: str, own_names: bool) -> tuple[str, str | None]:
-    if own_names:
+def _split_key(key: str, own_names: tuple[str, ...] | None) -> tuple[str, str | None]:
+    if own_names is not None:
         layer_name, _, parameter = key.rpartition(".")
-        return layer_name, parameter if parameter in ("u", "v") else None
+        return layer_name, parameter if parameter in own_names else None
     for peft_name, parameter in _OWN_OF_PEFT.items():
         if key.startswith(_PREFIX) and key.endswith("." + peft_name):
             return key[len(_PREFIX) : -len(peft_name) - 1], parameter
@@ -241,7 +244,7 @@ def _build(
     own: Mapping[str, Any],
 ) -> Adapter:
     """Return the adapter of one layer; raises GraftError when the tensors do not fit it."""
-    adapter: AffineAdapter | QALoraAdapter | LoraAdapter
+    adapter: AffineAdapter | QALoraAdapter | LoraAdapter | MergeAwareAdapter
     weight_format = layer.weight_format
     if method in ("qalora", "affine") and not isinstance(weight_format, IntGroupFormat):
         raise GraftError(f"{method} needs the int format, found {weight_format.name!r}")
@@ -253,6 +256,14 @@ def _build(
     if "A" not in parts or "B" not in parts:
         raise GraftError("lora_A or lora_B is missing")
     rank = parts["A"].shape[0]
+    if method == "merge_aware":
+        if not isinstance(weight_format, LatentFormat):
+            raise GraftError(f"{method} needs the latent format, found {weight_format.name!r}")
+        groups = weight_format.groups(layer.in_features)
+        adapter = MergeAwareAdapter(layer.in_features, layer.out_features, groups, rank)
+        adapter.scaling = own["scaling"][layer_name]
+        _fill(adapter, parts)
+        return adapter
     scaling = _peft_scaling(config, layer_name, rank)
     if method == "qalora":
         assert isinstance(weight_format, IntGroupFormat)

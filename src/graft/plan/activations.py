@@ -190,9 +190,6 @@ def _linear(parent: str, module: nn.Module, adapter: AdapterConfig, dtype: torch
         elif adapter.method == "qalora":
             keeps_input = False
             beside = kept_per_token = module.base.packed["offsets"].shape[-1]
-        elif adapter.method == "affine":
-            stored = module.base.packed["scales"].element_size()
-            kept_bytes = stored * numbers  # both moved statistics
     return _Linear(
         parent, in_features, out_features, keeps_input, beside, fused, kept_per_token, kept_bytes
     )

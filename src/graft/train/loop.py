@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,8 @@ class TrainingTask:
     steps: int
     folder: Path
     """Folder of the run, which exists: metrics.jsonl and checkpoints/ go there."""
+    rate_factors: Mapping[str, float] = field(default_factory=dict)
+    """What multiplies the learning rate of some parameters, by name."""
 
 
 def steps_to_train(config: LoopConfig, rows: int) -> int:
@@ -76,7 +78,7 @@ class _Loop:
         self.trained = list(task.parameters.values())
         self.device = self.trained[0].device
         self.optimizer = torch.optim.AdamW(
-            self.trained,
+            self._groups(),
             lr=task.learning_rate,
             weight_decay=config.weight_decay,
             # One kernel per tensor instead of ten, and no temporaries.
@@ -86,6 +88,14 @@ class _Loop:
         self.metrics_file = task.folder / "metrics.jsonl"
         self.checkpoint_folder = task.folder / "checkpoints"
         self.last: Metrics = {}
+
+    def _groups(self) -> list[dict[str, Any]]:
+        """Return the parameters by what multiplies their learning rate."""
+        groups: dict[float, list[nn.Parameter]] = {}
+        for name, parameter in self.task.parameters.items():
+            factor = self.task.rate_factors.get(name, 1.0)
+            groups.setdefault(factor, []).append(parameter)
+        return [{"params": params, "factor": factor} for factor, params in groups.items()]
 
     def run(self) -> Metrics:
         first = self._restore() if self.config.resume else 0
@@ -111,7 +121,7 @@ class _Loop:
             step, self.task.steps, self.task.learning_rate, self.config.warmup_fraction
         )
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["factor"]
         batches = [self._next_batch() for _ in range(self.config.grad_accum)]
         targets = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
         loss = 0.0

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Iterable
 
 from graft.adapters.base import lora_scaling
 from graft.adapters.config import AdapterConfig
@@ -11,7 +13,7 @@ from graft.adapters.config import AdapterConfig
 def default_learning_rate(config: AdapterConfig, hidden_size: int) -> float:
     """Return the default peak learning rate of AdamW.
 
-    lora, qlora, qalora: 2.5e-4 * (4096 / hidden_size) * sqrt(16 / rank) / (scaling)
+    lora, qlora, qalora, merge_aware: 2.5e-4 * (4096 / hidden_size) * sqrt(16 / rank) / (scaling)
     affine:              5e-2 * sqrt(128 / hidden_size)
     full:                2e-5 * (4096 / hidden_size)
 
@@ -28,6 +30,19 @@ def default_learning_rate(config: AdapterConfig, hidden_size: int) -> float:
         return 5e-2 * math.sqrt(128 / hidden_size)
     scaling = lora_scaling(config.rank, config.alpha, config.rslora)
     return 2.5e-4 * width * math.sqrt(16 / config.rank) / scaling
+
+
+def rate_factors(config: AdapterConfig, hidden_size: int, names: Iterable[str]) -> dict[str, float]:
+    """Return by what the learning rate is multiplied for some of the parameters; 1 for the others.
+
+    merge_aware trains a low-rank update and a grid; the grid's moves u and v take affine's rate,
+    in proportion to what the learning rate is of its default.
+    """
+    if config.method != "merge_aware":
+        return {}
+    grid = default_learning_rate(dataclasses.replace(config, method="affine"), hidden_size)
+    factor = grid / default_learning_rate(config, hidden_size)
+    return {name: factor for name in names if name.endswith((".u", ".v"))}
 
 
 def scheduled_learning_rate(step: int, steps: int, peak: float, warmup_fraction: float) -> float:

@@ -1,0 +1,80 @@
+"""Merge-aware training: LoRA inside the quantiser, so that the update chooses the codes."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from graft.adapters.base import Adapter, lora_scaling
+from graft.formats.base import GridUpdate, LowRank, Packed, Scaled
+from graft.formats.latent import LatentFormat
+from graft.formats.linear import FrozenLinear
+from graft.kernels.latent_ops import latent_linear
+
+
+class MergeAwareAdapter(Adapter):
+    """w = scale (1 + u) round((W + s B A - offset) / scale) + offset + scale v, s = alpha/rank.
+
+    A: float32 [rank, in_features], random as LoRA's; B: float32 [out_features, rank], zero; u, v:
+    float32 [out_features, groups], zero. A low-rank update flips codes, as in L4Q (arXiv
+    2402.04902), and the grid moves in units of its own scales, as in affine tuning. What is trained
+    is the int weight itself: the forward computes with the very codes, scales and offsets that a
+    merge keeps. It needs a base in the latent format.
+    """
+
+    method = "merge_aware"
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        groups: int,
+        rank: int,
+        alpha: float | None = None,
+        rslora: bool = False,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.rank = rank
+        self.scaling = lora_scaling(rank, alpha, rslora)
+        self.A = nn.Parameter(torch.empty(rank, in_features, device=device))
+        self.B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        self.u = nn.Parameter(torch.zeros(out_features, groups, device=device))
+        self.v = nn.Parameter(torch.zeros(out_features, groups, device=device))
+        bound = 1 / math.sqrt(in_features)
+        nn.init.uniform_(self.A, -bound, bound)
+
+    def grid_update(self, packed: Packed) -> GridUpdate:
+        """Return weights += s B A, scales += scale u, offsets += scale v."""
+        weights = LowRank(self.A, self.B, self.scaling)
+        return GridUpdate(scales=Scaled(self.u), offsets=Scaled(self.v), weights=weights)
+
+    def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
+        """Return x W'ᵀ, W' the int weight that a merge keeps, with gradients of all that trains."""
+        weight_format = base.weight_format
+        if not isinstance(weight_format, LatentFormat):
+            return None
+        packed = base.packed
+        y: Tensor = latent_linear(
+            x,
+            packed["weight"],
+            packed["scales"],
+            packed["offsets"],
+            self.A,
+            self.B,
+            self.scaling,
+            self.u,
+            self.v,
+            weight_format.bits,
+            weight_format.group_size,
+        )
+        return y
+
+    def delta(self, base: FrozenLinear) -> Tensor:
+        """Return the int weight after the update minus the one before, float64 [out, in]."""
+        with torch.no_grad():
+            moved = base.weight_format.absorb(base.packed, self.grid_update(base.packed))
+            after = base.dense_weight(torch.float32, moved).double()
+            return after - base.dense_weight(torch.float32).double()

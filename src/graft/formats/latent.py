@@ -1,0 +1,118 @@
+"""Integers rounded anew from a latent weight: the base of training inside the quantiser."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.errors import GraftError
+from graft.formats.base import GridUpdate, Packed, TensorSpec
+from graft.formats.dense import DenseFormat
+from graft.formats.int_group import IntGroupFormat
+from graft.kernels import latent_ops
+from graft.kernels.weights import Weight
+
+
+@dataclass(frozen=True)
+class LatentFormat:
+    """w = scale * round((W - offset) / scale) + offset: an int weight with W, before the rounding.
+
+    The layer computes with the integers; an update of W (`GridUpdate.weights`) rounds them anew on
+    the same grid, so codes flip, and its scales and offsets may move besides. What `absorb` returns
+    is a plain int weight: that is what training computes with and what a merge keeps.
+
+    Packed tensors, for g = ceil(in_features / group_size):
+
+    - weight: `dtype` [out_features, in_features];
+    - scales, offsets: float16 (or float32) [out_features, g].
+    """
+
+    bits: int = 4
+    group_size: int = 32
+    statistics: str = "float16"
+    dtype: str = "bfloat16"
+    name: str = "latent"
+
+    def __post_init__(self) -> None:
+        _ = self.deployed, self._dense  # which check the options
+
+    @property
+    def deployed(self) -> IntGroupFormat:
+        """The int format that the weight is computed with and merged into."""
+        return IntGroupFormat(self.bits, self.group_size, self.statistics)
+
+    @property
+    def _dense(self) -> DenseFormat:
+        return DenseFormat(self.dtype)
+
+    def options(self) -> dict[str, Any]:
+        """Return the constructor's arguments as plain JSON values."""
+        return self.deployed.options() | self._dense.options()
+
+    def groups(self, in_features: int) -> int:
+        """Return the number of groups in a row."""
+        return self.deployed.groups(in_features)
+
+    def storage(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
+        """Return every packed tensor's shape and dtype."""
+        grid = self.deployed.storage(out_features, in_features)
+        statistics = {name: grid[name] for name in ("scales", "offsets")}
+        return self._dense.storage(out_features, in_features) | statistics
+
+    def pack(self, weight: Tensor) -> dict[str, Tensor]:
+        """Keep the weight, and fit the grid to it as the int format does."""
+        packed = self._dense.pack(weight)
+        rounded = self.deployed.pack(packed["weight"])
+        return packed | {name: rounded[name] for name in ("scales", "offsets")}
+
+    def unpack(
+        self, packed: Packed, out_features: int, in_features: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Return the rounded weight."""
+        return self.deployed.unpack(self.rounded(packed), out_features, in_features, dtype)
+
+    def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
+        """Return y = x Wᵀ in x's dtype, W rounded."""
+        return self.deployed.linear(x, self.rounded(packed), out_features)
+
+    def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
+        """Return the rounded weight as the kernels see it."""
+        return self.deployed.kernel_weight(self.rounded(packed), out_features, in_features)
+
+    def rounded(self, packed: Packed) -> Packed:
+        """Return the weight in the int format; one that has absorbed an update is in it already."""
+        if "codes" in packed:
+            return packed
+        absorbed = self.absorb(packed, GridUpdate())
+        assert absorbed is not None
+        return absorbed
+
+    def absorb(self, packed: Packed, update: GridUpdate) -> dict[str, Tensor] | None:
+        """Return the int weight of W + d_weights, on the grid with its statistics moved.
+
+        The codes are those of the grid before its move: q = round((W + d_weights - offset) / scale)
+        in 0 to 2^bits - 1, in float32. Not differentiable in d_weights: `latent_linear` is.
+        Raises GraftError when the weight has been rounded already and W is to move.
+        """
+        if "codes" in packed:
+            if update.weights is not None:
+                raise GraftError(
+                    "two adapters that round the weight anew cannot be active at once; merge one"
+                )
+            return self.deployed.absorb(packed, update)
+        move = update.weights
+        codes, codes_high = latent_ops.latent_codes(
+            packed["weight"],
+            packed["scales"],
+            packed["offsets"],
+            *((None, None, 1.0) if move is None else (move.A, move.B, move.scaling)),
+            self.bits,
+            self.group_size,
+        )
+        high = {"codes_high": codes_high} if self.bits == 3 else {}
+        grid = {name: packed[name] for name in ("scales", "offsets")}
+        grid_alone = replace(update, weights=None)
+        return self.deployed.absorb({"codes": codes, **high, **grid}, grid_alone)

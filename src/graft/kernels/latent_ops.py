@@ -1,0 +1,173 @@
+"""The operations of training inside the quantiser: a latent weight that is rounded anew each time.
+
+The latent weight is W + scaling B A, and its code q = round((W + scaling B A - offset) / scale),
+kept within 0 and 2^bits - 1. The grid of the codes does not move; the scales and offsets that the
+codes are multiplied out with may, in units of the scales, as in affine tuning.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+
+import graft.kernels.native_latent
+import graft.kernels.reference_latent  # noqa: F401  (these modules register the operations)
+from graft.kernels.affine_ops import moved_statistics
+from graft.kernels.low_rank_ops import token_product
+from graft.kernels.ops import int_group_grad_input
+from graft.kernels.packing import PLANES, plane_bytes
+from graft.kernels.registry import implementation
+
+
+@custom_op("graft::latent_codes", mutates_args=())
+def latent_codes(
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the packed (codes, codes_high) of a latent weight [out_features, in_features].
+
+    Float32 throughout: the terms of B A are added in their order, so that every backend rounds the
+    same numbers. codes_high is empty unless bits is 3.
+    """
+    compute = implementation("latent_codes", weight.device)
+    codes, high = compute(weight, scales, offsets, A, B, scaling, bits, group_size)
+    return codes, codes.new_empty(0) if high is None else high
+
+
+def _fake_codes(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    rows, columns = weight.shape
+    planes = [
+        weight.new_empty((rows, plane_bytes(plane, columns)), dtype=torch.uint8)
+        for plane in PLANES[bits]
+    ]
+    return planes[0], planes[1] if len(planes) > 1 else planes[0].new_empty(0)
+
+
+@latent_codes.register_fake
+def _(
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    A: Tensor | None,
+    B: Tensor | None,
+    scaling: float,
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor]:
+    return _fake_codes(weight, bits)
+
+
+@custom_op("graft::latent_grads", mutates_args=())
+def latent_grads(
+    product: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what product = dyᵀ x float32 [out_features, in_features] says of W, u and v.
+
+    dW: product where W lies within the grid's range, 0 elsewhere (straight through the rounding);
+    du = scale * groupsum(product * q), dv = scale * groupsum(product), float32
+    [out_features, groups].
+    """
+    compute = implementation("latent_grads", weight.device)
+    latent = weight, scales, offsets, A, B, scaling, bits, group_size
+    grads: tuple[Tensor, Tensor, Tensor] = compute(product, *latent)
+    return grads
+
+
+@latent_grads.register_fake
+def _(
+    product: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    bits: int,
+    group_size: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    u, v = (torch.empty_like(scales, dtype=torch.float32) for _ in range(2))
+    return torch.empty_like(product), u, v
+
+
+@custom_op("graft::latent_linear", mutates_args=())
+def latent_linear(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    u: Tensor,
+    v: Tensor,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """Return y = x Wᵀ, W the rounded weight on the grid moved by u and v.
+
+    Differentiable in x, A, B, u and v, straight through both roundings (L4Q, arXiv 2402.04902;
+    there the grid of the codes moves too, here it stays, so that the codes answer to A and B alone
+    and the grid to u and v). The weight is rounded once more in the backward pass.
+    """
+    latent = weight, scales, offsets, A, B, scaling, bits, group_size
+    codes, high = implementation("latent_codes", x.device)(*latent)
+    moved = moved_statistics(scales, offsets, u, v)
+    compute = implementation("int_group_linear", x.device)
+    y: Tensor = compute(x, codes, high, *moved, bits, group_size)
+    return y
+
+
+@latent_linear.register_fake
+def _(
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    offsets: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    u: Tensor,
+    v: Tensor,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _latent_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scaling, u, v, ctx.bits, ctx.group_size = inputs
+    ctx.save_for_backward(*tensors, u, v)
+
+
+def _latent_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, weight, scales, offsets, A, B, u, v = (tensor.detach() for tensor in ctx.saved_tensors)
+    latent = weight, scales, offsets, A, B, ctx.scaling, ctx.bits, ctx.group_size
+    grad, grad_x = grad.contiguous(), None
+    if ctx.needs_input_grad[0]:
+        codes, high = latent_codes(*latent)
+        packed = codes, high if ctx.bits == 3 else None, *moved_statistics(scales, offsets, u, v)
+        grad_x = int_group_grad_input(grad, *packed, ctx.bits, ctx.group_size, x.shape[-1])
+    grad_weight, grad_u, grad_v = latent_grads(token_product(grad, x), *latent)
+    grad_A = (B.T @ grad_weight) * ctx.scaling
+    grad_B = (grad_weight @ A.T) * ctx.scaling
+    return grad_x, None, None, None, grad_A, grad_B, None, grad_u, grad_v, None, None
+
+
+latent_linear.register_autograd(_latent_backward, setup_context=_latent_save)

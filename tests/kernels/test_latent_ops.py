@@ -1,0 +1,139 @@
+"""The latent weight's operations: the same codes from every backend, gradients by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from graft.formats.base import GridUpdate, LowRank, Scaled
+from graft.formats.latent import LatentFormat
+from graft.kernels import latent_ops as ops
+from graft.kernels import native_latent, native_library, reference_latent
+from graft.kernels.packing import unpack_codes
+
+OUT, RANK, SCALING = 22, 3, 0.75
+LEVELS = {"baseline": 0, "AVX2": 1, "AVX-512": 2, "AVX-512+BF16": 3}
+GRIDS = [(2, 8), (3, 32), (4, 32), (8, 64)]
+
+needs_library = pytest.mark.skipif(
+    native_library.why_unavailable() is not None, reason=str(native_library.why_unavailable())
+)
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Iterator[str]:
+    library = native_library.library()
+    if library.graft_limit(LEVELS[request.param]) != LEVELS[request.param]:
+        library.graft_limit(max(LEVELS.values()))
+        pytest.skip(f"this processor has no {request.param}")
+    yield request.param
+    library.graft_limit(max(LEVELS.values()))
+
+
+def latent(weight_format: LatentFormat, columns: int) -> tuple[Tensor, ...]:
+    """A weight of which some lies outside its grid, the grid, and a low-rank update."""
+    packed = weight_format.pack(torch.randn(OUT, columns))
+    A, B = torch.randn(RANK, columns), torch.randn(OUT, RANK)
+    return packed["weight"], packed["scales"], packed["offsets"], A, B
+
+
+@needs_library
+@pytest.mark.parametrize("statistics", ["float16", "float32"])
+@pytest.mark.parametrize(("bits", "group_size"), GRIDS)
+@pytest.mark.parametrize("columns", [40, 96, 200])
+def test_native_codes_and_gradients_equal_the_references(
+    level: str, bits: int, group_size: int, columns: int, statistics: str
+) -> None:
+    for dtype in ("bfloat16", "float32"):
+        weight_format = LatentFormat(bits, group_size, statistics, dtype)
+        *weight, A, B = latent(weight_format, columns)
+        for update in ((A, B), (None, None)):
+            arguments = *weight, *update, SCALING, bits, group_size
+            got = native_latent.latent_codes(*arguments)
+            expected = reference_latent.latent_codes(*arguments)
+            assert torch.equal(got[0], expected[0])
+            assert (got[1] is None) == (expected[1] is None) == (bits != 3)
+            assert got[1] is None or torch.equal(got[1], expected[1])
+        product = torch.randn(OUT, columns)
+        arguments = product, *weight, A, B, SCALING, bits, group_size
+        got, expected = (
+            backend.latent_grads(*arguments) for backend in (native_latent, reference_latent)
+        )
+        assert torch.equal(got[0], expected[0])
+        assert not got[0].all()  # the update drove some weights off the grid
+        torch.testing.assert_close(got[1:], expected[1:], rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("bits", "group_size"), GRIDS)
+def test_latent_linear_computes_with_the_weight_that_is_merged(bits: int, group_size: int) -> None:
+    weight_format = LatentFormat(bits, group_size)
+    weight, scales, offsets, A, B = latent(weight_format, 96)
+    u, v = (torch.randn(scales.shape) * 0.1 for _ in range(2))
+    x = torch.randn(5, 96)
+    y = ops.latent_linear(x, weight, scales, offsets, A, B, SCALING, u, v, bits, group_size)
+    packed = {"weight": weight, "scales": scales, "offsets": offsets}
+    update = GridUpdate(Scaled(u), Scaled(v), LowRank(A, B, SCALING))
+    merged = weight_format.absorb(packed, update)
+    assert merged is not None
+    assert torch.equal(y, weight_format.deployed.linear(x, merged, OUT))
+
+    # The same by hand, in float64 but for the codes.
+    group = torch.arange(96) // group_size
+    moved = weight.double() + SCALING * (B.double() @ A.double())
+    grid = scales.double()[:, group], offsets.double()[:, group]
+    codes = ((moved - grid[1]) / grid[0]).round().clamp(0, 2**bits - 1)
+    high = (merged["codes_high"],) if bits == 3 else ()
+    found = unpack_codes((merged["codes"], *high), bits, 96)
+    assert (found != codes).float().mean() < 1e-3  # float32 may break a near-tie the other way
+    dense = grid[0] * (1 + u.double()[:, group]) * found
+    dense += grid[1] + grid[0] * v.double()[:, group]
+    # The moved scales are rounded to float16, 2^-11 of a weight of up to 2^bits steps.
+    bound = x.abs().double() @ dense.abs().T + x.abs().double() @ (grid[0].T * 2**bits)
+    assert ((y.double() - x.double() @ dense.T).abs() <= bound * 2**-11).all()
+
+
+@pytest.mark.parametrize(("bits", "group_size"), GRIDS)
+def test_gradients_pass_straight_through_the_roundings(bits: int, group_size: int) -> None:
+    weight, scales, offsets, A, B = latent(LatentFormat(bits, group_size), 96)
+    u, v = (torch.randn(scales.shape) * 0.1 for _ in range(2))
+    trained = [t.requires_grad_() for t in (torch.randn(5, 96), A, B, u, v)]
+    x = trained[0]
+    y = ops.latent_linear(x, weight, scales, offsets, A, B, SCALING, u, v, bits, group_size)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+
+    group = torch.arange(96) // group_size
+    exact = [t.detach().double().requires_grad_() for t in trained]
+    x64, A64, B64, u64, v64 = exact
+    moved = weight.double() + SCALING * (B64 @ A64)
+    step, offset = scales.double()[:, group], offsets.double()[:, group]
+    packed = {"weight": weight, "scales": scales, "offsets": offsets}
+    update = GridUpdate(weights=LowRank(A.detach(), B.detach(), SCALING))
+    merged = LatentFormat(bits, group_size).absorb(packed, update)
+    assert merged is not None
+    high = (merged["codes_high"],) if bits == 3 else ()
+    codes = unpack_codes((merged["codes"], *high), bits, 96).double()
+    rounded = ((moved.detach() - offset) / step).round()
+    inside = (rounded >= 0) & (rounded <= 2**bits - 1)
+    # Values of the rounded weight; gradients of the latent one within the range, and of u and v.
+    through = (moved - moved.detach()) * inside
+    dense = step * (1 + u64[:, group]) * codes + offset + step * v64[:, group] + through
+    (x64 @ dense.T).backward(grad.double())
+    for got, expected in zip(trained, exact, strict=True):
+        assert got.grad is not None and got.grad.dtype == torch.float32
+        torch.testing.assert_close(got.grad.double(), expected.grad, rtol=5e-3, atol=2e-2)
+
+
+def test_opcheck() -> None:
+    weight, scales, offsets, A, B = latent(LatentFormat(), 96)
+    u, v = (torch.zeros(scales.shape, requires_grad=True) for _ in range(2))
+    x = torch.randn(2, 3, 96, requires_grad=True)
+    grid = weight, scales, offsets
+    torch.library.opcheck(ops.latent_codes, (*grid, A, B, SCALING, 4, 32))
+    torch.library.opcheck(ops.latent_codes, (*grid, None, None, 1.0, 3, 32))
+    torch.library.opcheck(ops.latent_grads, (torch.randn(OUT, 96), *grid, A, B, SCALING, 4, 32))
+    factors = A.requires_grad_(), B.requires_grad_()
+    torch.library.opcheck(ops.latent_linear, (x, *grid, *factors, SCALING, u, v, 4, 32))
