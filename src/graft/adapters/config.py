@@ -7,6 +7,9 @@ from typing import Literal
 
 Method = Literal["lora", "qlora", "qalora", "affine", "full"]
 
+GRID_METHODS: tuple[Method, ...] = ("qalora", "affine")
+"""Methods that train on weights in the int format and merge exactly into weights of that format."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:

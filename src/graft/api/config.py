@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from graft.adapters.config import AdapterConfig
+from graft.adapters.config import GRID_METHODS, AdapterConfig
 from graft.calibrate.config import SolverConfig
 from graft.data.config import DataConfig
 from graft.errors import raise_problems
@@ -63,7 +63,7 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
     qlora: nf4 with double quantisation; qalora and affine: int, 4 bits, groups of 32; lora and
     full: the weights as they are. Raises GraftError with every option that does not fit.
     """
-    defaults = {"qlora": "nf4", "qalora": "int", "affine": "int"}
+    defaults: dict[str, str] = {"qlora": "nf4", **dict.fromkeys(GRID_METHODS, "int")}
     name = config.format or defaults.get(method or "", "dense")
     problems = []
     if method == "full" and name != "dense":
@@ -71,7 +71,7 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
             f"method full trains every weight, and {name} weights are frozen codes that no "
             "optimizer can move; train with qlora, qalora or affine, or drop --format"
         )
-    if method in ("qalora", "affine") and name != "int":
+    if method in GRID_METHODS and name != "int":
         problems.append(
             f"method {method} moves the grid of the int format; {name} has none. Drop --format, "
             "or train with qlora"
