@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -75,8 +75,6 @@ def test_learning_rates_are_by_method() -> None:
 
 # Whole comparisons --------------------------------------------------------------------------------
 
-Configure = Callable[..., CompareConfig]
-
 
 def configured(tiny_base: Path, rows: Path, out: Path, **changes: object) -> CompareConfig:
     settings: dict[str, object] = {
@@ -93,6 +91,14 @@ def configured(tiny_base: Path, rows: Path, out: Path, **changes: object) -> Com
         "max_new_tokens": 4,
     }
     return CompareConfig(**{**settings, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_plots() -> Iterator[None]:
+    """Leave out the PNG of each run: it takes longer than to train these models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graft.api.report.plot_loss", lambda history, path, title: None)
+        yield
 
 
 @pytest.fixture
@@ -213,6 +219,21 @@ def test_more_may_be_compared_later_and_only_that_is_trained(
     assert second.results[0] == first.results[0]
     kept = {path.name for path in (tmp_path / "out" / "deployed").iterdir()}
     assert kept == {"lora-seed0", "lora+gptq-3bit-seed0", "affine-3bit-seed0"}
+
+
+def test_other_methods_end_in_dense_weights_too(
+    tiny_base: Path, rows: Path, tmp_path: Path, trained: list[str]
+) -> None:
+    words = ("qlora", "full", "full+rtn")
+    config = configured(tiny_base, rows, tmp_path / "out", contenders=words, seeds=1, bits=(8,))
+    comparison = compare(dataclasses.replace(config, generate=0, learning_rates=("full=3e-3",)))
+    assert trained == ["qlora-seed0", "full-seed0"]
+    qlora, full, rounded = comparison.results
+    assert full.perplexity == full.trained_perplexity, "it trains the weights that it deploys"
+    assert full.learning_rate == 3e-3 and qlora.learning_rate != 3e-3
+    assert qlora.perplexity != qlora.trained_perplexity, "merged into the base before rounding"
+    assert rounded.perplexity == pytest.approx(full.perplexity, rel=1e-2)
+    assert rounded.file_bytes < full.file_bytes  # type: ignore[operator]
 
 
 def test_a_training_that_was_interrupted_goes_on_from_its_checkpoint(

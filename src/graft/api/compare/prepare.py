@@ -105,6 +105,7 @@ def prepare(config: CompareConfig) -> Prepared:
     assert base is not None and data is not None
     config = _make_folder(config, settings, data)
     runs = trainings(wanted)
+    rows = len(data.training.examples)
     return Prepared(
         config=config,
         folder=base.folder,
@@ -112,9 +113,7 @@ def prepare(config: CompareConfig) -> Prepared:
         trainings=runs,
         training=data.training,
         held_out=data.held_out,
-        steps=steps_to_train(runs[0].config(config, ""), len(data.training.examples))
-        if runs
-        else 0,
+        steps=steps_to_train(runs[0].config(config, config.out), rows) if runs else 0,
         prompts=data.prompts,
     )
 
@@ -190,7 +189,7 @@ def _read_data(config: CompareConfig, base: _Base, problems: Problems) -> _Data 
 
 
 def _bad_numbers(config: CompareConfig) -> list[str]:
-    least = {"seeds": 1, "max_new_tokens": 1, "generate": 0, "calibration_rows": 1}
+    least = {"seeds": 1, "batch_size": 1, "max_new_tokens": 1, "generate": 0, "calibration_rows": 1}
     problems = []
     for name, minimum in least.items():
         value = getattr(config, name)

@@ -84,8 +84,6 @@ class _Comparing:
 
     def run(self, begin: float) -> Comparison:
         prepared = self.prepared
-        self.events.note(f"training: {prepared.training.summary()}")
-        self.events.note(f"held out: {prepared.held_out.summary()}")
         for entry in prepared.entries:
             if (file := self._result_file(entry)).is_file():
                 stored = read_json(file)
@@ -125,6 +123,7 @@ class _Comparing:
                     raise GraftError(error)
                 result = self._score(entry)
                 write_json(self._result_file(entry), asdict(result))
+                told = f"perplexity {result.perplexity:.4f} as deployed"
             except _FAILURES as failure:
                 result = Result(
                     contender=entry.contender.name,
@@ -132,9 +131,11 @@ class _Comparing:
                     seed=entry.seed,
                     error=_told(failure),
                 )
-                self.events.note(f"{entry.label}: {result.error}")
+                told = str(result.error)
             self.results[entry] = result
-            self.events.progress("comparison", len(self.results), len(self.prepared.entries))
+            done, total = len(self.results), len(self.prepared.entries)
+            self.events.note(f"{done} of {total}: {entry.label}: {told}")
+            self.events.progress("comparison", done, total)
             gc.collect()
         if training is not None and not self.config.keep:
             shutil.rmtree(self._deployed(training.name), ignore_errors=True)
