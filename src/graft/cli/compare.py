@@ -82,13 +82,7 @@ def _importance(column: Column) -> int:
 
 
 def _failures(failed: Sequence[Result], total: int) -> str:
-    lines = "\n".join(
-        f"  - {one.contender}"
-        + ("" if one.bits is None else f", {one.bits} bits")
-        + ("" if one.seed is None else f", seed {one.seed}")
-        + f": {one.error}"
-        for one in failed
-    )
+    lines = "\n".join(f"  - {one.label}: {one.error}" for one in failed)
     return (
         f"{len(failed)} of {total} deployed models failed; the same command tries them again\n"
         f"{lines}"

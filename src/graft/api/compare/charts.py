@@ -84,15 +84,15 @@ def scatter(points: Sequence[Point], x_title: str, y_title: str) -> str:
 def lines(
     drawn: Sequence[Line], x_title: str, y_title: str, y_range: tuple[float, float], title: str
 ) -> str:
-    """Return a line chart of a given range of y; what is above it is cut off at the edge."""
+    """Return a line chart of a given range of y, at which lines are cut off."""
     width, height = 372, 250
     xs = [x for line in drawn for x, _ in line.points]
     x = _scale([0.0, *xs], _LEFT, width - _RIGHT, room=(0.0, 0.0))
     y = _Scale(*y_range, height - _BOTTOM, _TOP)
-    parts = [_axes(x, y, width, height, x_title, y_title)]
+    parts = []
     for line in drawn:
         kept = line.points[:: max(1, len(line.points) // _MOST_POINTS)]
-        at = [(x.at(a), y.at(min(max(b, y.low), y.high))) for a, b in kept]
+        at = [(x.at(a), y.at(b)) for a, b in kept]
         path = " ".join(f"{left:.1f},{top:.1f}" for left, top in at)
         parts.append(f'<polyline class="{escape(line.style)}" points="{path}"/>')
         if line.marks:
@@ -101,7 +101,14 @@ def lines(
                 f"<title>{b:.4f} at {a:,.0f}</title></circle>"
                 for (left, top), (a, b) in zip(at, kept, strict=True)
             ]
-    return _svg(width, height, parts, title)
+    # An inner svg cuts off what is outside; the marks at the ends have 4 px beyond it.
+    box = f"{_LEFT - 4} {_TOP} {width - _LEFT - _RIGHT + 8} {height - _TOP - _BOTTOM + 4}"
+    left_edge, top_edge, wide, high = box.split()
+    inner = (
+        f'<svg x="{left_edge}" y="{top_edge}" width="{wide}" height="{high}" viewBox="{box}">'
+        f"{''.join(parts)}</svg>"
+    )
+    return _svg(width, height, [_axes(x, y, width, height, x_title, y_title), inner], title)
 
 
 def bars(values: Sequence[tuple[str, float, str]], title: str) -> str:
@@ -189,6 +196,6 @@ def _step(least: float) -> float:
 
 def _svg(width: float, height: float, parts: Sequence[str], title: str) -> str:
     return (
-        f'<svg viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" '
+        f'<svg class="chart" viewBox="0 0 {width} {height}" style="max-width:{width}px" role="img" '
         f'aria-label="{escape(title)}">{"".join(parts)}</svg>'
     )

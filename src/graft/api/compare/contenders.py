@@ -121,8 +121,7 @@ class Entry:
     @property
     def label(self) -> str:
         """Its name in words."""
-        bits = "" if self.bits is None else f", {self.bits} bits"
-        return self.contender.name + bits + ("" if self.seed is None else f", seed {self.seed}")
+        return entry_label(self.contender.name, self.bits, self.seed)
 
     @property
     def training(self) -> Training | None:
@@ -209,6 +208,12 @@ def trainings(wanted: Iterable[Entry]) -> list[Training]:
     """Return each training that the entries need, once, in their order."""
     needed = (entry.training for entry in wanted)
     return list(dict.fromkeys(training for training in needed if training is not None))
+
+
+def entry_label(contender: str, bits: int | None, seed: int | None = None) -> str:
+    """Return the name of a deployed model in words; without a seed, of all its seeds."""
+    width = "" if bits is None else f", {bits} bits"
+    return contender + width + ("" if seed is None else f", seed {seed}")
 
 
 def _joined(word: str, bits: int | None, seed: int | None) -> str:

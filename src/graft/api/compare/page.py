@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.api.compare.charts import Line, Point, bars, lines, scatter
+from graft.api.compare.contenders import entry_label
 from graft.api.compare.prepare import Prompt
 from graft.api.compare.results import (
     COSTS,
@@ -47,11 +48,12 @@ th, td { padding: 5px 9px; text-align: right; border-bottom: 1px solid var(--lin
   white-space: nowrap; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0;
   background: var(--bg); }
-th { font-weight: 600; vertical-align: bottom; } td.error { color: var(--bad); text-align: left;
-  white-space: pre-wrap; }
+th { font-weight: 600; vertical-align: bottom; }
+.error { color: var(--bad); white-space: pre-wrap; }
+td.error { text-align: left; }
 .best { font-weight: 700; }
 .grid-of { display: flex; flex-wrap: wrap; gap: 18px; } .grid-of > div { flex: 0 1 372px; }
-svg { width: 100%; height: auto; display: block; font: 12px system-ui, sans-serif; }
+svg.chart { width: 100%; height: auto; display: block; font: 12px system-ui, sans-serif; }
 svg text { fill: var(--fg); } svg .tick { fill: var(--soft); font-size: 11px; }
 svg .title { fill: var(--soft); }
 .grid { stroke: var(--line); stroke-width: .7; } .axis, .bar-line { stroke: var(--soft); }
@@ -122,20 +124,24 @@ def _about(content: PageContent) -> str:
 def _scores(content: PageContent) -> str:
     if not content.rows:
         return "<h2>Scores</h2><p>None yet.</p>"
+    # A row without any figure holds its error itself.
+    whole = {row.label for row in content.rows if row.mean("perplexity") is not None}
     failed = [
-        f'<p class="soft">{escape(result.contender)}, seed {result.seed}: '
-        f"{escape(result.error)}</p>"
+        f'<p class="error">{escape(result.label)}: {escape(result.error)}</p>'
         for result in content.results
-        if result.error is not None and result.seed is not None
+        if result.error is not None and entry_label(result.contender, result.bits) in whole
     ]
-    table = _table(content.rows, with_figures(SCORES, content.rows), "deployed model")
+    there = [row.mean("perplexity") for row in content.rows]
+    best = min((value for value in there if value is not None), default=None)
+    table = _table(content.rows, with_figures(SCORES, content.rows), "deployed model", best)
     return f"<h2>Scores</h2>{table}{''.join(failed)}"
 
 
-def _table(rows: Sequence[Row], columns: Sequence[Column], what: str) -> str:
-    """Return a table with a row for each row, those without figures with their error."""
+def _table(
+    rows: Sequence[Row], columns: Sequence[Column], what: str, best: float | None = None
+) -> str:
+    """Return a table in which the row of the best perplexity is bold, and errors stand for rows."""
     there = [row.mean("perplexity") for row in rows]
-    best = min((value for value in there if value is not None), default=None)
     head = "".join(f"<th>{escape(column.title)}</th>" for column in columns)
     body = []
     for row, perplexity in zip(rows, there, strict=True):
@@ -186,7 +192,7 @@ def _curves(content: PageContent) -> str:
         return ""
     low, high = min(finite), max(finite)
     # The first steps fall from far above what matters later: the chart ends where most of it lies.
-    high = min(high, low + 3 * (statistics.median([*held, *raw]) - low) or high)
+    high = min(high, low + 3 * (statistics.median(finite) - low) or high)
     room = 0.06 * (high - low or 1.0)
     charts = []
     for name, history in histories.items():
@@ -230,9 +236,9 @@ def _samples(content: PageContent) -> str:
     prompt = content.prompts[0]
     shown: dict[str, str] = {}
     for result in content.results:
-        bits = "" if result.bits is None else f", {result.bits} bits"
         if result.texts:
-            shown.setdefault(f"{result.contender}{bits}", result.texts[0])
+            label = entry_label(result.contender, result.bits)
+            shown.setdefault(label, result.texts[0])
     texts = "".join(
         f"<h3>{escape(label)}</h3><pre>{escape(text.strip()) or '(nothing)'}</pre>"
         for label, text in {"reference": prompt.reference, **shown}.items()

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from graft.api.compare.contenders import YARDSTICK
+from graft.api.compare.contenders import YARDSTICK, entry_label
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,11 @@ class Result:
     learning_rate: float | None = None
     texts: tuple[str, ...] = ()
     """The continuations of the held-out prompts, in their order."""
+
+    @property
+    def label(self) -> str:
+        """Its name in words."""
+        return entry_label(self.contender, self.bits, self.seed)
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ class Row:
     @property
     def label(self) -> str:
         """Its name in words."""
-        return self.contender if self.bits is None else f"{self.contender}, {self.bits} bits"
+        return entry_label(self.contender, self.bits)
 
     def mean(self, figure: str) -> float | None:
         """Return the mean of a figure; None where no seed has it."""

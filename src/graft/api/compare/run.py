@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import math
 import shutil
 import time
 from collections.abc import Sequence
@@ -153,7 +154,6 @@ class _Comparing:
         gc.collect()
         forget_peak(resolve_device(config.device))
         finetune(dataclasses.replace(config, eval_every=eval_every, resume=resume), self.events)
-        gc.collect()
 
     # Deploying and scoring ------------------------------------------------------------------------
 
@@ -164,6 +164,8 @@ class _Comparing:
         seconds = time.perf_counter() - begin
         loaded = self._load(folder)
         loss = evaluate_loss(loaded.model, self.prepared.held_out.examples, self.config.batch_size)
+        if not math.isfinite(loss.loss):
+            raise GraftError(f"the deployed model's loss on the held-out rows is {loss.loss}")
         texts = self._continuations(loaded, entry)
         result = Result(
             contender=entry.contender.name,
