@@ -230,7 +230,8 @@ def test_other_methods_end_in_dense_weights_too(
     # The same weights; training rounds in its own kernels.
     assert full.perplexity == pytest.approx(full.trained_perplexity, rel=1e-5)
     assert full.learning_rate == 3e-3 and qlora.learning_rate != 3e-3
-    assert qlora.perplexity != qlora.trained_perplexity, "merged into the base before rounding"
+    as_trained = pytest.approx(qlora.trained_perplexity, rel=1e-4)
+    assert qlora.perplexity != as_trained, "it is merged into the base as it was before NF4"
     assert rounded.perplexity == pytest.approx(full.perplexity, rel=1e-2)
     assert rounded.file_bytes < full.file_bytes  # type: ignore[operator]
 
