@@ -370,7 +370,7 @@ def test_the_last_answer_of_a_conversation_is_the_reference(
     assert "lamp" in text and "chair" not in text and text.endswith("### assistant:\n")
 
 
-def test_scorers_are_asked_for_before_anything_starts(
+def test_scorers_are_needed_only_where_continuations_are_asked_for_by_name(
     tiny_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import graft.evaluate.scores as scores
@@ -380,6 +380,12 @@ def test_scorers_are_asked_for_before_anything_starts(
     with pytest.raises(GraftError, match="sacrebleu and rouge-score"):
         compare(config)
     assert not (tmp_path / "out").exists()
+    config = dataclasses.replace(config, contenders=("base",), generate=None)
+    (result,) = compare(config).results
+    assert result.bleu is None and result.exact_match == 0.0
+    monkeypatch.undo()
+    with pytest.raises(GraftError, match="BLEU and ROUGE-L are scored is True, was False"):
+        compare(config)
 
 
 def test_the_demo_stands_for_the_bundled_model_and_data() -> None:

@@ -19,23 +19,27 @@ class TextScores:
     texts: int
     exact_match: float
     """Share in [0, 1] of the texts that equal their reference, white space at the ends aside."""
-    bleu: float
+    bleu: float | None
     """Corpus BLEU in [0, 100] with sacrebleu's defaults: 4-grams, tokenizer 13a, with case."""
-    rouge_l: float
-    """Mean F1 in [0, 1] of the longest common subsequence of words, without case or stemming."""
+    rouge_l: float | None
+    """Mean F1 in [0, 1] of the longest common subsequence of words, without case or stemming. This
+    and BLEU are None where the packages that compute them are not installed."""
     coverage: float | None
     """`attribute_coverage` in [0, 1]; None when no prompt lists attributes."""
 
 
-def check_scorers() -> None:
-    """Raise GraftError when the packages that compute BLEU and ROUGE are not installed."""
+def missing_scorers() -> list[str]:
+    """Return the packages for BLEU and ROUGE-L that are not installed."""
     needed = {"sacrebleu": "sacrebleu", "rouge_score": "rouge-score"}
-    missing = [package for module, package in needed.items() if find_spec(module) is None]
-    if missing:
-        raise GraftError(
-            f"scoring generated texts needs {' and '.join(missing)}, not installed here: "
-            "pip install 'graft-llm[eval]', or generate nothing (--generate 0)"
-        )
+    return [package for module, package in needed.items() if find_spec(module) is None]
+
+
+def why_no_scorers() -> str:
+    """Return what is missing for BLEU and ROUGE-L and how to install it."""
+    return (
+        f"they need {' and '.join(missing_scorers())}, not installed here: "
+        "pip install 'graft-llm[eval]'"
+    )
 
 
 def score_texts(
@@ -43,26 +47,26 @@ def score_texts(
 ) -> TextScores:
     """Score each text against the reference of the same position (BLEU: arXiv 1804.08771).
 
-    Raises GraftError when there is nothing to score or a scorer is not installed.
+    Raises GraftError when there is nothing to score.
     """
-    check_scorers()
     if not texts:
         raise GraftError("there are no texts to score")
+    given = [text.strip() for text in texts]
+    wanted = [reference.strip() for reference in references]
+    equal = sum(text == reference for text, reference in zip(given, wanted, strict=True))
+    bleu, rouge_l = (None, None) if missing_scorers() else _bleu_and_rouge_l(given, wanted)
+    coverage = attribute_coverage(prompts, texts)
+    return TextScores(len(given), equal / len(given), bleu, rouge_l, coverage)
+
+
+def _bleu_and_rouge_l(texts: Sequence[str], references: Sequence[str]) -> tuple[float, float]:
     from rouge_score.rouge_scorer import RougeScorer
     from sacrebleu import corpus_bleu
 
-    pairs = [
-        (text.strip(), reference.strip()) for text, reference in zip(texts, references, strict=True)
-    ]
-    rouge = RougeScorer(["rougeL"])
-    rouge_l = [rouge.score(reference, text)["rougeL"].fmeasure for text, reference in pairs]
-    return TextScores(
-        texts=len(pairs),
-        exact_match=sum(text == reference for text, reference in pairs) / len(pairs),
-        bleu=corpus_bleu([text for text, _ in pairs], [[one for _, one in pairs]]).score,
-        rouge_l=sum(rouge_l) / len(pairs),
-        coverage=attribute_coverage(prompts, texts),
-    )
+    score = RougeScorer(["rougeL"]).score
+    pairs = zip(texts, references, strict=True)
+    rouge_l = [score(reference, text)["rougeL"].fmeasure for text, reference in pairs]
+    return corpus_bleu(list(texts), [list(references)]).score, sum(rouge_l) / len(rouge_l)
 
 
 def attributes(prompt: str) -> list[str]:

@@ -31,7 +31,8 @@ class CompareConfig(DataConfig, ModelConfig):
     for all."""
     generate: int | None = None
     """Held-out prompts to continue greedily and to score by exact match, BLEU, ROUGE-L and
-    attribute coverage; default: 32 for rows with a prompt or an instruction, else 0."""
+    attribute coverage; default: 32 for rows with a prompt or an instruction, else 0. Without the
+    packages of the eval extra the default goes without BLEU and ROUGE-L."""
     max_new_tokens: int = 128
     """Most tokens of a continuation."""
     keep: bool = False

@@ -32,7 +32,7 @@ from graft.data.files import fingerprint
 from graft.data.load import load_train_and_eval
 from graft.data.rows import Row, RowKind, read_rows
 from graft.errors import GraftError, Problems
-from graft.evaluate.scores import check_scorers
+from graft.evaluate.scores import missing_scorers, why_no_scorers
 from graft.formats.registry import parse_format
 from graft.model.checkpointing import check_checkpointing
 from graft.model.load import (
@@ -99,6 +99,8 @@ def prepare(config: CompareConfig) -> Prepared:
     settings: dict[str, Any] = {}
     if base is not None and data is not None:
         settings = _settings(config, base.folder)
+        if data.prompts:
+            settings["BLEU and ROUGE-L are scored"] = not missing_scorers()
         with problems.collecting():
             _check_settings(out, settings)
     problems.raise_all("nothing was started")
@@ -182,8 +184,11 @@ def _read_data(config: CompareConfig, base: _Base, problems: Problems) -> _Data 
         limit = getattr(base.config, "max_position_embeddings", None)
         training, held_out = load_train_and_eval(config, base.tokenizer, limit, _SPLIT_SEED)
         data = _Data(training, held_out, _prompts(config, held_out, base.tokenizer))
-        if data.prompts:
-            check_scorers()
+        if config.generate and missing_scorers():  # asked for by name, not by default
+            problems.found.append(
+                f"--generate {config.generate}: the continuations are scored by BLEU and ROUGE-L; "
+                f"{why_no_scorers()}; or leave --generate out to go without these two"
+            )
         return data
     return None
 

@@ -26,7 +26,7 @@ from graft.api.run_folder import METRICS, MODEL, REPORT, is_run, run_summary
 from graft.errors import GraftError
 from graft.evaluate.generate import generate_text
 from graft.evaluate.loss import evaluate_loss
-from graft.evaluate.scores import score_texts
+from graft.evaluate.scores import missing_scorers, score_texts, why_no_scorers
 from graft.formats.registry import parse_format
 from graft.model.devices import resolve_device
 from graft.model.load import LoadedModel, load_model
@@ -92,6 +92,8 @@ class _Comparing:
         if self.results:
             there = f"{len(self.results)} of {len(prepared.entries)}"
             self.events.note(f"{there} deployed models are scored already")
+        if prepared.prompts and missing_scorers():
+            self.events.note(f"BLEU and ROUGE-L are left out: {why_no_scorers()}")
         rows = self._write()
         for training in (None, *prepared.trainings):
             pending = [
@@ -138,8 +140,10 @@ class _Comparing:
             self.events.note(f"{done} of {total}: {entry.label}: {told}")
             self.events.progress("comparison", done, total)
             gc.collect()
-        if training is not None and not self.config.keep:
-            shutil.rmtree(self._deployed(training.name), ignore_errors=True)
+        if not self.config.keep:  # the dense merge that all shared, and what failures left
+            for part in (training, *pending):
+                if part is not None:
+                    shutil.rmtree(self._deployed(part.name), ignore_errors=True)
 
     def _train(self, training: Training) -> None:
         run = self._run(training)
