@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 from graft.errors import GraftError
 
 if TYPE_CHECKING:
+    from graft.api.compare.config import CompareConfig
+    from graft.api.compare.run import compare
     from graft.api.config import QuantizeConfig, TrainConfig
     from graft.api.evaluate import evaluate_model, generate
     from graft.api.export import export_model
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
     from graft.api.quantize import quantize
 
 _HOME = {
+    "CompareConfig": "graft.api.compare.config",
     "QuantizeConfig": "graft.api.config",
     "TrainConfig": "graft.api.config",
+    "compare": "graft.api.compare.run",
     "evaluate_model": "graft.api.evaluate",
     "export_model": "graft.api.export",
     "finetune": "graft.api.finetune",
@@ -39,9 +43,11 @@ _HOME = {
 }
 
 __all__ = [
+    "CompareConfig",
     "GraftError",
     "QuantizeConfig",
     "TrainConfig",
+    "compare",
     "evaluate_model",
     "export_model",
     "finetune",

@@ -17,7 +17,9 @@ def run(*words: object) -> int:
     return main([str(word) for word in words])
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["export", "--help"]])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["train", "--help"], ["export", "--help"], ["compare", "--help"]]
+)
 def test_help_imports_no_torch(words: list[str]) -> None:
     program = (
         "import sys\nfrom graft.cli.main import main\n"

@@ -1,4 +1,4 @@
-"""The demo's grammar, its measure and the bundled assets."""
+"""The demo's grammar and the bundled assets."""
 
 from __future__ import annotations
 
@@ -9,22 +9,20 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import pytest
 from tokenizers import Tokenizer
 
 import graft.demo
 from graft.demo.corpus import FORMS, pretraining_rows
 from graft.demo.grammar import (
-    attributes,
     combination,
     describe,
     draw_product,
     is_held_out,
     prompt,
-    share_mentioned,
     task_rows,
 )
 from graft.demo.words import ADJECTIVES, BRAND_ENDS, BRAND_STARTS, CATEGORIES, CLAUSES
+from graft.evaluate.scores import share_mentioned
 
 ASSETS = Path(graft.demo.__file__).parent / "assets"
 BRANDS = {start + end for start, end in itertools.product(BRAND_STARTS, BRAND_ENDS)}
@@ -39,43 +37,6 @@ def facts_of(row: dict[str, str]) -> tuple[str, frozenset[str]]:
     """The brand and the unordered fields after the name, read from the prompt by hand."""
     fields = row["prompt"].split(" | ")
     return fields[0].removeprefix("name: ").split()[0], frozenset(fields[1:])
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("The Bel Arc is a green oak desk lamp that weighs 1.5 kg.", 5 / 5),
-        ("the BEL ARC is a Green OAK Desk Lamp of 1.5 KG", 5 / 5),
-        ("The Bel Arc is a desk lamp.", 2 / 5),
-        ("The Bel  Arc is a lamp for a desk.", 0 / 5),
-        ("evergreen, greenish, oaken, soak, oak-like, 11.5 kg, 1.5 kgs", 1 / 5),
-        ("", 0.0),
-    ],
-)
-def test_share_mentioned_on_known_truths(text: str, expected: float) -> None:
-    sheet = "name: Bel Arc | category: desk lamp | colour: green | material: oak | weight: 1.5 kg"
-    assert share_mentioned(sheet, text) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(
-    ("value", "text", "found"),
-    [
-        ("5 kg", "it weighs 1.5 kg", False),
-        ("5 kg", "it weighs 5 kg.", True),
-        ("$45", "priced at $45.", True),
-        ("$45", "priced at $45.50", False),
-        ("$45", "priced at $450", False),
-        ("a.c", "abc", False),
-    ],
-)
-def test_a_value_counts_only_as_whole_words(value: str, text: str, found: bool) -> None:
-    assert share_mentioned(f"x: {value}", text) == float(found)
-
-
-def test_attributes_are_the_values_in_order() -> None:
-    assert attributes("name: Bel Arc | category: lamp | price: $45\n") == ["Bel Arc", "lamp", "$45"]
-    with pytest.raises(ValueError, match="'no colon'"):
-        attributes("name: Bel Arc | no colon")
 
 
 def test_completions_mention_every_attribute_in_proper_sentences() -> None:

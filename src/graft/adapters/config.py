@@ -7,6 +7,9 @@ from typing import Literal
 
 Method = Literal["lora", "qlora", "qalora", "affine", "merge_aware", "full"]
 
+GRID_METHODS: dict[str, str] = {"qalora": "int", "affine": "int", "merge_aware": "latent"}
+"""Methods that merge exactly into weights of the int format, and the format that they train on."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:

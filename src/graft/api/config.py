@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from graft.adapters.config import AdapterConfig
+from graft.adapters.config import GRID_METHODS, AdapterConfig
 from graft.calibrate.config import SolverConfig
 from graft.data.config import DataConfig
 from graft.errors import raise_problems
@@ -64,7 +64,7 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
     latent, likewise; lora and full: the weights as they are. Raises GraftError with every option
     that does not fit.
     """
-    defaults = {"qlora": "nf4", "qalora": "int", "affine": "int", "merge_aware": "latent"}
+    defaults = {"qlora": "nf4", **GRID_METHODS}
     name = config.format or defaults.get(method or "", "dense")
     problems = []
     if method == "full" and name != "dense":
@@ -72,21 +72,19 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
             f"method full trains every weight, and {name} weights are frozen codes that no "
             "optimizer can move; train with qlora, qalora or affine, or drop --format"
         )
-    if method in ("qalora", "affine") and name != "int":
+    needed = GRID_METHODS.get(method or "", name)
+    if name != needed:
         problems.append(
-            f"method {method} moves the grid of the int format; {name} has none. Drop --format, "
+            f"method {method} trains on weights in the {needed} format, not {name}. Drop --format, "
             "or train with qlora"
-        )
-    if method == "merge_aware" and name != "latent":
-        problems.append(
-            f"method merge_aware rounds the weight anew at each step, and {name} does not keep it. "
-            "Drop --format"
         )
     if method == "qlora" and name == "dense":
         problems.append("method qlora needs quantised weights; train with lora, or drop --format")
     grouped = ("int", "latent")
     if name not in grouped and (config.bits is not None or config.group_size is not None):
-        problems.append(f"--bits and --group-size belong to the int format; the format is {name}")
+        problems.append(
+            f"--bits and --group-size belong to the int and latent formats; the format is {name}"
+        )
     if name not in ("nf4", "fp4") and config.double_quant:
         problems.append(f"--double-quant belongs to nf4 and fp4; the format is {name}")
     raise_problems(problems, "format")

@@ -13,13 +13,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from graft.adapters.attach import adapter_parameters, attach_adapter, frozen_layers
+from graft.adapters.attach import adapter_parameters, attach_adapter
+from graft.adapters.config import GRID_METHODS
 from graft.api.config import TrainConfig, as_plain, check_train_config, format_description
 from graft.api.config_file import write_yaml
 from graft.api.events import Events
 from graft.api.export import export_model
 from graft.api.quantize import load_quantised
-from graft.api.report import RunReport, make_report, write_report
+from graft.api.report import RunReport, make_report, stored_bits_per_weight, write_report
 from graft.api.run_folder import (
     ADAPTER,
     BASE,
@@ -110,7 +111,7 @@ def finetune(config: TrainConfig, events: Events | None = None) -> RunReport:
         learning_rate=prepared.learning_rate,
         trainable=sum(parameter.numel() for parameter in parameters.values()),
         seconds=time.perf_counter() - begin,
-        bits_per_weight=_bits_per_weight(loaded.model),
+        bits_per_weight=stored_bits_per_weight(loaded.model),
     )
     write_report(run, report, read_metrics(run / METRICS))
     del loaded, parameters
@@ -205,7 +206,7 @@ def _check_exports(
         return
     # lora and qlora are merged into dense weights before they are exported.
     exported: WeightFormat = DenseFormat()
-    if weight_format is not None and config.method in ("qalora", "affine", "merge_aware"):
+    if weight_format is not None and config.method in GRID_METHODS:
         exported = weight_format.deployed
     raise_problems(check_gguf_plan(model_config, exported), "--export gguf")
 
@@ -325,10 +326,3 @@ def _save_result(loaded: LoadedModel, config: TrainConfig, run: Path) -> None:
     else:
         base = run / BASE if (run / BASE).is_dir() else Path(config.model)
         save_adapter(loaded.model, run / ADAPTER, base=str(base))
-
-
-def _bits_per_weight(model: nn.Module) -> float | None:
-    """Return the bits per weight of the frozen layers; None when there are none."""
-    layers = [layer for _, layer in frozen_layers(model)]
-    weights = sum(layer.in_features * layer.out_features for layer in layers)
-    return 8 * sum(layer.storage_bytes for layer in layers) / weights if weights else None

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from graft.adapters.attach import frozen_layers
 from graft.api.config import TrainConfig
 from graft.data.encode import EncodedData
 from graft.data.files import fingerprint
@@ -95,6 +96,13 @@ def make_report(
         data_fingerprint=fingerprint(config.data),
         versions=versions(),
     )
+
+
+def stored_bits_per_weight(model: nn.Module) -> float | None:
+    """Return the bits per weight of the frozen layers, constants included; None: there are none."""
+    layers = [layer for _, layer in frozen_layers(model)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    return 8 * sum(layer.storage_bytes for layer in layers) / weights if weights else None
 
 
 def versions() -> dict[str, str]:

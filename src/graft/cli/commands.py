@@ -305,6 +305,15 @@ def export(words: Sequence[str]) -> None:
     print(f"{report.path}: {report.bytes / MIB:,.1f} MiB")
 
 
+def compare(words: Sequence[str]) -> None:
+    """Graft compare [CONFIG.yaml] --model M --data D [--contenders ...] [--out DIR], or --demo."""
+    from graft.cli.compare import CompareArguments, demo_settings, show_comparison
+
+    description = CompareArguments.__doc__ or ""
+    given = demo_settings(words)
+    show_comparison(parse_with_file(CompareArguments, words, "compare", description, given))
+
+
 def demo(words: Sequence[str]) -> None:
     """Graft demo [--out DIR]."""
     arguments = parse(DemoArguments, words, "demo", DemoArguments.__doc__ or "")
@@ -336,5 +345,6 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "chat": chat,
     "merge": merge,
     "export": export,
+    "compare": compare,
     "doctor": doctor,
 }

@@ -69,6 +69,8 @@ class TerminalEvents(Events):
     def training_begins(self, steps: int, first_step: int) -> None:
         """Begin the training bar."""
         self.steps = steps
+        if "training" in self.tasks:  # one that failed
+            self.bar.remove_task(self.tasks.pop("training"))
         self.tasks["training"] = self.bar.add_task(
             "training", total=steps, completed=first_step - 1, info=""
         )

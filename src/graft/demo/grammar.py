@@ -1,4 +1,4 @@
-"""A grammar of invented products: the demo's task (attributes to description) and its measure.
+"""A grammar of invented products: the demo's task, from attributes to a description.
 
 Held-out products share no brand and no combination of attribute values with the training rows or
 with the text that the base model is pre-trained on.
@@ -7,7 +7,6 @@ with the text that the base model is pre-trained on.
 from __future__ import annotations
 
 import random
-import re
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -116,31 +115,3 @@ def task_rows(seed: int, count: int, held_out: bool = False) -> Iterator[dict[st
     for _ in range(count):
         product = draw_product(rng, held_out)
         yield {"prompt": prompt(product), "completion": describe(product, rng)}
-
-
-def attributes(prompt: str) -> list[str]:
-    """Return the values in a prompt of the form 'name: Bel Arc | category: lamp | ...'.
-
-    Raises ValueError for a field that has no 'key: value' form.
-    """
-    values = []
-    for field in prompt.strip().split("|"):
-        key, separator, value = field.partition(":")
-        if not (separator and key.strip() and value.strip()):
-            raise ValueError(f"prompt field {field.strip()!r} is not of the form 'key: value'")
-        values.append(value.strip())
-    return values
-
-
-def share_mentioned(prompt: str, text: str) -> float:
-    """Return the share in [0, 1] of the prompt's values that occur in the text as whole words.
-
-    Upper and lower case are equal, and '5 kg' does not occur in '1.5 kg'.
-    """
-    values = attributes(prompt)
-    found = sum(
-        re.search(rf"(?<!\w)(?<!\d[.,]){re.escape(value)}(?!\w|[.,]\d)", text, re.IGNORECASE)
-        is not None
-        for value in values
-    )
-    return found / len(values)

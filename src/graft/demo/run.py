@@ -17,8 +17,8 @@ from graft.api.finetune import finetune
 from graft.api.merge import merge
 from graft.api.quantize import quantize
 from graft.api.run_folder import PromptStyle, load_any
-from graft.demo.grammar import share_mentioned
 from graft.errors import GraftError
+from graft.evaluate.scores import attribute_coverage
 from graft.model.load import LoadedModel
 
 ASSETS = Path(__file__).parent / "assets"
@@ -102,5 +102,6 @@ def _station(name: str, loaded: LoadedModel, prompts: Sequence[str], events: Eve
     for done, prompt in enumerate(prompts, start=1):
         texts.append(generate(loaded, prompt, style=STYLE, max_new_tokens=_MAX_NEW_TOKENS))
         events.progress(f"writing descriptions: {name}", done, len(prompts))
-    shares = [share_mentioned(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
-    return Station(name, loss, sum(shares) / len(shares), texts[0].strip())
+    share = attribute_coverage(prompts, texts)
+    assert share is not None  # every prompt of the demo's is a sheet of attributes
+    return Station(name, loss, share, texts[0].strip())

@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -51,3 +52,19 @@ def peak_bytes(device: torch.device) -> int:
         return 1024 * int(lines["VmHWM"].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_bytes` count from now on, where the system can (CUDA, Linux).
+
+    What was freed goes back to the system first: a process that trains several times would else
+    report each time the largest of all so far.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+    with suppress(OSError):  # not there, or not ours to write
+        Path("/proc/self/clear_refs").write_text("5")  # of proc(5): VmHWM is what is resident now

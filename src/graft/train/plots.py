@@ -24,7 +24,7 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None
     x = [entry["step"] for entry in steps]
     losses = [entry["loss"] for entry in steps]
     top.plot(x, losses, color="#9bbbd8", linewidth=1, label="training, each step")
-    top.plot(x, _smoothed(losses), color="#1f5f99", linewidth=2, label="training, smoothed")
+    top.plot(x, smoothed(losses), color="#1f5f99", linewidth=2, label="training, smoothed")
     top.plot(
         [entry["step"] for entry in evaluations],
         [entry["eval_loss"] for entry in evaluations],
@@ -56,7 +56,7 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None
     temporary.replace(path)
 
 
-def _smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
+def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:
     """Return the exponential moving average, corrected for its start."""
     average, smoothed = 0.0, []
     for count, value in enumerate(values, start=1):

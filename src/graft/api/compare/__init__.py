@@ -1,0 +1,1 @@
+"""Training contenders, scoring what each deploys, and showing them side by side."""

@@ -1,0 +1,89 @@
+"""What `graft compare` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from graft.api.compare.config import CompareConfig
+from graft.errors import GraftError
+
+if TYPE_CHECKING:
+    from graft.api.compare.results import Column, Result, Row
+
+DEMO_STEPS = 160
+_FIRST = "deployed model"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareArguments(CompareConfig):
+    """Train contenders, deploy each, and score the deployed files."""
+
+    demo: bool = False
+    """Compare on the bundled model and data; --model and --data are then not needed."""
+
+
+def demo_settings(words: Sequence[str]) -> dict[str, Any]:
+    """Return the settings that --demo stands for, below those that are given."""
+    if "--demo" not in words:
+        return {}
+    from graft.demo.run import BASE, HELD_OUT, TRAINING
+
+    files = {"model": str(BASE), "data": str(TRAINING), "eval_data": str(HELD_OUT)}
+    # One precision for all, so that exact merges give equal figures; given --epochs stand alone.
+    steps = {} if "--epochs" in words else {"steps": DEMO_STEPS}
+    return {**files, "dtype": "float32", "max_new_tokens": 96, **steps}
+
+
+def show_comparison(config: CompareConfig) -> None:
+    """Compare, print the table and the files; raises GraftError when a contender failed."""
+    from graft.api.compare.results import COSTS, SCORES, with_figures
+    from graft.api.compare.run import compare
+    from graft.cli.progress import TerminalEvents
+
+    with TerminalEvents(Console(stderr=True)) as events:
+        result = compare(config, events)
+    title = f"{Path(config.model).name} on {Path(config.data).name}, held-out rows"
+    _show(Table(title=title), result.rows, with_figures((*SCORES, *COSTS), result.rows))
+    print(f"{result.page}, {result.data}; {result.seconds:.0f} s")
+    if result.failed:
+        raise GraftError(_failures(result.failed, len(result.results)))
+
+
+def _show(table: Table, rows: Sequence[Row], columns: Sequence[Column]) -> None:
+    """Print the columns that the terminal has room for; all of them where there is no terminal."""
+    console = Console(highlight=False)
+    texts = {column: [column.title, *map(column.text, rows)] for column in columns}
+    widths = {column: max(map(len, texts[column])) + 3 for column in columns}
+    taken = 4 + max(map(len, [_FIRST, *(row.label for row in rows)]))
+    shown = []
+    for column in sorted(columns, key=_importance):
+        if not console.is_terminal or taken + widths[column] <= console.width:
+            taken += widths[column]
+            shown.append(column)
+    table.add_column(_FIRST)
+    for column in columns:
+        if column in shown:
+            table.add_column(column.title, justify="right")
+    for row in rows:
+        table.add_row(row.label, *(column.text(row) for column in columns if column in shown))
+    console.width = max(console.width, taken)
+    console.print(table, markup=False)
+
+
+def _importance(column: Column) -> int:
+    first = ("perplexity", "attributes", "MiB", "BLEU", "training s", "peak MiB", "ROUGE-L")
+    return first.index(column.title) if column.title in first else len(first)
+
+
+def _failures(failed: Sequence[Result], total: int) -> str:
+    lines = "\n".join(f"  - {one.label}: {one.error}" for one in failed)
+    return (
+        f"{len(failed)} of {total} deployed models failed; the same command tries them again\n"
+        f"{lines}"
+    )
