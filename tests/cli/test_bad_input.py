@@ -295,6 +295,22 @@ def gptq_without_data(place: Place) -> list[str]:
     return ["quantize", "--model", str(place.base), *words, "--out", str(place.out())]
 
 
+@case("--solver gptq", "int8 has not")
+def gptq_without_a_grid(place: Place) -> list[str]:
+    words = ["--format", "int8", "--solver", "gptq", "--data", str(place.data)]
+    return ["quantize", "--model", str(place.base), *words, "--out", str(place.out())]
+
+
+@case("--solver hqq", "nf4 has none", "--format int")
+def hqq_without_offsets(place: Place) -> list[str]:
+    return train(place, "--method", "qlora", "--solver", "hqq")
+
+
+@case("--solver hqq", "nothing to quantise")
+def hqq_on_dense_weights(place: Place) -> list[str]:
+    return train(place, "--method", "lora", "--solver", "hqq")
+
+
 @case("already")
 def quantising_what_is_quantised(place: Place) -> list[str]:
     quantised = place.folder / "quantised"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from graft.adapters.config import AdapterConfig
-from graft.calibrate.config import SolverConfig
+from graft.calibrate.config import Solver, SolverConfig
 from graft.data.config import DataConfig
 from graft.errors import raise_problems
 from graft.formats.config import FormatConfig
@@ -94,6 +94,19 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
     return {"format": name}
 
 
+def check_solver(solver: Solver, description: dict[str, Any] | None) -> None:
+    """Raise GraftError when a solver cannot round to the format of that description."""
+    name = "dense" if description is None else description["format"]
+    problem = None
+    if solver != "rtn" and name == "dense":
+        problem = "there is nothing to quantise; give --format, or drop it"
+    elif solver == "gptq" and name == "int8":
+        problem = f"it rounds to a grid (int, nf4, fp4), which {name} has not; use rtn"
+    elif solver == "hqq" and name != "int":
+        problem = f"it fits the offsets of the int format; {name} has none. Give --format int"
+    raise_problems([] if problem is None else [problem], f"--solver {solver}")
+
+
 def check_train_config(config: TrainConfig) -> None:
     """Raise GraftError with everything in the configuration that cannot work."""
     problems = []
@@ -127,8 +140,6 @@ def check_train_config(config: TrainConfig) -> None:
             )
         if config.adapter_bias:
             problems.append(f"--adapter-bias belongs to lora and qlora, not to {config.method}")
-    if config.solver == "gptq" and config.method in ("lora", "full") and config.format is None:
-        problems.append(f"--solver gptq: method {config.method} quantises nothing; drop it")
     if "peft" in config.export and config.method in ("affine", "full"):
         problems.append(f"--export peft: PEFT has no {config.method} adapter")
     raise_problems(problems, "configuration")

@@ -14,7 +14,13 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from graft.adapters.attach import adapter_parameters, attach_adapter, frozen_layers
-from graft.api.config import TrainConfig, as_plain, check_train_config, format_description
+from graft.api.config import (
+    TrainConfig,
+    as_plain,
+    check_solver,
+    check_train_config,
+    format_description,
+)
 from graft.api.config_file import write_yaml
 from graft.api.events import Events
 from graft.api.export import export_model
@@ -192,6 +198,7 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
 
 def _weight_format(config: TrainConfig) -> WeightFormat | None:
     description = format_description(config, config.method)
+    check_solver(config.solver, description)
     return None if description is None else parse_format(description)
 
 

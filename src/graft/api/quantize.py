@@ -7,16 +7,18 @@ from pathlib import Path
 
 import torch
 
-from graft.api.config import QuantizeConfig, format_description
+from graft.api.config import QuantizeConfig, check_solver, format_description
 from graft.api.events import Events
+from graft.calibrate.config import Solver
 from graft.calibrate.driver import calibrate_model
+from graft.calibrate.hqq import hqq_pack
 from graft.data.config import DataConfig
 from graft.data.encode import Example
 from graft.data.load import load_examples, resolve_max_length
 from graft.errors import GraftError
-from graft.formats.base import GridFormat, WeightFormat
+from graft.formats.base import WeightFormat
 from graft.formats.registry import parse_format
-from graft.model.load import LoadedModel, load_model
+from graft.model.load import LoadedModel, PackLayer, load_model
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
 
@@ -29,17 +31,17 @@ def load_quantised(
     dtype: str,
     device: str,
     trust_remote_code: bool,
-    solver: str,
+    solver: Solver,
     calibration: Sequence[Example],
     damping: float,
     events: Events,
 ) -> LoadedModel:
     """Load a base model with its target layers in a weight format; see `load_model`.
 
-    rtn rounds each weight while it is read; gptq loads the whole model first and quantises it layer
-    by layer on the calibration rows.
+    rtn and hqq round each weight while it is read; gptq loads the whole model first and quantises
+    it layer by layer on the calibration rows.
     """
-    at_once = weight_format if solver == "rtn" else None
+    at_once = None if solver == "gptq" else weight_format
     loaded = load_model(
         model,
         weight_format=at_once,
@@ -47,13 +49,10 @@ def load_quantised(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        pack=_rounding(solver),
         on_tensor=lambda done, total: events.progress("reading the model", done, total),
     )
     if weight_format is not None and solver == "gptq":
-        if not isinstance(weight_format, GridFormat):
-            raise GraftError(
-                f"--solver gptq rounds to a grid, which {weight_format.name} has not; use rtn"
-            )
         names = select_targets(loaded.model, targets)
         freeze_layers(loaded.model, names)
         batches = [
@@ -76,6 +75,13 @@ def load_quantised(
     return loaded
 
 
+def _rounding(solver: Solver) -> PackLayer:
+    """Return how a solver rounds the weight of one layer by itself."""
+    if solver == "hqq":
+        return lambda _, weight, weight_format: hqq_pack(weight, weight_format)
+    return lambda _, weight, weight_format: weight_format.pack(weight)
+
+
 def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
     """Write a quantised model folder to config.out, which `graft.load` maps; return its path.
 
@@ -85,6 +91,7 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
     description = format_description(config, None)
     if description is None:
         raise GraftError("--format says nothing to quantise to; give nf4, fp4, int8 or int")
+    check_solver(config.solver, description)
     if config.solver == "gptq" and config.data is None:
         raise GraftError("--solver gptq needs --data, whose text calibrates it")
     out = Path(config.out)

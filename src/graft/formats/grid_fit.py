@@ -35,7 +35,7 @@ def fit_affine(
     weight float32 [rows, in_features]; importance h float64 [in_features], positive.
     """
     scales, offsets = fit_groups(weight, bits, group_size, statistics, smallest_scale)
-    for rows in _pieces(weight.shape[0], weight.shape[1]):
+    for rows in pieces(weight.shape[0], weight.shape[1]):
         w, h = grouped(weight[rows].double(), importance.double(), group_size)
         scale, offset = scales[rows].double(), offsets[rows].double()
         error = _weighted_error(w, h, nearest(w, scale, offset, bits), scale, offset)
@@ -87,7 +87,7 @@ def refit_affine(
     sums = torch.nn.functional.one_hot(group, groups).to(hessian)  # x @ sums adds up the groups
     by_group = hessian @ sums
     new_scales, new_offsets = scales.clone(), offsets.clone()
-    for rows in _pieces(weight.shape[0], max(4 * groups * groups, columns)):
+    for rows in pieces(weight.shape[0], max(4 * groups * groups, columns)):
         q, w = codes[rows].double(), weight[rows].double()
         scale, offset = scales[rows].double(), offsets[rows].double()
         lost = w - scale[:, group] * q - offset[:, group]
@@ -126,7 +126,7 @@ def fit_absmax(
     columns, fitted = weight.shape[1], absmax.clone()
     flat, values = weight.reshape(-1), values.double()
     bounds = (values[:-1] + values[1:]) / 2
-    for blocks in _pieces(absmax.shape[0], block_size):
+    for blocks in pieces(absmax.shape[0], block_size):
         index = torch.arange(
             blocks.start * block_size,
             min(blocks.stop * block_size, flat.numel()),
@@ -182,6 +182,7 @@ def _weighted_error(w: Tensor, h: Tensor, q: Tensor, scales: Tensor, offsets: Te
     return (h * lost * lost).sum(-1)
 
 
-def _pieces(rows: int, numbers_per_row: int) -> list[slice]:
+def pieces(rows: int, numbers_per_row: int) -> list[slice]:
+    """Return slices that cover `rows`, each of about two million numbers."""
     step = max(1, _PIECE_NUMBERS // numbers_per_row)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
