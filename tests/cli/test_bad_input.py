@@ -306,9 +306,14 @@ def hqq_without_offsets(place: Place) -> list[str]:
     return train(place, "--method", "qlora", "--solver", "hqq")
 
 
-@case("--solver hqq", "nothing to quantise")
-def hqq_on_dense_weights(place: Place) -> list[str]:
-    return train(place, "--method", "lora", "--solver", "hqq")
+@case("--init loftq", "qalora has none")
+def loftq_without_a_low_rank_update(place: Place) -> list[str]:
+    return train(place, "--method", "qalora", "--init", "loftq")
+
+
+@case("--init loftq", "rounds nothing", "needs the whole model")
+def loftq_on_dense_weights_and_with_gptq(place: Place) -> list[str]:
+    return train(place, "--method", "lora", "--init", "loftq", "--solver", "gptq")
 
 
 @case("already")

@@ -118,6 +118,7 @@ def check_train_config(config: TrainConfig) -> None:
         "epochs": config.epochs,
         "learning_rate": config.learning_rate,
         "alpha": config.alpha,
+        "loftq_rounds": config.loftq_rounds,
         "max_grad_norm": config.max_grad_norm,
         "eval_every": config.eval_every,
         "save_every": config.save_every,
@@ -140,9 +141,31 @@ def check_train_config(config: TrainConfig) -> None:
             )
         if config.adapter_bias:
             problems.append(f"--adapter-bias belongs to lora and qlora, not to {config.method}")
+    if config.init == "loftq":
+        problems += _loftq_problems(config)
     if "peft" in config.export and config.method in ("affine", "full"):
         problems.append(f"--export peft: PEFT has no {config.method} adapter")
     raise_problems(problems, "configuration")
+
+
+def _loftq_problems(config: TrainConfig) -> list[str]:
+    problems = []
+    if config.method not in ("lora", "qlora"):
+        problems.append(
+            f"--init loftq starts a low-rank update beside the weights; method {config.method} has "
+            "none. Drop it, or use qlora"
+        )
+    elif config.method == "lora" and config.format in (None, "dense"):
+        problems.append(
+            "--init loftq makes up for rounding, and method lora without --format rounds nothing; "
+            "give --format, or use qlora"
+        )
+    if config.solver == "gptq":
+        problems.append(
+            "--init loftq rounds each weight several times while it is read, and --solver gptq "
+            "needs the whole model; use rtn or hqq"
+        )
+    return problems
 
 
 def as_plain(config: Any) -> dict[str, Any]:

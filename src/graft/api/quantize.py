@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from graft.adapters.loftq import LoftQ
 from graft.api.config import QuantizeConfig, check_solver, format_description
 from graft.api.events import Events
 from graft.calibrate.config import Solver
@@ -16,7 +18,7 @@ from graft.data.config import DataConfig
 from graft.data.encode import Example
 from graft.data.load import load_examples, resolve_max_length
 from graft.errors import GraftError
-from graft.formats.base import WeightFormat
+from graft.formats.base import Packed, WeightFormat
 from graft.formats.registry import parse_format
 from graft.model.load import LoadedModel, PackLayer, load_model
 from graft.model.save import save_model
@@ -35,11 +37,13 @@ def load_quantised(
     calibration: Sequence[Example],
     damping: float,
     events: Events,
+    loftq: LoftQ | None = None,
 ) -> LoadedModel:
     """Load a base model with its target layers in a weight format; see `load_model`.
 
     rtn and hqq round each weight while it is read; gptq loads the whole model first and quantises
-    it layer by layer on the calibration rows.
+    it layer by layer on the calibration rows. With `loftq` each layer is rounded together with the
+    start of its adapter.
     """
     at_once = None if solver == "gptq" else weight_format
     loaded = load_model(
@@ -49,7 +53,7 @@ def load_quantised(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
-        pack=_rounding(solver),
+        pack=_rounding(solver, loftq),
         on_tensor=lambda done, total: events.progress("reading the model", done, total),
     )
     if weight_format is not None and solver == "gptq":
@@ -75,11 +79,19 @@ def load_quantised(
     return loaded
 
 
-def _rounding(solver: Solver) -> PackLayer:
-    """Return how a solver rounds the weight of one layer by itself."""
-    if solver == "hqq":
-        return lambda _, weight, weight_format: hqq_pack(weight, weight_format)
-    return lambda _, weight, weight_format: weight_format.pack(weight)
+def _rounding(solver: Solver, loftq: LoftQ | None) -> PackLayer:
+    """Return how the weight of one layer is rounded by itself."""
+
+    def alone(weight: Tensor, weight_format: WeightFormat) -> Packed:
+        if solver == "hqq":
+            return hqq_pack(weight, weight_format)
+        return weight_format.pack(weight)
+
+    if loftq is None:
+        return lambda _, weight, weight_format: alone(weight, weight_format)
+    return lambda name, weight, weight_format: loftq.pack(
+        name, weight, weight_format, lambda moved: alone(moved, weight_format)
+    )
 
 
 def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
