@@ -14,6 +14,8 @@ from graft.formats.config import FormatConfig
 from graft.model.config import ModelConfig
 from graft.train.config import LoopConfig
 
+WIDTHS = (2, 3, 4, 8)
+"""What --bits auto chooses from; 8 not where a GGUF is asked for, which cannot hold it."""
 ExportTarget = Literal["gguf", "hf", "peft"]
 
 
@@ -61,7 +63,8 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
     """Return {'format': ..., options}, with the method's defaults filled in; None for dense.
 
     qlora: nf4 with double quantisation; qalora and affine: int, 4 bits, groups of 32; lora and
-    full: the weights as they are. Raises GraftError with every option that does not fit.
+    full: the weights as they are. With bits auto it is the format that memory is planned for.
+    Raises GraftError with every option that does not fit.
     """
     defaults = {"qlora": "nf4", "qalora": "int", "affine": "int"}
     name = config.format or defaults.get(method or "", "dense")
@@ -80,6 +83,8 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
         problems.append("method qlora needs quantised weights; train with lora, or drop --format")
     if name != "int" and (config.bits is not None or config.group_size is not None):
         problems.append(f"--bits and --group-size belong to the int format; the format is {name}")
+    if (config.bits == "auto") != (config.budget is not None):
+        problems.append("--bits auto and --budget belong together; give both or neither")
     if name not in ("nf4", "fp4") and config.double_quant:
         problems.append(f"--double-quant belongs to nf4 and fp4; the format is {name}")
     raise_problems(problems, "format")
@@ -87,6 +92,11 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
         return None
     if name == "int":
         bits, group_size = config.bits or 4, config.group_size or 32
+        if bits == "auto":
+            # Until the layers are measured: the narrowest width that fills the budget.
+            statistics = 32 / group_size
+            enough = [width for width in WIDTHS if width + statistics >= (config.budget or 0)]
+            bits = (enough or WIDTHS[-1:])[0]
         return {"format": name, "bits": bits, "group_size": group_size}
     if name in ("nf4", "fp4"):
         double_quant = method == "qlora" if config.double_quant is None else config.double_quant

@@ -17,6 +17,7 @@ from graft.adapters.attach import adapter_parameters, attach_adapter, frozen_lay
 from graft.adapters.base import lora_scaling
 from graft.adapters.loftq import LoftQ, start_adapters
 from graft.api.config import (
+    WIDTHS,
     TrainConfig,
     as_plain,
     check_solver,
@@ -239,6 +240,8 @@ def _make_run_folder(run: Path, prepared: _Prepared) -> None:
         resolved["format"] = prepared.weight_format.name
         resolved |= {key: options[key] for key in ("bits", "group_size") if key in options}
         resolved |= {key: options[key] for key in ("double_quant",) if key in options}
+    if prepared.config.bits == "auto":
+        resolved["bits"] = "auto"
     del resolved["resume"]
     try:
         run.mkdir(parents=True)
@@ -272,6 +275,8 @@ def _load_base(prepared: _Prepared, run: Path, loftq: LoftQ | None, events: Even
         damping=config.damping,
         events=events,
         loftq=loftq,
+        budget=config.budget,
+        widths=[bits for bits in WIDTHS if bits != 8 or "gguf" not in config.export],
     )
     if prepared.weight_format is None:
         write_base_reference(run, prepared.folder)

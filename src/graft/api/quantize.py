@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from graft.adapters.loftq import LoftQ
-from graft.api.config import QuantizeConfig, check_solver, format_description
+from graft.api.config import WIDTHS, QuantizeConfig, check_solver, format_description
 from graft.api.events import Events
 from graft.calibrate.config import Solver
 from graft.calibrate.driver import calibrate_model
 from graft.calibrate.hqq import hqq_pack
+from graft.calibrate.widths import choose_widths
 from graft.data.config import DataConfig
 from graft.data.encode import Example
 from graft.data.load import load_examples, resolve_max_length
 from graft.errors import GraftError
 from graft.formats.base import Packed, WeightFormat
+from graft.formats.int_group import IntGroupFormat
 from graft.formats.registry import parse_format
 from graft.model.load import LoadedModel, PackLayer, load_model
 from graft.model.save import save_model
@@ -38,14 +42,35 @@ def load_quantised(
     damping: float,
     events: Events,
     loftq: LoftQ | None = None,
+    budget: float | None = None,
+    widths: Sequence[int] = WIDTHS,
 ) -> LoadedModel:
     """Load a base model with its target layers in a weight format; see `load_model`.
 
     rtn and hqq round each weight while it is read; gptq loads the whole model first and quantises
     it layer by layer on the calibration rows. With `loftq` each layer is rounded together with the
-    start of its adapter.
+    start of its adapter. With a `budget` of bits per weight the model is first read as it is, to
+    choose a width out of `widths` for each layer.
     """
-    at_once = None if solver == "gptq" else weight_format
+    formats: WeightFormat | Mapping[str, WeightFormat] | None = weight_format
+    batches = [torch.tensor([example.input_ids]) for example in calibration]
+    if budget is not None:
+        assert isinstance(weight_format, IntGroupFormat)
+        dense = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        names = select_targets(dense.model, targets)
+        freeze_layers(dense.model, names)
+        candidates = [dataclasses.replace(weight_format, bits=bits) for bits in widths]
+        formats = choose_widths(
+            dense.model,
+            names,
+            batches,
+            candidates,
+            budget,
+            lambda done, total: events.progress("choosing widths", done, total),
+        )
+        del dense
+        events.note(_widths_note(formats))
+    at_once = None if solver == "gptq" else formats
     loaded = load_model(
         model,
         weight_format=at_once,
@@ -56,17 +81,14 @@ def load_quantised(
         pack=_rounding(solver, loftq),
         on_tensor=lambda done, total: events.progress("reading the model", done, total),
     )
-    if weight_format is not None and solver == "gptq":
+    if formats is not None and solver == "gptq":
         names = select_targets(loaded.model, targets)
         freeze_layers(loaded.model, names)
-        batches = [
-            torch.tensor([example.input_ids], device=loaded.model.device) for example in calibration
-        ]
         reports = calibrate_model(
             loaded.model,
             names,
             batches,
-            weight_format,
+            formats,
             damping,
             lambda done, total: events.progress("gptq", done, total),
         )
@@ -77,6 +99,13 @@ def load_quantised(
             "that of rounding to nearest"
         )
     return loaded
+
+
+def _widths_note(formats: Mapping[str, IntGroupFormat]) -> str:
+    counts = Counter(chosen.bits for chosen in formats.values())
+    return "widths: " + ", ".join(
+        f"{counts[bits]} layers of {bits} bits" for bits in sorted(counts)
+    )
 
 
 def _rounding(solver: Solver, loftq: LoftQ | None) -> PackLayer:
@@ -104,8 +133,9 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
     if description is None:
         raise GraftError("--format says nothing to quantise to; give nf4, fp4, int8 or int")
     check_solver(config.solver, description)
-    if config.solver == "gptq" and config.data is None:
-        raise GraftError("--solver gptq needs --data, whose text calibrates it")
+    measured = "--solver gptq" if config.solver == "gptq" else "--bits auto"
+    if config.data is None and (config.solver == "gptq" or config.bits == "auto"):
+        raise GraftError(f"{measured} needs --data, whose text calibrates it")
     out = Path(config.out)
     if out.exists():
         raise GraftError(f"{out} exists already; choose another name or remove it")
@@ -120,13 +150,14 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
         calibration=_calibration(config),
         damping=config.damping,
         events=events,
+        budget=config.budget,
     )
     save_model(loaded, out)
     return out
 
 
 def _calibration(config: QuantizeConfig) -> list[Example]:
-    if config.solver != "gptq" or config.data is None:
+    if config.data is None or (config.solver != "gptq" and config.bits != "auto"):
         return []
     from graft.model.load import find_folder, read_config, read_tokenizer
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,7 +33,7 @@ def calibrate_model(
     model: nn.Module,
     layer_names: Sequence[str],
     batches: Sequence[Tensor],
-    weight_format: WeightFormat,
+    weight_format: WeightFormat | Mapping[str, WeightFormat],
     damping: float = 0.01,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> dict[str, LayerReport]:
@@ -45,13 +45,20 @@ def calibrate_model(
     of one hidden state per token. A stage whose input is not the output of the stage before (the
     head, or a layer behind one that is not quantised) runs the model from its start instead.
 
+    weight_format: one for all, or one by layer name.
     batches: input_ids int64 [rows, tokens], without padding: every position counts.
     on_layer(done, total) is called after each layer.
 
     Raises GraftError, before anything is changed, when a name is no dense frozen layer, when there
     is nothing to calibrate on, or when the format has no grid.
     """
-    require_grid(weight_format)
+    formats = (
+        weight_format
+        if isinstance(weight_format, Mapping)
+        else dict.fromkeys(layer_names, weight_format)
+    )
+    for chosen in formats.values():
+        require_grid(chosen)
     problems = [problem for name in layer_names if (problem := _unfit(model, name))]
     if not any(batch.numel() for batch in batches):
         problems.append("no calibration tokens; give --data with at least one row")
@@ -65,7 +72,7 @@ def calibrate_model(
         hessians = {name: _hessian_sum(_frozen(model, name)) for name in names}
         chain.run(stage, [(_frozen(model, name), hessians[name]) for name in names])
         for name in names:
-            reports[name] = _quantise(model, name, hessians.pop(name), weight_format, damping)
+            reports[name] = _quantise(model, name, hessians.pop(name), formats[name], damping)
             if on_layer is not None:
                 on_layer(len(reports), len(layer_names))
     model.train(was_training)

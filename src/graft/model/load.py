@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) ->
 def load_model(
     model: str,
     *,
-    weight_format: WeightFormat | None = None,
+    weight_format: WeightFormat | Mapping[str, WeightFormat] | None = None,
     targets: Sequence[str] = (),
     dtype: str = "auto",
     device: str = "auto",
@@ -161,7 +161,10 @@ def load_model(
                 raise GraftError(
                     f"{folder} is quantised already; load it as it is or start from its base"
                 )
-            formats = dict.fromkeys(select_targets(skeleton, targets), weight_format)
+            if isinstance(weight_format, Mapping):
+                formats = dict(weight_format)
+            else:
+                formats = dict.fromkeys(select_targets(skeleton, targets), weight_format)
         pack = pack or (lambda _, weight, chosen: chosen.pack(weight))
         loader = _Loader(skeleton, files, formats, bool(stored), compute_dtype, target_device, pack)
         loader.run(on_tensor)
