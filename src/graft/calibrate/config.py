@@ -17,6 +17,6 @@ class SolverConfig:
     the columns that follow make up for the error on calibration text (arXiv 2210.17323); hqq: fit
     the offsets of the int format to a sparse error, data-free."""
     calibration_rows: int = 128
-    """Rows of the training data that gptq calibrates on."""
+    """Rows of the data that gptq calibrates on, and that --bits auto measures the layers on."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean (gptq)."""
