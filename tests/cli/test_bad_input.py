@@ -295,6 +295,27 @@ def gptq_without_data(place: Place) -> list[str]:
     return ["quantize", "--model", str(place.base), *words, "--out", str(place.out())]
 
 
+@case("--solver gptq", "int8 has not")
+def gptq_without_a_grid(place: Place) -> list[str]:
+    words = ["--format", "int8", "--solver", "gptq", "--data", str(place.data)]
+    return ["quantize", "--model", str(place.base), *words, "--out", str(place.out())]
+
+
+@case("--solver hqq", "nf4 has none", "--format int")
+def hqq_without_offsets(place: Place) -> list[str]:
+    return train(place, "--method", "qlora", "--solver", "hqq")
+
+
+@case("--init loftq", "qalora has none")
+def loftq_without_a_low_rank_update(place: Place) -> list[str]:
+    return train(place, "--method", "qalora", "--init", "loftq")
+
+
+@case("--init loftq", "rounds nothing", "needs the whole model")
+def loftq_on_dense_weights_and_with_gptq(place: Place) -> list[str]:
+    return train(place, "--method", "lora", "--init", "loftq", "--solver", "gptq")
+
+
 @case("already")
 def quantising_what_is_quantised(place: Place) -> list[str]:
     quantised = place.folder / "quantised"

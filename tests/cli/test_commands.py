@@ -111,7 +111,7 @@ def test_quantize_and_plan_agree_on_the_bytes(
     assert "MiB" in capsys.readouterr().out
 
 
-def test_gptq_from_the_command_line(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+def test_solvers_from_the_command_line(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ["--model", tiny_base, "--data", rows, "--solver", "gptq", "--bits", 3, "--steps", 2]
     assert run("train", *words, "--out", out) == 0
@@ -120,6 +120,9 @@ def test_gptq_from_the_command_line(tiny_base: Path, rows: Path, tmp_path: Path)
     words = ["--model", tiny_base, "--data", rows, "--solver", "gptq", "--format", "nf4"]
     assert run("quantize", *words, "--out", quantised) == 0
     assert run("eval", quantised, "--data", rows) == 0
+    words = ["--model", tiny_base, "--solver", "hqq", "--format", "int", "--bits", 3]
+    assert run("quantize", *words, "--out", tmp_path / "int") == 0
+    assert run("eval", tmp_path / "int", "--data", rows) == 0
 
 
 def test_chat(

@@ -110,10 +110,12 @@ def test_full_training_and_subset_training(tiny_base, rows, tmp_path):
     assert changed == {f"model.layers.{i}.self_attn.v_proj.weight" for i in range(2)}
 
 
-@pytest.mark.parametrize("method", ["lora", "qalora"])
-def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(tiny_base, rows, tmp_path, method):
-    dropout = 0.1 if method == "lora" else 0.0
-    common = {"method": method, "steps": 8, "save_every": 3, "grad_accum": 2, "dropout": dropout}
+@pytest.mark.parametrize(
+    ("method", "init"), [("lora", "default"), ("qalora", "default"), ("qlora", "loftq")]
+)
+def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(tiny_base, rows, tmp_path, method, init):
+    common = {"method": method, "init": init, "steps": 8, "save_every": 3, "grad_accum": 2}
+    common["dropout"] = 0.1 if method == "lora" else 0.0
     whole = settings(tiny_base, rows, tmp_path / "whole", **common)
     graft.finetune(whole)
 

@@ -162,7 +162,8 @@ def test_only_a_grid_absorbs_and_only_a_grid_is_solved_for(weight_format) -> Non
     move = None if shape is None else torch.zeros(shape.shape, dtype=torch.float64)
     absorbed = weight_format.absorb(weight_format.pack(torch.randn(4, 64)), GridUpdate(None, move))
     assert (absorbed is not None) == (weight_format.name in ("int", "latent"))
-    assert isinstance(weight_format, GridFormat) == (weight_format.name in ("int", "nf4", "fp4"))
+    solved = ("int", "latent", "nf4", "fp4")
+    assert isinstance(weight_format, GridFormat) == (weight_format.name in solved)
 
 
 def test_unknown_formats_and_options_are_told() -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Method = Literal["lora", "qlora", "qalora", "affine", "merge_aware", "full"]
+Init = Literal["default", "loftq"]
 
 GRID_METHODS: dict[str, str] = {"qalora": "int", "affine": "int", "merge_aware": "latent"}
 """Methods that merge exactly into weights of the int format, and the format that they train on."""
@@ -25,6 +26,11 @@ class AdapterConfig:
     """Numerator of the scaling alpha/rank; None means rank, so that the scaling is 1."""
     rslora: bool = False
     """Scale by alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)."""
+    init: Init = "default"
+    """How the adapter starts. default: as no update at all; loftq: as the low-rank part of what
+    rounding takes from the weights (arXiv 2310.08659; lora and qlora on quantised weights)."""
+    loftq_rounds: int = 5
+    """Times that loftq rounds the weights and fits the adapter to the rest in turn."""
     dropout: float = 0.0
     """Probability of dropping an input of the low-rank path (lora and qlora only)."""
     adapter_bias: bool = False

@@ -40,27 +40,33 @@ class MergeResult:
 
 
 def merge(
-    layer: AdaptedLinear, target: WeightFormat | None = None, base: FrozenLinear | None = None
+    layer: AdaptedLinear,
+    target: WeightFormat | None = None,
+    base: FrozenLinear | None = None,
+    start: str | None = None,
 ) -> MergeResult:
     """Fold the active adapters into a new frozen layer; the adapted layer is left as it is.
 
     With target None the result is exact wherever it can be: grid adapters alone keep the base's
     format with moved statistics; anything else becomes dense float32. A given target is packed
     to, rounding the update with the weight. With `base` the update is added to that layer's weight
-    instead of the one it was trained on. The error says what all of this costs.
+    instead of the one it was trained on; `start` then names the layer's adapter as it was before
+    the first step, when that made up for the rounding of the trained weight (LoftQ): only what was
+    trained since is added. The error says what all of this costs.
     """
     with torch.no_grad():
         trained = layer.effective_weight()
-        start = layer.base.dense_weight(torch.float32).double()
+        own = layer.base.dense_weight(torch.float32).double()
         packed = _exact_packed(layer) if base is None and target is None else None
         weight_format = layer.base.weight_format.deployed
         if packed is None:
             weight_format = target or DenseFormat("float32")
-            moved = 0.0 if base is None else base.dense_weight(torch.float32).double() - start
-            packed = weight_format.pack((trained + moved).float())
+            moved = 0.0 if base is None else base.dense_weight(torch.float32).double() - own
+            made_up = 0.0 if start is None else layer.adapter(start).delta(layer.base)
+            packed = weight_format.pack((trained + moved - made_up).float())
         merged = layer.base.replaced(weight_format, packed)
         _add_bias(merged, layer)
-        return MergeResult(merged, _measure(merged, trained, start))
+        return MergeResult(merged, _measure(merged, trained, own))
 
 
 def _exact_packed(layer: AdaptedLinear) -> dict[str, Tensor] | None:
@@ -99,17 +105,18 @@ def merge_adapters(
     model: torch.nn.Module,
     target: WeightFormat | None = None,
     bases: Mapping[str, FrozenLinear] | None = None,
+    start: str | None = None,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> dict[str, MergeError]:
     """Merge every adapted layer of a model in place, one at a time; return each layer's error.
 
-    `target` and the layer's own entry in `bases` are as in `merge`. `on_layer` is called with
-    (layers done, layers in all).
+    `target`, `start` and the layer's own entry in `bases` are as in `merge`. `on_layer` is called
+    with (layers done, layers in all).
     """
     layers = list(adapted_layers(model))
     errors = {}
     for done, (name, layer) in enumerate(layers, start=1):
-        result = merge(layer, target, None if bases is None else bases[name])
+        result = merge(layer, target, None if bases is None else bases[name], start)
         replace_module(model, name, result.layer)
         errors[name] = result.error
         if on_layer is not None:

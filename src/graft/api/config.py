@@ -7,13 +7,15 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from graft.adapters.config import GRID_METHODS, AdapterConfig
-from graft.calibrate.config import SolverConfig
+from graft.calibrate.config import Solver, SolverConfig
 from graft.data.config import DataConfig
 from graft.errors import raise_problems
 from graft.formats.config import FormatConfig
 from graft.model.config import ModelConfig
 from graft.train.config import LoopConfig
 
+WIDTHS = (2, 3, 4, 8)
+"""What --bits auto chooses from; 8 not where a GGUF is asked for, which cannot hold it."""
 ExportTarget = Literal["gguf", "hf", "peft"]
 
 
@@ -61,8 +63,8 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
     """Return {'format': ..., options}, with the method's defaults filled in; None for dense.
 
     qlora: nf4 with double quantisation; qalora and affine: int, 4 bits, groups of 32; merge_aware:
-    latent, likewise; lora and full: the weights as they are. Raises GraftError with every option
-    that does not fit.
+    latent, likewise; lora and full: the weights as they are. With bits auto it is the format that
+    memory is planned for. Raises GraftError with every option that does not fit.
     """
     defaults = {"qlora": "nf4", **GRID_METHODS}
     name = config.format or defaults.get(method or "", "dense")
@@ -85,6 +87,10 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
         problems.append(
             f"--bits and --group-size belong to the int and latent formats; the format is {name}"
         )
+    if (config.bits == "auto") != (config.budget is not None):
+        problems.append("--bits auto and --budget belong together; give both or neither")
+    if config.bits == "auto" and name == "latent":
+        problems.append("--bits auto chooses widths of the int format; give merge_aware one width")
     if name not in ("nf4", "fp4") and config.double_quant:
         problems.append(f"--double-quant belongs to nf4 and fp4; the format is {name}")
     raise_problems(problems, "format")
@@ -92,11 +98,29 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
         return None
     if name in grouped:
         bits, group_size = config.bits or 4, config.group_size or 32
+        if bits == "auto":
+            # Until the layers are measured: the narrowest width that fills the budget.
+            statistics = 32 / group_size
+            enough = [width for width in WIDTHS if width + statistics >= (config.budget or 0)]
+            bits = (enough or WIDTHS[-1:])[0]
         return {"format": name, "bits": bits, "group_size": group_size}
     if name in ("nf4", "fp4"):
         double_quant = method == "qlora" if config.double_quant is None else config.double_quant
         return {"format": name, "double_quant": double_quant}
     return {"format": name}
+
+
+def check_solver(solver: Solver, description: dict[str, Any] | None) -> None:
+    """Raise GraftError when a solver cannot round to the format of that description."""
+    name = "dense" if description is None else description["format"]
+    problem = None
+    if solver != "rtn" and name == "dense":
+        problem = "there is nothing to quantise; give --format, or drop it"
+    elif solver == "gptq" and name == "int8":
+        problem = f"it rounds to a grid (int, nf4, fp4), which {name} has not; use rtn"
+    elif solver == "hqq" and name != "int":
+        problem = f"it fits the offsets of the int format; {name} has none. Give --format int"
+    raise_problems([] if problem is None else [problem], f"--solver {solver}")
 
 
 def check_train_config(config: TrainConfig) -> None:
@@ -110,6 +134,7 @@ def check_train_config(config: TrainConfig) -> None:
         "epochs": config.epochs,
         "learning_rate": config.learning_rate,
         "alpha": config.alpha,
+        "loftq_rounds": config.loftq_rounds,
         "max_grad_norm": config.max_grad_norm,
         "eval_every": config.eval_every,
         "save_every": config.save_every,
@@ -132,11 +157,31 @@ def check_train_config(config: TrainConfig) -> None:
             )
         if config.adapter_bias:
             problems.append(f"--adapter-bias belongs to lora and qlora, not to {config.method}")
-    if config.solver == "gptq" and config.method in ("lora", "full") and config.format is None:
-        problems.append(f"--solver gptq: method {config.method} quantises nothing; drop it")
+    if config.init == "loftq":
+        problems += _loftq_problems(config)
     if "peft" in config.export and config.method in ("affine", "merge_aware", "full"):
         problems.append(f"--export peft: PEFT has no {config.method} adapter")
     raise_problems(problems, "configuration")
+
+
+def _loftq_problems(config: TrainConfig) -> list[str]:
+    problems = []
+    if config.method not in ("lora", "qlora"):
+        problems.append(
+            f"--init loftq starts a low-rank update beside the weights; method {config.method} has "
+            "none. Drop it, or use qlora"
+        )
+    elif config.method == "lora" and config.format in (None, "dense"):
+        problems.append(
+            "--init loftq makes up for rounding, and method lora without --format rounds nothing; "
+            "give --format, or use qlora"
+        )
+    if config.solver == "gptq":
+        problems.append(
+            "--init loftq rounds each weight several times while it is read, and --solver gptq "
+            "needs the whole model; use rtn or hqq"
+        )
+    return problems
 
 
 def as_plain(config: Any) -> dict[str, Any]:

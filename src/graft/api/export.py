@@ -8,10 +8,11 @@ from pathlib import Path
 import torch
 
 from graft.adapters.attach import adapted_layers, adapter_names, frozen_layers, replace_module
+from graft.adapters.config import Init
 from graft.api.config import ExportTarget
 from graft.api.events import Events
 from graft.api.merge import MergeReport, merge_loaded
-from graft.api.run_folder import load_any
+from graft.api.run_folder import is_run, load_any, read_run_config
 from graft.errors import GraftError
 from graft.export.gguf_export import export_gguf
 from graft.export.gguf_plan import Unquantised
@@ -55,7 +56,8 @@ def export_model(
         raise GraftError(f"{target} exists already; choose another name or remove it")
     loaded = load_any(model)
     if to == "peft":
-        return _export_peft(loaded, target)
+        init = read_run_config(Path(model)).init if is_run(Path(model)) else "default"
+        return _export_peft(loaded, target, init)
     merged = None
     if adapter_names(loaded.model):
         merged = _merge_for_export(loaded, to, requantize, events)
@@ -122,12 +124,20 @@ def _export_hf(loaded: LoadedModel, path: Path, merged: MergeReport | None) -> E
     return ExportReport(path, _folder_bytes(path), merged, notes)
 
 
-def _export_peft(loaded: LoadedModel, path: Path) -> ExportReport:
+def _export_peft(loaded: LoadedModel, path: Path, init: Init) -> ExportReport:
     names = adapter_names(loaded.model)
     if not names:
         raise GraftError("--to peft exports an adapter, and this model carries none; give a RUN")
-    save_adapter(loaded.model, path, names[0], base=str(loaded.folder), as_lora=True)
-    return ExportReport(path, _folder_bytes(path), None, ())
+    base = str(loaded.folder)
+    save_adapter(loaded.model, path, names[0], base=base, as_lora=True, init=init)
+    notes: tuple[str, ...] = ()
+    if init == "loftq":
+        notes = (
+            f"started as loftq: it makes up for the rounding of the quantised base in {base}, and "
+            "belongs on those weights (dequantised: export the base with --to hf), not on the "
+            "original ones",
+        )
+    return ExportReport(path, _folder_bytes(path), None, notes)
 
 
 def _folder_bytes(folder: Path) -> int:

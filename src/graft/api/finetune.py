@@ -14,8 +14,17 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from graft.adapters.attach import adapter_parameters, attach_adapter
+from graft.adapters.base import lora_scaling
 from graft.adapters.config import GRID_METHODS
-from graft.api.config import TrainConfig, as_plain, check_train_config, format_description
+from graft.adapters.loftq import LoftQ, start_adapters
+from graft.api.config import (
+    WIDTHS,
+    TrainConfig,
+    as_plain,
+    check_solver,
+    check_train_config,
+    format_description,
+)
 from graft.api.config_file import write_yaml
 from graft.api.events import Events
 from graft.api.export import export_model
@@ -28,6 +37,7 @@ from graft.api.run_folder import (
     CONFIG,
     METRICS,
     MODEL,
+    START,
     PromptStyle,
     is_run,
     load_run_base,
@@ -90,13 +100,16 @@ def finetune(config: TrainConfig, events: Events | None = None) -> RunReport:
     prepared = _prepare(config, events)
     if not config.resume:
         _make_run_folder(run, prepared)
+    loftq = _loftq(config)
     try:
-        loaded = _load_base(prepared, run, events)
+        loaded = _load_base(prepared, run, loftq, events)
     except BaseException:
         if not config.resume:
             shutil.rmtree(run, ignore_errors=True)
         raise
     parameters = _make_trainable(loaded, prepared)
+    if loftq is not None and not config.resume:
+        _start_adapters(loaded, loftq, run, events)
     metrics = _train(loaded, prepared, parameters, run, events)
     _save_result(loaded, config, run)
     report = make_report(
@@ -195,6 +208,7 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
 
 def _weight_format(config: TrainConfig) -> WeightFormat | None:
     description = format_description(config, config.method)
+    check_solver(config.solver, description)
     return None if description is None else parse_format(description)
 
 
@@ -229,6 +243,8 @@ def _make_run_folder(run: Path, prepared: _Prepared) -> None:
         resolved["format"] = prepared.weight_format.name
         resolved |= {key: options[key] for key in ("bits", "group_size") if key in options}
         resolved |= {key: options[key] for key in ("double_quant",) if key in options}
+    if prepared.config.bits == "auto":
+        resolved["bits"] = "auto"
     del resolved["resume"]
     try:
         run.mkdir(parents=True)
@@ -239,7 +255,14 @@ def _make_run_folder(run: Path, prepared: _Prepared) -> None:
         raise GraftError(f"{run} cannot be written: {error.strerror}") from error
 
 
-def _load_base(prepared: _Prepared, run: Path, events: Events) -> LoadedModel:
+def _loftq(config: TrainConfig) -> LoftQ | None:
+    if config.init != "loftq":
+        return None
+    scaling = lora_scaling(config.rank, config.alpha, config.rslora)
+    return LoftQ(config.rank, scaling, config.loftq_rounds)
+
+
+def _load_base(prepared: _Prepared, run: Path, loftq: LoftQ | None, events: Events) -> LoadedModel:
     config = prepared.config
     if config.resume and ((run / BASE).is_dir() or (run / BASE_REFERENCE).is_file()):
         return load_run_base(run, config, _dtype_name(config), config.device)
@@ -254,6 +277,9 @@ def _load_base(prepared: _Prepared, run: Path, events: Events) -> LoadedModel:
         calibration=prepared.training.examples[: config.calibration_rows],
         damping=config.damping,
         events=events,
+        loftq=loftq,
+        budget=config.budget,
+        widths=[bits for bits in WIDTHS if bits != 8 or "gguf" not in config.export],
     )
     if prepared.weight_format is None:
         write_base_reference(run, prepared.folder)
@@ -284,6 +310,21 @@ def _make_trainable(loaded: LoadedModel, prepared: _Prepared) -> dict[str, nn.Pa
         parameter.requires_grad_(True)
     use_own_pointwise(model)  # which leaves norms that train
     return chosen
+
+
+def _start_adapters(loaded: LoadedModel, loftq: LoftQ, run: Path, events: Events) -> None:
+    """Start the adapters where LoftQ left them, and keep that start beside the run.
+
+    A resumed run has the adapter in its checkpoint; the start is for a merge into another base.
+    """
+    start_adapters(loaded.model, loftq.starts)
+    if (run / START).is_dir():
+        shutil.rmtree(run / START)
+    save_adapter(loaded.model, run / START, base=str(run / BASE), init="loftq")
+    events.note(
+        f"loftq: with the adapter's start the weights' squared error is {loftq.left():.2f} times "
+        "that of rounding alone"
+    )
 
 
 def _train(
@@ -325,4 +366,4 @@ def _save_result(loaded: LoadedModel, config: TrainConfig, run: Path) -> None:
         save_model(loaded, run / MODEL)
     else:
         base = run / BASE if (run / BASE).is_dir() else Path(config.model)
-        save_adapter(loaded.model, run / ADAPTER, base=str(base))
+        save_adapter(loaded.model, run / ADAPTER, base=str(base), init=config.init)

@@ -9,13 +9,19 @@ from typing import Literal
 
 import torch
 
-from graft.adapters.attach import adapted_layers, frozen_layers
+from graft.adapters.attach import (
+    activate_adapters,
+    adapted_layers,
+    adapter_names,
+    frozen_layers,
+)
 from graft.adapters.merge import merge_adapters
 from graft.api.events import Events
-from graft.api.run_folder import MODEL, is_run, load_any, read_run_config
+from graft.api.run_folder import MODEL, START, is_run, load_any, read_run_config
 from graft.errors import GraftError
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
+from graft.model.adapter_files import load_adapter
 from graft.model.load import LoadedModel, load_model
 from graft.model.save import save_model, write_json
 from graft.model.targets import freeze_layers
@@ -66,8 +72,10 @@ def merge(
 
     qalora and affine merge exactly into the INT weights they were trained on. lora and qlora merge
     into the weights that they were trained on, dequantised (into='trained'), or into the original
-    base (into='original'), stored in `dtype` (auto: the source's dtype). Whatever was rounded is in
-    the report. Raises GraftError when the run is not finished or when `out` exists.
+    base (into='original'; of an adapter that started as LoftQ only what was trained since, as its
+    start makes up for a rounding that the original has not), stored in `dtype` (auto: the source's
+    dtype). Whatever was rounded is in the report. Raises GraftError when the run is not finished or
+    when `out` exists.
     """
     events = events or Events()
     target = Path(out)
@@ -80,8 +88,14 @@ def merge(
         raise GraftError(f"{run} trained the whole model; it lies merged in {run / MODEL}")
     loaded = load_any(run, device=device)
     merged_dtype = loaded.source_dtype if dtype == "auto" else getattr(torch, dtype)
-    original = _original_base(run, device) if into == "original" else None
-    report = merge_loaded(loaded, original=original, dtype=merged_dtype, events=events)
+    original, start = None, None
+    if into == "original":
+        original = _original_base(run, device)
+        if (run / START).is_dir():
+            start, active = START, adapter_names(loaded.model)
+            load_adapter(loaded.model, run / START, start)
+            activate_adapters(loaded.model, active)
+    report = merge_loaded(loaded, original=original, start=start, dtype=merged_dtype, events=events)
     save_model(loaded, target, merged_dtype)
     write_json(target / MERGE_REPORT, asdict(report))
     return report
@@ -91,6 +105,7 @@ def merge_loaded(
     loaded: LoadedModel,
     *,
     original: LoadedModel | None = None,
+    start: str | None = None,
     dtype: torch.dtype = torch.float32,
     target: WeightFormat | None = None,
     events: Events | None = None,
@@ -98,7 +113,7 @@ def merge_loaded(
     """Merge the active adapters of a loaded model in place and measure what that changed.
 
     `target` re-quantises to a format; else grid adapters keep theirs and the rest becomes dense in
-    `dtype`.
+    `dtype`. `start` names the adapter as it started, where that is to be left out of `original`.
     """
     events = events or Events()
     model = loaded.model
@@ -120,7 +135,7 @@ def merge_loaded(
         freeze_layers(original.model, list(layers))
         bases = {name: layer for name, layer in frozen_layers(original.model) if name in layers}
     errors = merge_adapters(
-        model, target, bases, lambda done, total: events.progress("merging", done, total)
+        model, target, bases, start, lambda done, total: events.progress("merging", done, total)
     )
     into = "the original base" if bases is not None else f"{(target or base_format).name} weights"
     merged = _probe(loaded)

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from graft.api.config import QuantizeConfig, format_description
+from graft.adapters.loftq import LoftQ
+from graft.api.config import WIDTHS, QuantizeConfig, check_solver, format_description
 from graft.api.events import Events
+from graft.calibrate.config import Solver
 from graft.calibrate.driver import calibrate_model
+from graft.calibrate.hqq import hqq_pack
+from graft.calibrate.widths import choose_widths
 from graft.data.config import DataConfig
 from graft.data.encode import Example
 from graft.data.load import load_examples, resolve_max_length
 from graft.errors import GraftError
-from graft.formats.base import GridFormat, WeightFormat
+from graft.formats.base import Packed, WeightFormat
+from graft.formats.int_group import IntGroupFormat
 from graft.formats.registry import parse_format
-from graft.model.load import LoadedModel, load_model
+from graft.model.load import LoadedModel, PackLayer, load_model
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
 
@@ -29,17 +37,40 @@ def load_quantised(
     dtype: str,
     device: str,
     trust_remote_code: bool,
-    solver: str,
+    solver: Solver,
     calibration: Sequence[Example],
     damping: float,
     events: Events,
+    loftq: LoftQ | None = None,
+    budget: float | None = None,
+    widths: Sequence[int] = WIDTHS,
 ) -> LoadedModel:
     """Load a base model with its target layers in a weight format; see `load_model`.
 
-    rtn rounds each weight while it is read; gptq loads the whole model first and quantises it layer
-    by layer on the calibration rows.
+    rtn and hqq round each weight while it is read; gptq loads the whole model first and quantises
+    it layer by layer on the calibration rows. With `loftq` each layer is rounded together with the
+    start of its adapter. With a `budget` of bits per weight the model is first read as it is, to
+    choose a width out of `widths` for each layer.
     """
-    at_once = weight_format if solver == "rtn" else None
+    formats: WeightFormat | Mapping[str, WeightFormat] | None = weight_format
+    batches = [torch.tensor([example.input_ids]) for example in calibration]
+    if budget is not None:
+        assert isinstance(weight_format, IntGroupFormat)
+        dense = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+        names = select_targets(dense.model, targets)
+        freeze_layers(dense.model, names)
+        candidates = [dataclasses.replace(weight_format, bits=bits) for bits in widths]
+        formats = choose_widths(
+            dense.model,
+            names,
+            batches,
+            candidates,
+            budget,
+            lambda done, total: events.progress("choosing widths", done, total),
+        )
+        del dense
+        events.note(_widths_note(formats))
+    at_once = None if solver == "gptq" else formats
     loaded = load_model(
         model,
         weight_format=at_once,
@@ -47,23 +78,17 @@ def load_quantised(
         dtype=dtype,
         device=device,
         trust_remote_code=trust_remote_code,
+        pack=_rounding(solver, loftq),
         on_tensor=lambda done, total: events.progress("reading the model", done, total),
     )
-    if weight_format is not None and solver == "gptq":
-        if not isinstance(weight_format, GridFormat):
-            raise GraftError(
-                f"--solver gptq rounds to a grid, which {weight_format.name} has not; use rtn"
-            )
+    if formats is not None and solver == "gptq":
         names = select_targets(loaded.model, targets)
         freeze_layers(loaded.model, names)
-        batches = [
-            torch.tensor([example.input_ids], device=loaded.model.device) for example in calibration
-        ]
         reports = calibrate_model(
             loaded.model,
             names,
             batches,
-            weight_format,
+            formats,
             damping,
             lambda done, total: events.progress("gptq", done, total),
         )
@@ -76,6 +101,28 @@ def load_quantised(
     return loaded
 
 
+def _widths_note(formats: Mapping[str, IntGroupFormat]) -> str:
+    counts = Counter(chosen.bits for chosen in formats.values())
+    return "widths: " + ", ".join(
+        f"{counts[bits]} layers of {bits} bits" for bits in sorted(counts)
+    )
+
+
+def _rounding(solver: Solver, loftq: LoftQ | None) -> PackLayer:
+    """Return how the weight of one layer is rounded by itself."""
+
+    def alone(weight: Tensor, weight_format: WeightFormat) -> Packed:
+        if solver == "hqq":
+            return hqq_pack(weight, weight_format)
+        return weight_format.pack(weight)
+
+    if loftq is None:
+        return lambda _, weight, weight_format: alone(weight, weight_format)
+    return lambda name, weight, weight_format: loftq.pack(
+        name, weight, weight_format, lambda moved: alone(moved, weight_format)
+    )
+
+
 def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
     """Write a quantised model folder to config.out, which `graft.load` maps; return its path.
 
@@ -85,8 +132,10 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
     description = format_description(config, None)
     if description is None:
         raise GraftError("--format says nothing to quantise to; give nf4, fp4, int8 or int")
-    if config.solver == "gptq" and config.data is None:
-        raise GraftError("--solver gptq needs --data, whose text calibrates it")
+    check_solver(config.solver, description)
+    measured = "--solver gptq" if config.solver == "gptq" else "--bits auto"
+    if config.data is None and (config.solver == "gptq" or config.bits == "auto"):
+        raise GraftError(f"{measured} needs --data, whose text calibrates it")
     out = Path(config.out)
     if out.exists():
         raise GraftError(f"{out} exists already; choose another name or remove it")
@@ -101,13 +150,14 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
         calibration=_calibration(config),
         damping=config.damping,
         events=events,
+        budget=config.budget,
     )
     save_model(loaded, out)
     return out
 
 
 def _calibration(config: QuantizeConfig) -> list[Example]:
-    if config.solver != "gptq" or config.data is None:
+    if config.data is None or (config.solver != "gptq" and config.bits != "auto"):
         return []
     from graft.model.load import find_folder, read_config, read_tokenizer
 

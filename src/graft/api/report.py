@@ -40,6 +40,8 @@ class RunReport:
     """Tokens computed per second of training steps, padding included."""
     peak_memory_bytes: int
     planned_memory_bytes: int
+    init: str
+    """How the adapter started: default or loftq."""
     checkpointing: str
     """What the layers kept for the backward pass, and why."""
     trainable_parameters: int
@@ -87,6 +89,7 @@ def make_report(
         tokens_per_second=tokens / spent,
         peak_memory_bytes=peak_bytes(next(model.parameters()).device),
         planned_memory_bytes=plan.peak_bytes,
+        init=config.init,
         checkpointing=plan.checkpointing_reason,
         trainable_parameters=trainable,
         total_parameters=plan.total_parameters,

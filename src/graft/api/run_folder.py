@@ -1,7 +1,8 @@
 """The folder of a run: what lies where, and how a model is loaded back from it.
 
 RUN/: config.yaml (resolved), prompt.json, base/ (packed) or base.json (a path with its
-fingerprint), adapter/ or model/ (method full), metrics.jsonl, checkpoints/, report.json, report.md,
+fingerprint), adapter/ or model/ (method full), start/ (the adapter before the first step, where it
+was not zero), metrics.jsonl, checkpoints/, report.json, report.md,
 plots/loss.png.
 """
 
@@ -31,6 +32,7 @@ PROMPT = "prompt.json"
 BASE = "base"
 BASE_REFERENCE = "base.json"
 ADAPTER = "adapter"
+START = "start"
 MODEL = "model"
 METRICS = "metrics.jsonl"
 REPORT = "report.json"

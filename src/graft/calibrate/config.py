@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Solver = Literal["rtn", "gptq"]
+Solver = Literal["rtn", "gptq", "hqq"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,8 +14,9 @@ class SolverConfig:
 
     solver: Solver = "rtn"
     """rtn: round each weight to the nearest value, data-free; gptq: round column by column and let
-    the columns that follow make up for the error on calibration text (arXiv 2210.17323)."""
+    the columns that follow make up for the error on calibration text (arXiv 2210.17323); hqq: fit
+    the offsets of the int format to a sparse error, data-free."""
     calibration_rows: int = 128
-    """Rows of the training data that gptq calibrates on."""
+    """Rows of the data that gptq calibrates on, and that --bits auto measures the layers on."""
     damping: float = 0.01
     """Added to the Hessian's diagonal, as a fraction of its mean (gptq)."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from graft.adapters.attach import replace_module
+from graft.calibrate.chain import StageChain
 from graft.calibrate.gptq import HessianSum, gptq_pack, output_error, require_grid
 from graft.errors import GraftError, raise_problems
 from graft.formats.base import WeightFormat
@@ -26,34 +26,39 @@ class LayerReport:
     rtn: float
     """The same of round to nearest, for comparison."""
     tokens: int
-    """Inputs that the layer saw; with none, GPTQ is round to nearest."""
-
-
-class _StageDone(Exception):  # noqa: N818  (control flow, never seen outside)
-    """Ends a forward pass once the stage's inputs are known."""
+    """Inputs that the layer saw; with none, GPTQ rounds to the nearest value of its grid."""
 
 
 def calibrate_model(
     model: nn.Module,
     layer_names: Sequence[str],
     batches: Sequence[Tensor],
-    weight_format: WeightFormat,
+    weight_format: WeightFormat | Mapping[str, WeightFormat],
     damping: float = 0.01,
     on_layer: Callable[[int, int], None] | None = None,
 ) -> dict[str, LayerReport]:
     """Replace the named dense frozen layers by GPTQ-rounded ones and report each one's error.
 
     One decoder layer's targets are one stage. A stage's Hessians come from forward passes in
-    which all stages before it are rounded already; each pass ends with the stage's decoder layer,
-    so n decoder layers cost about n/2 full forward passes over the batches.
+    which all stages before it are rounded already. The hidden states between two decoder layers
+    are kept, so that all of it costs about three forward passes over the batches, and the memory
+    of one hidden state per token. A stage whose input is not the output of the stage before (the
+    head, or a layer behind one that is not quantised) runs the model from its start instead.
 
+    weight_format: one for all, or one by layer name.
     batches: input_ids int64 [rows, tokens], without padding: every position counts.
     on_layer(done, total) is called after each layer.
 
     Raises GraftError, before anything is changed, when a name is no dense frozen layer, when there
     is nothing to calibrate on, or when the format has no grid.
     """
-    require_grid(weight_format)
+    formats = (
+        weight_format
+        if isinstance(weight_format, Mapping)
+        else dict.fromkeys(layer_names, weight_format)
+    )
+    for chosen in formats.values():
+        require_grid(chosen)
     problems = [problem for name in layer_names if (problem := _unfit(model, name))]
     if not any(batch.numel() for batch in batches):
         problems.append("no calibration tokens; give --data with at least one row")
@@ -61,10 +66,13 @@ def calibrate_model(
     reports: dict[str, LayerReport] = {}
     was_training = model.training
     model.eval()
-    for stage, names in stages(model, layer_names).items():
-        hessians = _collect(model, stage, names, batches)
+    grouped = stages(model, layer_names)
+    chain = StageChain(model, list(grouped), batches)
+    for stage, names in grouped.items():
+        hessians = {name: _hessian_sum(_frozen(model, name)) for name in names}
+        chain.run(stage, [(_frozen(model, name), hessians[name]) for name in names])
         for name in names:
-            reports[name] = _quantise(model, name, hessians.pop(name), weight_format, damping)
+            reports[name] = _quantise(model, name, hessians.pop(name), formats[name], damping)
             if on_layer is not None:
                 on_layer(len(reports), len(layer_names))
     model.train(was_training)
@@ -106,33 +114,8 @@ def _frozen(model: nn.Module, name: str) -> FrozenLinear:
     return layer
 
 
-@torch.no_grad()
-def _collect(
-    model: nn.Module, stage: str, names: Sequence[str], batches: Sequence[Tensor]
-) -> dict[str, HessianSum]:
-    """Run the batches up to the end of a stage and return the Hessian of each layer in it."""
-
-    def collector(hessian: HessianSum) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _, inputs: hessian.add(inputs[0])
-
-    def stop(*_: object) -> None:
-        raise _StageDone
-
-    hessians = {}
-    with ExitStack() as hooks:
-        for name in names:
-            layer = _frozen(model, name)
-            hessians[name] = HessianSum(layer.in_features, next(layer.parameters()).device)
-            handle = layer.register_forward_pre_hook(collector(hessians[name]))
-            hooks.callback(handle.remove)
-        hooks.callback(model.get_submodule(stage).register_forward_hook(stop).remove)
-        device = next(model.parameters()).device
-        for batch in batches:
-            try:
-                model(input_ids=batch.to(device))
-            except _StageDone:
-                continue
-    return hessians
+def _hessian_sum(layer: FrozenLinear) -> HessianSum:
+    return HessianSum(layer.in_features, next(layer.parameters()).device)
 
 
 @torch.no_grad()

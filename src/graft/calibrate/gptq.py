@@ -9,8 +9,7 @@ from graft.errors import GraftError
 from graft.formats.base import GridFormat, WeightFormat
 
 BLOCK_COLUMNS = 128
-"""Columns between two updates of the rest; every group size divides it, so that a group's columns
-are up to date when its grid is fitted."""
+"""Columns between two updates of the rest."""
 
 
 class HessianSum:
@@ -47,8 +46,11 @@ def gptq_pack(
 
     Algorithm 1 of GPTQ (arXiv 2210.17323): with U the upper Cholesky factor of the inverse
     Hessian, column j is rounded to q and every later column k moves by -(w_j - q) U[j,k] / U[j,j].
-    Written over the grid interface, so it serves any format that has a grid; float64 throughout,
-    but for the rounding itself.
+    Columns go by descending diagonal of the Hessian ("act-order"), so that those that matter most
+    are rounded while most others can still make up for them. The grids are fitted beforehand, to
+    the original weight in the groups of the packed layout ("static groups"), weighted by that
+    diagonal, and once more at the end to the codes. Written over the grid interface, so it serves
+    any format that has a grid; float64 throughout, but for the rounding itself.
 
     weight [out_features, in_features]; hessian [in_features, in_features], the sum of x xᵀ. A
     column whose input was always zero is rounded to nearest and moves no other.
@@ -57,21 +59,28 @@ def gptq_pack(
     definite.
     """
     grid_format = require_grid(weight_format)
-    factor = _inverse_factor(hessian.to(weight.device), damping)
+    damped = _damped(hessian.to(weight.device), damping)
+    order = damped.diagonal().argsort(descending=True, stable=True)
+    factor = _inverse_factor(damped[order][:, order], damping)
     # Kept transposed, so that one column is contiguous in memory.
-    rows = weight.double().T.contiguous()
+    rows = weight.double().T[order]
     codes = torch.empty(rows.shape, dtype=torch.uint8, device=rows.device)
-    grid = grid_format.fit_grid(weight.float())
-    for start in range(0, rows.shape[0], BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, rows.shape[0])
+    values = torch.empty_like(rows)
+    grid = grid_format.fit_grid(weight.float(), damped.diagonal())
+    columns = order.tolist()
+    for start in range(0, len(columns), BLOCK_COLUMNS):
+        stop = min(start + BLOCK_COLUMNS, len(columns))
         errors = torch.empty_like(rows[start:stop])
         for j in range(start, stop):
-            grid_format.refit_grid(grid, rows.T, j)
-            codes[j], rounded = grid_format.round_column(rows[j].float(), grid, j)
+            column = columns[j]
+            values[column] = rows[j]
+            codes[column], rounded = grid_format.round_column(rows[j].float(), grid, column)
             errors[j - start] = (rows[j] - rounded) / factor[j, j]
             rows[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
         rows[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return grid_format.pack_codes(codes.T.contiguous(), grid)
+    chosen = codes.T.contiguous()
+    refitted = grid_format.refit_grid(grid, chosen, weight.float(), damped)
+    return grid_format.pack_codes(chosen, refitted, values.T)
 
 
 def require_grid(weight_format: WeightFormat) -> GridFormat:
@@ -84,8 +93,8 @@ def require_grid(weight_format: WeightFormat) -> GridFormat:
     )
 
 
-def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Return U, upper triangular, with Uᵀ U = inverse of the damped Hessian; float64."""
+def _damped(hessian: Tensor, damping: float) -> Tensor:
+    """Return the Hessian with damping on its diagonal, float64; dead columns get the mean."""
     damped = hessian.double().clone()
     diagonal = damped.diagonal()
     dead = diagonal == 0
@@ -93,6 +102,11 @@ def _inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     diagonal += damping * mean
     # A dead column's row is zero, so any positive entry decouples it from all others.
     diagonal[dead] = mean
+    return damped
+
+
+def _inverse_factor(damped: Tensor, damping: float) -> Tensor:
+    """Return U, upper triangular, with Uᵀ U = inverse of the damped Hessian; float64."""
     lower, failed = torch.linalg.cholesky_ex(damped)
     if not failed:
         factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)

@@ -112,22 +112,37 @@ class WeightFormat(Protocol):
 
 @runtime_checkable
 class GridFormat(WeightFormat, Protocol):
-    """What a solver needs: a grid of representable values per group, rounded to by column."""
+    """What a solver needs: a grid of representable values per group, rounded to by column.
 
-    def fit_grid(self, weight: Tensor) -> dict[str, Tensor]:
-        """Fit the grid's statistics to a weight float32 [out_features, in_features]."""
-        ...
+    Groups are those of the packed layout, whatever the order in which columns are rounded.
+    """
 
-    def refit_grid(self, grid: dict[str, Tensor], weight: Tensor, column: int) -> None:
-        """Fit again, in place, the group that begins at `column`; no-op where none begins."""
+    def fit_grid(self, weight: Tensor, importance: Tensor) -> dict[str, Tensor]:
+        """Fit the grid's statistics to a weight float32 [out_features, in_features].
+
+        importance: positive float64 [in_features], the weight of each input's squared error.
+        """
         ...
 
     def round_column(self, values: Tensor, grid: Packed, column: int) -> tuple[Tensor, Tensor]:
         """Round values float32 [out_features]; returns (codes uint8, rounded values float32)."""
         ...
 
-    def pack_codes(self, codes: Tensor, grid: Packed) -> dict[str, Tensor]:
-        """Pack codes uint8 [out_features, in_features] and the grid."""
+    def refit_grid(
+        self, grid: Packed, codes: Tensor, weight: Tensor, hessian: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the statistics that suit codes uint8 [out_features, in_features] best.
+
+        What is made small is trace((W - Q) H (W - Q)ᵀ), for a positive definite hessian float64
+        [in_features, in_features]; a format that cannot do better returns the grid as it is.
+        """
+        ...
+
+    def pack_codes(self, codes: Tensor, grid: Packed, values: Tensor) -> dict[str, Tensor]:
+        """Pack codes uint8 [out_features, in_features] and the grid.
+
+        values: float [out_features, in_features], what was rounded to the codes.
+        """
         ...
 
 

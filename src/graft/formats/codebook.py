@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.formats.base import GridUpdate, Packed, TensorSpec
+from graft.formats.grid_fit import fit_absmax
 from graft.kernels import ops
 from graft.kernels.codebooks import CODEBOOK_NAMES, codebook, quantisation_bounds
 from graft.kernels.weights import NESTED_BLOCK_SIZE, Layout, Weight, plain_absmax
@@ -92,15 +93,14 @@ class CodebookFormat:
 
     # What a solver needs ---------------------------------------------------------------------
 
-    def fit_grid(self, weight: Tensor) -> dict[str, Tensor]:
-        """Return absmax float32 [blocks] as it will be stored, and the weight's shape."""
-        _, absmax = ops.codebook_quantize(weight.float().contiguous(), self.name, BLOCK_SIZE)
+    def fit_grid(self, weight: Tensor, importance: Tensor) -> dict[str, Tensor]:
+        """Return absmax float32 [blocks], also as it will be stored, and the weight's shape."""
+        _, largest = ops.codebook_quantize(weight.float().contiguous(), self.name, BLOCK_SIZE)
+        values = codebook(self.name).to(weight.device).sort().values
+        absmax = fit_absmax(weight, importance, largest, values, BLOCK_SIZE)
         packed = self._pack_absmax(absmax)
         stored = plain_absmax(packed["absmax"], *self._nested(packed))
         return {"absmax": absmax, "stored_absmax": stored, "shape": torch.tensor(weight.shape)}
-
-    def refit_grid(self, grid: dict[str, Tensor], weight: Tensor, column: int) -> None:
-        """Keep the first fit: a block may hold columns that are not rounded yet."""
 
     def round_column(self, values: Tensor, grid: Packed, column: int) -> tuple[Tensor, Tensor]:
         """Round values float32 [out_features] of one column to the nearest representable ones."""
@@ -114,7 +114,15 @@ class CodebookFormat:
         ]
         return codes, codebook(self.name).to(values.device)[codes.long()] * absmax
 
-    def pack_codes(self, codes: Tensor, grid: Packed) -> dict[str, Tensor]:
+    def refit_grid(
+        self, grid: Packed, codes: Tensor, weight: Tensor, hessian: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the grid as it is: a block may straddle rows, which a Hessian does not couple."""
+        return dict(grid)
+
+    def pack_codes(
+        self, codes: Tensor, grid: Packed, values: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Pack codes uint8 [out_features, in_features] and the grid's absmax."""
         flat = codes.reshape(-1)
         if flat.numel() % 2:

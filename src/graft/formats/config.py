@@ -15,8 +15,12 @@ class FormatConfig:
     format: FormatName | None = None
     """dense, nf4, fp4, int8, int (group-wise integers with float offsets), or latent (int, rounded
     anew from the weight, which is kept in bf16: for merge_aware)."""
-    bits: int | None = None
-    """Bits per code of the int and latent formats: 2, 3, 4 (default) or 8."""
+    bits: int | Literal["auto"] | None = None
+    """Bits per code of the int and latent formats: 2, 3, 4 (default) or 8; auto gives each layer
+    its own width, by how much rounding it moves the loss on calibration text, within --budget."""
+    budget: float | None = None
+    """Bits per weight that --bits auto may take on average over the quantised layers, scales and
+    offsets included (with groups of 32: 3.0 is all 2-bit codes, 5.0 all 4-bit ones)."""
     group_size: int | None = None
     """Inputs that share a scale and an offset in the int and latent formats: 8, 16, 32 (default),
     64 or 128."""

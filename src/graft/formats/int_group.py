@@ -10,9 +10,10 @@ from torch import Tensor
 
 from graft.errors import GraftError
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled, TensorSpec
+from graft.formats.grid_fit import fit_affine, refit_affine
 from graft.kernels import affine_ops, low_rank_ops, ops
 from graft.kernels.packing import PLANES, pack_codes, plane_bytes
-from graft.kernels.reference import fit_groups, nearest_codes, round_once
+from graft.kernels.reference import nearest_codes, round_once
 from graft.kernels.weights import Layout, Weight
 
 GROUP_SIZES = (8, 16, 32, 64, 128)
@@ -181,20 +182,16 @@ class IntGroupFormat:
 
     # What a solver needs ---------------------------------------------------------------------
 
-    def fit_grid(self, weight: Tensor) -> dict[str, Tensor]:
-        """Return scales and offsets [out_features, groups] from the groups' minima and maxima."""
-        scales, offsets = fit_groups(
-            weight, self.bits, self.group_size, self._dtype, _SMALLEST_SCALE
-        )
-        return {"scales": scales, "offsets": offsets}
+    def fit_grid(self, weight: Tensor, importance: Tensor) -> dict[str, Tensor]:
+        """Return scales and offsets [out_features, groups] of small weighted squared error.
 
-    def refit_grid(self, grid: dict[str, Tensor], weight: Tensor, column: int) -> None:
-        """Fit again, in place, the group that begins at `column`."""
-        if column % self.group_size == 0:
-            group = column // self.group_size
-            fitted = self.fit_grid(weight[:, column : column + self.group_size])
-            for name, statistic in fitted.items():
-                grid[name][:, group] = statistic[:, 0]
+        Raises GraftError when they are not finite.
+        """
+        scales, offsets = fit_affine(
+            weight, importance, self.bits, self.group_size, self._dtype, _SMALLEST_SCALE
+        )
+        _check_finite(scales, offsets, self.statistics)
+        return {"scales": scales, "offsets": offsets}
 
     def round_column(self, values: Tensor, grid: Packed, column: int) -> tuple[Tensor, Tensor]:
         """Round values float32 [out_features] of one column to the nearest representable ones."""
@@ -203,7 +200,19 @@ class IntGroupFormat:
         codes = nearest_codes(values, scales, offsets, self.bits)
         return codes, scales * codes + offsets
 
-    def pack_codes(self, codes: Tensor, grid: Packed) -> dict[str, Tensor]:
+    def refit_grid(
+        self, grid: Packed, codes: Tensor, weight: Tensor, hessian: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the scales and offsets of least output error for these codes."""
+        statistics = grid["scales"], grid["offsets"]
+        scales, offsets = refit_affine(
+            weight, codes, *statistics, hessian, self.group_size, _SMALLEST_SCALE
+        )
+        return {"scales": scales, "offsets": offsets}
+
+    def pack_codes(
+        self, codes: Tensor, grid: Packed, values: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Pack codes uint8 [out_features, in_features] and the grid.
 
         Raises GraftError when the grid is not finite.

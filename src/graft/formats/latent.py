@@ -15,6 +15,10 @@ from graft.formats.int_group import IntGroupFormat
 from graft.kernels import latent_ops
 from graft.kernels.weights import Weight
 
+_WITHIN = 0.47
+"""How far a latent weight may lie from the code that a solver chose, in steps: less than half, so
+that rounding it to bf16 does not choose another."""
+
 
 @dataclass(frozen=True)
 class LatentFormat:
@@ -114,5 +118,37 @@ class LatentFormat:
         )
         high = {"codes_high": codes_high} if self.bits == 3 else {}
         grid = {name: packed[name] for name in ("scales", "offsets")}
+        # The codes answered to the move of W; what is left is that of the grid.
         grid_alone = replace(update, weights=None)
         return self.deployed.absorb({"codes": codes, **high, **grid}, grid_alone)
+
+    # What a solver needs ---------------------------------------------------------------------
+
+    def fit_grid(self, weight: Tensor, importance: Tensor) -> dict[str, Tensor]:
+        """Fit the grid as the int format does."""
+        return self.deployed.fit_grid(weight, importance)
+
+    def refit_grid(
+        self, grid: Packed, codes: Tensor, weight: Tensor, hessian: Tensor
+    ) -> dict[str, Tensor]:
+        """Return the statistics that suit the codes best, as the int format does."""
+        return self.deployed.refit_grid(grid, codes, weight, hessian)
+
+    def round_column(self, values: Tensor, grid: Packed, column: int) -> tuple[Tensor, Tensor]:
+        """Round values of one column as the int format does."""
+        return self.deployed.round_column(values, grid, column)
+
+    def pack_codes(self, codes: Tensor, grid: Packed, values: Tensor) -> dict[str, Tensor]:
+        """Keep the values that were rounded, each within the range that rounds to its code.
+
+        A solver rounds values that make up for earlier errors; kept as the latent weight, they
+        round to the solver's codes again, and say how near each is to another code. Beyond the
+        grid's ends there is no bound.
+        """
+        group = torch.arange(codes.shape[1], device=codes.device) // self.group_size
+        scales, offsets = (grid[name].double()[:, group] for name in ("scales", "offsets"))
+        steps = (values.to(scales) - offsets) / scales
+        low = torch.where(codes == 0, -torch.inf, codes - _WITHIN)
+        high = torch.where(codes == self.deployed.levels, torch.inf, codes + _WITHIN)
+        weight = steps.clamp(low, high) * scales + offsets
+        return self._dense.pack(weight) | {name: grid[name] for name in ("scales", "offsets")}

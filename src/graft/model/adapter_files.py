@@ -18,10 +18,12 @@ from torch import Tensor, nn
 from graft.adapters.affine import AffineAdapter
 from graft.adapters.attach import adapted_layer, adapted_layers, adapter_names, frozen_layers
 from graft.adapters.base import Adapter
+from graft.adapters.config import Init
 from graft.adapters.lora import LoraAdapter
 from graft.adapters.merge_aware import MergeAwareAdapter
 from graft.adapters.qalora import QALoraAdapter
 from graft.errors import GraftError, raise_problems
+from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
 from graft.formats.linear import FrozenLinear
@@ -51,14 +53,20 @@ _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_adapter(
-    model: nn.Module, folder: Path, name: str = "default", base: str = "", as_lora: bool = False
+    model: nn.Module,
+    folder: Path,
+    name: str = "default",
+    base: str = "",
+    as_lora: bool = False,
+    init: Init = "default",
 ) -> None:
     """Write one adapter to a new folder, float32.
 
     lora and qalora are written so that PEFT reads them; affine and merge_aware, which PEFT has not,
     by our own names. With `as_lora` a qalora adapter is written as an ordinary LoRA whose A is
-    repeated group-wise, which every LoRA runtime can serve. Raises GraftError when there is no
-    such adapter, or when `as_lora` is asked of one that is no LoRA.
+    repeated group-wise, which every LoRA runtime can serve. `init` is kept beside it: an adapter
+    that started as loftq belongs on its quantised base and on no other. Raises GraftError when
+    there is no such adapter, or when `as_lora` is asked of one that is no LoRA.
     """
     layers = {
         layer_name: (layer.base, layer.adapter(name))
@@ -97,6 +105,7 @@ def save_adapter(
             "method": "lora" if as_lora else method,
             "base": base,
             "scaling": scalings,
+            "init": init,
         }
         write_json(part / OWN_CONFIG, own)
 
@@ -176,6 +185,13 @@ def load_adapter(
             problems.append(f"tensor {key} belongs to no linear layer of this model")
         else:
             by_layer.setdefault(layer_name, {})[parameter] = tensor
+    if own.get("init") == "loftq":
+        problems += [
+            f"{layer_name} is dense, and this adapter makes up for the rounding of the weights in "
+            f"{own.get('base')!r}: load it on those"
+            for layer_name in by_layer
+            if isinstance(layers[layer_name].weight_format, DenseFormat)
+        ]
     made = {}
     for layer_name, parts in by_layer.items():
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from transformers import (
 
 from graft.adapters.attach import replace_module
 from graft.errors import GraftError, raise_problems
-from graft.formats.base import WeightFormat
+from graft.formats.base import Packed, WeightFormat
 from graft.formats.registry import parse_format
 from graft.model.devices import resolve_device, resolve_dtype
 from graft.model.targets import frozen_linear, linear_layers, linear_shape, select_targets
@@ -38,6 +38,8 @@ warning, but raises when there is none."""
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
+PackLayer = Callable[[str, torch.Tensor, WeightFormat], Packed]
+"""Rounds the weight [out_features, in_features] of the named layer to a format."""
 
 
 @dataclass
@@ -126,16 +128,18 @@ def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) ->
 def load_model(
     model: str,
     *,
-    weight_format: WeightFormat | None = None,
+    weight_format: WeightFormat | Mapping[str, WeightFormat] | None = None,
     targets: Sequence[str] = (),
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
+    pack: PackLayer | None = None,
     on_tensor: OnTensor | None = None,
 ) -> LoadedModel:
     """Load a model folder or hub id, quantising the target layers while they are read.
 
-    With rounding to nearest the peak is the quantised model plus its largest tensor. A folder that
+    The peak is the quantised model plus its largest tensor and what rounding that takes. `pack`
+    rounds a layer's weight (default: the format's own `pack`, to nearest). A folder that
     graft quantised is memory-mapped as it is, and then weight_format must be None. With no
     weight_format every layer stays as it is. Nothing in the result requires a gradient.
 
@@ -157,8 +161,12 @@ def load_model(
                 raise GraftError(
                     f"{folder} is quantised already; load it as it is or start from its base"
                 )
-            formats = dict.fromkeys(select_targets(skeleton, targets), weight_format)
-        loader = _Loader(skeleton, files, formats, bool(stored), compute_dtype, target_device)
+            if isinstance(weight_format, Mapping):
+                formats = dict(weight_format)
+            else:
+                formats = dict.fromkeys(select_targets(skeleton, targets), weight_format)
+        pack = pack or (lambda _, weight, chosen: chosen.pack(weight))
+        loader = _Loader(skeleton, files, formats, bool(stored), compute_dtype, target_device, pack)
         loader.run(on_tensor)
     if generation_config is not None:
         skeleton.generation_config = generation_config
@@ -220,8 +228,9 @@ class _Loader:
         stored: bool,
         dtype: torch.dtype,
         device: torch.device,
+        pack: PackLayer,
     ) -> None:
-        self.model, self.files, self.formats = model, files, formats
+        self.model, self.files, self.formats, self.pack = model, files, formats, pack
         self.stored, self.dtype, self.device = stored, dtype, device
         self.tied = set(model.all_tied_weights_keys)
 
@@ -308,7 +317,8 @@ class _Loader:
             assert key is not None
             weight = self.files.read_once(key).to(self.device)
             try:
-                rounded = weight_format.pack(weight.T.contiguous() if transposed else weight)
+                weight = weight.T.contiguous() if transposed else weight
+                rounded = self.pack(layer, weight, weight_format)
             except GraftError as error:
                 raise GraftError(f"{layer}: {error}") from error
             packed = {name: room[name].copy_(tensor) for name, tensor in rounded.items()}

@@ -1,0 +1,127 @@
+"""LoftQ: a low-rank start that makes up for the rounding of the weight beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from graft.adapters.attach import adapted_layers
+from graft.adapters.lora import LoraAdapter
+from graft.formats.base import Packed, WeightFormat
+
+_OVERSAMPLING = 8
+_POWER_STEPS = 4
+
+
+@dataclass(frozen=True)
+class LoftQStart:
+    """A [k, in_features] and B [out_features, k], float32, k = min(rank, in, out features)."""
+
+    A: Tensor
+    B: Tensor
+    rounding_error: float
+    """Squared error |W - Q|² of rounding alone."""
+    error: float
+    """Squared error |W - Q - s B A|² that is left."""
+
+
+@dataclass
+class LoftQ:
+    """Rounds layers one after another and keeps the start of each one's adapter in `starts`."""
+
+    rank: int
+    scaling: float
+    rounds: int
+    starts: dict[str, LoftQStart] = field(default_factory=dict)
+
+    def pack(
+        self,
+        name: str,
+        weight: Tensor,
+        weight_format: WeightFormat,
+        rounding: Callable[[Tensor], Packed],
+    ) -> Packed:
+        """Return the packed weight of the named layer; see `loftq`."""
+        packed, start = loftq(weight, weight_format, self.rank, self.scaling, self.rounds, rounding)
+        self.starts[name] = start
+        return packed
+
+    def left(self) -> float:
+        """Return the squared error that is left over that of rounding alone, over all layers."""
+        before = sum(start.rounding_error for start in self.starts.values())
+        return sum(start.error for start in self.starts.values()) / before if before else 1.0
+
+
+def loftq(
+    weight: Tensor,
+    weight_format: WeightFormat,
+    rank: int,
+    scaling: float,
+    rounds: int,
+    rounding: Callable[[Tensor], Packed],
+) -> tuple[Packed, LoftQStart]:
+    """Return the packed weight and the A, B with which W is near Q + s B A.
+
+    Algorithm 1 of LoftQ (arXiv 2310.08659), with s = scaling: from A = B = 0 on, in turns
+
+        Q = round(W - s B A);   s B A = the best approximation of rank `rank` to W - Q,
+
+    `rounds` times; of all rounds the one with the least |W - Q - s B A|² is kept. The singular
+    values go to A and B in equal parts.
+
+    weight [out_features, in_features]; `rounding` packs a float32 weight of that shape to the
+    format. Deterministic.
+    """
+    out_features, in_features = weight.shape
+    dense = weight.double()
+    update, best, plain = torch.zeros_like(dense), None, 0.0
+    for index in range(rounds):
+        packed = rounding((dense - update).float())
+        lost = dense - weight_format.unpack(packed, out_features, in_features, torch.float32)
+        left, sizes, right = truncated_svd(lost, rank)
+        roots = (sizes / scaling).sqrt()
+        A, B = (roots[:, None] * right).float(), (left * roots).float()
+        update = (B.double() @ A.double()) * scaling
+        error = (lost - update).square().sum().item()
+        plain = lost.square().sum().item() if index == 0 else plain
+        if best is None or error < best[1].error:
+            best = packed, LoftQStart(A, B, plain, error)
+    assert best is not None, "rounds is at least 1"
+    return best
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the largest singular values s [k] with their vectors u [rows, k] and v [k, columns].
+
+    k = min(rank, rows, columns). Randomised subspace iteration with power steps and a fixed seed
+    (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4): the cost grows with the rank,
+    where a full decomposition of a large layer takes minutes.
+    """
+    rows, columns = matrix.shape
+    rank = min(rank, rows, columns)
+    width = min(rank + _OVERSAMPLING, rows, columns)
+    generator = torch.Generator().manual_seed(0)
+    probes = torch.randn(columns, width, generator=generator, dtype=matrix.dtype)
+    basis = torch.linalg.qr(matrix @ probes.to(matrix.device)).Q
+    for _ in range(_POWER_STEPS):
+        basis = torch.linalg.qr(matrix.T @ basis).Q
+        basis = torch.linalg.qr(matrix @ basis).Q
+    left, sizes, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
+    return basis @ left[:, :rank], sizes[:rank], right[:rank]
+
+
+def start_adapters(model: nn.Module, starts: dict[str, LoftQStart], name: str = "default") -> None:
+    """Set the named LoRA adapter of every layer in `starts` to its start.
+
+    What goes beyond the sides of a small layer stays as it was drawn.
+    """
+    with torch.no_grad():
+        for layer_name, layer in adapted_layers(model):
+            if layer_name in starts and name in layer.adapters:
+                adapter, start = layer.adapter(name), starts[layer_name]
+                assert isinstance(adapter, LoraAdapter)
+                adapter.A[: len(start.A)] = start.A.to(adapter.A)
+                adapter.B[:, : len(start.A)] = start.B.to(adapter.B)
