@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="babyllama-361-1m")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rank", type=int)
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--methods", nargs="+", default=list(BOUNDS))
     parser.add_argument("--rows", nargs="+", default=["text", "completion"])

@@ -29,7 +29,7 @@ def make_adapter(layer: FrozenLinear, config: AdapterConfig) -> Adapter:
         return LoraAdapter(
             layer.in_features,
             layer.out_features,
-            config.rank,
+            config.update_rank,
             config.alpha,
             config.rslora,
             config.dropout,
@@ -47,9 +47,10 @@ def make_adapter(layer: FrozenLinear, config: AdapterConfig) -> Adapter:
             layer.in_features,
             layer.out_features,
             weight_format.groups(layer.in_features),
-            config.rank,
+            config.update_rank,
             config.alpha,
             config.rslora,
+            config.grid_rank,
             device,
         )
     if not isinstance(weight_format, IntGroupFormat):
@@ -62,7 +63,7 @@ def make_adapter(layer: FrozenLinear, config: AdapterConfig) -> Adapter:
             layer.in_features,
             layer.out_features,
             weight_format.group_size,
-            config.rank,
+            config.update_rank,
             config.alpha,
             config.rslora,
             device,

@@ -20,8 +20,11 @@ class AdapterConfig:
     """lora: on the weights as they are; qlora: LoRA on 4-bit NormalFloat; qalora: group-pooled LoRA
     that merges exactly into INT4; affine: scales and offsets of INT4; merge_aware: LoRA inside the
     rounding to INT4, and its scales and offsets; full: all weights."""
-    rank: int = 16
-    """Rank of the low-rank update (not of affine and full)."""
+    rank: int | None = None
+    """Rank of the low-rank update (not of affine and full); 16, and 13 for merge_aware, whose grid
+    trains too, so that it has no more trained parameters."""
+    grid_rank: int = 2
+    """Rank of the moves of the scales, and of those of the offsets (merge_aware)."""
     alpha: float | None = None
     """Numerator of the scaling alpha/rank; None means rank, so that the scaling is 1."""
     rslora: bool = False
@@ -38,3 +41,8 @@ class AdapterConfig:
     targets: tuple[str, ...] = ()
     """Layers to adapt: names, suffixes, or regular expressions; none means every linear layer but
     the output head."""
+
+    @property
+    def update_rank(self) -> int:
+        """The rank of the low-rank update, with the method's default filled in."""
+        return self.rank or (13 if self.method == "merge_aware" else 16)

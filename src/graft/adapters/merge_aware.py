@@ -13,15 +13,21 @@ from graft.formats.latent import LatentFormat
 from graft.formats.linear import FrozenLinear
 from graft.kernels.latent_ops import latent_linear
 
+GRID_PARAMETERS = ("u_A", "u_B", "v_A", "v_B")
+
 
 class MergeAwareAdapter(Adapter):
     """w = scale (1 + u) round((W + s B A - offset) / scale) + offset + scale v, s = alpha/rank.
 
-    A: float32 [rank, in_features], random as LoRA's; B: float32 [out_features, rank], zero; u, v:
-    float32 [out_features, groups], zero. A low-rank update flips codes, as in L4Q (arXiv
-    2402.04902), and the grid moves in units of its own scales, as in affine tuning. What is trained
-    is the int weight itself: the forward computes with the very codes, scales and offsets that a
-    merge keeps. It needs a base in the latent format.
+    A: float32 [rank, in_features], random as LoRA's; B: float32 [out_features, rank], zero;
+    u = u_B u_A and v = v_B v_A [out_features, groups], of rank grid_rank at most, u_A and v_A
+    random, u_B and v_B zero. A low-rank update flips codes, as in L4Q (arXiv 2402.04902), and the
+    grid moves in units of its own scales, as in affine tuning. What is trained is the int weight
+    itself: the forward computes with the very codes, scales and offsets that a merge keeps. It
+    needs a base in the latent format.
+
+    u_A and v_A are uniform with variance 1/grid_rank, so that a step of Adam in u_B moves u by
+    about the step's size, as if u were trained by itself.
     """
 
     method = "merge_aware"
@@ -34,6 +40,7 @@ class MergeAwareAdapter(Adapter):
         rank: int,
         alpha: float | None = None,
         rslora: bool = False,
+        grid_rank: int = 2,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -41,15 +48,27 @@ class MergeAwareAdapter(Adapter):
         self.scaling = lora_scaling(rank, alpha, rslora)
         self.A = nn.Parameter(torch.empty(rank, in_features, device=device))
         self.B = nn.Parameter(torch.zeros(out_features, rank, device=device))
-        self.u = nn.Parameter(torch.zeros(out_features, groups, device=device))
-        self.v = nn.Parameter(torch.zeros(out_features, groups, device=device))
         bound = 1 / math.sqrt(in_features)
         nn.init.uniform_(self.A, -bound, bound)
+        grid_rank = min(grid_rank, groups)
+        bound = math.sqrt(3 / grid_rank)
+        for name in GRID_PARAMETERS:
+            shape = (grid_rank, groups) if name.endswith("_A") else (out_features, grid_rank)
+            parameter = nn.Parameter(torch.zeros(shape, device=device))
+            self.register_parameter(name, parameter)
+            if name.endswith("_A"):
+                nn.init.uniform_(parameter, -bound, bound)
 
     def grid_update(self, packed: Packed) -> GridUpdate:
         """Return weights += s B A, scales += scale u, offsets += scale v."""
         weights = LowRank(self.A, self.B, self.scaling)
-        return GridUpdate(scales=Scaled(self.u), offsets=Scaled(self.v), weights=weights)
+        u, v = self._moves()
+        return GridUpdate(scales=Scaled(u), offsets=Scaled(v), weights=weights)
+
+    def _moves(self) -> tuple[Tensor, Tensor]:
+        """Return u and v, float32 [out_features, groups]."""
+        u_A, u_B, v_A, v_B = (self.get_parameter(name) for name in GRID_PARAMETERS)
+        return u_B @ u_A, v_B @ v_A
 
     def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
         """Return x W'ᵀ, W' the int weight that a merge keeps, with gradients of all that trains."""
@@ -65,8 +84,7 @@ class MergeAwareAdapter(Adapter):
             self.A,
             self.B,
             self.scaling,
-            self.u,
-            self.v,
+            *self._moves(),
             weight_format.bits,
             weight_format.group_size,
         )

@@ -110,6 +110,16 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
     return {"format": name}
 
 
+def chosen_solver(config: SolverConfig, method: str | None = None) -> Solver:
+    """Return the solver, with the method's default filled in."""
+    return config.solver or default_solver(method)
+
+
+def default_solver(method: str | None) -> Solver:
+    """Return the solver of a method's base; what merge_aware ends with hangs on where it starts."""
+    return "gptq" if method == "merge_aware" else "rtn"
+
+
 def check_solver(solver: Solver, description: dict[str, Any] | None) -> None:
     """Raise GraftError when a solver cannot round to the format of that description."""
     name = "dense" if description is None else description["format"]
@@ -128,6 +138,7 @@ def check_train_config(config: TrainConfig) -> None:
     problems = []
     positive = {
         "rank": config.rank,
+        "grid_rank": config.grid_rank,
         "batch_size": config.batch_size,
         "grad_accum": config.grad_accum,
         "steps": config.steps,

@@ -23,6 +23,7 @@ from graft.api.config import (
     as_plain,
     check_solver,
     check_train_config,
+    chosen_solver,
     format_description,
 )
 from graft.api.config_file import write_yaml
@@ -208,7 +209,7 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
 
 def _weight_format(config: TrainConfig) -> WeightFormat | None:
     description = format_description(config, config.method)
-    check_solver(config.solver, description)
+    check_solver(chosen_solver(config, config.method), description)
     return None if description is None else parse_format(description)
 
 
@@ -238,6 +239,8 @@ def _make_run_folder(run: Path, prepared: _Prepared) -> None:
     resolved: dict[str, Any] = as_plain(prepared.config)
     resolved |= {"learning_rate": prepared.learning_rate, "steps": prepared.steps, "epochs": None}
     resolved["checkpointing"] = prepared.plan.checkpointing
+    resolved["rank"] = prepared.config.update_rank
+    resolved["solver"] = chosen_solver(prepared.config, prepared.config.method)
     if prepared.weight_format is not None:
         options = prepared.weight_format.options()
         resolved["format"] = prepared.weight_format.name
@@ -258,8 +261,8 @@ def _make_run_folder(run: Path, prepared: _Prepared) -> None:
 def _loftq(config: TrainConfig) -> LoftQ | None:
     if config.init != "loftq":
         return None
-    scaling = lora_scaling(config.rank, config.alpha, config.rslora)
-    return LoftQ(config.rank, scaling, config.loftq_rounds)
+    scaling = lora_scaling(config.update_rank, config.alpha, config.rslora)
+    return LoftQ(config.update_rank, scaling, config.loftq_rounds)
 
 
 def _load_base(prepared: _Prepared, run: Path, loftq: LoftQ | None, events: Events) -> LoadedModel:
@@ -273,7 +276,7 @@ def _load_base(prepared: _Prepared, run: Path, loftq: LoftQ | None, events: Even
         dtype=_dtype_name(config),
         device=config.device,
         trust_remote_code=config.trust_remote_code,
-        solver=config.solver,
+        solver=chosen_solver(config, config.method),
         calibration=prepared.training.examples[: config.calibration_rows],
         damping=config.damping,
         events=events,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graft.adapters.loftq import LoftQ
-from graft.api.config import WIDTHS, QuantizeConfig, check_solver, format_description
+from graft.api.config import WIDTHS, QuantizeConfig, check_solver, chosen_solver, format_description
 from graft.api.events import Events
 from graft.calibrate.config import Solver
 from graft.calibrate.driver import calibrate_model
@@ -132,9 +132,9 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
     description = format_description(config, None)
     if description is None:
         raise GraftError("--format says nothing to quantise to; give nf4, fp4, int8 or int")
-    check_solver(config.solver, description)
-    measured = "--solver gptq" if config.solver == "gptq" else "--bits auto"
-    if config.data is None and (config.solver == "gptq" or config.bits == "auto"):
+    check_solver(chosen_solver(config), description)
+    measured = "--solver gptq" if chosen_solver(config) == "gptq" else "--bits auto"
+    if config.data is None and (chosen_solver(config) == "gptq" or config.bits == "auto"):
         raise GraftError(f"{measured} needs --data, whose text calibrates it")
     out = Path(config.out)
     if out.exists():
@@ -146,7 +146,7 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
         dtype=config.dtype,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
-        solver=config.solver,
+        solver=chosen_solver(config),
         calibration=_calibration(config),
         damping=config.damping,
         events=events,
@@ -157,7 +157,7 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
 
 
 def _calibration(config: QuantizeConfig) -> list[Example]:
-    if config.data is None or (config.solver != "gptq" and config.bits != "auto"):
+    if config.data is None or (chosen_solver(config) != "gptq" and config.bits != "auto"):
         return []
     from graft.model.load import find_folder, read_config, read_tokenizer
 

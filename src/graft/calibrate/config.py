@@ -12,10 +12,11 @@ Solver = Literal["rtn", "gptq", "hqq"]
 class SolverConfig:
     """The solver that rounds the base model's weights, and what it may look at."""
 
-    solver: Solver = "rtn"
+    solver: Solver | None = None
     """rtn: round each weight to the nearest value, data-free; gptq: round column by column and let
     the columns that follow make up for the error on calibration text (arXiv 2210.17323); hqq: fit
-    the offsets of the int format to a sparse error, data-free."""
+    the offsets of the int format to a sparse error, data-free. The default is gptq for method
+    merge_aware, else rtn."""
     calibration_rows: int = 128
     """Rows of the data that gptq calibrates on, and that --bits auto measures the layers on."""
     damping: float = 0.01

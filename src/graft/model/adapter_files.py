@@ -20,7 +20,7 @@ from graft.adapters.attach import adapted_layer, adapted_layers, adapter_names, 
 from graft.adapters.base import Adapter
 from graft.adapters.config import Init
 from graft.adapters.lora import LoraAdapter
-from graft.adapters.merge_aware import MergeAwareAdapter
+from graft.adapters.merge_aware import GRID_PARAMETERS, MergeAwareAdapter
 from graft.adapters.qalora import QALoraAdapter
 from graft.errors import GraftError, raise_problems
 from graft.formats.dense import DenseFormat
@@ -36,7 +36,7 @@ OWN_CONFIG = "graft_adapter.json"
 OWN_VERSION = 1
 _PREFIX = "base_model.model."
 _OWN_OF_PEFT = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias"}
-_OWN_PARAMETERS = {"affine": ("u", "v"), "merge_aware": ("A", "B", "u", "v")}
+_OWN_PARAMETERS = {"affine": ("u", "v"), "merge_aware": ("A", "B", *GRID_PARAMETERS)}
 _PEFT_OF_OWN = {own: peft for peft, own in _OWN_OF_PEFT.items()}
 _UNREAD_OPTIONS = (
     "use_dora",
@@ -276,7 +276,11 @@ def _build(
         if not isinstance(weight_format, LatentFormat):
             raise GraftError(f"{method} needs the latent format, found {weight_format.name!r}")
         groups = weight_format.groups(layer.in_features)
-        adapter = MergeAwareAdapter(layer.in_features, layer.out_features, groups, rank)
+        missing = [key for key in GRID_PARAMETERS if key not in parts]
+        if missing:
+            raise GraftError(f"its tensors {', '.join(missing)} are missing")
+        sizes = layer.in_features, layer.out_features, groups, rank
+        adapter = MergeAwareAdapter(*sizes, grid_rank=parts["u_A"].shape[0])
         adapter.scaling = own["scaling"][layer_name]
         _fill(adapter, parts)
         return adapter

@@ -181,7 +181,7 @@ def _linear(parent: str, module: nn.Module, adapter: AdapterConfig, dtype: torch
     if isinstance(module, AdaptedLinear):
         numbers = sum(p.numel() for p in module.adapters.parameters())
         if adapter.method in ("lora", "qlora"):
-            beside = kept_per_token = adapter.rank
+            beside = kept_per_token = adapter.update_rank
             if not fused:
                 # Each layer has a copy of its input, the mask, and A and B as it computes.
                 keeps_input = False

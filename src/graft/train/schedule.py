@@ -28,21 +28,21 @@ def default_learning_rate(config: AdapterConfig, hidden_size: int) -> float:
         return 2e-5 * width
     if config.method == "affine":
         return 5e-2 * math.sqrt(128 / hidden_size)
-    scaling = lora_scaling(config.rank, config.alpha, config.rslora)
-    return 2.5e-4 * width * math.sqrt(16 / config.rank) / scaling
+    scaling = lora_scaling(config.update_rank, config.alpha, config.rslora)
+    return 2.5e-4 * width * math.sqrt(16 / config.update_rank) / scaling
 
 
 def rate_factors(config: AdapterConfig, hidden_size: int, names: Iterable[str]) -> dict[str, float]:
     """Return by what the learning rate is multiplied for some of the parameters; 1 for the others.
 
-    merge_aware trains a low-rank update and a grid; the grid's moves u and v take affine's rate,
-    in proportion to what the learning rate is of its default.
+    merge_aware trains a low-rank update and a grid, whose moves take affine's rate, in proportion
+    to what the learning rate is of its default.
     """
     if config.method != "merge_aware":
         return {}
     grid = default_learning_rate(dataclasses.replace(config, method="affine"), hidden_size)
     factor = grid / default_learning_rate(config, hidden_size)
-    return {name: factor for name in names if name.endswith((".u", ".v"))}
+    return {name: factor for name in names if name.endswith((".u_B", ".v_B"))}
 
 
 def scheduled_learning_rate(step: int, steps: int, peak: float, warmup_fraction: float) -> float:

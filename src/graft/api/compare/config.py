@@ -48,8 +48,8 @@ class CompareConfig(DataConfig, ModelConfig):
     """Batches that are added up to one optimizer step."""
     learning_rates: tuple[str, ...] = ()
     """Peak learning rates in place of the methods' defaults, as METHOD=RATE."""
-    rank: int = 16
-    """Rank of the low-rank update."""
+    rank: int | None = None
+    """Rank of the low-rank update; the default is the method's."""
     alpha: float | None = None
     """Numerator of the scaling alpha/rank; None means rank, so that the scaling is 1."""
     targets: tuple[str, ...] = ()

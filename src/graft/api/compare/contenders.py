@@ -9,7 +9,7 @@ from typing import get_args
 
 from graft.adapters.config import GRID_METHODS, Method
 from graft.api.compare.config import CompareConfig
-from graft.api.config import TrainConfig
+from graft.api.config import TrainConfig, default_solver
 from graft.calibrate.config import Solver
 from graft.errors import did_you_mean, raise_problems
 
@@ -27,8 +27,8 @@ class Contender:
 
     method: str
     """'base' for none, or a method of `graft train`."""
-    base_solver: Solver = "rtn"
-    """Quantises the weights that are trained on."""
+    base_solver: Solver | None = None
+    """Quantises the weights that are trained on; None is the method's default."""
     solver: Solver | None = None
     """Quantises the dense merge; None deploys what the merge gives."""
 
@@ -41,7 +41,7 @@ class Contender:
     @property
     def trained(self) -> str:
         """The word for its training, which contenders share."""
-        return self.method if self.base_solver == "rtn" else f"{self.method}@{self.base_solver}"
+        return self.method if self.base_solver is None else f"{self.method}@{self.base_solver}"
 
     @property
     def trains_on_integers(self) -> bool:
@@ -149,7 +149,9 @@ def parse_contenders(words: Iterable[str]) -> list[Contender]:
         problems += [f"--contenders {word}: {problem}" for problem in found]
         if not found:
             method, base_solver, solver = match.group("method", "base_solver", "solver")
-            contenders[Contender(method, base_solver or "rtn", solver)] = None  # type: ignore[arg-type]
+            if base_solver == default_solver(method):
+                base_solver = None
+            contenders[Contender(method, base_solver, solver)] = None  # type: ignore[arg-type]
     if not contenders and not problems:
         problems.append("--contenders names none; give one at least, such as qalora")
     raise_problems(problems, "contenders")
