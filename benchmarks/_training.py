@@ -43,6 +43,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora": ("nf4", {"double_quant": True}),
     "qalora": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
     "affine": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
+    "merge_aware": ("latent", {"bits": 4, "group_size": GROUP_SIZE}),
 }
 
 

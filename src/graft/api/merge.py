@@ -70,12 +70,12 @@ def merge(
 ) -> MergeReport:
     """Merge a run's adapter, write the model folder `out` with merge-report.json in it.
 
-    qalora and affine merge exactly into the INT weights they were trained on. lora and qlora merge
-    into the weights that they were trained on, dequantised (into='trained'), or into the original
-    base (into='original'; of an adapter that started as LoftQ only what was trained since, as its
-    start makes up for a rounding that the original has not), stored in `dtype` (auto: the source's
-    dtype). Whatever was rounded is in the report. Raises GraftError when the run is not finished or
-    when `out` exists.
+    qalora, affine and merge_aware merge exactly into the INT weights they were trained as. lora and
+    qlora merge into the weights that they were trained on, dequantised (into='trained'), or into
+    the original base (into='original'; of an adapter that started as LoftQ only what was trained
+    since, as its start makes up for a rounding that the original has not), stored in `dtype` (auto:
+    the source's dtype). Whatever was rounded is in the report. Raises GraftError when the run is
+    not finished or when `out` exists.
     """
     events = events or Events()
     target = Path(out)
@@ -129,7 +129,7 @@ def merge_loaded(
             "--into original: this adapter moves the grid of the INT weights, and the original "
             "weights have none; merge into the trained base"
         )
-    base_format = next(iter(layers.values())).base.weight_format
+    base_format = next(iter(layers.values())).base.weight_format.deployed
     bases = None
     if original is not None:
         freeze_layers(original.model, list(layers))
