@@ -298,7 +298,8 @@ def test_other_settings_or_data_are_refused(
     compared: tuple[CompareConfig, Comparison], tmp_path: Path
 ) -> None:
     config, _ = compared
-    with pytest.raises(GraftError, match="rank is 8, was None.*group_size|group_size.*rank") as told:
+    wrong = "rank is 8, was None.*group_size|group_size.*rank"
+    with pytest.raises(GraftError, match=wrong) as told:
         compare(dataclasses.replace(config, rank=8, group_size=16))
     assert "group_size is 16, was 32" in str(told.value)
     (tmp_path / "rows.jsonl").write_text(Path(config.data).read_text() * 2)

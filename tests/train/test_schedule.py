@@ -5,7 +5,7 @@ import math
 import pytest
 
 from graft.adapters.config import AdapterConfig
-from graft.train.schedule import default_learning_rate, scheduled_learning_rate
+from graft.train.schedule import default_learning_rate, rate_factors, scheduled_learning_rate
 
 
 def test_the_default_is_about_2e4_for_lora_at_4096() -> None:
@@ -35,3 +35,13 @@ def test_warm_up_then_cosine_by_hand() -> None:
 
 def test_without_warm_up_the_first_step_has_the_peak() -> None:
     assert scheduled_learning_rate(1, 5, 0.3, 0.0) == 0.3
+
+
+def test_the_grid_of_merge_aware_trains_at_affines_rate() -> None:
+    config = AdapterConfig(method="merge_aware")
+    names = ["q.A", "q.B", "q.u_A", "q.u_B", "q.v_A", "q.v_B"]
+    factors = rate_factors(config, 512, names)
+    assert set(factors) == {"q.u_B", "q.v_B"}
+    rate = default_learning_rate(config, 512) * factors["q.u_B"]
+    assert rate == pytest.approx(default_learning_rate(AdapterConfig(method="affine"), 512))
+    assert rate_factors(AdapterConfig(method="affine"), 512, ["q.u", "q.v"]) == {}
