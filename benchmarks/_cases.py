@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-WHO = ("peft-lora", "peft-qlora", "graft-lora", "graft-qlora", "graft-qalora", "graft-affine")
+WHO = (
+    *("peft-lora", "peft-qlora", "graft-lora", "graft-qlora", "graft-qalora", "graft-affine"),
+    "graft-merge_aware",
+)
 CHECKPOINTING = {"peft": ("none", "layers"), "graft": ("none", "products", "half", "layers")}
 TOKENS = {
     "tiny": ("1x32", "2x64"),
@@ -37,7 +40,7 @@ class Case:
 
     @property
     def method(self) -> str:
-        """lora, qlora, qalora or affine."""
+        """lora, qlora, qalora, affine or merge_aware."""
         return self.who.partition("-")[2]
 
     @property

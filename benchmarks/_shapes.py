@@ -12,8 +12,15 @@ RANK = 16
 ALPHA = 32
 GROUP_SIZE = 32
 
-BYTES_PER_WEIGHT = {"lora": 2.0, "qlora": 4.127 / 8, "qalora": 5 / 8, "affine": 5 / 8}
-"""Of the frozen layers: bf16; nf4 with double quantisation; int4 with two fp16 per group of 32."""
+BYTES_PER_WEIGHT = {
+    "lora": 2.0,
+    "qlora": 4.127 / 8,
+    "qalora": 5 / 8,
+    "affine": 5 / 8,
+    "merge_aware": 2.125,
+}
+"""Of the frozen layers: bf16; nf4, doubly quantised; int4 with two fp16 per group of 32; bf16
+beside those two."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def step_work(
         adapter_backward = 2 * adapter_forward
     else:  # dyᵀ groupsum(x) for the offsets; the scales need the whole of dyᵀ x
         adapter_backward = 2.0 * tokens * weights / GROUP_SIZE
-        if method == "affine":
+        if method in ("affine", "merge_aware"):
             adapter_backward += 2.0 * tokens * weights
     operations = 2.0 * tokens * (2 * (weights + head) - first) + 3.5 * attention
     operations += adapter_forward + adapter_backward
