@@ -39,9 +39,15 @@ def test_without_warm_up_the_first_step_has_the_peak() -> None:
 
 def test_the_grid_of_merge_aware_trains_at_affines_rate() -> None:
     config = AdapterConfig(method="merge_aware")
-    names = ["q.A", "q.B", "q.u_A", "q.u_B", "q.v_A", "q.v_B"]
+    names = dict.fromkeys(["q.A", "q.B", "q.u_A", "q.u_B", "q.v_A", "q.v_B"], 4)
     factors = rate_factors(config, 512, names)
     assert set(factors) == {"q.u_B", "q.v_B"}
     rate = default_learning_rate(config, 512) * factors["q.u_B"]
     assert rate == pytest.approx(default_learning_rate(AdapterConfig(method="affine"), 512))
-    assert rate_factors(AdapterConfig(method="affine"), 512, ["q.u", "q.v"]) == {}
+
+
+def test_an_offset_moves_by_more_steps_where_the_range_has_more() -> None:
+    bits = {"q.u": 2, "q.v": 2, "k.u": 4, "k.v": 4, "o.v": 3}
+    factors = rate_factors(AdapterConfig(method="affine"), 512, bits)
+    assert factors == {"q.v": 1, "k.v": 5, "o.v": 7 / 3}
+    assert rate_factors(AdapterConfig(method="qalora"), 512, {"q.A": 4}) == {}

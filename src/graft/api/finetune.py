@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from graft.adapters.attach import adapter_parameters, attach_adapter
+from graft.adapters.attach import adapted_layers, adapter_parameters, attach_adapter
 from graft.adapters.base import lora_scaling
 from graft.adapters.config import GRID_METHODS
 from graft.adapters.loftq import LoftQ, start_adapters
@@ -349,7 +350,7 @@ def _train(
         examples=prepared.training.examples,
         evaluate=evaluate,
         learning_rate=prepared.learning_rate,
-        rate_factors=rate_factors(config, prepared.hidden_size, parameters),
+        rate_factors=rate_factors(config, prepared.hidden_size, _widths(loaded.model, parameters)),
         steps=prepared.steps,
         folder=run,
     )
@@ -358,6 +359,16 @@ def _train(
         reuse_freed_memory()
     with prefetch_layers(loaded.model, free_bytes(loaded.model.device) or 0):
         return train(task, config, events.metrics)
+
+
+def _widths(model: nn.Module, parameters: Iterable[str]) -> dict[str, int]:
+    """Return the width of the codes that each parameter moves, without those that move none."""
+    bits = {
+        name: layer.base.weight_format.deployed.options().get("bits")
+        for name, layer in adapted_layers(model)
+    }
+    widths = {name: bits.get(name.rpartition(".")[0]) for name in parameters}
+    return {name: width for name, width in widths.items() if width is not None}
 
 
 def _save_result(loaded: LoadedModel, config: TrainConfig, run: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 from graft.adapters.base import lora_scaling
 from graft.adapters.config import AdapterConfig
@@ -32,17 +32,26 @@ def default_learning_rate(config: AdapterConfig, hidden_size: int) -> float:
     return 2.5e-4 * width * math.sqrt(16 / config.update_rank) / scaling
 
 
-def rate_factors(config: AdapterConfig, hidden_size: int, names: Iterable[str]) -> dict[str, float]:
+def rate_factors(
+    config: AdapterConfig, hidden_size: int, bits: Mapping[str, int]
+) -> dict[str, float]:
     """Return by what the learning rate is multiplied for some of the parameters; 1 for the others.
 
-    merge_aware trains a low-rank update and a grid, whose moves take affine's rate, in proportion
-    to what the learning rate is of its default.
+    bits: the parameters' names, each with the width of its layer's codes.
+
+    affine: v moves an offset by so many steps of the grid, u the scale by a share of itself. For
+    one step of Adam to move the weights as far by either, v's rate grows with the number of steps
+    in a group's range: (2^bits - 1) / 3, 1 at 2 bits.
+    merge_aware: the grid's moves take affine's rate, in proportion to what the learning rate is of
+    its default; not more at more bits, where the codes themselves move as finely.
     """
+    if config.method == "affine":
+        return {name: (2**width - 1) / 3 for name, width in bits.items() if name.endswith(".v")}
     if config.method != "merge_aware":
         return {}
     grid = default_learning_rate(dataclasses.replace(config, method="affine"), hidden_size)
     factor = grid / default_learning_rate(config, hidden_size)
-    return {name: factor for name in names if name.endswith((".u_B", ".v_B"))}
+    return {name: factor for name in bits if name.endswith((".u_B", ".v_B"))}
 
 
 def scheduled_learning_rate(step: int, steps: int, peak: float, warmup_fraction: float) -> float:
