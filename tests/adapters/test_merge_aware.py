@@ -16,7 +16,7 @@ from graft.formats.latent import LatentFormat
 
 def merge_aware_layer(frozen, randomise, bits: int = 3, group_size: int = 8):
     base = frozen(LatentFormat(bits=bits, group_size=group_size))
-    adapter = randomise(MergeAwareAdapter(44, 6, -(-44 // group_size), rank=3, alpha=5.0))
+    adapter = randomise(MergeAwareAdapter(44, 6, -(-44 // group_size), 3, 5.0, grid_rank=2))
     layer = AdaptedLinear(base)
     layer.add("default", adapter)
     return base, adapter, layer
@@ -33,9 +33,21 @@ def test_a_fresh_adapter_computes_with_the_rounded_base(frozen) -> None:
 
 
 def test_the_grid_has_no_more_rank_than_groups() -> None:
-    wide, narrow = MergeAwareAdapter(64, 6, 8, rank=3), MergeAwareAdapter(64, 6, 1, rank=3)
+    wide, narrow = (MergeAwareAdapter(64, 6, groups, 3, grid_rank=2) for groups in (8, 1))
     assert (wide.u_A.shape, wide.v_B.shape) == ((2, 8), (6, 2))
     assert (narrow.u_A.shape, narrow.v_B.shape) == ((1, 1), (6, 1))
+    assert {name for name, _ in MergeAwareAdapter(64, 6, 8, 3).named_parameters()} == {"A", "B"}
+
+
+def test_a_grid_that_stays_keeps_the_bases_statistics(frozen, randomise) -> None:
+    base = frozen(LatentFormat(bits=3, group_size=8))
+    layer = AdaptedLinear(base)
+    layer.add("default", randomise(MergeAwareAdapter(44, 6, 6, rank=3)))
+    x = torch.randn(5, 44)
+    merged = merge(layer).layer
+    assert torch.equal(merged(x), layer(x))
+    assert torch.equal(merged.packed["scales"], base.packed["scales"])
+    assert not torch.equal(merged(x), base(x))
 
 
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 8), (3, 16), (4, 32), (8, 32)])

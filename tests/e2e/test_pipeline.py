@@ -111,11 +111,21 @@ def test_full_training_and_subset_training(tiny_base, rows, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "init"), [("lora", "default"), ("qalora", "default"), ("qlora", "loftq")]
+    ("method", "changes"),
+    [
+        ("lora", {"dropout": 0.1}),
+        ("qalora", {}),
+        ("qlora", {"init": "loftq"}),
+        # Rounded before, at, and after the checkpoint that is resumed from.
+        ("merge_aware", {"dense_fraction": 0.25}),
+        ("merge_aware", {"dense_fraction": 0.375}),
+        ("merge_aware", {"dense_fraction": 0.5}),
+    ],
 )
-def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(tiny_base, rows, tmp_path, method, init):
-    common = {"method": method, "init": init, "steps": 8, "save_every": 3, "grad_accum": 2}
-    common["dropout"] = 0.1 if method == "lora" else 0.0
+def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(
+    tiny_base, rows, tmp_path, method, changes
+):
+    common = {"method": method, "steps": 8, "save_every": 3, "grad_accum": 2, **changes}
     whole = settings(tiny_base, rows, tmp_path / "whole", **common)
     graft.finetune(whole)
 
@@ -135,6 +145,8 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(tiny_base, rows, tmp_
     assert not (tmp_path / "broken" / "adapter").exists()
     again = settings(tiny_base, rows, tmp_path / "broken", **common, resume=True)
     graft.finetune(again)
+    bases = [tmp_path / name / "base" / "model.safetensors" for name in ("whole", "broken")]
+    assert method == "lora" or bases[0].read_bytes() == bases[1].read_bytes()
     assert adapter_tensors(tmp_path / "whole") == adapter_tensors(tmp_path / "broken")
     losses = [
         [
@@ -259,3 +271,22 @@ def test_exports_of_a_run(tiny_base, rows, tmp_path):
     adapter = json.loads((run / "export" / "peft" / "adapter_config.json").read_text())
     assert adapter["peft_type"] == "LORA"
     assert not adapter["use_qalora"]
+
+
+def test_merge_aware_trains_as_lora_until_it_rounds(tiny_base, rows, tmp_path):
+    common = {"method": "merge_aware", "bits": 2, "steps": 6, "rank": 4}
+    losses = {}
+    for fraction in (0.0, 0.5):
+        run = tmp_path / str(fraction)
+        graft.finetune(settings(tiny_base, rows, run, dense_fraction=fraction, **common))
+        losses[fraction] = [e["loss"] for e in read_metrics(run / "metrics.jsonl") if "loss" in e]
+        report = graft.merge(run, tmp_path / f"merged-{fraction}")
+        assert report.exact and report.max_logit_difference == 0.0
+        assert json.loads((run / "report.json").read_text())["bits_per_weight"] < 6
+        layers = json.loads((run / "base" / "graft.json").read_text())["layers"]
+        assert all(layer["rounds"] for layer in layers.values())
+    lora = tmp_path / "lora"
+    graft.finetune(settings(tiny_base, rows, lora, method="lora", steps=6, rank=4))
+    dense = [e["loss"] for e in read_metrics(lora / "metrics.jsonl") if "loss" in e]
+    assert losses[0.5][0] == pytest.approx(dense[0], rel=1e-3)  # with the weights in bf16
+    assert abs(losses[0.0][0] - dense[0]) > 1e-2 * dense[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import nn
@@ -50,7 +50,7 @@ def make_adapter(layer: FrozenLinear, config: AdapterConfig) -> Adapter:
             config.update_rank,
             config.alpha,
             config.rslora,
-            config.grid_rank,
+            config.grid_rank or 0,
             device,
         )
     if not isinstance(weight_format, IntGroupFormat):
@@ -181,3 +181,13 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, torch.nn.Parame
         if name in layer.adapters
         for key, parameter in layer.adapter(name).named_parameters()
     }
+
+
+def code_widths(model: nn.Module, parameters: Iterable[str]) -> dict[str, int]:
+    """Return the width of the codes that each parameter moves, without those that move none."""
+    bits = {
+        name: layer.base.weight_format.deployed.options().get("bits")
+        for name, layer in adapted_layers(model)
+    }
+    widths = {name: bits.get(name.rpartition(".")[0]) for name in parameters}
+    return {name: width for name, width in widths.items() if width is not None}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 Method = Literal["lora", "qlora", "qalora", "affine", "merge_aware", "full"]
 Init = Literal["default", "loftq"]
@@ -21,10 +22,11 @@ class AdapterConfig:
     that merges exactly into INT4; affine: scales and offsets of INT4; merge_aware: LoRA inside the
     rounding to INT4, and its scales and offsets; full: all weights."""
     rank: int | None = None
-    """Rank of the low-rank update (not of affine and full); 16, and 13 for merge_aware, whose grid
-    trains too, so that it has no more trained parameters."""
-    grid_rank: int = 2
-    """Rank of the moves of the scales, and of those of the offsets (merge_aware)."""
+    """Rank of the low-rank update (not of affine and full); 16, or 13 for merge_aware where its
+    grid trains too, so that it has no more trained parameters."""
+    grid_rank: int | None = None
+    """Rank of the moves of the scales, and of those of the offsets (merge_aware); the default is 2
+    at 2 and 3 bits and 0, a grid that stays, at 4 and 8."""
     alpha: float | None = None
     """Numerator of the scaling alpha/rank; None means rank, so that the scaling is 1."""
     rslora: bool = False
@@ -34,6 +36,9 @@ class AdapterConfig:
     rounding takes from the weights (arXiv 2310.08659; lora and qlora on quantised weights)."""
     loftq_rounds: int = 5
     """Times that loftq rounds the weights and fits the adapter to the rest in turn."""
+    dense_fraction: float | None = None
+    """Share of the steps that merge_aware trains as LoRA before it rounds the weights; the default
+    is 0.7 at 4 and 8 bits, 0.6 at 3, and 0 at 2."""
     dropout: float = 0.0
     """Probability of dropping an input of the low-rank path (lora and qlora only)."""
     adapter_bias: bool = False
@@ -44,5 +49,22 @@ class AdapterConfig:
 
     @property
     def update_rank(self) -> int:
-        """The rank of the low-rank update, with the method's default filled in."""
-        return self.rank or (13 if self.method == "merge_aware" else 16)
+        """The rank of the low-rank update."""
+        return self.rank or 16
+
+    def resolved(self, bits: int | None) -> Self:
+        """Return the configuration with the defaults of a method on codes of `bits` filled in.
+
+        The wider the codes, the less there is to learn inside the rounding, and the more time and
+        rank the update is given.
+        """
+        if self.method != "merge_aware" or bits is None:
+            return dataclasses.replace(self, rank=self.update_rank)
+        grid_rank = (2 if bits < 4 else 0) if self.grid_rank is None else self.grid_rank
+        dense = {2: 0.0, 3: 0.6}.get(bits, 0.7)
+        return dataclasses.replace(
+            self,
+            rank=self.rank or (13 if grid_rank else 16),
+            grid_rank=grid_rank,
+            dense_fraction=dense if self.dense_fraction is None else self.dense_fraction,
+        )

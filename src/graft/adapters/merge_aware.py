@@ -12,6 +12,7 @@ from graft.formats.base import GridUpdate, LowRank, Packed, Scaled
 from graft.formats.latent import LatentFormat
 from graft.formats.linear import FrozenLinear
 from graft.kernels.latent_ops import latent_linear
+from graft.kernels.low_rank_ops import lora_linear, operands
 
 GRID_PARAMETERS = ("u_A", "u_B", "v_A", "v_B")
 
@@ -20,11 +21,13 @@ class MergeAwareAdapter(Adapter):
     """w = scale (1 + u) round((W + s B A - offset) / scale) + offset + scale v, s = alpha/rank.
 
     A: float32 [rank, in_features], random as LoRA's; B: float32 [out_features, rank], zero;
-    u = u_B u_A and v = v_B v_A [out_features, groups], of rank grid_rank at most, u_A and v_A
-    random, u_B and v_B zero. A low-rank update flips codes, as in L4Q (arXiv 2402.04902), and the
-    grid moves in units of its own scales, as in affine tuning. What is trained is the int weight
-    itself: the forward computes with the very codes, scales and offsets that a merge keeps. It
-    needs a base in the latent format.
+    u = u_B u_A and v = v_B v_A [out_features, groups], of rank grid_rank at most (0: the grid
+    stays), u_A and v_A random, u_B and v_B zero. A low-rank update flips codes, as in L4Q (arXiv
+    2402.04902), and the grid moves in units of its own scales, as in affine tuning. What is trained
+    is the int weight itself: the forward computes with the very codes, scales and offsets that a
+    merge keeps. It needs a base in the latent format.
+
+    Before the base is rounded it is LoRA: x Wᵀ + s (x Aᵀ) Bᵀ.
 
     u_A and v_A are uniform with variance 1/grid_rank, so that a step of Adam in u_B moves u by
     about the step's size, as if u were trained by itself.
@@ -40,7 +43,7 @@ class MergeAwareAdapter(Adapter):
         rank: int,
         alpha: float | None = None,
         rslora: bool = False,
-        grid_rank: int = 2,
+        grid_rank: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -50,9 +53,9 @@ class MergeAwareAdapter(Adapter):
         self.B = nn.Parameter(torch.zeros(out_features, rank, device=device))
         bound = 1 / math.sqrt(in_features)
         nn.init.uniform_(self.A, -bound, bound)
-        grid_rank = min(grid_rank, groups)
-        bound = math.sqrt(3 / grid_rank)
-        for name in GRID_PARAMETERS:
+        self.grid_rank = min(grid_rank, groups)
+        for name in GRID_PARAMETERS if grid_rank else ():
+            bound, grid_rank = math.sqrt(3 / self.grid_rank), self.grid_rank
             shape = (grid_rank, groups) if name.endswith("_A") else (out_features, grid_rank)
             parameter = nn.Parameter(torch.zeros(shape, device=device))
             self.register_parameter(name, parameter)
@@ -62,19 +65,38 @@ class MergeAwareAdapter(Adapter):
     def grid_update(self, packed: Packed) -> GridUpdate:
         """Return weights += s B A, scales += scale u, offsets += scale v."""
         weights = LowRank(self.A, self.B, self.scaling)
-        u, v = self._moves()
+        if not self.grid_rank:
+            return GridUpdate(weights=weights)
+        u, v = self._moves(packed["scales"])
         return GridUpdate(scales=Scaled(u), offsets=Scaled(v), weights=weights)
 
-    def _moves(self) -> tuple[Tensor, Tensor]:
+    def update(self) -> Tensor:
+        """Return s B A, float32 [out_features, in_features]."""
+        return ((self.B.double() @ self.A.double()) * self.scaling).float()
+
+    def grid_parameters(self) -> list[nn.Parameter]:
+        """Return what moves the grid."""
+        return [self.get_parameter(name) for name in GRID_PARAMETERS if self.grid_rank]
+
+    def _moves(self, scales: Tensor) -> tuple[Tensor, Tensor]:
         """Return u and v, float32 [out_features, groups]."""
-        u_A, u_B, v_A, v_B = (self.get_parameter(name) for name in GRID_PARAMETERS)
+        if not self.grid_rank:
+            return 2 * (torch.zeros_like(scales, dtype=torch.float32),)
+        u_A, u_B, v_A, v_B = self.grid_parameters()
         return u_B @ u_A, v_B @ v_A
 
     def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
-        """Return x W'ᵀ, W' the int weight that a merge keeps, with gradients of all that trains."""
+        """Return x W'ᵀ, W' the int weight that a merge keeps, with gradients of all that trains.
+
+        On a base that is not rounded yet it is LoRA, and the grid gets no gradient.
+        """
         weight_format = base.weight_format
         if not isinstance(weight_format, LatentFormat):
             return None
+        if not weight_format.rounds:
+            weight = operands(base.kernel_weight())
+            out: Tensor = lora_linear(x, *weight, self.A, self.B, self.scaling)[0]
+            return out
         packed = base.packed
         y: Tensor = latent_linear(
             x,
@@ -84,7 +106,7 @@ class MergeAwareAdapter(Adapter):
             self.A,
             self.B,
             self.scaling,
-            *self._moves(),
+            *self._moves(packed["scales"]),
             weight_format.bits,
             weight_format.group_size,
         )

@@ -98,6 +98,9 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
         return None
     if name in grouped:
         bits, group_size = config.bits or 4, config.group_size or 32
+        if name == "latent" and bits == 8:
+            # bf16 has no more digits than the codes.
+            return {"format": name, "bits": 8, "group_size": group_size, "dtype": "float32"}
         if bits == "auto":
             # Until the layers are measured: the narrowest width that fills the budget.
             statistics = 32 / group_size
@@ -138,7 +141,6 @@ def check_train_config(config: TrainConfig) -> None:
     problems = []
     positive = {
         "rank": config.rank,
-        "grid_rank": config.grid_rank,
         "batch_size": config.batch_size,
         "grad_accum": config.grad_accum,
         "steps": config.steps,
@@ -157,7 +159,14 @@ def check_train_config(config: TrainConfig) -> None:
     ]
     if config.steps is not None and config.epochs is not None:
         problems.append("--steps and --epochs are both given; give one of them")
-    for name, share in (("dropout", config.dropout), ("warmup-fraction", config.warmup_fraction)):
+    if config.grid_rank is not None and config.grid_rank < 0:
+        problems.append(f"--grid-rank is {config.grid_rank}; expected 0 or more")
+    shares = {
+        "dropout": config.dropout,
+        "warmup-fraction": config.warmup_fraction,
+        "dense-fraction": config.dense_fraction or 0.0,
+    }
+    for name, share in shares.items():
         if not 0 <= share < 1:
             problems.append(f"--{name} is {share}; expected 0 up to, but not including, 1")
     if config.method not in ("lora", "qlora"):

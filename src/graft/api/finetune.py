@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from graft.adapters.attach import adapted_layers, adapter_parameters, attach_adapter
-from graft.adapters.base import lora_scaling
+from graft.adapters.attach import adapter_parameters, attach_adapter, code_widths
 from graft.adapters.config import GRID_METHODS
-from graft.adapters.loftq import LoftQ, start_adapters
+from graft.adapters.loftq import LoftQ
 from graft.api.config import (
     WIDTHS,
     TrainConfig,
@@ -30,16 +29,17 @@ from graft.api.config import (
 from graft.api.config_file import write_yaml
 from graft.api.events import Events
 from graft.api.export import export_model
+from graft.api.loftq_start import chosen_loftq, start_from_loftq
 from graft.api.quantize import load_quantised
 from graft.api.report import RunReport, make_report, stored_bits_per_weight, write_report
 from graft.api.run_folder import (
     ADAPTER,
     BASE,
     BASE_REFERENCE,
+    CHECKPOINTS,
     CONFIG,
     METRICS,
     MODEL,
-    START,
     PromptStyle,
     is_run,
     load_run_base,
@@ -47,6 +47,7 @@ from graft.api.run_folder import (
     write_base_reference,
     write_prompt_style,
 )
+from graft.calibrate.latents import let_grid_wait, round_latents
 from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
 from graft.errors import GraftError, Problems, raise_problems
@@ -54,6 +55,7 @@ from graft.evaluate.loss import evaluate_loss
 from graft.export.gguf_export import check_gguf_plan
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
+from graft.formats.latent import LatentFormat
 from graft.formats.registry import parse_format
 from graft.model.adapter_files import save_adapter
 from graft.model.attention import use_own_attention
@@ -65,6 +67,7 @@ from graft.model.prefetch import prefetch_layers
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan.memory import MemoryPlan, free_bytes, plan_memory
+from graft.train.checkpoint import checkpoint_step, checkpoints
 from graft.train.loop import Metrics, TrainingTask, read_metrics, steps_to_train, train
 from graft.train.schedule import default_learning_rate, rate_factors
 
@@ -85,6 +88,8 @@ class _Prepared:
     steps: int
     learning_rate: float
     hidden_size: int
+    dense_steps: int
+    """Steps of merge_aware before the weights are rounded."""
     plan: MemoryPlan
 
 
@@ -102,7 +107,7 @@ def finetune(config: TrainConfig, events: Events | None = None) -> RunReport:
     prepared = _prepare(config, events)
     if not config.resume:
         _make_run_folder(run, prepared)
-    loftq = _loftq(config)
+    loftq = chosen_loftq(config)
     try:
         loaded = _load_base(prepared, run, loftq, events)
     except BaseException:
@@ -111,7 +116,7 @@ def finetune(config: TrainConfig, events: Events | None = None) -> RunReport:
         raise
     parameters = _make_trainable(loaded, prepared)
     if loftq is not None and not config.resume:
-        _start_adapters(loaded, loftq, run, events)
+        start_from_loftq(loaded, loftq, run, events)
     metrics = _train(loaded, prepared, parameters, run, events)
     _save_result(loaded, config, run)
     report = make_report(
@@ -178,6 +183,7 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
         weight_format = _weight_format(config)
         _check_exports(config, model_config, weight_format)
     problems.raise_all("nothing was started")
+    config = config.resolved(None if weight_format is None else weight_format.options().get("bits"))
     for name, data in (("training", training), ("held out", held_out)):
         events.note(f"{name}: {data.summary()}")
     hidden: int = model_config.get_text_config().hidden_size
@@ -194,6 +200,10 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
     )
     if config.checkpointing == "auto":
         events.note(f"checkpointing: {plan.checkpointing_reason}")
+    steps = steps_to_train(config, len(training.examples))
+    dense_steps = round(steps * (config.dense_fraction or 0.0))
+    if isinstance(weight_format, LatentFormat):
+        weight_format = dataclasses.replace(weight_format, rounds=dense_steps == 0)
     return _Prepared(
         config=config,
         folder=folder,
@@ -201,9 +211,10 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
         targets=targets,
         training=training,
         held_out=held_out,
-        steps=steps_to_train(config, len(training.examples)),
+        steps=steps,
         learning_rate=config.learning_rate or default_learning_rate(config, hidden),
         hidden_size=hidden,
+        dense_steps=dense_steps,
         plan=plan,
     )
 
@@ -240,7 +251,6 @@ def _make_run_folder(run: Path, prepared: _Prepared) -> None:
     resolved: dict[str, Any] = as_plain(prepared.config)
     resolved |= {"learning_rate": prepared.learning_rate, "steps": prepared.steps, "epochs": None}
     resolved["checkpointing"] = prepared.plan.checkpointing
-    resolved["rank"] = prepared.config.update_rank
     resolved["solver"] = chosen_solver(prepared.config, prepared.config.method)
     if prepared.weight_format is not None:
         options = prepared.weight_format.options()
@@ -259,15 +269,11 @@ def _make_run_folder(run: Path, prepared: _Prepared) -> None:
         raise GraftError(f"{run} cannot be written: {error.strerror}") from error
 
 
-def _loftq(config: TrainConfig) -> LoftQ | None:
-    if config.init != "loftq":
-        return None
-    scaling = lora_scaling(config.update_rank, config.alpha, config.rslora)
-    return LoftQ(config.update_rank, scaling, config.loftq_rounds)
-
-
 def _load_base(prepared: _Prepared, run: Path, loftq: LoftQ | None, events: Events) -> LoadedModel:
     config = prepared.config
+    there = checkpoints(run / CHECKPOINTS)
+    if prepared.dense_steps and (not there or checkpoint_step(there[-1]) <= prepared.dense_steps):
+        shutil.rmtree(run / BASE, ignore_errors=True)  # rounded after the step that is resumed from
     if config.resume and ((run / BASE).is_dir() or (run / BASE_REFERENCE).is_file()):
         return load_run_base(run, config, _dtype_name(config), config.device)
     loaded = load_quantised(
@@ -277,7 +283,7 @@ def _load_base(prepared: _Prepared, run: Path, loftq: LoftQ | None, events: Even
         dtype=_dtype_name(config),
         device=config.device,
         trust_remote_code=config.trust_remote_code,
-        solver=chosen_solver(config, config.method),
+        solver="rtn" if prepared.dense_steps else chosen_solver(config, config.method),
         calibration=prepared.training.examples[: config.calibration_rows],
         damping=config.damping,
         events=events,
@@ -289,7 +295,7 @@ def _load_base(prepared: _Prepared, run: Path, loftq: LoftQ | None, events: Even
         write_base_reference(run, prepared.folder)
         if config.method != "full":
             freeze_layers(loaded.model, prepared.targets)
-    else:
+    elif not prepared.dense_steps:
         save_model(loaded, run / BASE)
     return loaded
 
@@ -302,6 +308,8 @@ def _make_trainable(loaded: LoadedModel, prepared: _Prepared) -> dict[str, nn.Pa
     enable_checkpointing(model, prepared.plan.checkpointing)
     if config.method not in _METHODS_WITHOUT_ADAPTER:
         attach_adapter(model, prepared.targets, config)
+        if config.method == "merge_aware":
+            let_grid_wait(model)
         use_own_pointwise(model)
         return adapter_parameters(model, "default")
     inside = tuple(f"{name}." for name in prepared.targets)
@@ -314,21 +322,6 @@ def _make_trainable(loaded: LoadedModel, prepared: _Prepared) -> dict[str, nn.Pa
         parameter.requires_grad_(True)
     use_own_pointwise(model)  # which leaves norms that train
     return chosen
-
-
-def _start_adapters(loaded: LoadedModel, loftq: LoftQ, run: Path, events: Events) -> None:
-    """Start the adapters where LoftQ left them, and keep that start beside the run.
-
-    A resumed run has the adapter in its checkpoint; the start is for a merge into another base.
-    """
-    start_adapters(loaded.model, loftq.starts)
-    if (run / START).is_dir():
-        shutil.rmtree(run / START)
-    save_adapter(loaded.model, run / START, base=str(run / BASE), init="loftq")
-    events.note(
-        f"loftq: with the adapter's start the weights' squared error is {loftq.left():.2f} times "
-        "that of rounding alone"
-    )
 
 
 def _train(
@@ -344,15 +337,17 @@ def _train(
         result = evaluate_loss(loaded.model, prepared.held_out.examples, config.batch_size)
         return result.loss, result.target_tokens
 
+    widths = code_widths(loaded.model, parameters)
     task = TrainingTask(
         model=loaded.model,
         parameters=parameters,
         examples=prepared.training.examples,
         evaluate=evaluate,
         learning_rate=prepared.learning_rate,
-        rate_factors=rate_factors(config, prepared.hidden_size, _widths(loaded.model, parameters)),
+        rate_factors=rate_factors(config, prepared.hidden_size, widths),
         steps=prepared.steps,
         folder=run,
+        before_step=_rounding(loaded, prepared, run, events) if prepared.dense_steps else None,
     )
     events.training_begins(prepared.steps, 1)
     if loaded.model.device.type == "cpu":
@@ -361,14 +356,23 @@ def _train(
         return train(task, config, events.metrics)
 
 
-def _widths(model: nn.Module, parameters: Iterable[str]) -> dict[str, int]:
-    """Return the width of the codes that each parameter moves, without those that move none."""
-    bits = {
-        name: layer.base.weight_format.deployed.options().get("bits")
-        for name, layer in adapted_layers(model)
-    }
-    widths = {name: bits.get(name.rpartition(".")[0]) for name in parameters}
-    return {name: width for name, width in widths.items() if width is not None}
+def _rounding(
+    loaded: LoadedModel, prepared: _Prepared, run: Path, events: Events
+) -> Callable[[int], None]:
+    """Return what rounds the weights before the step after the last dense one."""
+    rows = prepared.training.examples[: prepared.config.calibration_rows]
+
+    def before_step(step: int) -> None:
+        if step == prepared.dense_steps + 1:
+            round_latents(
+                loaded.model,
+                [torch.tensor([row.input_ids]) for row in rows],
+                prepared.config.damping,
+                lambda done, total: events.progress("rounding", done, total),
+                lambda: save_model(loaded, run / BASE),
+            )
+
+    return before_step
 
 
 def _save_result(loaded: LoadedModel, config: TrainConfig, run: Path) -> None:

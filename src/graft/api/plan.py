@@ -14,7 +14,7 @@ def plan(config: PlanConfig) -> MemoryPlan:
     return plan_memory(
         str(find_folder(config.model)),
         weight_format=None if description is None else parse_format(description),
-        adapter=config,
+        adapter=config.resolved(None if description is None else description.get("bits")),
         dtype=config.dtype,
         device=config.device,
         batch_size=config.batch_size,

@@ -15,6 +15,7 @@ from graft.adapters.attach import frozen_layers
 from graft.api.config import TrainConfig
 from graft.data.encode import EncodedData
 from graft.data.files import fingerprint
+from graft.formats.base import storage_bytes
 from graft.model.memory import peak_bytes
 from graft.model.save import write_json
 from graft.plan.memory import MemoryPlan
@@ -102,10 +103,17 @@ def make_report(
 
 
 def stored_bits_per_weight(model: nn.Module) -> float | None:
-    """Return the bits per weight of the frozen layers, constants included; None: there are none."""
+    """Return the bits per weight of the frozen layers as they are deployed; None: there are none.
+
+    Constants are included, and what only a training needs beside them is not.
+    """
     layers = [layer for _, layer in frozen_layers(model)]
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    return 8 * sum(layer.storage_bytes for layer in layers) / weights if weights else None
+    stored = sum(
+        storage_bytes(layer.weight_format.deployed, layer.out_features, layer.in_features)
+        for layer in layers
+    )
+    return 8 * stored / weights if weights else None
 
 
 def versions() -> dict[str, str]:

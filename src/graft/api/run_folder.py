@@ -35,6 +35,7 @@ ADAPTER = "adapter"
 START = "start"
 MODEL = "model"
 METRICS = "metrics.jsonl"
+CHECKPOINTS = "checkpoints"
 REPORT = "report.json"
 
 

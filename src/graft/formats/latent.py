@@ -28,6 +28,9 @@ class LatentFormat:
     the same grid, so codes flip, and its scales and offsets may move besides. What `absorb` returns
     is a plain int weight: that is what training computes with and what a merge keeps.
 
+    With `rounds` false the layer still computes with W itself, as in the first part of a training;
+    then nothing can be absorbed.
+
     Packed tensors, for g = ceil(in_features / group_size):
 
     - weight: `dtype` [out_features, in_features];
@@ -38,6 +41,7 @@ class LatentFormat:
     group_size: int = 32
     statistics: str = "float16"
     dtype: str = "bfloat16"
+    rounds: bool = True
     name: str = "latent"
 
     def __post_init__(self) -> None:
@@ -54,7 +58,7 @@ class LatentFormat:
 
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
-        return self.deployed.options() | self._dense.options()
+        return self.deployed.options() | self._dense.options() | {"rounds": self.rounds}
 
     def groups(self, in_features: int) -> int:
         """Return the number of groups in a row."""
@@ -76,14 +80,20 @@ class LatentFormat:
         self, packed: Packed, out_features: int, in_features: int, dtype: torch.dtype
     ) -> Tensor:
         """Return the rounded weight."""
+        if not self.rounds:
+            return self._dense.unpack(packed, out_features, in_features, dtype)
         return self.deployed.unpack(self.rounded(packed), out_features, in_features, dtype)
 
     def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
         """Return y = x Wᵀ in x's dtype, W rounded."""
+        if not self.rounds:
+            return self._dense.linear(x, packed, out_features)
         return self.deployed.linear(x, self.rounded(packed), out_features)
 
     def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
         """Return the rounded weight as the kernels see it."""
+        if not self.rounds:
+            return self._dense.kernel_weight(packed, out_features, in_features)
         return self.deployed.kernel_weight(self.rounded(packed), out_features, in_features)
 
     def rounded(self, packed: Packed) -> Packed:
@@ -99,8 +109,11 @@ class LatentFormat:
 
         The codes are those of the grid before its move: q = round((W + d_weights - offset) / scale)
         in 0 to 2^bits - 1, in float32. Not differentiable in d_weights: `latent_linear` is.
-        Raises GraftError when the weight has been rounded already and W is to move.
+        Raises GraftError when the weight has been rounded already and W is to move, or when it is
+        not to be rounded yet.
         """
+        if not self.rounds:
+            raise GraftError("the weights of this run are not rounded yet; go on with --resume")
         if "codes" in packed:
             if update.weights is not None:
                 raise GraftError(

@@ -276,11 +276,9 @@ def _build(
         if not isinstance(weight_format, LatentFormat):
             raise GraftError(f"{method} needs the latent format, found {weight_format.name!r}")
         groups = weight_format.groups(layer.in_features)
-        missing = [key for key in GRID_PARAMETERS if key not in parts]
-        if missing:
-            raise GraftError(f"its tensors {', '.join(missing)} are missing")
+        grid_rank = parts["u_A"].shape[0] if "u_A" in parts else 0
         sizes = layer.in_features, layer.out_features, groups, rank
-        adapter = MergeAwareAdapter(*sizes, grid_rank=parts["u_A"].shape[0])
+        adapter = MergeAwareAdapter(*sizes, grid_rank=grid_rank)
         adapter.scaling = own["scaling"][layer_name]
         _fill(adapter, parts)
         return adapter

@@ -62,6 +62,11 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
 
 
+def checkpoint_step(path: Path) -> int:
+    """Return the number of optimizer steps done at a checkpoint."""
+    return int(read_json(path / "state.json")["step"])
+
+
 def load_checkpoint(
     path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
 ) -> Position:
@@ -83,6 +88,8 @@ def load_checkpoint(
             for name, parameter in parameters.items():
                 parameter.copy_(files.read(f"parameter.{name}"))
                 entries = {}
+                if f"optimizer.step.{name}" not in files:
+                    continue  # it has not trained yet
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     value = files.read(f"optimizer.{key}.{name}").clone()
                     entries[key] = value[0] if key == "step" else value.to(parameter.device)

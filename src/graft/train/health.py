@@ -28,7 +28,8 @@ def check_gradients(parameters: Mapping[str, nn.Parameter], norm: float, step: i
             "--learning-rate, or compute with --dtype float32"
         )
     if step == 1:
-        missing = [name for name, parameter in parameters.items() if parameter.grad is None]
+        trained = {name: one for name, one in parameters.items() if one.requires_grad}
+        missing = [name for name, parameter in trained.items() if parameter.grad is None]
         raise_problems([f"{name} gets no gradient" for name in missing[:20]], "step 1")
         if norm == 0.0:
             raise GraftError("step 1: every gradient is zero, so nothing would be trained")

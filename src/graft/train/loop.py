@@ -44,6 +44,8 @@ class TrainingTask:
     """Folder of the run, which exists: metrics.jsonl and checkpoints/ go there."""
     rate_factors: Mapping[str, float] = field(default_factory=dict)
     """What multiplies the learning rate of some parameters, by name."""
+    before_step: Callable[[int], None] | None = None
+    """Called with each step's number, counted from 1, before it begins."""
 
 
 def steps_to_train(config: LoopConfig, rows: int) -> int:
@@ -103,6 +105,8 @@ class _Loop:
             self._evaluate(0)
         self.task.model.train()
         for step in range(first + 1, self.task.steps + 1):
+            if self.task.before_step is not None:
+                self.task.before_step(step)
             self._step(step)
             last = step == self.task.steps
             if last or (self.config.eval_every and step % self.config.eval_every == 0):

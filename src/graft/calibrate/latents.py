@@ -1,0 +1,86 @@
+"""Rounding the weights of a model in training: from then on it computes with integers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from graft.adapters.attach import adapted_layers, replace_module
+from graft.adapters.base import AdaptedLinear
+from graft.adapters.merge_aware import MergeAwareAdapter
+from graft.calibrate.driver import calibrate_model
+from graft.formats.base import WeightFormat
+from graft.formats.dense import DenseFormat
+from graft.formats.latent import LatentFormat
+from graft.formats.linear import FrozenLinear
+
+
+def let_grid_wait(model: nn.Module) -> None:
+    """Train no grid on a base that is not rounded yet, and which has none to train."""
+    for _, layer in adapted_layers(model):
+        latent = layer.base.weight_format
+        if isinstance(latent, LatentFormat) and not latent.rounds:
+            for parameter in _grid_parameters(layer):
+                parameter.requires_grad_(False)
+
+
+def round_latents(
+    model: nn.Module,
+    batches: Sequence[Tensor],
+    damping: float,
+    on_layer: Callable[[int, int], None] | None = None,
+    on_rounded: Callable[[], None] | None = None,
+) -> None:
+    """Round the latent weights of a model that merge_aware has trained densely so far.
+
+    GPTQ rounds W + s B A, layer by layer on the batches, to codes and a grid. The new latent weight
+    is what it rounded, less s B A, so that A and B go on training where they are, now inside the
+    rounding, and the grid begins to train. While it runs, a float32 copy of the weights is there.
+
+    batches: input_ids int64 [rows, tokens]. on_rounded is called when the model's layers are the
+    new frozen ones without their adapters. Raises GraftError as `calibrate_model` does.
+    """
+    layers = dict(adapted_layers(model))
+    with torch.no_grad():
+        updates = {name: _update(layer) for name, layer in layers.items()}
+        targets: dict[str, WeightFormat] = {}
+        for name, layer in layers.items():
+            latent = layer.base.weight_format
+            assert isinstance(latent, LatentFormat)
+            targets[name] = dataclasses.replace(latent, rounds=True, dtype="float32")
+            weight = layer.base.packed["weight"].float() + updates[name]
+            dense = layer.base.replaced(DenseFormat("float32"), {"weight": weight})
+            replace_module(model, name, dense)
+        calibrate_model(model, list(layers), batches, targets, damping, on_layer)
+        for name, layer in layers.items():
+            rounded = model.get_submodule(name)
+            assert isinstance(rounded, FrozenLinear)
+            latent = layer.base.weight_format
+            assert isinstance(latent, LatentFormat)
+            weight = rounded.packed["weight"] - updates.pop(name)
+            packed = rounded.packed | DenseFormat(latent.dtype).pack(weight)
+            own = dataclasses.replace(latent, rounds=True)
+            replace_module(model, name, rounded.replaced(own, packed))
+    if on_rounded is not None:
+        on_rounded()
+    for name, layer in layers.items():
+        rounded = model.get_submodule(name)
+        assert isinstance(rounded, FrozenLinear)
+        layer.base = rounded
+        replace_module(model, name, layer)
+        for parameter in _grid_parameters(layer):
+            parameter.requires_grad_(True)
+
+
+def _update(layer: AdaptedLinear) -> Tensor:
+    (adapter,) = layer.active_adapters()
+    assert isinstance(adapter, MergeAwareAdapter)
+    return adapter.update()
+
+
+def _grid_parameters(layer: AdaptedLinear) -> list[nn.Parameter]:
+    adapters = [one for one in layer.active_adapters() if isinstance(one, MergeAwareAdapter)]
+    return [parameter for adapter in adapters for parameter in adapter.grid_parameters()]
