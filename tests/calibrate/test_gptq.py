@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from graft.api.config import chosen_solver
 from graft.calibrate.config import SolverConfig
 from graft.calibrate.gptq import HessianSum, gptq_pack, output_error
 from graft.errors import GraftError
@@ -297,9 +298,12 @@ def test_a_hessian_with_nan_is_refused() -> None:
         gptq_pack(torch.randn(4, 8), torch.full((8, 8), torch.nan), IntGroupFormat(), DAMPING)
 
 
-def test_the_configuration_defaults_to_data_free_rounding() -> None:
+def test_the_configuration_defaults_to_data_free_rounding_but_for_merge_aware() -> None:
     config = SolverConfig()
-    assert (config.solver, config.calibration_rows, config.damping) == ("rtn", 128, 0.01)
+    assert (config.solver, config.calibration_rows, config.damping) == (None, 128, 0.01)
+    assert chosen_solver(config) == chosen_solver(config, "qalora") == "rtn"
+    assert chosen_solver(config, "merge_aware") == "gptq"
+    assert chosen_solver(SolverConfig(solver="hqq"), "merge_aware") == "hqq"
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
