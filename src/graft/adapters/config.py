@@ -26,7 +26,7 @@ class AdapterConfig:
     grid trains too, so that it has no more trained parameters."""
     grid_rank: int | None = None
     """Rank of the moves of the scales, and of those of the offsets (merge_aware); the default is 2
-    at 2 and 3 bits and 0, a grid that stays, at 4 and 8."""
+    at 2 bits and 0, a grid that stays, at more."""
     alpha: float | None = None
     """Numerator of the scaling alpha/rank; None means rank, so that the scaling is 1."""
     rslora: bool = False
@@ -60,7 +60,7 @@ class AdapterConfig:
         """
         if self.method != "merge_aware" or bits is None:
             return dataclasses.replace(self, rank=self.update_rank)
-        grid_rank = (2 if bits < 4 else 0) if self.grid_rank is None else self.grid_rank
+        grid_rank = (2 if bits == 2 else 0) if self.grid_rank is None else self.grid_rank
         dense = {2: 0.0, 3: 0.6}.get(bits, 0.7)
         return dataclasses.replace(
             self,

@@ -19,11 +19,14 @@ class CompareConfig(DataConfig, ModelConfig):
 
     out: str = "graft-compare"
     """Folder of the comparison; the same command with the same folder goes on where it stopped."""
-    contenders: tuple[str, ...] = ("base", "lora", "lora+rtn", "lora+gptq", "qalora", "affine")
+    contenders: tuple[str, ...] = (
+        *("base", "lora", "lora+rtn", "lora+gptq"),
+        *("qalora", "affine", "merge_aware"),
+    )
     """What competes, each METHOD[@SOLVER][+SOLVER]. METHOD: base (untrained) or any of graft
-    train's. @SOLVER: how the weights that it trains on are quantised (default rtn). +SOLVER: merge
-    to dense weights, then quantise those; without it base, lora, qlora and full stay dense. A
-    method that trains on integers merges exactly and takes no +SOLVER."""
+    train's. @SOLVER: what quantises the weights that it trains on, if not the method's default.
+    +SOLVER: merge to dense weights, then quantise those; without it base, lora, qlora and full stay
+    dense. A method that trains on integers merges exactly and takes no +SOLVER."""
     bits: tuple[int, ...] = (4,)
     """Widths at which each contender that ends in integers competes: 2, 3, 4, 8."""
     seeds: int = 1
