@@ -15,7 +15,6 @@ import argparse
 import csv
 import gzip
 import json
-from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -52,7 +51,7 @@ def main() -> None:
         folder = arguments.out / f"{arguments.model}-{task}"
         data = write_jsonl(folder.with_suffix(".train.jsonl"), _rows(task, training=True))
         held_out = write_jsonl(folder.with_suffix(".test.jsonl"), _rows(task, training=False))
-        comparison = graft.compare(
+        graft.compare(
             graft.CompareConfig(
                 model=str(shared("models", arguments.model)),
                 data=str(data),
@@ -66,14 +65,28 @@ def main() -> None:
                 out=str(folder),
             )
         )
-        rows = []
-        for result in comparison.results:
-            entry = {key: "" if one is None else one for key, one in asdict(result).items()}
-            entry.pop("texts")
-            rows.append({"model": arguments.model, "task": task, **entry})
+        rows = [{"model": arguments.model, "task": task, **entry} for entry in _results(folder)]
         print(f"wrote {write_csv(f'quality-{arguments.model}-{task}', rows)}")
     write_page(sorted(RESULTS.glob("quality-*.csv")))
     print(f"wrote {PAGE}")
+
+
+def _results(folder: Path) -> list[dict[str, object]]:
+    """Return what is scored in a comparison's folder, by earlier calls too."""
+    found = []
+    for file in (folder / "results").glob("*.json"):
+        entry = json.loads(file.read_text(encoding="utf-8"))
+        found.append({key: "" if one is None else one for key, one in entry.items()})
+        del found[-1]["texts"]
+    names = [*CONTENDERS, *sorted({entry["contender"] for entry in found} - set(CONTENDERS))]
+    return sorted(
+        found,
+        key=lambda entry: (
+            names.index(entry["contender"]),
+            -int(entry["bits"] or 99),
+            int(entry["seed"] or 0),
+        ),
+    )
 
 
 def _rows(task: str, training: bool) -> list[dict[str, str]]:
