@@ -290,3 +290,14 @@ def test_merge_aware_trains_as_lora_until_it_rounds(tiny_base, rows, tmp_path):
     dense = [e["loss"] for e in read_metrics(lora / "metrics.jsonl") if "loss" in e]
     assert losses[0.5][0] == pytest.approx(dense[0], rel=1e-3)  # with the weights in bf16
     assert abs(losses[0.0][0] - dense[0]) > 1e-2 * dense[0]
+
+
+def test_what_belongs_to_merge_aware_is_refused_elsewhere(tiny_base, rows, tmp_path):
+    wrong = {"method": "qalora", "grid_rank": -1, "dense_fraction": 1.0}
+    with pytest.raises(graft.GraftError) as told:
+        graft.finetune(settings(tiny_base, rows, tmp_path / "run", **wrong))
+    for part in ("--grid-rank belongs to merge_aware", "--dense-fraction belongs to merge_aware"):
+        assert part in str(told.value)
+    assert "--grid-rank is -1" in str(told.value)
+    assert "--dense-fraction is 1.0; expected 0 up to" in str(told.value)
+    assert not (tmp_path / "run").exists()

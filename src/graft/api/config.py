@@ -159,6 +159,10 @@ def check_train_config(config: TrainConfig) -> None:
     ]
     if config.steps is not None and config.epochs is not None:
         problems.append("--steps and --epochs are both given; give one of them")
+    for name in ("grid_rank", "dense_fraction"):
+        if getattr(config, name) is not None and config.method != "merge_aware":
+            flag = name.replace("_", "-")
+            problems.append(f"--{flag} belongs to merge_aware, not to {config.method}; drop it")
     if config.grid_rank is not None and config.grid_rank < 0:
         problems.append(f"--grid-rank is {config.grid_rank}; expected 0 or more")
     shares = {
