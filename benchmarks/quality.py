@@ -104,7 +104,7 @@ def write_page(tables: list[Path]) -> None:
     parts = [
         "# Deployed quality\n",
         "Perplexity per held-out token of the deployed files, mean ± sample standard deviation "
-        "over the seeds; in brackets the mean, over the seeds, of the ratio to unquantised LoRA of "
+        "over the seeds, or of one seed where no ± stands; in brackets the mean, over the seeds, of the ratio to unquantised LoRA of "
         "the same seed, or, where the model returns to the text that it was trained on, the share "
         "of what rounding to nearest lost that comes back. Reproduced by "
         "`python benchmarks/quality.py`.\n",
@@ -123,10 +123,9 @@ def _table(rows: list[dict[str, str]]) -> str:
         key = row["contender"], row["bits"]
         found.setdefault(key, {})[row["seed"]] = float(row["perplexity"])
     widths = sorted({bits for _, bits in found if bits}, reverse=True)
-    seeds = max(len(by_seed) for by_seed in found.values())
     first, recovery = rows[0], rows[0]["task"] == "recovery"
     lines = [
-        f"## {first['model']}, {first['task']}, {STEPS} steps, {seeds} seed{'s' * (seeds > 1)}\n",
+        f"## {first['model']}, {first['task']}, {STEPS} steps\n",
         "| | trained parameters | dense | " + " | ".join(f"{bits} bits" for bits in widths) + " |",
         "|---|" + "---|" * (2 + len(widths)),
     ]
