@@ -105,9 +105,9 @@ def write_page(tables: list[Path]) -> None:
         "# Deployed quality\n",
         "Perplexity per held-out token of the deployed files, mean ± sample standard deviation "
         "over the seeds, or of one seed where no ± stands; in brackets the mean, over the seeds, "
-        "of the ratio to unquantised LoRA of the same seed, or, where the model returns to the text that it was trained on, the share "
-        "of what rounding to nearest lost that comes back. Reproduced by "
-        "`python benchmarks/quality.py`.\n",
+        "of the ratio to unquantised LoRA of the same seed, or, where the model returns to the "
+        "text that it was trained on, the share of what rounding to nearest lost that comes back. "
+        "Reproduced by `python benchmarks/quality.py`.\n",
     ]
     for path in tables:
         with path.open(encoding="utf-8") as file:
