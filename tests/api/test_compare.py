@@ -335,11 +335,13 @@ def test_bad_input_is_told_all_at_once_before_anything_starts(
 def test_settings_that_one_contender_cannot_take_are_told_once_and_before(
     tiny_base: Path, rows: Path, tmp_path: Path, trained: list[str]
 ) -> None:
-    config = configured(tiny_base, rows, tmp_path / "out", bits=(4, 5), group_size=48, epochs=1.0)
+    bad = {"bits": (4, 5), "group_size": 48, "epochs": 1.0, "contenders": ("merge_aware@hqq",)}
+    config = configured(tiny_base, rows, tmp_path / "out", **bad)
     with pytest.raises(GraftError) as told:
         compare(config)
     message = str(told.value)
-    assert "--steps and --epochs" in message and "bits is 5" in message
+    for piece in ("--steps and --epochs", "bits is 5", "int format; latent has none"):
+        assert piece in message
     assert message.count("--steps and --epochs") == 1, "the same for every training: once"
     assert not trained and not (tmp_path / "out").exists()
 

@@ -12,9 +12,15 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import graft
-from graft.adapters.attach import frozen_layers
+from graft.adapters.attach import adapter_parameters, attach_adapter, frozen_layers
+from graft.adapters.config import AdapterConfig
+from graft.data.config import DataConfig
+from graft.data.load import load_train_and_eval
 from graft.model.gguf_layout import gguf_names, rotary_heads, rows_from_gguf
-from graft.train.loop import read_metrics
+from graft.model.load import load_model
+from graft.model.targets import freeze_layers, select_targets
+from graft.train.config import LoopConfig
+from graft.train.loop import TrainingTask, read_metrics, train
 
 
 def settings(base: Path, rows: Path, out: Path, **changes: object) -> graft.TrainConfig:
@@ -301,3 +307,28 @@ def test_what_belongs_to_merge_aware_is_refused_elsewhere(tiny_base, rows, tmp_p
     assert "--grid-rank is -1" in str(told.value)
     assert "--dense-fraction is 1.0; expected 0 up to" in str(told.value)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_rate_factor_multiplies_the_rate_of_its_parameters_alone(tiny_base, rows, tmp_path):
+    """The first step of Adam moves each element by the learning rate, whatever its gradient."""
+    loaded = load_model(str(tiny_base), dtype="float32")
+    names = select_targets(loaded.model, ("q_proj",))
+    freeze_layers(loaded.model, names)
+    attach_adapter(loaded.model, names, AdapterConfig(method="lora"))
+    parameters = adapter_parameters(loaded.model, "default")
+    data = DataConfig(data=str(rows), max_length=48)
+    examples = load_train_and_eval(data, loaded.tokenizer, 48, 0)[0].examples
+    slow, fast = (f"{name}.B" for name in names)
+    task = TrainingTask(
+        model=loaded.model,
+        parameters=parameters,
+        examples=examples,
+        evaluate=lambda: (0.0, 1),
+        learning_rate=1e-3,
+        steps=1,
+        folder=tmp_path,
+        rate_factors={fast: 5.0},
+    )
+    train(task, LoopConfig(out=str(tmp_path), batch_size=4))
+    assert parameters[slow].abs().max().item() == pytest.approx(1e-3, rel=1e-3)
+    assert parameters[fast].abs().max().item() == pytest.approx(5e-3, rel=1e-3)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from graft.kernels import attention_ops, native_attention, native_library, reference_attention
 
-LEVELS = {"baseline": 0, "AVX2": 1, "AVX-512": 2, "AVX-512+BF16": 3}
 DTYPES = [torch.float32, torch.bfloat16]
 NATIVE = pytest.mark.skipif(
     native_library.why_unavailable() is not None,
@@ -29,16 +28,6 @@ SHAPES = [
 ]
 Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = native_library.library()
-    if library.graft_limit(LEVELS[request.param]) != LEVELS[request.param]:
-        library.graft_limit(max(LEVELS.values()))
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    library.graft_limit(max(LEVELS.values()))
 
 
 def vectors(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

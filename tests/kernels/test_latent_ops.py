@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -11,26 +9,12 @@ from torch import Tensor
 from graft.formats.base import GridUpdate, LowRank, Scaled
 from graft.formats.latent import LatentFormat
 from graft.kernels import latent_ops as ops
-from graft.kernels import native_latent, native_library, reference_latent
+from graft.kernels import native_latent, reference_latent
 from graft.kernels.packing import unpack_codes
+from graft.kernels.weights import Latent
 
 OUT, RANK, SCALING = 22, 3, 0.75
-LEVELS = {"baseline": 0, "AVX2": 1, "AVX-512": 2, "AVX-512+BF16": 3}
 GRIDS = [(2, 8), (3, 32), (4, 32), (8, 64)]
-
-needs_library = pytest.mark.skipif(
-    native_library.why_unavailable() is not None, reason=str(native_library.why_unavailable())
-)
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = native_library.library()
-    if library.graft_limit(LEVELS[request.param]) != LEVELS[request.param]:
-        library.graft_limit(max(LEVELS.values()))
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    library.graft_limit(max(LEVELS.values()))
 
 
 def latent(weight_format: LatentFormat, columns: int) -> tuple[Tensor, ...]:
@@ -40,7 +24,6 @@ def latent(weight_format: LatentFormat, columns: int) -> tuple[Tensor, ...]:
     return packed["weight"], packed["scales"], packed["offsets"], A, B
 
 
-@needs_library
 @pytest.mark.parametrize("statistics", ["float16", "float32"])
 @pytest.mark.parametrize(("bits", "group_size"), GRIDS)
 @pytest.mark.parametrize("columns", [40, 96, 200])
@@ -51,14 +34,14 @@ def test_native_codes_and_gradients_equal_the_references(
         weight_format = LatentFormat(bits, group_size, statistics, dtype)
         *weight, A, B = latent(weight_format, columns)
         for update in ((A, B), (None, None)):
-            arguments = *weight, *update, SCALING, bits, group_size
-            got = native_latent.latent_codes(*arguments)
-            expected = reference_latent.latent_codes(*arguments)
+            arguments = Latent(*weight, *update, SCALING, bits, group_size)
+            got = native_latent.latent_codes(arguments)
+            expected = reference_latent.latent_codes(arguments)
             assert torch.equal(got[0], expected[0])
             assert (got[1] is None) == (expected[1] is None) == (bits != 3)
             assert got[1] is None or torch.equal(got[1], expected[1])
         product = torch.randn(OUT, columns)
-        arguments = product, *weight, A, B, SCALING, bits, group_size
+        arguments = product, Latent(*weight, A, B, SCALING, bits, group_size)
         got, expected = (
             backend.latent_grads(*arguments) for backend in (native_latent, reference_latent)
         )
@@ -137,3 +120,15 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.latent_grads, (torch.randn(OUT, 96), *grid, A, B, SCALING, 4, 32))
     factors = A.requires_grad_(), B.requires_grad_()
     torch.library.opcheck(ops.latent_linear, (x, *grid, *factors, SCALING, u, v, 4, 32))
+
+
+def test_a_grid_that_stays_is_one_that_moves_by_nothing() -> None:
+    weight, scales, offsets, A, B = latent(LatentFormat(), 96)
+    found = []
+    for moves in ((None, None), [torch.zeros(scales.shape, requires_grad=True) for _ in range(2)]):
+        trained = [t.detach().clone().requires_grad_() for t in (torch.ones(5, 96), A, B)]
+        x, *factors = trained
+        y = ops.latent_linear(x, weight, scales, offsets, *factors, SCALING, *moves, 4, 32)
+        y.square().sum().backward()
+        found.append([y, *(tensor.grad for tensor in trained)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +19,6 @@ pytestmark = pytest.mark.skipif(
     reason=f"native backend: {native_library.why_unavailable()}",
 )
 
-LEVELS = {"baseline": 0, "AVX2": 1, "AVX-512": 2, "AVX-512+BF16": 3}
 # A row of one straddling block, a short last group and an odd count; whole blocks; many rows.
 SHAPES = [(7, 45), (33, 130), (96, 256)]
 FORMATS: list[WeightFormat] = [
@@ -32,17 +29,6 @@ FORMATS: list[WeightFormat] = [
     IntGroupFormat(bits=4, group_size=16, statistics="float32"),
 ]
 DTYPES = [torch.float32, torch.bfloat16]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = native_library.library()
-    if library.graft_limit(LEVELS[request.param]) != LEVELS[request.param]:
-        library.graft_limit(max(LEVELS.values()))
-        pytest.skip(f"this processor has no {request.param}")
-    assert native_library.instructions() == request.param
-    yield request.param
-    library.graft_limit(max(LEVELS.values()))
 
 
 def packed_weight(weight_format: WeightFormat, shape: tuple[int, int]) -> tuple[Weight, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle
 
@@ -24,7 +23,6 @@ pytestmark = pytest.mark.skipif(
     reason=f"native backend: {native_library.why_unavailable()}",
 )
 
-LEVELS = {"baseline": 0, "AVX2": 1, "AVX-512": 2, "AVX-512+BF16": 3}
 INT4: list[WeightFormat] = [IntGroupFormat(bits=4, group_size=size) for size in (32, 64, 128)]
 MIXED: list[WeightFormat] = [
     *INT4,
@@ -158,16 +156,6 @@ def native_logits(model: Made, tokens: list[int]) -> Tensor:
 @pytest.fixture
 def tokens() -> list[int]:
     return torch.randint(83, (POSITIONS,)).tolist()
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Iterator[str]:
-    library = native_library.library()
-    if library.graft_limit(LEVELS[request.param]) != LEVELS[request.param]:
-        library.graft_limit(max(LEVELS.values()))
-        pytest.skip(f"this processor has no {request.param}")
-    yield request.param
-    library.graft_limit(max(LEVELS.values()))
 
 
 @pytest.mark.parametrize("shape", SHAPES)

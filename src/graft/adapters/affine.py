@@ -37,18 +37,7 @@ class AffineAdapter(Adapter):
         """Return x W'ᵀ, W' on the moved grid, without keeping the moved statistics."""
         if not isinstance(base.weight_format, IntGroupFormat):
             return None
-        packed = base.packed
-        y: Tensor = affine_linear(
-            x,
-            packed["codes"],
-            packed.get("codes_high"),
-            packed["scales"],
-            packed["offsets"],
-            base.weight_format.bits,
-            base.weight_format.group_size,
-            self.u,
-            self.v,
-        )
+        y: Tensor = affine_linear(x, *base.weight_format.operands(base.packed), self.u, self.v)
         return y
 
     def delta(self, base: FrozenLinear) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 
 from graft.adapters.affine import AffineAdapter
 from graft.adapters.base import AdaptedLinear, Adapter
-from graft.adapters.config import AdapterConfig
+from graft.adapters.config import GRID_METHODS, AdapterConfig
 from graft.adapters.lora import LoraAdapter
 from graft.adapters.merge_aware import MergeAwareAdapter
 from graft.adapters.qalora import QALoraAdapter
@@ -36,13 +36,14 @@ def make_adapter(layer: FrozenLinear, config: AdapterConfig) -> Adapter:
             config.adapter_bias,
             device,
         )
-    weight_format = layer.weight_format
+    weight_format, needed = layer.weight_format, GRID_METHODS.get(config.method)
+    if needed is not None and weight_format.name != needed:
+        raise GraftError(
+            f"method {config.method!r} needs weights in the {needed} format, found "
+            f"{weight_format.name!r}; quantise the base with --format {needed}"
+        )
     if config.method == "merge_aware":
-        if not isinstance(weight_format, LatentFormat):
-            raise GraftError(
-                f"method 'merge_aware' needs weights in the latent format, found "
-                f"{weight_format.name!r}; quantise the base with --format latent"
-            )
+        assert isinstance(weight_format, LatentFormat)
         return MergeAwareAdapter(
             layer.in_features,
             layer.out_features,
@@ -53,12 +54,8 @@ def make_adapter(layer: FrozenLinear, config: AdapterConfig) -> Adapter:
             config.grid_rank or 0,
             device,
         )
-    if not isinstance(weight_format, IntGroupFormat):
-        raise GraftError(
-            f"method {config.method!r} needs weights in the int format, found "
-            f"{weight_format.name!r}; quantise the base with --format int"
-        )
     if config.method == "qalora":
+        assert isinstance(weight_format, IntGroupFormat)
         return QALoraAdapter(
             layer.in_features,
             layer.out_features,
@@ -69,6 +66,7 @@ def make_adapter(layer: FrozenLinear, config: AdapterConfig) -> Adapter:
             device,
         )
     if config.method == "affine":
+        assert isinstance(weight_format, IntGroupFormat)
         return AffineAdapter(layer.out_features, weight_format.groups(layer.in_features), device)
     raise GraftError(f"method {config.method!r} attaches no adapter")
 

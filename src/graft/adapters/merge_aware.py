@@ -65,9 +65,9 @@ class MergeAwareAdapter(Adapter):
     def grid_update(self, packed: Packed) -> GridUpdate:
         """Return weights += s B A, scales += scale u, offsets += scale v."""
         weights = LowRank(self.A, self.B, self.scaling)
-        if not self.grid_rank:
+        u, v = self._moves()
+        if u is None or v is None:
             return GridUpdate(weights=weights)
-        u, v = self._moves(packed["scales"])
         return GridUpdate(scales=Scaled(u), offsets=Scaled(v), weights=weights)
 
     def update(self) -> Tensor:
@@ -78,10 +78,10 @@ class MergeAwareAdapter(Adapter):
         """Return what moves the grid."""
         return [self.get_parameter(name) for name in GRID_PARAMETERS if self.grid_rank]
 
-    def _moves(self, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """Return u and v, float32 [out_features, groups]."""
+    def _moves(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """Return u and v, float32 [out_features, groups], or nothing for a grid that stays."""
         if not self.grid_rank:
-            return 2 * (torch.zeros_like(scales, dtype=torch.float32),)
+            return None, None
         u_A, u_B, v_A, v_B = self.grid_parameters()
         return u_B @ u_A, v_B @ v_A
 
@@ -106,7 +106,7 @@ class MergeAwareAdapter(Adapter):
             self.A,
             self.B,
             self.scaling,
-            *self._moves(packed["scales"]),
+            *self._moves(),
             weight_format.bits,
             weight_format.group_size,
         )

@@ -59,19 +59,8 @@ class QALoraAdapter(Adapter):
         """Return x W'ᵀ, W' with moved offsets, whose gradients are formed from the group sums."""
         if not isinstance(base.weight_format, IntGroupFormat):
             return None
-        packed = base.packed
-        y: Tensor = qalora_linear(
-            x,
-            packed["codes"],
-            packed.get("codes_high"),
-            packed["scales"],
-            packed["offsets"],
-            base.weight_format.bits,
-            base.weight_format.group_size,
-            self.A,
-            self.B,
-            self.scaling,
-        )[0]
+        operands = base.weight_format.operands(base.packed)
+        y: Tensor = qalora_linear(x, *operands, self.A, self.B, self.scaling)[0]
         return y
 
     def expanded_a(self, in_features: int) -> Tensor:

@@ -132,9 +132,10 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
     description = format_description(config, None)
     if description is None:
         raise GraftError("--format says nothing to quantise to; give nf4, fp4, int8 or int")
-    check_solver(chosen_solver(config), description)
-    measured = "--solver gptq" if chosen_solver(config) == "gptq" else "--bits auto"
-    if config.data is None and (chosen_solver(config) == "gptq" or config.bits == "auto"):
+    solver = chosen_solver(config)
+    check_solver(solver, description)
+    measured = "--solver gptq" if solver == "gptq" else "--bits auto"
+    if config.data is None and (solver == "gptq" or config.bits == "auto"):
         raise GraftError(f"{measured} needs --data, whose text calibrates it")
     out = Path(config.out)
     if out.exists():
@@ -146,7 +147,7 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
         dtype=config.dtype,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
-        solver=chosen_solver(config),
+        solver=solver,
         calibration=_calibration(config),
         damping=config.damping,
         events=events,

@@ -122,30 +122,21 @@ class IntGroupFormat:
         self, packed: Packed, out_features: int, in_features: int, dtype: torch.dtype
     ) -> Tensor:
         """Return scale * q + offset, computed in float32 and rounded once to `dtype`."""
-        out: Tensor = ops.int_group_dequantize(
-            packed["codes"],
-            packed.get("codes_high"),
-            packed["scales"],
-            packed["offsets"],
-            self.bits,
-            self.group_size,
-            in_features,
-            dtype,
-        )
+        out: Tensor = ops.int_group_dequantize(*self.operands(packed), in_features, dtype)
         return out
 
     def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
         """Return y = x Wᵀ in x's dtype, differentiable in x, scales and offsets."""
-        out: Tensor = ops.int_group_linear(
-            x,
-            packed["codes"],
-            packed.get("codes_high"),
-            packed["scales"],
-            packed["offsets"],
-            self.bits,
-            self.group_size,
-        )
+        out: Tensor = ops.int_group_linear(x, *self.operands(packed))
         return out
+
+    def operands(self, packed: Packed) -> tuple[Any, ...]:
+        """Return codes, codes_high, scales, offsets, bits, group_size, as the operations take them.
+
+        codes_high is None unless bits is 3.
+        """
+        planes = packed["codes"], packed.get("codes_high")
+        return *planes, packed["scales"], packed["offsets"], self.bits, self.group_size
 
     def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
         """Return the weight as the kernels see it."""

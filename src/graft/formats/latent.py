@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.errors import GraftError
-from graft.formats.base import GridUpdate, Packed, TensorSpec
+from graft.formats.base import GridUpdate, Packed, TensorSpec, WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.kernels import latent_ops
@@ -56,6 +56,10 @@ class LatentFormat:
     def _dense(self) -> DenseFormat:
         return DenseFormat(self.dtype)
 
+    @property
+    def _computed(self) -> WeightFormat:
+        return self.deployed if self.rounds else self._dense
+
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
         return self.deployed.options() | self._dense.options() | {"rounds": self.rounds}
@@ -79,26 +83,23 @@ class LatentFormat:
     def unpack(
         self, packed: Packed, out_features: int, in_features: int, dtype: torch.dtype
     ) -> Tensor:
-        """Return the rounded weight."""
-        if not self.rounds:
-            return self._dense.unpack(packed, out_features, in_features, dtype)
-        return self.deployed.unpack(self.rounded(packed), out_features, in_features, dtype)
+        """Return the weight that the layer computes with."""
+        return self._computed.unpack(self.rounded(packed), out_features, in_features, dtype)
 
     def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
-        """Return y = x Wᵀ in x's dtype, W rounded."""
-        if not self.rounds:
-            return self._dense.linear(x, packed, out_features)
-        return self.deployed.linear(x, self.rounded(packed), out_features)
+        """Return y = x Wᵀ in x's dtype, W as the layer computes with it."""
+        return self._computed.linear(x, self.rounded(packed), out_features)
 
     def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
-        """Return the rounded weight as the kernels see it."""
-        if not self.rounds:
-            return self._dense.kernel_weight(packed, out_features, in_features)
-        return self.deployed.kernel_weight(self.rounded(packed), out_features, in_features)
+        """Return the weight that the layer computes with as the kernels see it."""
+        return self._computed.kernel_weight(self.rounded(packed), out_features, in_features)
 
     def rounded(self, packed: Packed) -> Packed:
-        """Return the weight in the int format; one that has absorbed an update is in it already."""
-        if "codes" in packed:
+        """Return the weight as the layer computes with it: in the int format, once it rounds.
+
+        One that has absorbed an update is in that format already.
+        """
+        if "codes" in packed or not self.rounds:
             return packed
         absorbed = self.absorb(packed, GridUpdate())
         assert absorbed is not None

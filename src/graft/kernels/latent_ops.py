@@ -18,8 +18,9 @@ import graft.kernels.reference_latent  # noqa: F401  (these modules register the
 from graft.kernels.affine_ops import moved_statistics
 from graft.kernels.low_rank_ops import token_product
 from graft.kernels.ops import int_group_grad_input
-from graft.kernels.packing import PLANES, plane_bytes
+from graft.kernels.packing import empty_planes
 from graft.kernels.registry import implementation
+from graft.kernels.weights import Latent
 
 
 @custom_op("graft::latent_codes", mutates_args=())
@@ -39,17 +40,8 @@ def latent_codes(
     same numbers. codes_high is empty unless bits is 3.
     """
     compute = implementation("latent_codes", weight.device)
-    codes, high = compute(weight, scales, offsets, A, B, scaling, bits, group_size)
+    codes, high = compute(Latent(weight, scales, offsets, A, B, scaling, bits, group_size))
     return codes, codes.new_empty(0) if high is None else high
-
-
-def _fake_codes(weight: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    rows, columns = weight.shape
-    planes = [
-        weight.new_empty((rows, plane_bytes(plane, columns)), dtype=torch.uint8)
-        for plane in PLANES[bits]
-    ]
-    return planes[0], planes[1] if len(planes) > 1 else planes[0].new_empty(0)
 
 
 @latent_codes.register_fake
@@ -63,7 +55,8 @@ def _(
     bits: int,
     group_size: int,
 ) -> tuple[Tensor, Tensor]:
-    return _fake_codes(weight, bits)
+    codes, high = empty_planes(weight, bits)
+    return codes, codes.new_empty(0) if high is None else high
 
 
 @custom_op("graft::latent_grads", mutates_args=())
@@ -85,8 +78,8 @@ def latent_grads(
     [out_features, groups].
     """
     compute = implementation("latent_grads", weight.device)
-    latent = weight, scales, offsets, A, B, scaling, bits, group_size
-    grads: tuple[Tensor, Tensor, Tensor] = compute(product, *latent)
+    latent = Latent(weight, scales, offsets, A, B, scaling, bits, group_size)
+    grads: tuple[Tensor, Tensor, Tensor] = compute(product, latent)
     return grads
 
 
@@ -106,6 +99,14 @@ def _(
     return torch.empty_like(product), u, v
 
 
+def _moved(
+    scales: Tensor, offsets: Tensor, u: Tensor | None, v: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if u is None or v is None:
+        return scales, offsets
+    return moved_statistics(scales, offsets, u.detach(), v.detach())
+
+
 @custom_op("graft::latent_linear", mutates_args=())
 def latent_linear(
     x: Tensor,
@@ -115,20 +116,20 @@ def latent_linear(
     A: Tensor,
     B: Tensor,
     scaling: float,
-    u: Tensor,
-    v: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """Return y = x Wᵀ, W the rounded weight on the grid moved by u and v.
+    """Return y = x Wᵀ, W the rounded weight on the grid moved by u and v, or where it is.
 
     Differentiable in x, A, B, u and v, straight through both roundings (L4Q, arXiv 2402.04902;
     there the grid of the codes moves too, here it stays, so that the codes answer to A and B alone
     and the grid to u and v). The weight is rounded once more in the backward pass.
     """
-    latent = weight, scales, offsets, A, B, scaling, bits, group_size
-    codes, high = implementation("latent_codes", x.device)(*latent)
-    moved = moved_statistics(scales, offsets, u, v)
+    latent = Latent(weight, scales, offsets, A, B, scaling, bits, group_size)
+    codes, high = implementation("latent_codes", x.device)(latent)
+    moved = _moved(scales, offsets, u, v)
     compute = implementation("int_group_linear", x.device)
     y: Tensor = compute(x, codes, high, *moved, bits, group_size)
     return y
@@ -143,8 +144,8 @@ def _(
     A: Tensor,
     B: Tensor,
     scaling: float,
-    u: Tensor,
-    v: Tensor,
+    u: Tensor | None,
+    v: Tensor | None,
     bits: int,
     group_size: int,
 ) -> Tensor:
@@ -157,16 +158,19 @@ def _latent_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _latent_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, scales, offsets, A, B, u, v = (tensor.detach() for tensor in ctx.saved_tensors)
+    x, weight, scales, offsets, A, B, u, v = ctx.saved_tensors
+    A, B = A.detach(), B.detach()
     latent = weight, scales, offsets, A, B, ctx.scaling, ctx.bits, ctx.group_size
     grad, grad_x = grad.contiguous(), None
     if ctx.needs_input_grad[0]:
         codes, high = latent_codes(*latent)
-        packed = codes, high if ctx.bits == 3 else None, *moved_statistics(scales, offsets, u, v)
+        packed = codes, high if ctx.bits == 3 else None, *_moved(scales, offsets, u, v)
         grad_x = int_group_grad_input(grad, *packed, ctx.bits, ctx.group_size, x.shape[-1])
     grad_weight, grad_u, grad_v = latent_grads(token_product(grad, x), *latent)
     grad_A = (B.T @ grad_weight) * ctx.scaling
     grad_B = (grad_weight @ A.T) * ctx.scaling
+    if u is None:
+        grad_u = grad_v = None
     return grad_x, None, None, None, grad_A, grad_B, None, grad_u, grad_v, None, None
 
 

@@ -25,7 +25,7 @@ from graft.kernels.native_library import (
     library,
     why_unavailable,
 )
-from graft.kernels.packing import PLANES, plane_bytes
+from graft.kernels.packing import empty_planes
 from graft.kernels.registry import Backend, register_backend
 from graft.kernels.weights import NESTED_BLOCK_SIZE, Layout, Weight
 
@@ -181,11 +181,7 @@ def int_group_quantize(
         weight = weight.float()
     matrix = weight.contiguous()
     rows, columns = matrix.shape
-    planes = [
-        matrix.new_empty((rows, plane_bytes(plane, columns)), dtype=torch.uint8)
-        for plane in PLANES[bits]
-    ]
-    codes_high = planes[1] if len(planes) > 1 else None
+    codes, codes_high = empty_planes(matrix, bits)
     shape = rows, -(-columns // group_size)
     scales, offsets = (matrix.new_empty(shape, dtype=statistics) for _ in range(2))
     status = library().graft_int_group_quantize(
@@ -194,14 +190,14 @@ def int_group_quantize(
         *(rows, columns, bits, group_size),
         DTYPES[statistics],
         smallest_scale,
-        *(address(planes[0]), address(codes_high), address(scales), address(offsets)),
+        *(address(codes), address(codes_high), address(scales), address(offsets)),
         torch.get_num_threads(),
     )
     if status < 0:
         raise MemoryError("graft's native kernel int_group_quantize found no memory")
     if status > 0:
         scales.fill_(float("nan"))
-    return planes[0], codes_high, scales, offsets
+    return codes, codes_high, scales, offsets
 
 
 def _codebook(

@@ -29,6 +29,16 @@ def plane_bytes(plane_bits: int, columns: int) -> int:
     return -(-columns // BLOCK) * BLOCK * plane_bits // 8
 
 
+def empty_planes(like: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """Return room, uninitialised, for the packed codes of a matrix: (codes, codes_high or None)."""
+    rows, columns = like.shape
+    low, *high = (
+        like.new_empty((rows, plane_bytes(plane, columns)), dtype=torch.uint8)
+        for plane in PLANES[bits]
+    )
+    return low, high[0] if high else None
+
+
 def pack_codes(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
     """Pack codes uint8 [rows, columns] into planes, each uint8 [rows, bytes]."""
     rows, columns = codes.shape

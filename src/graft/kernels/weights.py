@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -51,6 +52,22 @@ class Weight:
 
     layout: Layout
     tensors: tuple[Tensor | None, ...]
+
+
+class Latent(NamedTuple):
+    """A latent weight W + scaling B A [out_features, in_features] that rounds to int group codes.
+
+    A and B are float32, or None where there is no update; scales and offsets are the grid's.
+    """
+
+    weight: Tensor
+    scales: Tensor
+    offsets: Tensor
+    A: Tensor | None
+    B: Tensor | None
+    scaling: float
+    bits: int
+    group_size: int
 
 
 def plain_absmax(absmax: Tensor, scale: Tensor | None, offset: Tensor | None) -> Tensor:

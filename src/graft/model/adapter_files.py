@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from graft.adapters.affine import AffineAdapter
 from graft.adapters.attach import adapted_layer, adapted_layers, adapter_names, frozen_layers
 from graft.adapters.base import Adapter
-from graft.adapters.config import Init
+from graft.adapters.config import GRID_METHODS, Init
 from graft.adapters.lora import LoraAdapter
 from graft.adapters.merge_aware import GRID_PARAMETERS, MergeAwareAdapter
 from graft.adapters.qalora import QALoraAdapter
@@ -262,8 +262,9 @@ def _build(
     """Return the adapter of one layer; raises GraftError when the tensors do not fit it."""
     adapter: AffineAdapter | QALoraAdapter | LoraAdapter | MergeAwareAdapter
     weight_format = layer.weight_format
-    if method in ("qalora", "affine") and not isinstance(weight_format, IntGroupFormat):
-        raise GraftError(f"{method} needs the int format, found {weight_format.name!r}")
+    needed = GRID_METHODS.get(method)
+    if needed is not None and weight_format.name != needed:
+        raise GraftError(f"{method} needs the {needed} format, found {weight_format.name!r}")
     if method == "affine":
         assert isinstance(weight_format, IntGroupFormat)
         adapter = AffineAdapter(layer.out_features, weight_format.groups(layer.in_features))
@@ -273,8 +274,7 @@ def _build(
         raise GraftError("lora_A or lora_B is missing")
     rank = parts["A"].shape[0]
     if method == "merge_aware":
-        if not isinstance(weight_format, LatentFormat):
-            raise GraftError(f"{method} needs the latent format, found {weight_format.name!r}")
+        assert isinstance(weight_format, LatentFormat)
         groups = weight_format.groups(layer.in_features)
         grid_rank = parts["u_A"].shape[0] if "u_A" in parts else 0
         sizes = layer.in_features, layer.out_features, groups, rank

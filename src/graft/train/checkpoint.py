@@ -87,9 +87,9 @@ def load_checkpoint(
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(files.read(f"parameter.{name}"))
+                if not parameter.requires_grad:
+                    continue  # it has not trained yet, and has no state
                 entries = {}
-                if f"optimizer.step.{name}" not in files:
-                    continue  # it has not trained yet
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     value = files.read(f"optimizer.{key}.{name}").clone()
                     entries[key] = value[0] if key == "step" else value.to(parameter.device)

@@ -25,7 +25,13 @@ from graft.api.compare.contenders import (
     parse_contenders,
     trainings,
 )
-from graft.api.config import as_plain, check_train_config, format_description
+from graft.api.config import (
+    as_plain,
+    check_solver,
+    check_train_config,
+    chosen_solver,
+    format_description,
+)
 from graft.api.run_folder import fingerprint_weights
 from graft.data.encode import EncodedData, Example, encode_prompt
 from graft.data.files import fingerprint
@@ -136,7 +142,9 @@ def _wanted(config: CompareConfig, problems: Problems) -> list[Entry]:
             with found.collecting():
                 check_train_config(run)
             with found.collecting():
-                descriptions.append(format_description(run, run.method) or {"format": "dense"})
+                description = format_description(run, run.method)
+                check_solver(chosen_solver(run, run.method), description)
+                descriptions.append(description or {"format": "dense"})
         for description in descriptions:
             with found.collecting():
                 parse_format(description)
