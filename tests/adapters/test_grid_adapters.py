@@ -30,12 +30,22 @@ def grid_of(base) -> tuple[Tensor, Tensor, Tensor]:
     return codes, packed["scales"].double()[:, group], packed["offsets"].double()[:, group]
 
 
-def qalora_layer(frozen, randomise, bits: int, group_size: int, rslora: bool = False):
+def qalora_layer(
+    frozen, randomise, bits: int, group_size: int, rslora: bool = False, grid_rank: int = 0
+):
     base = frozen(IntGroupFormat(bits=bits, group_size=group_size))
-    adapter = randomise(QALoraAdapter(44, 6, group_size, rank=3, alpha=5.0, rslora=rslora))
+    adapter = QALoraAdapter(
+        44, 6, group_size, rank=3, alpha=5.0, rslora=rslora, grid_rank=grid_rank
+    )
+    randomise(adapter)
     layer = AdaptedLinear(base)
     layer.add("default", adapter)
     return base, adapter, layer
+
+
+def moving_layer(frozen, randomise, bits: int, group_size: int):
+    """QA-LoRA that moves the scales too."""
+    return qalora_layer(frozen, randomise, bits, group_size, grid_rank=2)
 
 
 def affine_layer(frozen, randomise, bits: int, group_size: int):
@@ -51,15 +61,17 @@ def half(value: Tensor) -> Tensor:
     return torch.tensor(float(numpy.float16(value.item())), dtype=torch.float64)
 
 
+@pytest.mark.parametrize("grid_rank", [0, 2])
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize(("bits", "group_size"), GRIDS)
 def test_qalora_forward_equals_a_float64_loop(
-    bits: int, group_size: int, rslora: bool, frozen, randomise
+    bits: int, group_size: int, rslora: bool, grid_rank: int, frozen, randomise
 ) -> None:
-    base, adapter, layer = qalora_layer(frozen, randomise, bits, group_size, rslora)
+    base, adapter, layer = qalora_layer(frozen, randomise, bits, group_size, rslora, grid_rank)
     codes, scales, offsets = grid_of(base)
     scaling = 5 / (math.sqrt(3) if rslora else 3)
     A, B = adapter.A.double(), adapter.B.double()
+    u = (adapter.u_B @ adapter.u_A).double() if grid_rank else torch.zeros(6, len(A[0])).double()
     x = torch.randn(4, 44)
     expected = torch.zeros(4, 6, dtype=torch.float64)
     for row in range(4):
@@ -67,10 +79,11 @@ def test_qalora_forward_equals_a_float64_loop(
             total = base.bias[o].double()
             for j in range(44):
                 g = j // group_size
-                move = scaling * sum(B[o, r] * A[r, g] for r in range(3))
-                # What is deployed: the moved offset as fp16 stores it.
+                move = scaling * sum(B[o, r] * A[r, g] for r in range(adapter.rank))
+                # What is deployed: the moved statistics as fp16 stores them.
                 offset = half(offsets[o, j] + move)
-                total = total + (scales[o, j] * codes[o, j] + offset) * x[row, j].double()
+                scale = half(scales[o, j] + scales[o, j] * u[o, g])
+                total = total + (scale * codes[o, j] + offset) * x[row, j].double()
             expected[row, o] = total
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -90,7 +103,7 @@ def test_affine_forward_equals_a_float64_loop(bits, group_size, frozen, randomis
     torch.testing.assert_close(layer(x).double(), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [qalora_layer, affine_layer])
+@pytest.mark.parametrize("make", [qalora_layer, moving_layer, affine_layer])
 @pytest.mark.parametrize(("bits", "group_size"), GRIDS)
 def test_delta_is_the_unrounded_update(make, bits: int, group_size: int, frozen, randomise) -> None:
     base, adapter, layer = make(frozen, randomise, bits, group_size)
@@ -110,20 +123,20 @@ def test_delta_is_the_unrounded_update(make, bits: int, group_size: int, frozen,
 def test_qalora_is_a_lora_whose_a_is_repeated(frozen, randomise) -> None:
     base, adapter, _ = qalora_layer(frozen, randomise, 4, 32)
     expanded = adapter.expanded_a(44)
-    assert expanded.shape == (3, 44)
+    assert expanded.shape == (2, 44)  # rank 3 was asked for, and 44 inputs are two groups
     for j in range(44):
         assert torch.equal(expanded[:, j], adapter.A[:, j // 32])
     expected = adapter.scaling * (adapter.B.double() @ expanded.double())
     torch.testing.assert_close(adapter.delta(base), expected)
 
 
-@pytest.mark.parametrize("make", [qalora_layer, affine_layer])
+@pytest.mark.parametrize("make", [qalora_layer, moving_layer, affine_layer])
 def test_a_fresh_adapter_changes_nothing(make, frozen) -> None:
     base, adapter, layer = make(frozen, lambda adapter: adapter, 4, 8)
     x = torch.randn(3, 44)
     assert torch.equal(layer(x), base(x))
     assert torch.equal(layer.effective_weight(), base.dense_weight().double())
-    assert not any(p.any() for name, p in adapter.named_parameters() if name != "A")
+    assert not any(p.any() for name, p in adapter.named_parameters() if name not in ("A", "u_A"))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -137,6 +150,24 @@ def test_qalora_gradients_pass_straight_through_the_rounding(bits, frozen, rando
     (x.double() @ update.T).backward(grad.double())
     for mine, true in ((adapter.A, A), (adapter.B, B)):
         torch.testing.assert_close(mine.grad.double(), true.grad, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_gradients_of_moving_scales_pass_straight_through(bits, frozen, randomise) -> None:
+    base, adapter, layer = moving_layer(frozen, randomise, bits, 8)
+    codes, scales, _ = grid_of(base)
+    x, grad = torch.randn(7, 44), torch.randn(7, 6)
+    layer(x).backward(grad)
+    names = ("A", "B", "u_A", "u_B")
+    A, B, u_A, u_B = (
+        adapter.get_parameter(name).detach().double().requires_grad_() for name in names
+    )
+    group = torch.arange(44) // 8
+    update = (B @ A)[:, group] * adapter.scaling + scales * codes * (u_B @ u_A)[:, group]
+    (x.double() @ update.T).backward(grad.double())
+    for name, true in zip(names, (A, B, u_A, u_B), strict=True):
+        mine = adapter.get_parameter(name).grad.double()
+        torch.testing.assert_close(mine, true.grad, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -163,6 +194,16 @@ def test_a_base_without_a_grid_is_told(weight_format, frozen) -> None:
 @pytest.mark.parametrize("in_features", [64, 172, 512])
 def test_qalora_draws_a_as_lora_does(in_features: int) -> None:
     bound = 1 / math.sqrt(in_features)
-    adapter = QALoraAdapter(in_features, 8, group_size=32, rank=64)
-    assert bound * 0.9 < adapter.A.abs().max() <= bound
+    adapter = QALoraAdapter(in_features, 8, group_size=8, rank=7)
+    assert bound * 0.7 < adapter.A.abs().max() <= bound
     assert not adapter.B.any()
+
+
+@pytest.mark.parametrize(("rank", "grid_rank"), [(6, 6), (16, 40)])
+def test_a_rank_that_covers_all_groups_starts_as_the_identity(rank, grid_rank) -> None:
+    adapter = QALoraAdapter(172, 8, group_size=32, rank=rank, grid_rank=grid_rank)
+    assert (adapter.rank, adapter.grid_rank, adapter.scaling) == (6, 6, 1.0)
+    torch.testing.assert_close(adapter.A, torch.eye(6) * math.sqrt(rank / 172))
+    assert torch.equal(adapter.u_A, torch.eye(6))
+    halved = QALoraAdapter(172, 8, group_size=32, rank=16, alpha=8.0)
+    assert halved.scaling == 0.5, "the rank that was asked for divides alpha"

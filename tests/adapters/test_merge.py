@@ -17,6 +17,7 @@ def adapters_for(weight_format: IntGroupFormat, names: str) -> list:
     group_size = weight_format.group_size
     makers = {
         "qalora": lambda: QALoraAdapter(44, 6, group_size, rank=3),
+        "moving": lambda: QALoraAdapter(44, 6, group_size, rank=3, grid_rank=2),
         "affine": lambda: AffineAdapter(6, weight_format.groups(44)),
     }
     return [makers[name]() for name in names.split("+")]
@@ -29,7 +30,9 @@ def adapted(base, adapters, randomise) -> AdaptedLinear:
     return layer
 
 
-@pytest.mark.parametrize("names", ["qalora", "affine", "qalora+affine", "affine+qalora"])
+@pytest.mark.parametrize(
+    "names", ["qalora", "moving", "affine", "qalora+affine", "affine+qalora", "moving+moving"]
+)
 @pytest.mark.parametrize("statistics", ["float16", "float32"])
 @pytest.mark.parametrize("group_size", [8, 32])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -131,8 +131,8 @@ def test_what_a_comparison_measures(compared: tuple[CompareConfig, Comparison]) 
     assert not (out / "deployed").exists() or not any((out / "deployed").iterdir())
     by = {(r.contender, r.bits, r.seed): r for r in comparison.results}
     for seed in (0, 1):
-        exact = by["qalora", 2, seed]
-        assert exact.perplexity == exact.trained_perplexity, "it merges exactly"
+        exact = by["qalora", 2, seed]  # in its weights; training has an attention of its own
+        assert exact.perplexity == pytest.approx(exact.trained_perplexity, rel=1e-6)
         assert exact.bits_per_weight == 2 + 1, "two fp16 numbers for 32 weights"
         assert exact.run == f"qalora-2bit-seed{seed}"
     assert by["lora", None, 0].perplexity != by["lora", None, 1].perplexity

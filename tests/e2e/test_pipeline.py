@@ -267,8 +267,11 @@ def test_generation_dresses_the_prompt_as_training_did(tiny_base, rows, tmp_path
 
 def test_exports_of_a_run(tiny_base, rows, tmp_path):
     run = tmp_path / "run"
-    config = settings(tiny_base, rows, run, method="qalora", export=("gguf", "hf", "peft"))
-    graft.finetune(config)
+    exports = {"method": "qalora", "export": ("gguf", "hf", "peft")}
+    with pytest.raises(graft.GraftError, match="--export peft: qalora moves the scales too"):
+        graft.finetune(settings(tiny_base, rows, run, **exports))
+    assert not run.exists()
+    graft.finetune(settings(tiny_base, rows, run, **exports, grid_rank=0))
     trained, _ = graft.load(run)
     plain = AutoModelForCausalLM.from_pretrained(run / "export" / "hf")
     difference = (probe(plain) - probe(trained)).abs().max()
@@ -299,7 +302,7 @@ def test_merge_aware_trains_as_lora_until_it_rounds(tiny_base, rows, tmp_path):
 
 
 def test_what_belongs_to_merge_aware_is_refused_elsewhere(tiny_base, rows, tmp_path):
-    wrong = {"method": "qalora", "grid_rank": -1, "dense_fraction": 1.0}
+    wrong = {"method": "affine", "grid_rank": -1, "dense_fraction": 1.0}
     with pytest.raises(graft.GraftError) as told:
         graft.finetune(settings(tiny_base, rows, tmp_path / "run", **wrong))
     for part in ("--grid-rank belongs to merge_aware", "--dense-fraction belongs to merge_aware"):

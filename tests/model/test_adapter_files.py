@@ -52,6 +52,7 @@ CASES = {
     "lora-some": (None, {"method": "lora", "targets": ("c_attn", "v_proj")}),
     "qalora": (INT, {"method": "qalora", "alpha": 5.0}),
     "qalora-rslora": (make_format("int", {"group_size": 16}), {"method": "qalora", "rslora": True}),
+    "qalora-scales": (INT, {"method": "qalora", "alpha": 5.0, "grid_rank": 2}),
     "affine": (make_format("int", {"bits": 3}), {"method": "affine"}),
     "merge_aware": (make_format("latent", {"bits": 3}), {"method": "merge_aware"}),
 }
@@ -93,11 +94,15 @@ def test_files_and_dtype(load, tmp_path) -> None:
     assert f"base_model.model.{LAYER}.lora_A.weight" in tensors
 
 
-def test_affine_has_no_peft_config(load, tmp_path) -> None:
-    model = attached(load("llama", weight_format=INT).model, method="affine")
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [({"method": "affine"}, "u"), ({"method": "qalora", "grid_rank": 1}, "u_B")],
+)
+def test_what_moves_scales_has_no_peft_config(options, name, load, tmp_path) -> None:
+    model = attached(load("llama", weight_format=INT).model, **options)
     save_adapter(model, tmp_path / "a")
     assert sorted(file.name for file in (tmp_path / "a").iterdir()) == [WEIGHTS, OWN]
-    assert f"{LAYER}.u" in load_file(tmp_path / "a" / WEIGHTS)
+    assert f"{LAYER}.{name}" in load_file(tmp_path / "a" / WEIGHTS)
     with pytest.raises(GraftError, match="no LoRA"):
         save_adapter(model, tmp_path / "b", as_lora=True)
     assert not (tmp_path / "b").exists()
@@ -130,6 +135,25 @@ def test_a_qalora_adapter_as_plain_lora(load, logits, tmp_path) -> None:
     found, deployed = logits(fresh), logits(model)
     # The deployed form rounds the moved offsets to fp16.
     assert (found - deployed).abs().max() < 2e-3 * deployed.abs().max()
+
+
+def test_a_foreign_qalora_adapter_keeps_a_rank_above_its_groups(load, tmp_path) -> None:
+    model = attached(load("llama", weight_format=INT).model, method="qalora")
+    save_adapter(model, tmp_path / "a")
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    for key, tensor in tensors.items():
+        wide = (9, tensor.shape[1]) if "lora_A" in key else (tensor.shape[0], 9)
+        tensors[key] = torch.randn(wide) * 0.1
+    save_file(tensors, tmp_path / "a" / WEIGHTS)
+    (tmp_path / "a" / OWN).unlink()
+    fresh = load("llama", weight_format=INT).model
+    load_adapter(fresh, tmp_path / "a")
+    for name, layer in adapted_layers(fresh):
+        adapter = layer.adapter("default")
+        assert adapter.rank == 9
+        for part in "AB":
+            key = f"base_model.model.{name}.lora_{part}.weight"
+            assert torch.equal(adapter.get_parameter(part), tensors[key])
 
 
 @pytest.mark.parametrize("trainable", [False, True])

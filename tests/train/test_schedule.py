@@ -37,8 +37,9 @@ def test_without_warm_up_the_first_step_has_the_peak() -> None:
     assert scheduled_learning_rate(1, 5, 0.3, 0.0) == 0.3
 
 
-def test_the_grid_of_merge_aware_trains_at_affines_rate() -> None:
-    config = AdapterConfig(method="merge_aware")
+@pytest.mark.parametrize("method", ["merge_aware", "qalora"])
+def test_a_grid_trains_at_affines_rate(method: str) -> None:
+    config = AdapterConfig(method=method)
     names = dict.fromkeys(["q.A", "q.B", "q.u_A", "q.u_B", "q.v_A", "q.v_B"], 4)
     factors = rate_factors(config, 512, names)
     assert set(factors) == {"q.u_B", "q.v_B"}

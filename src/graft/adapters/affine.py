@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.base import Adapter
+from graft.adapters.base import Adapter, scaled_codes
 from graft.formats.base import GridUpdate, Packed, Scaled
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
@@ -42,11 +42,7 @@ class AffineAdapter(Adapter):
 
     def delta(self, base: FrozenLinear) -> Tensor:
         """Return the unrounded move of the weight, scale (u q + v), float64 [out, in]."""
-        packed = base.packed
-        scales = packed["scales"].double()
-        ones = torch.ones_like(scales, dtype=torch.float32)
-        unit = {"scales": ones, "offsets": torch.zeros_like(ones)}
-        codes = base.dense_weight(torch.float32, packed | unit).double()
-        columns = torch.arange(base.in_features, device=scales.device)
-        group = columns // base.weight_format.options()["group_size"]
-        return (scales * self.u)[:, group] * codes + (scales * self.v)[:, group]
+        moved = base.packed["scales"].double() * self.v
+        group_size = base.weight_format.options()["group_size"]
+        offsets = moved.repeat_interleave(group_size, dim=1)[:, : base.in_features]
+        return scaled_codes(base, self.u) + offsets

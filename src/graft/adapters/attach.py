@@ -63,6 +63,7 @@ def make_adapter(layer: FrozenLinear, config: AdapterConfig) -> Adapter:
             config.update_rank,
             config.alpha,
             config.rslora,
+            config.grid_rank or 0,
             device,
         )
     if config.method == "affine":

@@ -11,12 +11,45 @@ from torch import Tensor, nn
 from graft.errors import GraftError
 from graft.formats.base import GridUpdate, Packed
 from graft.formats.linear import FrozenLinear
+from graft.kernels.low_rank_ops import move_offsets
 
 
 def lora_scaling(rank: int, alpha: float | None, rslora: bool) -> float:
     """Return alpha/rank, or alpha/sqrt(rank) for rsLoRA (arXiv 2312.03732); alpha None is rank."""
     numerator = rank if alpha is None else alpha
     return numerator / (math.sqrt(rank) if rslora else rank)
+
+
+def low_rank_moves(
+    rank: int, out_features: int, groups: int, device: torch.device | str | None
+) -> tuple[nn.Parameter, nn.Parameter]:
+    """Return A [rank, groups] and B [out_features, rank] of moves B A of a grid, B zero.
+
+    The moves are in units of each group's own scale. A is uniform with variance 1/rank, so that a
+    step of Adam in B moves B A by about the step's size, as if the moves were trained themselves;
+    which they are where the rank is the number of groups, with the identity for A.
+    """
+    A = nn.Parameter(torch.empty(rank, groups, device=device))
+    B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+    bound = math.sqrt(3 / rank)
+    nn.init.eye_(A) if rank == groups else nn.init.uniform_(A, -bound, bound)
+    return A, B
+
+
+def moves_of(A: Tensor, B: Tensor) -> Tensor:
+    """Return B A, float32 [out_features, groups], summed in float64 in one order everywhere."""
+    moves: Tensor = move_offsets(A.new_zeros(B.shape[0], A.shape[1]), A, B, 1.0, torch.float32)
+    return moves
+
+
+def scaled_codes(base: FrozenLinear, u: Tensor) -> Tensor:
+    """Return scale u q, what moving an int weight's scales does to it; float64 [out, in]."""
+    scales = base.packed["scales"].double()
+    ones = torch.ones_like(scales, dtype=torch.float32)
+    unit = {"scales": ones, "offsets": torch.zeros_like(ones)}
+    codes = base.dense_weight(torch.float32, base.packed | unit).double()
+    group_size = base.weight_format.options()["group_size"]
+    return (scales * u).repeat_interleave(group_size, dim=1)[:, : base.in_features] * codes
 
 
 class Adapter(nn.Module, ABC):

@@ -19,14 +19,15 @@ class AdapterConfig:
 
     method: Method = "qalora"
     """lora: on the weights as they are; qlora: LoRA on 4-bit NormalFloat; qalora: group-pooled LoRA
-    that merges exactly into INT4; affine: scales and offsets of INT4; merge_aware: LoRA inside the
-    rounding to INT4, and its scales and offsets; full: all weights."""
+    and moves of the scales, which merge exactly into INT4; affine: scales and offsets of INT4;
+    merge_aware: LoRA inside the rounding to INT4, and its scales and offsets; full: all weights."""
     rank: int | None = None
-    """Rank of the low-rank update (not of affine and full); 16, or 13 for merge_aware where its
+    """Rank of the low-rank update (not of affine and full); 16, or 14 for merge_aware where its
     grid trains too, so that it has no more trained parameters."""
     grid_rank: int | None = None
-    """Rank of the moves of the scales, and of those of the offsets (merge_aware); the default is 2
-    at 2 bits and 0, a grid that stays, at more."""
+    """Rank of the moves of the scales (qalora), and of those of the offsets (merge_aware). The
+    default is --rank for qalora, where 0 leaves the scales alone and the adapter an ordinary LoRA;
+    for merge_aware it is 1 at 2 bits and 0, a grid that stays, at more."""
     alpha: float | None = None
     """Numerator of the scaling alpha/rank; None means rank, so that the scaling is 1."""
     rslora: bool = False
@@ -38,7 +39,7 @@ class AdapterConfig:
     """Times that loftq rounds the weights and fits the adapter to the rest in turn."""
     dense_fraction: float | None = None
     """Share of the steps that merge_aware trains as LoRA before it rounds the weights; the default
-    is 0.7 at 4 and 8 bits, 0.6 at 3, and 0 at 2."""
+    is 0.9 at 4 and 8 bits, 0.7 at 3, and 0.5 at 2."""
     dropout: float = 0.0
     """Probability of dropping an input of the low-rank path (lora and qlora only)."""
     adapter_bias: bool = False
@@ -58,13 +59,16 @@ class AdapterConfig:
         The wider the codes, the less there is to learn inside the rounding, and the more time and
         rank the update is given.
         """
+        if self.method == "qalora":
+            grid_rank = self.update_rank if self.grid_rank is None else self.grid_rank
+            return dataclasses.replace(self, rank=self.update_rank, grid_rank=grid_rank)
         if self.method != "merge_aware" or bits is None:
             return dataclasses.replace(self, rank=self.update_rank)
-        grid_rank = (2 if bits == 2 else 0) if self.grid_rank is None else self.grid_rank
-        dense = {2: 0.0, 3: 0.6}.get(bits, 0.7)
+        grid_rank = int(bits == 2) if self.grid_rank is None else self.grid_rank
+        dense = {2: 0.5, 3: 0.7}.get(bits, 0.9)
         return dataclasses.replace(
             self,
-            rank=self.rank or (13 if grid_rank else 16),
+            rank=self.rank or (14 if grid_rank else 16),
             grid_rank=grid_rank,
             dense_fraction=dense if self.dense_fraction is None else self.dense_fraction,
         )

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.base import Adapter, lora_scaling
+from graft.adapters.base import Adapter, lora_scaling, low_rank_moves, moves_of
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled
 from graft.formats.latent import LatentFormat
 from graft.formats.linear import FrozenLinear
@@ -28,9 +28,6 @@ class MergeAwareAdapter(Adapter):
     merge keeps. It needs a base in the latent format.
 
     Before the base is rounded it is LoRA: x Wᵀ + s (x Aᵀ) Bᵀ.
-
-    u_A and v_A are uniform with variance 1/grid_rank, so that a step of Adam in u_B moves u by
-    about the step's size, as if u were trained by itself.
     """
 
     method = "merge_aware"
@@ -54,13 +51,10 @@ class MergeAwareAdapter(Adapter):
         bound = 1 / math.sqrt(in_features)
         nn.init.uniform_(self.A, -bound, bound)
         self.grid_rank = min(grid_rank, groups)
-        for name in GRID_PARAMETERS if grid_rank else ():
-            bound, grid_rank = math.sqrt(3 / self.grid_rank), self.grid_rank
-            shape = (grid_rank, groups) if name.endswith("_A") else (out_features, grid_rank)
-            parameter = nn.Parameter(torch.zeros(shape, device=device))
-            self.register_parameter(name, parameter)
-            if name.endswith("_A"):
-                nn.init.uniform_(parameter, -bound, bound)
+        if self.grid_rank:
+            sizes = self.grid_rank, out_features, groups, device
+            self.u_A, self.u_B = low_rank_moves(*sizes)
+            self.v_A, self.v_B = low_rank_moves(*sizes)
 
     def grid_update(self, packed: Packed) -> GridUpdate:
         """Return weights += s B A, scales += scale u, offsets += scale v."""
@@ -83,7 +77,7 @@ class MergeAwareAdapter(Adapter):
         if not self.grid_rank:
             return None, None
         u_A, u_B, v_A, v_B = self.grid_parameters()
-        return u_B @ u_A, v_B @ v_A
+        return moves_of(u_A, u_B), moves_of(v_A, v_B)
 
     def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
         """Return x W'ᵀ, W' the int weight that a merge keeps, with gradients of all that trains.

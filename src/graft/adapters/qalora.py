@@ -1,4 +1,7 @@
-"""QA-LoRA: a low-rank update that is constant in each group, so that the offsets absorb it."""
+"""QA-LoRA: a low-rank update that is constant in each group, so that the offsets absorb it.
+
+The scales can move beside the offsets; they too are absorbed.
+"""
 
 from __future__ import annotations
 
@@ -7,26 +10,34 @@ import math
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.base import Adapter, lora_scaling
-from graft.formats.base import GridUpdate, LowRank, Packed
+from graft.adapters.base import Adapter, lora_scaling, low_rank_moves, moves_of, scaled_codes
+from graft.formats.base import GridUpdate, LowRank, Packed, Scaled
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
 from graft.kernels.low_rank_ops import qalora_linear
 
 
 class QALoraAdapter(Adapter):
-    """y = W x + s B A groupsum(x), with s = alpha/rank.
+    """y = W x + s B A groupsum(x), with s = alpha/rank, W's scales times 1 + u.
 
     That is W x with every group's offset moved by s (B A)[out, group] (QA-LoRA, arXiv 2309.14717,
     section 3.3). A: float32 [rank, groups], random; B: float32 [out_features, rank], zero.
+    u = u_B u_A [out_features, groups], of rank grid_rank at most, zero at first; with grid_rank 0
+    the scales stay, and the update is an ordinary LoRA.
 
     The forward moves the offsets and rounds them as they are stored, with the gradient passed
     straight through, so that what is trained is what is deployed.
 
-    A is uniform within 1/sqrt(in_features), as LoRA's is, though it has only `groups` columns: the
-    group sum grows with sqrt(group_size), so A groupsum(x) starts as large as LoRA's A x, and a
-    step of Adam in an element of A or B moves the output as far as in LoRA. Drawn from the number
-    of groups instead, A would be sqrt(group_size) times larger, and LoRA's learning rate too high.
+    The rank is at most the number of groups, with which every move of the offsets has one: then A
+    starts as a multiple of the identity and B holds the moves themselves, which train better than
+    the products of a random A. The multiple, sqrt(rank / in_features) with the rank that was asked
+    for, makes A's columns about as long as those of a random one.
+
+    A random A is uniform within 1/sqrt(in_features), as LoRA's is, though it has only `groups`
+    columns: the group sum grows with sqrt(group_size), so A groupsum(x) starts as large as LoRA's
+    A x, and a step of Adam in an element of A or B moves the output as far as in LoRA. Drawn from
+    the number of groups instead, A would be sqrt(group_size) times larger, and LoRA's learning rate
+    too high.
     """
 
     method = "qalora"
@@ -39,25 +50,38 @@ class QALoraAdapter(Adapter):
         rank: int,
         alpha: float | None = None,
         rslora: bool = False,
+        grid_rank: int = 0,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         groups = -(-in_features // group_size)
-        self.rank = rank
+        self.rank = min(rank, groups)
         self.group_size = group_size
         self.scaling = lora_scaling(rank, alpha, rslora)
-        self.A = nn.Parameter(torch.empty(rank, groups, device=device))
-        self.B = nn.Parameter(torch.zeros(out_features, rank, device=device))
-        bound = 1 / math.sqrt(in_features)
-        nn.init.uniform_(self.A, -bound, bound)
+        self.A = nn.Parameter(torch.empty(self.rank, groups, device=device))
+        self.B = nn.Parameter(torch.zeros(out_features, self.rank, device=device))
+        if self.rank == groups:
+            nn.init.eye_(self.A)
+            with torch.no_grad():
+                self.A.mul_(math.sqrt(rank / in_features))
+        else:
+            bound = 1 / math.sqrt(in_features)
+            nn.init.uniform_(self.A, -bound, bound)
+        self.grid_rank = min(grid_rank, groups)
+        if self.grid_rank:
+            self.u_A, self.u_B = low_rank_moves(self.grid_rank, out_features, groups, device)
 
     def grid_update(self, packed: Packed) -> GridUpdate:
-        """Return offsets += s B A, summed in float64 so that its rounding is reproducible."""
-        return GridUpdate(offsets=LowRank(self.A, self.B, self.scaling))
+        """Return offsets += s B A, summed in float64, and scales += scale u."""
+        scales = Scaled(moves_of(self.u_A, self.u_B)) if self.grid_rank else None
+        return GridUpdate(scales=scales, offsets=LowRank(self.A, self.B, self.scaling))
 
     def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
-        """Return x W'ᵀ, W' with moved offsets, whose gradients are formed from the group sums."""
-        if not isinstance(base.weight_format, IntGroupFormat):
+        """Return x W'ᵀ, W' with moved offsets, whose gradients are formed from the group sums.
+
+        Where scales move too, their gradient brings that of the offsets with it.
+        """
+        if self.grid_rank or not isinstance(base.weight_format, IntGroupFormat):
             return None
         operands = base.weight_format.operands(base.packed)
         y: Tensor = qalora_linear(x, *operands, self.A, self.B, self.scaling)[0]
@@ -68,5 +92,8 @@ class QALoraAdapter(Adapter):
         return self.A.repeat_interleave(self.group_size, dim=-1)[:, :in_features]
 
     def delta(self, base: FrozenLinear) -> Tensor:
-        """Return s B A repeated over each group, float64 [out_features, in_features]."""
-        return (self.B.double() @ self.expanded_a(base.in_features).double()) * self.scaling
+        """Return the unrounded move of the weight, scale u q + s B A; float64 [out, in]."""
+        move = (self.B.double() @ self.expanded_a(base.in_features).double()) * self.scaling
+        if self.grid_rank:
+            move += scaled_codes(base, moves_of(self.u_A, self.u_B))
+        return move

@@ -59,12 +59,15 @@ class PlanConfig(AdapterConfig, FormatConfig, ModelConfig):
     """Print one JSON object instead of a table."""
 
 
-def format_description(config: FormatConfig, method: str | None) -> dict[str, Any] | None:
+def format_description(
+    config: FormatConfig, method: str | None, source: str = "bfloat16"
+) -> dict[str, Any] | None:
     """Return {'format': ..., options}, with the method's defaults filled in; None for dense.
 
     qlora: nf4 with double quantisation; qalora and affine: int, 4 bits, groups of 32; merge_aware:
-    latent, likewise; lora and full: the weights as they are. With bits auto it is the format that
-    memory is planned for. Raises GraftError with every option that does not fit.
+    latent, likewise, in float32 where that is the `source` checkpoint's dtype; lora and full: the
+    weights as they are. With bits auto it is the format that memory is planned for. Raises
+    GraftError with every option that does not fit.
     """
     defaults = {"qlora": "nf4", **GRID_METHODS}
     name = config.format or defaults.get(method or "", "dense")
@@ -98,9 +101,11 @@ def format_description(config: FormatConfig, method: str | None) -> dict[str, An
         return None
     if name in grouped:
         bits, group_size = config.bits or 4, config.group_size or 32
-        if name == "latent" and bits == 8:
-            # bf16 has no more digits than the codes.
-            return {"format": name, "bits": 8, "group_size": group_size, "dtype": "float32"}
+        if name == "latent":
+            # Nor has bf16 more digits than 8-bit codes.
+            fine = bits == 8 or source == "float32"
+            dtype = "float32" if fine else "bfloat16"
+            return {"format": name, "bits": bits, "group_size": group_size, "dtype": dtype}
         if bits == "auto":
             # Until the layers are measured: the narrowest width that fills the budget.
             statistics = 32 / group_size
@@ -159,10 +164,12 @@ def check_train_config(config: TrainConfig) -> None:
     ]
     if config.steps is not None and config.epochs is not None:
         problems.append("--steps and --epochs are both given; give one of them")
-    for name in ("grid_rank", "dense_fraction"):
-        if getattr(config, name) is not None and config.method != "merge_aware":
-            flag = name.replace("_", "-")
-            problems.append(f"--{flag} belongs to merge_aware, not to {config.method}; drop it")
+    if config.dense_fraction is not None and config.method != "merge_aware":
+        problems.append(f"--dense-fraction belongs to merge_aware, not to {config.method}; drop it")
+    if config.grid_rank is not None and config.method not in ("merge_aware", "qalora"):
+        problems.append(
+            f"--grid-rank belongs to merge_aware and qalora, not to {config.method}; drop it"
+        )
     if config.grid_rank is not None and config.grid_rank < 0:
         problems.append(f"--grid-rank is {config.grid_rank}; expected 0 or more")
     shares = {

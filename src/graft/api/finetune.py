@@ -67,6 +67,7 @@ from graft.model.prefetch import prefetch_layers
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan.memory import MemoryPlan, free_bytes, plan_memory
+from graft.plan.skeleton import stated_dtype
 from graft.train.checkpoint import checkpoint_step, checkpoints
 from graft.train.loop import Metrics, TrainingTask, read_metrics, steps_to_train, train
 from graft.train.schedule import default_learning_rate, rate_factors
@@ -180,7 +181,7 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
         limit = getattr(model_config, "max_position_embeddings", None)
         training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed)
     with problems.collecting():
-        weight_format = _weight_format(config)
+        weight_format = _weight_format(config, model_config)
         _check_exports(config, model_config, weight_format)
     problems.raise_all("nothing was started")
     config = config.resolved(None if weight_format is None else weight_format.options().get("bits"))
@@ -219,8 +220,9 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
     )
 
 
-def _weight_format(config: TrainConfig) -> WeightFormat | None:
-    description = format_description(config, config.method)
+def _weight_format(config: TrainConfig, model_config: PreTrainedConfig) -> WeightFormat | None:
+    source = str(stated_dtype(model_config)).removeprefix("torch.")
+    description = format_description(config, config.method, source)
     check_solver(chosen_solver(config, config.method), description)
     return None if description is None else parse_format(description)
 
@@ -229,6 +231,9 @@ def _check_exports(
     config: TrainConfig, model_config: PreTrainedConfig, weight_format: WeightFormat | None
 ) -> None:
     """Raise GraftError when an export that the configuration asks for could not be written."""
+    if "peft" in config.export and config.method == "qalora" and config.grid_rank != 0:
+        problem = "qalora moves the scales too, which no LoRA can; give --grid-rank 0, or drop it"
+        raise_problems([problem], "--export peft")
     if "gguf" not in config.export:
         return
     # lora and qlora are merged into dense weights before they are exported.

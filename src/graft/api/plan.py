@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from graft.api.config import PlanConfig, format_description
 from graft.formats.registry import parse_format
-from graft.model.load import find_folder
+from graft.model.load import find_folder, read_config
 from graft.plan.memory import MemoryPlan, plan_memory
+from graft.plan.skeleton import stated_dtype
 
 
 def plan(config: PlanConfig) -> MemoryPlan:
     """Return the predicted memory of a run, from config.json alone; no weights are read."""
-    description = format_description(config, config.method)
+    folder = find_folder(config.model)
+    source = str(stated_dtype(read_config(folder, config.trust_remote_code)))
+    description = format_description(config, config.method, source.removeprefix("torch."))
     return plan_memory(
-        str(find_folder(config.model)),
+        str(folder),
         weight_format=None if description is None else parse_format(description),
         adapter=config.resolved(None if description is None else description.get("bits")),
         dtype=config.dtype,

@@ -1,4 +1,4 @@
-"""Adapters on disk: PEFT's format for lora and qalora, one of our own for what PEFT has not.
+"""Adapters on disk: PEFT's format for what PEFT has, one of our own for the rest.
 
 A folder holds adapter_model.safetensors and adapter_config.json as PEFT writes them, and beside
 them graft_adapter.json, which keeps what PEFT's configuration cannot say exactly.
@@ -36,7 +36,11 @@ OWN_CONFIG = "graft_adapter.json"
 OWN_VERSION = 1
 _PREFIX = "base_model.model."
 _OWN_OF_PEFT = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias"}
-_OWN_PARAMETERS = {"affine": ("u", "v"), "merge_aware": ("A", "B", *GRID_PARAMETERS)}
+_OWN_PARAMETERS = {
+    "affine": ("u", "v"),
+    "merge_aware": ("A", "B", *GRID_PARAMETERS),
+    "qalora": ("A", "B", "u_A", "u_B"),
+}
 _PEFT_OF_OWN = {own: peft for peft, own in _OWN_OF_PEFT.items()}
 _UNREAD_OPTIONS = (
     "use_dora",
@@ -62,11 +66,12 @@ def save_adapter(
 ) -> None:
     """Write one adapter to a new folder, float32.
 
-    lora and qalora are written so that PEFT reads them; affine and merge_aware, which PEFT has not,
-    by our own names. With `as_lora` a qalora adapter is written as an ordinary LoRA whose A is
-    repeated group-wise, which every LoRA runtime can serve. `init` is kept beside it: an adapter
-    that started as loftq belongs on its quantised base and on no other. Raises GraftError when
-    there is no such adapter, or when `as_lora` is asked of one that is no LoRA.
+    lora and qalora are written so that PEFT reads them; affine, merge_aware and a qalora that moves
+    the scales too, which PEFT has not, by our own names. With `as_lora` a qalora adapter is written
+    as an ordinary LoRA whose A is repeated group-wise, which every LoRA runtime can serve. `init`
+    is kept beside it: an adapter that started as loftq belongs on its quantised base and on no
+    other. Raises GraftError when there is no such adapter, or when `as_lora` is asked of one that
+    is no LoRA.
     """
     layers = {
         layer_name: (layer.base, layer.adapter(name))
@@ -77,10 +82,11 @@ def save_adapter(
         raise GraftError(f"the model has no adapter named {name!r}")
     adapters = [adapter for _, adapter in layers.values()]
     method = adapters[0].method
-    if method in _OWN_PARAMETERS:
+    if not all(map(_is_lora, adapters)):
         if as_lora:
             raise GraftError(
-                f"a {method} adapter moves the grid; it is no LoRA. Export the merged model"
+                f"this {method} adapter moves the scales too; it is no LoRA. Export the merged "
+                "model, or train --method qalora --grid-rank 0"
             )
         tensors: dict[str, Tensor] = {
             f"{layer_name}.{key}": parameter
@@ -108,6 +114,12 @@ def save_adapter(
             "init": init,
         }
         write_json(part / OWN_CONFIG, own)
+
+
+def _is_lora(adapter: Adapter) -> bool:
+    """Return whether the update is a low-rank matrix, whatever the weight that it is added to."""
+    grouped = isinstance(adapter, QALoraAdapter) and not adapter.grid_rank
+    return grouped or isinstance(adapter, LoraAdapter)
 
 
 def _lora_tensors(adapter: Adapter, base: FrozenLinear, as_lora: bool) -> dict[str, Tensor]:
@@ -180,7 +192,7 @@ def load_adapter(
     problems = _peft_problems(config)
     by_layer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        layer_name, parameter = _split_key(key, _OWN_PARAMETERS.get(method))
+        layer_name, parameter = _split_key(key, None if config else _OWN_PARAMETERS.get(method))
         if parameter is None or layer_name not in layers:
             problems.append(f"tensor {key} belongs to no linear layer of this model")
         else:
@@ -273,12 +285,16 @@ def _build(
     if "A" not in parts or "B" not in parts:
         raise GraftError("lora_A or lora_B is missing")
     rank = parts["A"].shape[0]
-    if method == "merge_aware":
-        assert isinstance(weight_format, LatentFormat)
-        groups = weight_format.groups(layer.in_features)
+    if needed is not None and not config:
         grid_rank = parts["u_A"].shape[0] if "u_A" in parts else 0
-        sizes = layer.in_features, layer.out_features, groups, rank
-        adapter = MergeAwareAdapter(*sizes, grid_rank=grid_rank)
+        sizes = layer.in_features, layer.out_features
+        if method == "merge_aware":
+            assert isinstance(weight_format, LatentFormat)
+            groups = weight_format.groups(layer.in_features)
+            adapter = MergeAwareAdapter(*sizes, groups, rank, grid_rank=grid_rank)
+        else:
+            assert isinstance(weight_format, IntGroupFormat)
+            adapter = QALoraAdapter(*sizes, weight_format.group_size, rank, grid_rank=grid_rank)
         adapter.scaling = own["scaling"][layer_name]
         _fill(adapter, parts)
         return adapter
@@ -291,6 +307,9 @@ def _build(
                 f"its group size is {group_size}, the base's is {weight_format.group_size}"
             )
         adapter = QALoraAdapter(layer.in_features, layer.out_features, group_size, rank)
+        # PEFT knows no bound: B A of a larger rank is kept as the file has it.
+        adapter.rank = rank
+        adapter.A, adapter.B = (nn.Parameter(torch.empty_like(parts[name])) for name in "AB")
         scaling *= _peft_pool_factor(layer.in_features, adapter)
     else:
         adapter = LoraAdapter(

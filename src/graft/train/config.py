@@ -26,8 +26,9 @@ class LoopConfig:
     """Share of the steps in which the learning rate rises from 0."""
     weight_decay: float = 0.0
     """AdamW's decoupled weight decay."""
-    max_grad_norm: float = 1.0
-    """Gradients are scaled down to this norm when they exceed it."""
+    max_grad_norm: float = 0.01
+    """Gradients are scaled down to this norm when they exceed it. At the default nearly every
+    step's are, so that AdamW's averages do not remember the large ones of the first steps."""
     checkpointing: Literal["auto", "none", "products", "half", "layers"] = "auto"
     """What each decoder layer keeps for the backward pass: everything (none); its input and its
     matrix products, so that only pointwise parts are recomputed (products); those without every

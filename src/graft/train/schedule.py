@@ -47,7 +47,7 @@ def rate_factors(
     """
     if config.method == "affine":
         return {name: (2**width - 1) / 3 for name, width in bits.items() if name.endswith(".v")}
-    if config.method != "merge_aware":
+    if config.method not in ("merge_aware", "qalora"):
         return {}
     grid = default_learning_rate(dataclasses.replace(config, method="affine"), hidden_size)
     factor = grid / default_learning_rate(config, hidden_size)
