@@ -360,11 +360,12 @@ def test_pefts_formula_reads_our_qalora(group_size, rslora, base, tmp_path) -> N
     config = peft.LoraConfig.from_pretrained(tmp_path / "adapter")
     assert config.use_qalora and config.qalora_group_size == group_size
     tensors = load_file(tmp_path / "adapter" / WEIGHTS)
-    default = config.lora_alpha
+    default, rank = config.lora_alpha, config.r
     for name, layer in adapted_layers(ours):
         adapter = layer.adapter("default")
         assert isinstance(adapter, QALoraAdapter)
         config.lora_alpha = config.alpha_pattern.get(name, default)
+        config.r = config.rank_pattern.get(name, rank)
         parts = [tensors[f"base_model.model.{name}.lora_{part}.weight"] for part in "AB"]
         stand = Stand(*parts, config, layer.base.in_features)
         x = layer_input(layer.base.in_features)
