@@ -202,7 +202,8 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
     if config.checkpointing == "auto":
         events.note(f"checkpointing: {plan.checkpointing_reason}")
     steps = steps_to_train(config, len(training.examples))
-    dense_steps = round(steps * (config.dense_fraction or 0.0))
+    # What is deployed has been trained as it is: one step at least is inside the rounding.
+    dense_steps = min(round(steps * (config.dense_fraction or 0.0)), steps - 1)
     if isinstance(weight_format, LatentFormat):
         weight_format = dataclasses.replace(weight_format, rounds=dense_steps == 0)
     return _Prepared(

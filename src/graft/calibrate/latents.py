@@ -45,13 +45,12 @@ def round_latents(
     """
     layers = dict(adapted_layers(model))
     with torch.no_grad():
-        updates = {name: _update(layer) for name, layer in layers.items()}
         targets: dict[str, WeightFormat] = {}
         for name, layer in layers.items():
             latent = layer.base.weight_format
             assert isinstance(latent, LatentFormat)
             targets[name] = dataclasses.replace(latent, rounds=True, dtype="float32")
-            weight = layer.base.packed["weight"].float() + updates[name]
+            weight = layer.base.packed["weight"].float() + _update(layer)
             dense = layer.base.replaced(DenseFormat("float32"), {"weight": weight})
             replace_module(model, name, dense)
         calibrate_model(model, list(layers), batches, targets, damping, on_layer)
@@ -60,7 +59,7 @@ def round_latents(
             assert isinstance(rounded, FrozenLinear)
             latent = layer.base.weight_format
             assert isinstance(latent, LatentFormat)
-            weight = rounded.packed["weight"] - updates.pop(name)
+            weight = rounded.packed["weight"] - _update(layer)
             packed = rounded.packed | DenseFormat(latent.dtype).pack(weight)
             own = dataclasses.replace(latent, rounds=True)
             replace_module(model, name, rounded.replaced(own, packed))

@@ -208,6 +208,7 @@ def _plan(
     workspace = _workspace_bytes(planned, counts, tokens, activations.widest)
     optimizer = 2 * counts.trained_bytes
     merging = _merging_bytes(planned, counts, adapter)
+    rounding = _rounding_bytes(counts, adapter)
     weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
     held = process + weights + optimizer
     transient = activations.kept_bytes + activations.recomputed_bytes
@@ -229,12 +230,14 @@ def _plan(
         MemoryRow("layer workspace", workspace, "of the largest layer"),
         MemoryRow("loss", loss, "a chunk of logits; takes turns with the two before"),
         MemoryRow("heap", heap, "gaps between the tensors, which malloc keeps"),
+        MemoryRow("rounding", rounding, "float32 weights for GPTQ, between two steps"),
         MemoryRow("evaluation", max(loss, workspace), "loss or workspace; nothing is kept"),
         MemoryRow("merging", merging, "float64 copies of one layer; the merged weights"),
     )
+    step = counts.trained_bytes + activations.kept_bytes + backward + heap
     return MemoryPlan(
         rows=rows,
-        training_bytes=held + counts.trained_bytes + activations.kept_bytes + backward + heap,
+        training_bytes=held + max(step, rounding),
         evaluation_bytes=held + max(loss, workspace),
         saving_bytes=process + weights + merging,
         weight_file_bytes=planned.file_bytes,
@@ -288,7 +291,7 @@ def _merging_bytes(planned: PlannedModel, counts: WeightCounts, adapter: Adapter
     """Return what merging and saving adds to the weights.
 
     lora and qlora turn into dense weights in the source's dtype, which take the frozen ones' place
-    layer by layer; qalora and affine keep their size.
+    layer by layer; the methods that merge exactly keep their size.
     """
     if adapter.method == "full":
         return 0
@@ -297,6 +300,15 @@ def _merging_bytes(planned: PlannedModel, counts: WeightCounts, adapter: Adapter
         dense = counts.frozen_weights * planned.source_dtype.itemsize
         grown = max(0, dense - counts.frozen_bytes)
     return grown + MERGE_BYTES * counts.largest_layer
+
+
+def _rounding_bytes(counts: WeightCounts, adapter: AdapterConfig) -> int:
+    """Return what rounding adds where merge_aware begins densely: a float32 copy of the weights
+    that it adapts, and the float64 copies of the layer at work.
+    """
+    if adapter.method != "merge_aware" or not adapter.dense_fraction:
+        return 0
+    return 4 * counts.frozen_weights + MERGE_BYTES * counts.largest_layer
 
 
 def _frozen_note(counts: WeightCounts, dtype: str) -> str:
