@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graft.formats.base import GridUpdate, Scaled
+from graft.adapters.base import moves_of
+from graft.formats.base import GridUpdate, LowRank, Scaled
 from graft.formats.int_group import IntGroupFormat
 from graft.kernels import affine_ops as ops
 
@@ -35,11 +36,38 @@ def test_affine_linear_is_the_chain_through_the_moved_statistics(
         torch.testing.assert_close(got.grad, other.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("statistics", ["float16", "float32"])
+@pytest.mark.parametrize(("bits", "group_size"), [(2, 8), (3, 32), (4, 32), (8, 64)])
+def test_qalora_grid_linear_is_the_chain_through_the_moved_statistics(
+    bits: int, group_size: int, statistics: str
+) -> None:
+    weight_format = IntGroupFormat(bits, group_size, statistics)
+    packed = weight_format.pack(torch.randn(OUT, IN))
+    groups = -(-IN // group_size)
+    shapes = ((9, IN), (3, groups), (OUT, 3), (2, groups), (OUT, 2))
+    ours = [(torch.randn(shape) * 0.3).requires_grad_() for shape in shapes]
+    x, A, B, u_A, u_B = ours
+    grid = packed["codes"], packed.get("codes_high"), packed["scales"], packed["offsets"]
+    y = ops.qalora_grid_linear(x, *grid, bits, group_size, A, B, 0.7, u_A, u_B)
+    grad = torch.randn_like(y)
+    y.backward(grad)
+    others = [t.detach().clone().requires_grad_() for t in ours]
+    x, A, B, u_A, u_B = others
+    update = GridUpdate(scales=Scaled(moves_of(u_A, u_B)), offsets=LowRank(A, B, 0.7))
+    expected = weight_format.linear(x, weight_format.absorb(packed, update), OUT)
+    expected.backward(grad)
+    assert torch.equal(y, expected)
+    for got, other in zip(ours, others, strict=True):
+        torch.testing.assert_close(got.grad, other.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_opcheck() -> None:
     packed = IntGroupFormat().pack(torch.randn(OUT, IN))
     grid = packed["codes"], None, packed["scales"], packed["offsets"]
     u, v = (torch.zeros(OUT, IN // 32, requires_grad=True) for _ in range(2))
     x = torch.randn(2, 3, IN, requires_grad=True)
     torch.library.opcheck(ops.affine_linear, (x, *grid, 4, 32, u, v))
+    factors = [torch.randn(shape, requires_grad=True) for shape in ((2, 3), (OUT, 2))]
+    torch.library.opcheck(ops.qalora_grid_linear, (x, *grid, 4, 32, *factors, 1.0, *factors))
     moves = packed["offsets"], packed["scales"], u.detach(), torch.float16
     torch.library.opcheck(ops.move_scaled, moves)

@@ -26,6 +26,7 @@ METHODS = {
     "lora-int8": (AdapterConfig(method="lora", rank=4), ("int8", {})),
     "qlora": (AdapterConfig(method="qlora", rank=4), ("nf4", {"double_quant": True})),
     "qalora": (AdapterConfig(method="qalora", rank=4), ("int", {})),
+    "qalora-scales": (AdapterConfig(method="qalora", rank=4, grid_rank=2), ("int", {})),
     "affine": (AdapterConfig(method="affine"), ("int", {"bits": 2})),
     "merge_aware": (AdapterConfig(method="merge_aware"), ("latent", {"bits": 2})),
     "full": (AdapterConfig(method="full"), None),

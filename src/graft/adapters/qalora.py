@@ -14,6 +14,7 @@ from graft.adapters.base import Adapter, lora_scaling, low_rank_moves, moves_of,
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
+from graft.kernels.affine_ops import qalora_grid_linear
 from graft.kernels.low_rank_ops import qalora_linear
 
 
@@ -77,14 +78,19 @@ class QALoraAdapter(Adapter):
         return GridUpdate(scales=scales, offsets=LowRank(self.A, self.B, self.scaling))
 
     def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
-        """Return x W'ᵀ, W' with moved offsets, whose gradients are formed from the group sums.
+        """Return x W'ᵀ, W' with moved statistics.
 
-        Where scales move too, their gradient brings that of the offsets with it.
+        The gradients of moved offsets alone are formed from the group sums of x; those of scales
+        need x itself, and bring the offsets' with them.
         """
-        if self.grid_rank or not isinstance(base.weight_format, IntGroupFormat):
+        if not isinstance(base.weight_format, IntGroupFormat):
             return None
-        operands = base.weight_format.operands(base.packed)
-        y: Tensor = qalora_linear(x, *operands, self.A, self.B, self.scaling)[0]
+        operands = *base.weight_format.operands(base.packed), self.A, self.B, self.scaling
+        y: Tensor
+        if self.grid_rank:
+            y = qalora_grid_linear(x, *operands, self.u_A, self.u_B)
+        else:
+            y = qalora_linear(x, *operands)[0]
         return y
 
     def expanded_a(self, in_features: int) -> Tensor:

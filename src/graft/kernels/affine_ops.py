@@ -1,4 +1,4 @@
-"""The operations of affine tuning: a grid moved in units of its own scales."""
+"""The operations of grids that move in units of their own scales: affine tuning and QA-LoRA."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from graft.kernels.low_rank_ops import move_offsets
 from graft.kernels.ops import int_group_grad_input, int_group_grad_statistics
 from graft.kernels.registry import implementation
 
@@ -113,3 +114,85 @@ def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 affine_linear.register_autograd(_affine_backward, setup_context=_affine_save)
+
+
+# QA-LoRA that moves the scales too -----------------------------------------------------------
+
+
+@custom_op("graft::qalora_grid_linear", mutates_args=())
+def qalora_grid_linear(
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    u_A: Tensor,
+    u_B: Tensor,
+) -> Tensor:
+    """Return y = x Wᵀ, W with offsets + scaling B A and scales (1 + u_B u_A).
+
+    Differentiable in x and the four factors, straight through the rounding: the gradients of both
+    statistics come from one product, and those of the factors from them. Nothing of the size of
+    the statistics is kept between forward and backward.
+    """
+    moved = _moved_by_factors(scales, offsets, A, B, scaling, u_A, u_B)
+    compute = implementation("int_group_linear", x.device)
+    y: Tensor = compute(x, codes, codes_high, *moved, bits, group_size)
+    return y
+
+
+def _moved_by_factors(
+    scales: Tensor, offsets: Tensor, A: Tensor, B: Tensor, scaling: float, u_A: Tensor, u_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the moved statistics, rounded as they are stored, as a merge moves them."""
+    nothing = torch.zeros_like(scales, dtype=torch.float32)
+    u = move_offsets(nothing, u_A, u_B, 1.0, torch.float32)
+    return (
+        move_scaled(scales, scales, u, scales.dtype),
+        move_offsets(offsets, A, B, scaling, offsets.dtype),
+    )
+
+
+@qalora_grid_linear.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    u_A: Tensor,
+    u_B: Tensor,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _qalora_grid_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *packed, ctx.bits, ctx.group_size, A, B, ctx.scaling, u_A, u_B = inputs
+    ctx.save_for_backward(x, *packed, A, B, u_A, u_B)
+
+
+def _qalora_grid_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, codes, codes_high, scales, offsets, *factors = ctx.saved_tensors
+    A, B, u_A, u_B = (factor.detach() for factor in factors)
+    grad, options = grad.contiguous(), (ctx.bits, ctx.group_size)
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        moved = _moved_by_factors(scales, offsets, A, B, ctx.scaling, u_A, u_B)
+        grad_x = int_group_grad_input(grad, codes, codes_high, *moved, *options, x.shape[-1])
+    d_scales, d_offsets = int_group_grad_statistics(grad, x, codes, codes_high, *options, None)
+    d_u, d_offsets = d_scales * scales, d_offsets * ctx.scaling
+    d_A, d_B = B.T @ d_offsets, d_offsets @ A.T
+    return grad_x, *6 * [None], d_A, d_B, None, u_B.T @ d_u, d_u @ u_A.T
+
+
+qalora_grid_linear.register_autograd(_qalora_grid_backward, setup_context=_qalora_grid_save)

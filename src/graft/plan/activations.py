@@ -187,7 +187,7 @@ def _linear(parent: str, module: nn.Module, adapter: AdapterConfig, dtype: torch
                 keeps_input = False
                 kept_per_token += 2 * in_features
                 kept_bytes = numbers * dtype.itemsize if dtype != torch.float32 else 0
-        elif adapter.method == "qalora":
+        elif adapter.method == "qalora" and not adapter.grid_rank:
             keeps_input = False
             beside = kept_per_token = module.base.packed["offsets"].shape[-1]
     return _Linear(
