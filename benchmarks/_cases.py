@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 WHO = (
     *("peft-lora", "peft-qlora", "graft-lora", "graft-qlora", "graft-qalora", "graft-affine"),
-    "graft-merge_aware",
+    *("graft-qalora-offsets", "graft-merge_aware"),
 )
 CHECKPOINTING = {"peft": ("none", "layers"), "graft": ("none", "products", "half", "layers")}
 TOKENS = {
@@ -40,7 +40,7 @@ class Case:
 
     @property
     def method(self) -> str:
-        """lora, qlora, qalora, affine or merge_aware."""
+        """lora, qlora, qalora (qalora-offsets: its scales stay), affine or merge_aware."""
         return self.who.partition("-")[2]
 
     @property
@@ -86,6 +86,7 @@ COMPARISONS = {
         Comparison("graft-qlora *", "peft-qlora layers default", 0.55, "2x512", peak=0.6),
         Comparison("graft-qlora none", "graft-lora none default", 1.05, "1x256"),
         Comparison("graft-qalora none", "graft-qlora none default", 1.10, "1x256"),
+        Comparison("graft-qalora-offsets none", "graft-qlora none default", 1.10, "1x256"),
         Comparison("graft-affine none", "graft-qlora none default", 1.35, "1x256"),
     ),
     "7b": (
@@ -109,5 +110,6 @@ def own_cases(shape: str, tokens: str) -> list[Case]:
     if tokens in TOKENS[shape][1:]:
         return [peer, *ours[1:]]
     free = replace(peer, checkpointing="none")
-    others = [Case(shape, tokens, f"graft-{method}") for method in ("lora", "qalora", "affine")]
+    methods = ("lora", "qalora", "qalora-offsets", "affine")
+    others = [Case(shape, tokens, f"graft-{method}") for method in methods]
     return [free, replace(free, malloc="tuned"), peer, *ours, *others]

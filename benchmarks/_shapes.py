@@ -16,6 +16,7 @@ BYTES_PER_WEIGHT = {
     "lora": 2.0,
     "qlora": 4.127 / 8,
     "qalora": 5 / 8,
+    "qalora-offsets": 5 / 8,
     "affine": 5 / 8,
     "merge_aware": 2.125,
 }
@@ -97,7 +98,7 @@ def step_work(
         adapter_backward = 2 * adapter_forward
     else:  # dyᵀ groupsum(x) for the offsets; the scales need the whole of dyᵀ x
         adapter_backward = 2.0 * tokens * weights / GROUP_SIZE
-        if method in ("affine", "merge_aware"):
+        if method in ("qalora", "affine", "merge_aware"):
             adapter_backward += 2.0 * tokens * weights
     operations = 2.0 * tokens * (2 * (weights + head) - first) + 3.5 * attention
     operations += adapter_forward + adapter_backward

@@ -42,6 +42,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("dense", {"dtype": "bfloat16"}),
     "qlora": ("nf4", {"double_quant": True}),
     "qalora": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
+    "qalora-offsets": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
     "affine": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
     "merge_aware": ("latent", {"bits": 4, "group_size": GROUP_SIZE}),
 }
@@ -56,8 +57,11 @@ def graft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tens
     reuse_freed_memory()
     use_own_attention(model)
     enable_checkpointing(model, cast(Checkpointing, checkpointing))
-    config = AdapterConfig(method=cast(Method, method), rank=RANK, alpha=ALPHA)
-    attach_adapter(model, select_targets(model, ()), config)
+    name, _, offsets_alone = method.partition("-")
+    config = AdapterConfig(
+        method=cast(Method, name), rank=RANK, alpha=ALPHA, grid_rank=0 if offsets_alone else None
+    )
+    attach_adapter(model, select_targets(model, ()), config.resolved(4))
     use_own_pointwise(model)
     parameters = adapter_parameters(model, "default")
     predicted = [False] + [True] * (ids.shape[1] - 1)
