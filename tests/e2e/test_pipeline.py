@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -116,6 +117,19 @@ def test_full_training_and_subset_training(tiny_base, rows, tmp_path):
     assert changed == {f"model.layers.{i}.self_attn.v_proj.weight" for i in range(2)}
 
 
+def test_a_run_from_before_scales_moved_goes_on(tiny_base, rows, tmp_path):
+    run = tmp_path / "run"
+    config = settings(tiny_base, rows, run, method="qalora", grid_rank=0, save_every=2, steps=4)
+    graft.finetune(config)
+    expected = adapter_tensors(run)
+    written = (run / "config.yaml").read_text()
+    assert "\ngrid_rank: 0\n" in written
+    (run / "config.yaml").write_text(written.replace("\ngrid_rank: 0\n", "\n"))
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    graft.finetune(dataclasses.replace(config, grid_rank=None, resume=True))
+    assert adapter_tensors(run) == expected
+
+
 @pytest.mark.parametrize(
     ("method", "changes"),
     [
@@ -126,6 +140,7 @@ def test_full_training_and_subset_training(tiny_base, rows, tmp_path):
         ("merge_aware", {"dense_fraction": 0.25}),
         ("merge_aware", {"dense_fraction": 0.375}),
         ("merge_aware", {"dense_fraction": 0.5}),
+        ("merge_aware", {"bits": 2}),
     ],
 )
 def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(

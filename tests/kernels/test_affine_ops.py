@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graft.adapters.base import moves_of
 from graft.formats.base import GridUpdate, LowRank, Scaled
 from graft.formats.int_group import IntGroupFormat
 from graft.kernels import affine_ops as ops
+from graft.kernels.low_rank_ops import low_rank_product
 
 OUT, IN = 22, 96
 
@@ -53,7 +53,7 @@ def test_qalora_grid_linear_is_the_chain_through_the_moved_statistics(
     y.backward(grad)
     others = [t.detach().clone().requires_grad_() for t in ours]
     x, A, B, u_A, u_B = others
-    update = GridUpdate(scales=Scaled(moves_of(u_A, u_B)), offsets=LowRank(A, B, 0.7))
+    update = GridUpdate(scales=Scaled(low_rank_product(u_A, u_B)), offsets=LowRank(A, B, 0.7))
     expected = weight_format.linear(x, weight_format.absorb(packed, update), OUT)
     expected.backward(grad)
     assert torch.equal(y, expected)

@@ -267,6 +267,15 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
 }
 
 
+def test_a_qalora_adapter_of_another_model_is_refused(load, tmp_path) -> None:
+    save_adapter(attached(load("llama", weight_format=INT).model, method="qalora"), tmp_path / "a")
+    tensors(lambda t: t.update({A: torch.ones(4, 9), B: torch.ones(7, 4)}))(tmp_path / "a")
+    model = load("llama", weight_format=INT).model
+    with pytest.raises(GraftError, match=r"(?s)q_proj.*\(4, 9\).*\(7, 4\).*the layer takes"):
+        load_adapter(model, tmp_path / "a")
+    assert not adapter_names(model)
+
+
 @pytest.mark.parametrize("case", DAMAGES)
 def test_what_does_not_fit_changes_nothing(case, load, tmp_path) -> None:
     save_adapter(attached(load("llama").model, method="lora"), tmp_path / "a")

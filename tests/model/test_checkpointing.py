@@ -65,6 +65,7 @@ METHODS: dict[str, tuple[AdapterConfig, WeightFormat | None]] = {
     "qlora": (AdapterConfig(method="qlora", rank=4), make_format("nf4", {"double_quant": True})),
     "qlora-dropout": (AdapterConfig(method="qlora", rank=4, dropout=0.2), make_format("nf4")),
     "qalora": (AdapterConfig(method="qalora", rank=4), make_format("int")),
+    "qalora-scales": (AdapterConfig(method="qalora", rank=4, grid_rank=2), make_format("int")),
     "affine": (AdapterConfig(method="affine"), make_format("int")),
     "merge_aware": (AdapterConfig(method="merge_aware"), make_format("latent")),
 }

@@ -342,27 +342,6 @@ def test_merging_counts_the_dense_weights_that_lora_becomes(model_folder):
     assert row(plan(folder, "full"), "merging") == 0
 
 
-def test_rounding_takes_a_float32_copy_of_the_adapted_weights(model_folder):
-    folder = model_folder("llama")
-    latent = make_format("latent", {"bits": 4, "rounds": False})
-    begun = {
-        fraction: plan(
-            folder,
-            weight_format=latent,
-            sequence_length=1,
-            batch_size=1,
-            adapter=AdapterConfig(method="merge_aware", rank=4, dense_fraction=fraction),
-        )
-        for fraction in (0.0, 0.5)
-    }
-    assert row(begun[0.0], "rounding") == 0
-    largest, weights = 48 * 172, 3 * (2 * 48 * 48 + 2 * 24 * 48 + 3 * 48 * 172)
-    assert row(begun[0.5], "rounding") == 4 * weights + 36 * largest
-    # One token's step needs less than the rounding between two steps.
-    more = begun[0.5].training_bytes - begun[0.0].training_bytes
-    assert 0 <= more <= row(begun[0.5], "rounding")
-
-
 def test_a_gpu_is_planned_without_one_and_without_the_process(model_folder):
     planned = plan(model_folder("llama", torch.bfloat16), device="cuda")
     assert (planned.device, row(planned, "process")) == ("cuda", 0)

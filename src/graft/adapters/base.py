@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from graft.errors import GraftError
 from graft.formats.base import GridUpdate, Packed
 from graft.formats.linear import FrozenLinear
-from graft.kernels.low_rank_ops import move_offsets
 
 
 def lora_scaling(rank: int, alpha: float | None, rslora: bool) -> float:
@@ -34,12 +33,6 @@ def low_rank_moves(
     bound = math.sqrt(3 / rank)
     nn.init.eye_(A) if rank == groups else nn.init.uniform_(A, -bound, bound)
     return A, B
-
-
-def moves_of(A: Tensor, B: Tensor) -> Tensor:
-    """Return B A, float32 [out_features, groups], summed in float64 in one order everywhere."""
-    moves: Tensor = move_offsets(A.new_zeros(B.shape[0], A.shape[1]), A, B, 1.0, torch.float32)
-    return moves
 
 
 def scaled_codes(base: FrozenLinear, u: Tensor) -> Tensor:

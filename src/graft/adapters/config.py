@@ -23,7 +23,8 @@ class AdapterConfig:
     merge_aware: LoRA inside the rounding to INT4, and its scales and offsets; full: all weights."""
     rank: int | None = None
     """Rank of the low-rank update (not of affine and full); 16, or 14 for merge_aware where its
-    grid trains too, so that it has no more trained parameters."""
+    grid trains too, so that it has no more trained parameters. qalora's ends at the number of
+    groups in a row."""
     grid_rank: int | None = None
     """Rank of the moves of the scales (qalora), and of those of the offsets (merge_aware). The
     default is --rank for qalora, where 0 leaves the scales alone and the adapter an ordinary LoRA;

@@ -7,12 +7,12 @@ import math
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.base import Adapter, lora_scaling, low_rank_moves, moves_of
+from graft.adapters.base import Adapter, lora_scaling, low_rank_moves
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled
 from graft.formats.latent import LatentFormat
 from graft.formats.linear import FrozenLinear
 from graft.kernels.latent_ops import latent_linear
-from graft.kernels.low_rank_ops import lora_linear, operands
+from graft.kernels.low_rank_ops import lora_linear, low_rank_product, operands
 
 GRID_PARAMETERS = ("u_A", "u_B", "v_A", "v_B")
 
@@ -22,7 +22,7 @@ class MergeAwareAdapter(Adapter):
 
     A: float32 [rank, in_features], random as LoRA's; B: float32 [out_features, rank], zero;
     u = u_B u_A and v = v_B v_A [out_features, groups], of rank grid_rank at most (0: the grid
-    stays), u_A and v_A random, u_B and v_B zero. A low-rank update flips codes, as in L4Q (arXiv
+    stays), u_B and v_B zero. A low-rank update flips codes, as in L4Q (arXiv
     2402.04902), and the grid moves in units of its own scales, as in affine tuning. What is trained
     is the int weight itself: the forward computes with the very codes, scales and offsets that a
     merge keeps. It needs a base in the latent format.
@@ -77,7 +77,7 @@ class MergeAwareAdapter(Adapter):
         if not self.grid_rank:
             return None, None
         u_A, u_B, v_A, v_B = self.grid_parameters()
-        return moves_of(u_A, u_B), moves_of(v_A, v_B)
+        return low_rank_product(u_A, u_B), low_rank_product(v_A, v_B)
 
     def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
         """Return x W'ᵀ, W' the int weight that a merge keeps, with gradients of all that trains.

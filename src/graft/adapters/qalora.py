@@ -10,19 +10,19 @@ import math
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.base import Adapter, lora_scaling, low_rank_moves, moves_of, scaled_codes
+from graft.adapters.base import Adapter, lora_scaling, low_rank_moves, scaled_codes
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
 from graft.kernels.affine_ops import qalora_grid_linear
-from graft.kernels.low_rank_ops import qalora_linear
+from graft.kernels.low_rank_ops import low_rank_product, qalora_linear
 
 
 class QALoraAdapter(Adapter):
     """y = W x + s B A groupsum(x), with s = alpha/rank, W's scales times 1 + u.
 
     That is W x with every group's offset moved by s (B A)[out, group] (QA-LoRA, arXiv 2309.14717,
-    section 3.3). A: float32 [rank, groups], random; B: float32 [out_features, rank], zero.
+    section 3.3). A: float32 [rank, groups]; B: float32 [out_features, rank], zero.
     u = u_B u_A [out_features, groups], of rank grid_rank at most, zero at first; with grid_rank 0
     the scales stay, and the update is an ordinary LoRA.
 
@@ -31,8 +31,8 @@ class QALoraAdapter(Adapter):
 
     The rank is at most the number of groups, with which every move of the offsets has one: then A
     starts as a multiple of the identity and B holds the moves themselves, which train better than
-    the products of a random A. The multiple, sqrt(rank / in_features) with the rank that was asked
-    for, makes A's columns about as long as those of a random one.
+    the products of a random A. The multiple is sqrt(rank / in_features), with the rank that was
+    asked for: A's columns are sqrt(3) times as long as those of a random one.
 
     A random A is uniform within 1/sqrt(in_features), as LoRA's is, though it has only `groups`
     columns: the group sum grows with sqrt(group_size), so A groupsum(x) starts as large as LoRA's
@@ -74,7 +74,7 @@ class QALoraAdapter(Adapter):
 
     def grid_update(self, packed: Packed) -> GridUpdate:
         """Return offsets += s B A, summed in float64, and scales += scale u."""
-        scales = Scaled(moves_of(self.u_A, self.u_B)) if self.grid_rank else None
+        scales = Scaled(low_rank_product(self.u_A, self.u_B)) if self.grid_rank else None
         return GridUpdate(scales=scales, offsets=LowRank(self.A, self.B, self.scaling))
 
     def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
@@ -101,5 +101,5 @@ class QALoraAdapter(Adapter):
         """Return the unrounded move of the weight, scale u q + s B A; float64 [out, in]."""
         move = (self.B.double() @ self.expanded_a(base.in_features).double()) * self.scaling
         if self.grid_rank:
-            move += scaled_codes(base, moves_of(self.u_A, self.u_B))
+            move += scaled_codes(base, low_rank_product(self.u_A, self.u_B))
         return move

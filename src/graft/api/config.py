@@ -60,12 +60,12 @@ class PlanConfig(AdapterConfig, FormatConfig, ModelConfig):
 
 
 def format_description(
-    config: FormatConfig, method: str | None, source: str = "bfloat16"
+    config: FormatConfig, method: str | None, float32: bool = False
 ) -> dict[str, Any] | None:
     """Return {'format': ..., options}, with the method's defaults filled in; None for dense.
 
     qlora: nf4 with double quantisation; qalora and affine: int, 4 bits, groups of 32; merge_aware:
-    latent, likewise, in float32 where that is the `source` checkpoint's dtype; lora and full: the
+    latent, likewise, which keeps float32 weights where that is asked for; lora and full: the
     weights as they are. With bits auto it is the format that memory is planned for. Raises
     GraftError with every option that does not fit.
     """
@@ -102,9 +102,8 @@ def format_description(
     if name in grouped:
         bits, group_size = config.bits or 4, config.group_size or 32
         if name == "latent":
-            # Nor has bf16 more digits than 8-bit codes.
-            fine = bits == 8 or source == "float32"
-            dtype = "float32" if fine else "bfloat16"
+            # bf16 has no more digits than 8-bit codes.
+            dtype = "float32" if float32 or bits == 8 else "bfloat16"
             return {"format": name, "bits": bits, "group_size": group_size, "dtype": dtype}
         if bits == "auto":
             # Until the layers are measured: the narrowest width that fills the budget.
@@ -192,6 +191,11 @@ def check_train_config(config: TrainConfig) -> None:
         problems += _loftq_problems(config)
     if "peft" in config.export and config.method in ("affine", "merge_aware", "full"):
         problems.append(f"--export peft: PEFT has no {config.method} adapter")
+    if "peft" in config.export and config.method == "qalora" and config.grid_rank != 0:
+        problems.append(
+            "--export peft: qalora moves the scales too, which no LoRA can; give --grid-rank 0, "
+            "or drop it"
+        )
     raise_problems(problems, "configuration")
 
 

@@ -48,7 +48,8 @@ def export_model(
     gguf: one file for llama.cpp and Ollama; INT layers become Q4_1 with the very same weights, a
     lora or qlora run is merged and written unquantised (with `requantize` rounded to Q4_1, and the
     error is measured). hf: a plain Hugging Face folder, dequantised. peft: the adapter in PEFT's
-    format, qalora as an ordinary LoRA. Raises GraftError when the target cannot hold the model.
+    format, qalora (trained with --grid-rank 0) as an ordinary LoRA. Raises GraftError when the
+    target cannot hold the model.
     """
     events = events or Events()
     target = Path(out)

@@ -67,7 +67,7 @@ from graft.model.prefetch import prefetch_layers
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan.memory import MemoryPlan, free_bytes, plan_memory
-from graft.plan.skeleton import stated_dtype
+from graft.plan.skeleton import keeps_float32
 from graft.train.checkpoint import checkpoint_step, checkpoints
 from graft.train.loop import Metrics, TrainingTask, read_metrics, steps_to_train, train
 from graft.train.schedule import default_learning_rate, rate_factors
@@ -222,8 +222,8 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
 
 
 def _weight_format(config: TrainConfig, model_config: PreTrainedConfig) -> WeightFormat | None:
-    source = str(stated_dtype(model_config)).removeprefix("torch.")
-    description = format_description(config, config.method, source)
+    float32 = keeps_float32(model_config, config.dtype)
+    description = format_description(config, config.method, float32)
     check_solver(chosen_solver(config, config.method), description)
     return None if description is None else parse_format(description)
 
@@ -232,9 +232,6 @@ def _check_exports(
     config: TrainConfig, model_config: PreTrainedConfig, weight_format: WeightFormat | None
 ) -> None:
     """Raise GraftError when an export that the configuration asks for could not be written."""
-    if "peft" in config.export and config.method == "qalora" and config.grid_rank != 0:
-        problem = "qalora moves the scales too, which no LoRA can; give --grid-rank 0, or drop it"
-        raise_problems([problem], "--export peft")
     if "gguf" not in config.export:
         return
     # lora and qlora are merged into dense weights before they are exported.

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from graft.api.config import PlanConfig, format_description
 from graft.formats.registry import parse_format
-from graft.model.load import find_folder, read_config
+from graft.model.load import read_config
 from graft.plan.memory import MemoryPlan, plan_memory
-from graft.plan.skeleton import stated_dtype
+from graft.plan.skeleton import config_folder, keeps_float32
 
 
 def plan(config: PlanConfig) -> MemoryPlan:
     """Return the predicted memory of a run, from config.json alone; no weights are read."""
-    folder = find_folder(config.model)
-    source = str(stated_dtype(read_config(folder, config.trust_remote_code)))
-    description = format_description(config, config.method, source.removeprefix("torch."))
+    model_config = read_config(config_folder(config.model), config.trust_remote_code)
+    float32 = keeps_float32(model_config, config.dtype)
+    description = format_description(config, config.method, float32)
     return plan_memory(
-        str(folder),
+        config.model,
         weight_format=None if description is None else parse_format(description),
         adapter=config.resolved(None if description is None else description.get("bits")),
         dtype=config.dtype,

@@ -51,6 +51,8 @@ def read_run_config(run: Path) -> TrainConfig:
     recomputes = written.pop("gradient_checkpointing", None)
     if recomputes is not None:
         written["checkpointing"] = "layers" if recomputes else "none"
+    if written.get("method") == "qalora" and written.get("grid_rank") is None:
+        written["grid_rank"] = 0  # it knew no moves of qalora's scales either
     settings = checked_settings(written, TrainConfig, str(run / CONFIG))
     try:
         return TrainConfig(**settings)

@@ -98,7 +98,8 @@ class ExportArguments:
     model: tyro.conf.Positional[str]
     """A run or a model folder."""
     to: ExportTarget
-    """gguf: llama.cpp and Ollama; hf: Transformers, dequantised; peft: the adapter alone."""
+    """gguf: llama.cpp and Ollama; hf: Transformers, dequantised; peft: the adapter alone (of
+    lora, qlora, and qalora with --grid-rank 0)."""
     out: str
     """File (gguf) or folder to write."""
     requantize: bool = False

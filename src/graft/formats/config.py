@@ -14,7 +14,7 @@ class FormatConfig:
 
     format: FormatName | None = None
     """dense, nf4, fp4, int8, int (group-wise integers with float offsets), or latent (int, rounded
-    anew from the weight, which is kept in bf16: for merge_aware)."""
+    anew from the weight, which is kept beside it: for merge_aware)."""
     bits: int | Literal["auto"] | None = None
     """Bits per code of the int and latent formats: 2, 3, 4 (default) or 8; auto gives each layer
     its own width, by how much rounding it moves the loss on calibration text, within --budget."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from graft.kernels.low_rank_ops import move_offsets
+from graft.kernels.low_rank_ops import low_rank_product, move_offsets
 from graft.kernels.ops import int_group_grad_input, int_group_grad_statistics
 from graft.kernels.registry import implementation
 
@@ -150,10 +150,8 @@ def _moved_by_factors(
     scales: Tensor, offsets: Tensor, A: Tensor, B: Tensor, scaling: float, u_A: Tensor, u_B: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Return the moved statistics, rounded as they are stored, as a merge moves them."""
-    nothing = torch.zeros_like(scales, dtype=torch.float32)
-    u = move_offsets(nothing, u_A, u_B, 1.0, torch.float32)
     return (
-        move_scaled(scales, scales, u, scales.dtype),
+        move_scaled(scales, scales, low_rank_product(u_A, u_B), scales.dtype),
         move_offsets(offsets, A, B, scaling, offsets.dtype),
     )
 

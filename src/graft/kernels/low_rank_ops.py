@@ -172,6 +172,13 @@ def _move_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 move_offsets.register_autograd(_move_backward, setup_context=_move_save)
 
 
+def low_rank_product(A: Tensor, B: Tensor) -> Tensor:
+    """Return B A, float32 [out_features, groups], summed in float64 in one order everywhere."""
+    nothing = A.new_zeros(B.shape[0], A.shape[1])
+    out: Tensor = move_offsets(nothing, A, B, 1.0, torch.float32)
+    return out
+
+
 @custom_op("graft::qalora_linear", mutates_args=())
 def qalora_linear(
     x: Tensor,

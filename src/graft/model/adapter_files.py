@@ -84,9 +84,10 @@ def save_adapter(
     method = adapters[0].method
     if not all(map(_is_lora, adapters)):
         if as_lora:
+            offsets_alone = ", or train it with --grid-rank 0" if method == "qalora" else ""
             raise GraftError(
-                f"this {method} adapter moves the scales too; it is no LoRA. Export the merged "
-                "model, or train --method qalora --grid-rank 0"
+                f"this {method} adapter is no LoRA: what it trains is inside the integer weights. "
+                f"Export the merged model{offsets_alone}"
             )
         tensors: dict[str, Tensor] = {
             f"{layer_name}.{key}": parameter
@@ -309,7 +310,8 @@ def _build(
         adapter = QALoraAdapter(layer.in_features, layer.out_features, group_size, rank)
         # PEFT knows no bound: B A of a larger rank is kept as the file has it.
         adapter.rank = rank
-        adapter.A, adapter.B = (nn.Parameter(torch.empty_like(parts[name])) for name in "AB")
+        adapter.A = nn.Parameter(torch.empty(rank, weight_format.groups(layer.in_features)))
+        adapter.B = nn.Parameter(torch.empty(layer.out_features, rank))
         scaling *= _peft_pool_factor(layer.in_features, adapter)
     else:
         adapter = LoraAdapter(

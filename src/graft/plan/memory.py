@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from graft.adapters.attach import frozen_layers
 from graft.adapters.config import AdapterConfig
 from graft.errors import raise_problems
 from graft.formats.base import WeightFormat
@@ -154,7 +155,9 @@ def plan_memory(
 def _pick(plans: list[MemoryPlan], free: int | None) -> MemoryPlan:
     """Return the first plan whose peak of training fits into the free memory, else the last."""
     usable = 0 if free is None else USABLE_MEMORY * free
-    picked = next((plan for plan in plans if plan.training_bytes <= usable), plans[-1])
+    # Where none fits, and rounding is the peak of several, the quickest of the smallest.
+    smallest = min(plans, key=lambda plan: plan.training_bytes)
+    picked = next((plan for plan in plans if plan.training_bytes <= usable), smallest)
     reason = f"{picked.checkpointing}, whose planned peak is {format_bytes(picked.training_bytes)}"
     if free is None:
         reason += f": how much memory is free on that {picked.device} is not known here"
@@ -208,7 +211,7 @@ def _plan(
     workspace = _workspace_bytes(planned, counts, tokens, activations.widest)
     optimizer = 2 * counts.trained_bytes
     merging = _merging_bytes(planned, counts, adapter)
-    rounding = _rounding_bytes(counts, adapter)
+    rounding = _rounding_bytes(planned, counts, adapter)
     weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
     held = process + weights + optimizer
     transient = activations.kept_bytes + activations.recomputed_bytes
@@ -302,13 +305,17 @@ def _merging_bytes(planned: PlannedModel, counts: WeightCounts, adapter: Adapter
     return grown + MERGE_BYTES * counts.largest_layer
 
 
-def _rounding_bytes(counts: WeightCounts, adapter: AdapterConfig) -> int:
+def _rounding_bytes(planned: PlannedModel, counts: WeightCounts, adapter: AdapterConfig) -> int:
     """Return what rounding adds where merge_aware begins densely: a float32 copy of the weights
-    that it adapts, and the float64 copies of the layer at work.
+    that it adapts, the float64 copies of the layer at work, and float64 Hessians: those of one
+    decoder layer's linear layers, and four more of the widest, which GPTQ factors.
     """
     if adapter.method != "merge_aware" or not adapter.dense_fraction:
         return 0
-    return 4 * counts.frozen_weights + MERGE_BYTES * counts.largest_layer
+    widths = [layer.in_features for _, layer in frozen_layers(planned.model)]
+    layers = planned.model.config.get_text_config().num_hidden_layers
+    squares = sum(width * width for width in widths) // layers + 4 * max(widths) ** 2
+    return 4 * counts.frozen_weights + MERGE_BYTES * counts.largest_layer + 8 * squares
 
 
 def _frozen_note(counts: WeightCounts, dtype: str) -> str:

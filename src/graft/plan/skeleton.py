@@ -61,7 +61,7 @@ def plan_model(
             "optimizer can move; train with qlora, qalora or affine, or start from dense weights"
         )
     config = read_config(folder, trust_remote_code)
-    source_dtype = stated_dtype(config)
+    source_dtype = _source_dtype(config)
     place = _device(device)
     compute = _compute_dtype(dtype, source_dtype, place, adapter)
     skeleton = build_skeleton(config, trust_remote_code).requires_grad_(False)
@@ -105,9 +105,14 @@ def _stored_formats(folder: Path) -> dict[str, WeightFormat]:
     return {name: parse_format(layer) for name, layer in layers.items()}
 
 
-def stated_dtype(config: PreTrainedConfig) -> torch.dtype:
+def _source_dtype(config: PreTrainedConfig) -> torch.dtype:
     """Return the dtype that config.json gives the weights; float32 when it gives none."""
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
+def keeps_float32(config: PreTrainedConfig, dtype: str) -> bool:
+    """Return whether a run with --dtype computes with float32 weights of the checkpoint as such."""
+    return _source_dtype(config) == torch.float32 and dtype != "bfloat16"
 
 
 def _device(name: str) -> torch.device:

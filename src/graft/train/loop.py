@@ -83,6 +83,8 @@ class _Loop:
             self._groups(),
             lr=task.learning_rate,
             weight_decay=config.weight_decay,
+            # Gradients are scaled to max_grad_norm, and what keeps from dividing by 0 with them.
+            eps=1e-8 * min(1.0, config.max_grad_norm),
             # One kernel per tensor instead of ten, and no temporaries.
             fused=self.device.type in ("cpu", "cuda"),
         )

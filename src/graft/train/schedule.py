@@ -42,8 +42,9 @@ def rate_factors(
     affine: v moves an offset by so many steps of the grid, u the scale by a share of itself. For
     one step of Adam to move the weights as far by either, v's rate grows with the number of steps
     in a group's range: (2^bits - 1) / 3, 1 at 2 bits.
-    merge_aware: the grid's moves take affine's rate, in proportion to what the learning rate is of
-    its default; not more at more bits, where the codes themselves move as finely.
+    merge_aware and qalora: moves of the scales (and with merge_aware of the offsets) take affine's
+    rate, in proportion to what the learning rate is of its default; not more at more bits, where
+    merge_aware's codes move as finely.
     """
     if config.method == "affine":
         return {name: (2**width - 1) / 3 for name, width in bits.items() if name.endswith(".v")}
