@@ -6,8 +6,7 @@ With --factors each method is also trained at multiples of its default learning 
 default from the best of them?
 
     python benchmarks/learn.py [--model babyllama-361-1m] [--steps 300] [--methods lora qalora ...]
-    python benchmarks/learn.py --rows text --factors 0.5 2 4 --methods lora qlora qalora affine \
-        merge_aware [--bits 3]
+    python benchmarks/learn.py --rows text --factors 0.5 2 4 [--bits 3]
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from _common import as_text, e2e_rows, shared, write_csv, write_jsonl
 import graft
 from graft.api.report import RunReport
 
+METHODS = ("lora", "qlora", "qalora", "affine", "merge_aware")
 BOUNDS = {"lora": 1.45, "qlora": 1.46, "qalora": 1.56, "affine": 1.54}
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int)
     parser.add_argument("--factors", nargs="+", type=float, default=[])
     parser.add_argument("--bits", type=int, help="of the integers; 4 by default")
-    parser.add_argument("--methods", nargs="+", default=list(BOUNDS))
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
     parser.add_argument("--rows", nargs="+", default=["text", "completion"])
     arguments = parser.parse_args()
     model = shared("models", arguments.model)
@@ -83,7 +83,7 @@ def _row(
     return {
         "model": arguments.model,
         "method": method,
-        "bits": arguments.bits or "",
+        "bits": "" if method in ("lora", "qlora") else arguments.bits or 4,
         "rows": kind,
         "rank": arguments.rank,
         "steps": arguments.steps,

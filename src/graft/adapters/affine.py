@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.base import Adapter, scaled_codes
+from graft.adapters.base import Adapter, per_input, scaled_codes
 from graft.formats.base import GridUpdate, Packed, Scaled
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
@@ -42,7 +42,5 @@ class AffineAdapter(Adapter):
 
     def delta(self, base: FrozenLinear) -> Tensor:
         """Return the unrounded move of the weight, scale (u q + v), float64 [out, in]."""
-        moved = base.packed["scales"].double() * self.v
-        group_size = base.weight_format.options()["group_size"]
-        offsets = moved.repeat_interleave(group_size, dim=1)[:, : base.in_features]
-        return scaled_codes(base, self.u) + offsets
+        offsets = base.packed["scales"].double() * self.v
+        return scaled_codes(base, self.u) + per_input(offsets, base)

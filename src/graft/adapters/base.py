@@ -35,14 +35,19 @@ def low_rank_moves(
     return A, B
 
 
+def per_input(values: Tensor, base: FrozenLinear) -> Tensor:
+    """Return values [out_features, groups] repeated over each group's inputs."""
+    group_size = base.weight_format.options()["group_size"]
+    return values.repeat_interleave(group_size, dim=1)[:, : base.in_features]
+
+
 def scaled_codes(base: FrozenLinear, u: Tensor) -> Tensor:
     """Return scale u q, what moving an int weight's scales does to it; float64 [out, in]."""
     scales = base.packed["scales"].double()
     ones = torch.ones_like(scales, dtype=torch.float32)
     unit = {"scales": ones, "offsets": torch.zeros_like(ones)}
     codes = base.dense_weight(torch.float32, base.packed | unit).double()
-    group_size = base.weight_format.options()["group_size"]
-    return (scales * u).repeat_interleave(group_size, dim=1)[:, : base.in_features] * codes
+    return per_input(scales * u, base) * codes
 
 
 class Adapter(nn.Module, ABC):

@@ -58,6 +58,11 @@ def moved_statistics(
     )
 
 
+def _output_of(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    """Return an output of the right shape, without computing it."""
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
 @custom_op("graft::affine_linear", mutates_args=())
 def affine_linear(
     x: Tensor,
@@ -82,19 +87,7 @@ def affine_linear(
     return y
 
 
-@affine_linear.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    codes_high: Tensor | None,
-    scales: Tensor,
-    offsets: Tensor,
-    bits: int,
-    group_size: int,
-    u: Tensor,
-    v: Tensor,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+affine_linear.register_fake(_output_of)
 
 
 def _affine_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -156,22 +149,7 @@ def _moved_by_factors(
     )
 
 
-@qalora_grid_linear.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    codes_high: Tensor | None,
-    scales: Tensor,
-    offsets: Tensor,
-    bits: int,
-    group_size: int,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-    u_A: Tensor,
-    u_B: Tensor,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+qalora_grid_linear.register_fake(_output_of)
 
 
 def _qalora_grid_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
