@@ -30,16 +30,16 @@ from graft.errors import GraftError
 
 
 def test_words_name_contenders() -> None:
-    words = ["base", "lora", "lora+gptq", "qlora+rtn", "qalora@gptq", "affine", "affine@rtn"]
+    words = ["base", "lora", "lora+gptq", "qlora+rtn", "qalora@gptq", "merge_aware@gptq"]
     assert parse_contenders(words) == [
         Contender("base"),
         Contender("lora"),
         Contender("lora", solver="gptq"),
         Contender("qlora", solver="rtn"),
         Contender("qalora", base_solver="gptq"),
-        Contender("affine"),
+        Contender("merge_aware"),
     ]
-    assert [one.name for one in parse_contenders(words)] == words[:-1]
+    assert [one.name for one in parse_contenders(words)] == [*words[:-1], "merge_aware"]
 
 
 def test_every_word_that_names_no_contender_is_told_at_once() -> None:

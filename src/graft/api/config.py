@@ -15,6 +15,8 @@ from graft.model.config import ModelConfig
 from graft.train.config import LoopConfig
 
 WIDTHS = (2, 3, 4, 8)
+NARROW = (2, 3)
+"""Widths at which the method's default solver looks at calibration text."""
 """What --bits auto chooses from; 8 not where a GGUF is asked for, which cannot hold it."""
 ExportTarget = Literal["gguf", "hf", "peft"]
 
@@ -44,7 +46,7 @@ class QuantizeConfig(SolverConfig, FormatConfig, ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(AdapterConfig, FormatConfig, ModelConfig):
+class PlanConfig(AdapterConfig, FormatConfig, SolverConfig, ModelConfig):
     """A prediction of memory."""
 
     batch_size: int = 16
@@ -117,14 +119,26 @@ def format_description(
     return {"format": name}
 
 
-def chosen_solver(config: SolverConfig, method: str | None = None) -> Solver:
-    """Return the solver, with the method's default filled in."""
-    return config.solver or default_solver(method)
+def chosen_solver(
+    config: SolverConfig, method: str | None = None, bits: int | str | None = None
+) -> Solver:
+    """Return the solver, with the default of the method on codes of `bits` filled in."""
+    return config.solver or default_solver(method, bits)
 
 
-def default_solver(method: str | None) -> Solver:
-    """Return the solver of a method's base; what merge_aware ends with hangs on where it starts."""
-    return "gptq" if method == "merge_aware" else "rtn"
+def calibrating_rows(config: SolverConfig, method: str | None, bits: int | str | None) -> int:
+    """Return on how many rows a run's weights are rounded; 0 where its solver needs none."""
+    return config.calibration_rows if chosen_solver(config, method, bits) == "gptq" else 0
+
+
+def default_solver(method: str | None, bits: int | str | None = None) -> Solver:
+    """Return the solver of a method's base: gptq where what is lost in the codes stays lost.
+
+    merge_aware ends near where it starts, and the fewer bits, the less of the rounding a grid that
+    moves makes up for.
+    """
+    narrow = bits in NARROW and method in GRID_METHODS
+    return "gptq" if method == "merge_aware" or narrow else "rtn"
 
 
 def check_solver(solver: Solver, description: dict[str, Any] | None) -> None:

@@ -21,6 +21,7 @@ from graft.api.config import (
     WIDTHS,
     TrainConfig,
     as_plain,
+    calibrating_rows,
     check_solver,
     check_train_config,
     chosen_solver,
@@ -197,6 +198,7 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
         batch_size=config.batch_size,
         sequence_length=max(len(example.input_ids) for example in training.examples),
         checkpointing=config.checkpointing,
+        calibration_rows=calibrating_rows(config, config.method, config.bits),
         trust_remote_code=config.trust_remote_code,
     )
     if config.checkpointing == "auto":
@@ -224,7 +226,7 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
 def _weight_format(config: TrainConfig, model_config: PreTrainedConfig) -> WeightFormat | None:
     float32 = keeps_float32(model_config, config.dtype)
     description = format_description(config, config.method, float32)
-    check_solver(chosen_solver(config, config.method), description)
+    check_solver(chosen_solver(config, config.method, config.bits), description)
     return None if description is None else parse_format(description)
 
 
@@ -254,7 +256,8 @@ def _make_run_folder(run: Path, prepared: _Prepared) -> None:
     resolved: dict[str, Any] = as_plain(prepared.config)
     resolved |= {"learning_rate": prepared.learning_rate, "steps": prepared.steps, "epochs": None}
     resolved["checkpointing"] = prepared.plan.checkpointing
-    resolved["solver"] = chosen_solver(prepared.config, prepared.config.method)
+    config = prepared.config
+    resolved["solver"] = chosen_solver(config, config.method, config.bits)
     if prepared.weight_format is not None:
         options = prepared.weight_format.options()
         resolved["format"] = prepared.weight_format.name
@@ -286,7 +289,7 @@ def _load_base(prepared: _Prepared, run: Path, loftq: LoftQ | None, events: Even
         dtype=_dtype_name(config),
         device=config.device,
         trust_remote_code=config.trust_remote_code,
-        solver="rtn" if prepared.dense_steps else chosen_solver(config, config.method),
+        solver="rtn" if prepared.dense_steps else chosen_solver(config, config.method, config.bits),
         calibration=prepared.training.examples[: config.calibration_rows],
         damping=config.damping,
         events=events,

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from graft.api.config import PlanConfig, format_description
+from graft.api.config import (
+    PlanConfig,
+    calibrating_rows,
+    check_solver,
+    chosen_solver,
+    format_description,
+)
 from graft.formats.registry import parse_format
 from graft.model.load import read_config
 from graft.plan.memory import MemoryPlan, plan_memory
@@ -14,6 +20,7 @@ def plan(config: PlanConfig) -> MemoryPlan:
     model_config = read_config(config_folder(config.model), config.trust_remote_code)
     float32 = keeps_float32(model_config, config.dtype)
     description = format_description(config, config.method, float32)
+    check_solver(chosen_solver(config, config.method, config.bits), description)
     return plan_memory(
         config.model,
         weight_format=None if description is None else parse_format(description),
@@ -23,5 +30,6 @@ def plan(config: PlanConfig) -> MemoryPlan:
         batch_size=config.batch_size,
         sequence_length=config.max_length,
         checkpointing=config.checkpointing,
+        calibration_rows=calibrating_rows(config, config.method, config.bits),
         trust_remote_code=config.trust_remote_code,
     )

@@ -16,7 +16,7 @@ class SolverConfig:
     """rtn: round each weight to the nearest value, data-free; gptq: round column by column and let
     the columns that follow make up for the error on calibration text (arXiv 2210.17323); hqq: fit
     the offsets of the int format to a sparse error, data-free. The default is gptq for method
-    merge_aware, else rtn."""
+    merge_aware, and for qalora and affine at 2 and 3 bits, else rtn."""
     calibration_rows: int = 128
     """Rows of the data that gptq calibrates on, and that --bits auto measures the layers on."""
     damping: float = 0.01

@@ -116,6 +116,7 @@ def plan_memory(
     batch_size: int,
     sequence_length: int,
     checkpointing: Checkpointing | Literal["auto"],
+    calibration_rows: int = 0,
     trust_remote_code: bool = False,
 ) -> MemoryPlan:
     """Return the memory plan of a training run on a model folder or hub id; reads no weights.
@@ -124,7 +125,8 @@ def plan_memory(
     weight_format None the targets stay as they are (dense, or as the folder has them quantised).
     Method 'full' trains them, with gradients and AdamW's two states in their own dtype, which for
     dtype 'auto' is float32. sequence_length is the longest row's, in tokens. On a GPU the plan
-    counts the GPU's memory alone.
+    counts the GPU's memory alone. calibration_rows: how many rows the codes are calibrated on,
+    before training or, by merge_aware, between two steps; 0 for a solver that needs none.
 
     checkpointing 'auto' gives the plan of the first of none, products, half and layers whose peak
     of training fits into 80 % of the memory that is free now, and of layers when none does.
@@ -143,9 +145,10 @@ def plan_memory(
         trust_remote_code=trust_remote_code,
     )
     check_checkpointing(planned.model, checkpointing)
+    shape = batch_size, sequence_length, calibration_rows
     if checkpointing != "auto":
-        return _plan(planned, adapter, checkpointing, batch_size, sequence_length)
-    plans = [_plan(planned, adapter, one, batch_size, sequence_length) for one in CHECKPOINTING]
+        return _plan(planned, adapter, checkpointing, *shape)
+    plans = [_plan(planned, adapter, one, *shape) for one in CHECKPOINTING]
     if not planned.model.supports_gradient_checkpointing:
         reason = f"none: {type(planned.model).__name__} cannot recompute its layers"
         return replace(plans[0], checkpointing_reason=reason)
@@ -194,6 +197,7 @@ def _plan(
     checkpointing: Checkpointing,
     batch_size: int,
     sequence_length: int,
+    calibration_rows: int,
 ) -> MemoryPlan:
     activations = plan_activations(
         planned.model,
@@ -211,7 +215,11 @@ def _plan(
     workspace = _workspace_bytes(planned, counts, tokens, activations.widest)
     optimizer = 2 * counts.trained_bytes
     merging = _merging_bytes(planned, counts, adapter)
-    rounding = _rounding_bytes(planned, counts, adapter)
+    in_training = adapter.method == "merge_aware" and bool(adapter.dense_fraction)
+    rounding = 0
+    if calibration_rows:
+        kept = planned.dtype.itemsize if not in_training else 4
+        rounding = _rounding_bytes(planned, counts, kept, calibration_rows * sequence_length)
     weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
     held = process + weights + optimizer
     transient = activations.kept_bytes + activations.recomputed_bytes
@@ -233,14 +241,15 @@ def _plan(
         MemoryRow("layer workspace", workspace, "of the largest layer"),
         MemoryRow("loss", loss, "a chunk of logits; takes turns with the two before"),
         MemoryRow("heap", heap, "gaps between the tensors, which malloc keeps"),
-        MemoryRow("rounding", rounding, "float32 weights for GPTQ, between two steps"),
+        MemoryRow("rounding", rounding, _rounding_note(rounding, in_training, dtype)),
         MemoryRow("evaluation", max(loss, workspace), "loss or workspace; nothing is kept"),
         MemoryRow("merging", merging, "float64 copies of one layer; the merged weights"),
     )
     step = counts.trained_bytes + activations.kept_bytes + backward + heap
+    before = 0 if in_training else process + counts.other_bytes + rounding
     return MemoryPlan(
         rows=rows,
-        training_bytes=held + max(step, rounding),
+        training_bytes=max(held + step, held + rounding if in_training else before),
         evaluation_bytes=held + max(loss, workspace),
         saving_bytes=process + weights + merging,
         weight_file_bytes=planned.file_bytes,
@@ -305,17 +314,26 @@ def _merging_bytes(planned: PlannedModel, counts: WeightCounts, adapter: Adapter
     return grown + MERGE_BYTES * counts.largest_layer
 
 
-def _rounding_bytes(planned: PlannedModel, counts: WeightCounts, adapter: AdapterConfig) -> int:
-    """Return what rounding adds where merge_aware begins densely: a float32 copy of the weights
-    that it adapts, the float64 copies of the layer at work, and float64 Hessians: those of one
-    decoder layer's linear layers, and four more of the widest, which GPTQ factors.
+def _rounding_bytes(planned: PlannedModel, counts: WeightCounts, itemsize: int, tokens: int) -> int:
+    """Return what calibrated rounding holds: the dense weights, of so many bytes each, the float64
+    copies of the layer at work, float64 Hessians (those of one decoder layer's linear layers, and
+    four more of the widest, which GPTQ factors), and a layer's inputs and outputs for all tokens.
     """
-    if adapter.method != "merge_aware" or not adapter.dense_fraction:
-        return 0
+    text = planned.model.config.get_text_config()
     widths = [layer.in_features for _, layer in frozen_layers(planned.model)]
-    layers = planned.model.config.get_text_config().num_hidden_layers
-    squares = sum(width * width for width in widths) // layers + 4 * max(widths) ** 2
-    return 4 * counts.frozen_weights + MERGE_BYTES * counts.largest_layer + 8 * squares
+    squares = sum(width * width for width in widths) // text.num_hidden_layers
+    squares += 4 * max(widths) ** 2
+    hidden = 2 * tokens * text.hidden_size * planned.dtype.itemsize
+    weights = itemsize * counts.frozen_weights
+    return weights + MERGE_BYTES * counts.largest_layer + 8 * squares + hidden
+
+
+def _rounding_note(rounding: int, in_training: bool, dtype: str) -> str:
+    if not rounding:
+        return "each weight by itself, while it is read"
+    if in_training:
+        return "float32 weights for GPTQ, between two steps"
+    return f"{dtype} weights for GPTQ, before training"
 
 
 def _frozen_note(counts: WeightCounts, dtype: str) -> str:

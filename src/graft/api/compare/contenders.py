@@ -9,7 +9,7 @@ from typing import get_args
 
 from graft.adapters.config import GRID_METHODS, Method
 from graft.api.compare.config import CompareConfig
-from graft.api.config import TrainConfig, default_solver
+from graft.api.config import WIDTHS, TrainConfig, default_solver
 from graft.calibrate.config import Solver
 from graft.errors import did_you_mean, raise_problems
 
@@ -149,7 +149,7 @@ def parse_contenders(words: Iterable[str]) -> list[Contender]:
         problems += [f"--contenders {word}: {problem}" for problem in found]
         if not found:
             method, base_solver, solver = match.group("method", "base_solver", "solver")
-            if base_solver == default_solver(method):
+            if all(base_solver == default_solver(method, bits) for bits in WIDTHS):
                 base_solver = None
             contenders[Contender(method, base_solver, solver)] = None  # type: ignore[arg-type]
     if not contenders and not problems:

@@ -143,7 +143,7 @@ def _wanted(config: CompareConfig, problems: Problems) -> list[Entry]:
                 check_train_config(run)
             with found.collecting():
                 description = format_description(run, run.method)
-                check_solver(chosen_solver(run, run.method), description)
+                check_solver(chosen_solver(run, run.method, run.bits), description)
                 descriptions.append(description or {"format": "dense"})
         for description in descriptions:
             with found.collecting():
