@@ -200,6 +200,11 @@ def group_size_that_gguf_cannot_hold(place: Place) -> list[str]:
     return train(place, "--group-size", "16", "--export", "gguf")
 
 
+@case("--export gguf: group_size", "--export mlx: group_size")
+def group_size_that_no_target_holds(place: Place) -> list[str]:
+    return train(place, "--group-size", "8", "--export", "gguf", "mlx")
+
+
 @case("group_size is 48", "32")
 def group_size_that_there_is_not(place: Place) -> list[str]:
     return train(place, "--group-size", "48")

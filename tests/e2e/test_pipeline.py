@@ -282,7 +282,7 @@ def test_generation_dresses_the_prompt_as_training_did(tiny_base, rows, tmp_path
 
 def test_exports_of_a_run(tiny_base, rows, tmp_path):
     run = tmp_path / "run"
-    exports = {"method": "qalora", "export": ("gguf", "hf", "peft")}
+    exports = {"method": "qalora", "export": ("gguf", "mlx", "hf", "peft")}
     with pytest.raises(graft.GraftError, match="--export peft: qalora moves the scales too"):
         graft.finetune(settings(tiny_base, rows, run, **exports))
     assert not run.exists()
@@ -292,6 +292,8 @@ def test_exports_of_a_run(tiny_base, rows, tmp_path):
     difference = (probe(plain) - probe(trained)).abs().max()
     assert difference <= 1e-5 * probe(trained).abs().max()
     assert (run / "export" / "model.gguf").is_file()
+    quantisation = json.loads((run / "export" / "mlx" / "config.json").read_text())["quantization"]
+    assert quantisation["bits"] == 4
     adapter = json.loads((run / "export" / "peft" / "adapter_config.json").read_text())
     assert adapter["peft_type"] == "LORA"
     assert not adapter["use_qalora"]

@@ -16,6 +16,7 @@ from graft.api.run_folder import is_run, load_any, read_run_config
 from graft.errors import GraftError
 from graft.export.gguf_export import export_gguf
 from graft.export.gguf_plan import Unquantised
+from graft.export.mlx_export import export_mlx
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
@@ -45,11 +46,12 @@ def export_model(
 ) -> ExportReport:
     """Write a run or a model folder to `out` for another program.
 
-    gguf: one file for llama.cpp and Ollama; INT layers become Q4_1 with the very same weights, a
-    lora or qlora run is merged and written unquantised (with `requantize` rounded to Q4_1, and the
-    error is measured). hf: a plain Hugging Face folder, dequantised. peft: the adapter in PEFT's
-    format, qalora (trained with --grid-rank 0) as an ordinary LoRA. Raises GraftError when the
-    target cannot hold the model.
+    gguf: one file for llama.cpp and Ollama; INT layers become Q4_1 with the very same weights. mlx:
+    a folder for mlx-lm; INT layers keep codes, scales and offsets. Into either a lora or qlora run
+    is merged and written unquantised (with `requantize` rounded to INT4, and the error is
+    measured). hf: a plain Hugging Face folder, dequantised. peft: the adapter in PEFT's format,
+    qalora (trained with --grid-rank 0) as an ordinary LoRA. Raises GraftError when the target
+    cannot hold the model.
     """
     events = events or Events()
     target = Path(out)
@@ -66,6 +68,8 @@ def export_model(
         _requantize_dense(loaded)
     if to == "hf":
         return _export_hf(loaded, target, merged)
+    if to == "mlx":
+        return _export_mlx(loaded, target, merged, events)
     return _export_gguf(loaded, target, merged, events)
 
 
@@ -76,7 +80,7 @@ def _merge_for_export(
     exact = all(layer.moves_grid_only() for layer in layers)
     target: WeightFormat | None = None
     dtype = torch.float32
-    if not exact and to == "gguf" and requantize:
+    if not exact and to in ("gguf", "mlx") and requantize:
         target = IntGroupFormat(4, 32)
     elif not exact:
         dtype = loaded.source_dtype
@@ -108,6 +112,24 @@ def _export_gguf(
         on_tensor=lambda done, total, _: events.progress("writing GGUF", done, total),
     )
     return ExportReport(path, path.stat().st_size, merged, tuple(report.notes))
+
+
+def _export_mlx(
+    loaded: LoadedModel, path: Path, merged: MergeReport | None, events: Events
+) -> ExportReport:
+    report = export_mlx(
+        loaded,
+        path,
+        dtype=loaded.source_dtype,
+        on_tensor=lambda done, total: events.progress("writing MLX", done, total),
+    )
+    notes: tuple[str, ...] = ()
+    if report.float32_layers:
+        notes = (
+            f"{len(report.float32_layers)} layers are in float32, because MLX has no short group "
+            f"at the end of a row ({report.float32_layers[0]} ...)",
+        )
+    return ExportReport(path, _folder_bytes(path), merged, notes)
 
 
 def _export_hf(loaded: LoadedModel, path: Path, merged: MergeReport | None) -> ExportReport:

@@ -54,6 +54,7 @@ from graft.data.load import load_train_and_eval
 from graft.errors import GraftError, Problems, raise_problems
 from graft.evaluate.loss import evaluate_loss
 from graft.export.gguf_export import check_gguf_plan
+from graft.export.mlx_export import check_mlx_plan
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.latent import LatentFormat
@@ -234,13 +235,18 @@ def _check_exports(
     config: TrainConfig, model_config: PreTrainedConfig, weight_format: WeightFormat | None
 ) -> None:
     """Raise GraftError when an export that the configuration asks for could not be written."""
-    if "gguf" not in config.export:
-        return
     # lora and qlora are merged into dense weights before they are exported.
     exported: WeightFormat = DenseFormat()
     if weight_format is not None and config.method in GRID_METHODS:
         exported = weight_format.deployed
-    raise_problems(check_gguf_plan(model_config, exported), "--export gguf")
+    checks = {"gguf": check_gguf_plan, "mlx": check_mlx_plan}
+    problems = [
+        f"--export {target}: {problem}"
+        for target in config.export
+        if target in checks
+        for problem in checks[target](model_config, exported)
+    ]
+    raise_problems(problems, "exports")
 
 
 def _dtype_name(config: TrainConfig) -> str:

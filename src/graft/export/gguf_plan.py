@@ -183,7 +183,7 @@ def _plan_q4_1(plan: TensorPlan, target: str, layer: FrozenLinear, order: Tensor
     def make() -> tuple[Tensor, float]:
         packed = {name: tensor.detach().cpu() for name, tensor in layer.packed.items()}
         for name in ("scales", "offsets"):
-            _require_finite(target, packed[name])
+            require_finite(target, packed[name])
         blocks = encode_q4_1(weight_format, packed, layer.in_features)
         return (blocks if order is None else blocks[order]), 0.0
 
@@ -201,7 +201,7 @@ def _plan_float(
     def make() -> tuple[Tensor, float]:
         weight = source.dense_weight() if isinstance(source, FrozenLinear) else source
         weight = weight.detach().cpu().float()
-        _require_finite(target, weight)
+        require_finite(target, weight)
         written = weight.to(_FLOATS[kind])
         rounding = float((written.float() - weight).abs().max())
         if not math.isfinite(rounding):
@@ -219,7 +219,8 @@ def _plan_float(
     plan.tensors.append(PlannedTensor(target, shape, kind, make))
 
 
-def _require_finite(target: str, tensor: Tensor) -> None:
+def require_finite(target: str, tensor: Tensor) -> None:
+    """Raise GraftError when a weight is not finite."""
     if not bool(tensor.isfinite().all()):
         raise GraftError(
             f"{target}: weights are not finite; the training diverged: train again with a lower "

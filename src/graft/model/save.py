@@ -78,7 +78,7 @@ def save_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype | None = No
             for key in layer.packed
         }
         tensors = {
-            name: tensor if name in packed else _narrowed(tensor, loaded.source_dtype)
+            name: tensor if name in packed else narrowed(tensor, loaded.source_dtype)
             for name, tensor in named_tensors(model)
         }
     else:
@@ -127,7 +127,7 @@ def named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor.T if kind == "weight" and layer in dense else tensor
 
 
-def _narrowed(tensor: Tensor, source: torch.dtype) -> Tensor:
+def narrowed(tensor: Tensor, source: torch.dtype) -> Tensor:
     """Return the tensor in the source's dtype where that changes no value."""
     if not tensor.is_floating_point() or tensor.dtype.itemsize <= source.itemsize:
         return tensor

@@ -1,0 +1,228 @@
+"""Writing a merged model as a folder for MLX (mlx-lm), with the very same integer weights.
+
+MLX's affine quantisation is w = scale * q + bias with a float scale and bias a group, which is the
+int format: codes, scales and offsets are copied, only the order of the codes changes. A row is one
+stream of bits, the first code lowest, cut into little-endian 32-bit words.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
+
+from graft.adapters.attach import adapted_layers, frozen_layers
+from graft.errors import raise_problems
+from graft.export.gguf_plan import require_finite
+from graft.formats.base import Packed, WeightFormat
+from graft.formats.dense import DenseFormat
+from graft.formats.int_group import IntGroupFormat
+from graft.formats.linear import FrozenLinear
+from graft.kernels.packing import PLANES, unpack_codes
+from graft.model.load import LoadedModel
+from graft.model.save import named_tensors, narrowed, new_folder, write_json
+from graft.model.tensor_file import FileTensor, write_tensor_file
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
+"""Architectures whose module names and weights mlx-lm shares with Transformers."""
+GROUP_SIZES = (32, 64, 128)
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass(frozen=True)
+class MlxReport:
+    """What was written."""
+
+    path: Path
+    bytes: int
+    """Size of the weights' file."""
+    quantised_layers: int
+    float32_layers: tuple[str, ...]
+    """Layers in the int format whose rows end in a short group: their exact weights in float32."""
+
+
+def check_mlx_plan(config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
+    """Return every reason why a model in that format cannot be exported, before it exists."""
+    return _config_problems(config) + _format_problems(weight_format)
+
+
+def check_mlx(model: PreTrainedModel) -> list[str]:
+    """Return every reason why this model cannot be exported; reads no weights."""
+    problems = _config_problems(model.config)
+    adapted = [name for name, _ in adapted_layers(model)]
+    if adapted:
+        problems.append(
+            f"adapters are still attached to {len(adapted)} layers ({adapted[0]} ...); merge first"
+        )
+    for name, layer in frozen_layers(model):
+        problems += [f"{name}: {problem}" for problem in _format_problems(layer.weight_format)]
+    return problems
+
+
+def export_mlx(
+    loaded: LoadedModel,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    on_tensor: Callable[[int, int], None] | None = None,
+) -> MlxReport:
+    """Write model, tokenizer and chat template as a folder that mlx-lm loads.
+
+    Layers in the int format keep their codes, scales and offsets; a layer whose rows end in a
+    short group, which MLX has not, is written in float32. All else is written in `dtype` where that
+    changes no value of a quantised model, and in any case where nothing is quantised. One tensor is
+    in memory at a time; the folder appears under its name only when it is complete.
+
+    Raises GraftError, with every reason, before anything is written.
+    """
+    model = loaded.model
+    raise_problems(check_mlx(model), "cannot export to MLX")
+    quantised = {
+        name: layer
+        for name, layer in frozen_layers(model)
+        if isinstance(layer.weight_format, IntGroupFormat)
+    }
+    short = [name for name, layer in quantised.items() if not _whole_groups(layer)]
+    tensors = list(_tensors(model, quantised, dtype))
+    with new_folder(folder) as part:
+        write_tensor_file(part / "model.safetensors", tensors, on_tensor)
+        write_json(part / "config.json", _config(model, quantised, dtype))
+        loaded.tokenizer.save_pretrained(part)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(part)
+    size = (folder / "model.safetensors").stat().st_size
+    return MlxReport(folder, size, len(quantised) - len(short), tuple(short))
+
+
+def mlx_codes(packed: Packed, bits: int, columns: int) -> Tensor:
+    """Return the codes as MLX orders them, uint8 [rows, columns * bits / 8].
+
+    columns is a multiple of 32.
+    """
+    planes = tuple(
+        packed[name] for name, _ in zip(("codes", "codes_high"), PLANES[bits], strict=False)
+    )
+    codes = unpack_codes(planes, bits, columns)
+    if bits == 8:
+        return codes
+    if bits != 3:
+        together = codes.unflatten(-1, (-1, 8 // bits))
+        return _joined(together, bits)
+    whole = _joined(codes.int().unflatten(-1, (-1, 8)), bits)  # eight codes are three bytes
+    return torch.stack([whole >> shift & 255 for shift in (0, 8, 16)], -1).flatten(1).byte()
+
+
+def _joined(codes: Tensor, bits: int) -> Tensor:
+    """Return the codes of the last dimension side by side in one number, the first lowest."""
+    joined = codes[..., 0].clone()
+    for index in range(1, codes.shape[-1]):
+        joined |= codes[..., index] << bits * index
+    return joined
+
+
+def _tensors(
+    model: PreTrainedModel, quantised: dict[str, FrozenLinear], dtype: torch.dtype
+) -> Iterator[FileTensor]:
+    for name, tensor in named_tensors(model):
+        owner, _, part = name.rpartition(".")
+        layer = quantised.get(owner)
+        if layer is None or part == "bias":
+            # A quantised model's other tensors are kept exactly.
+            stored = narrowed(tensor, dtype) if quantised else tensor.to(dtype)
+            yield _plain(name, stored)
+        elif part == "codes":
+            yield from _layer_tensors(owner, layer)
+
+
+def _layer_tensors(name: str, layer: FrozenLinear) -> Iterator[FileTensor]:
+    weight_format = layer.weight_format
+    assert isinstance(weight_format, IntGroupFormat)
+    bits, rows, columns = weight_format.bits, layer.out_features, layer.in_features
+    if not _whole_groups(layer):
+        shape = (rows, columns)
+        yield FileTensor(
+            f"{name}.weight", shape, torch.float32, lambda: layer.dense_weight(torch.float32)
+        )
+        return
+    packed = layer.packed
+    words = (rows, columns * bits // 32)
+    yield FileTensor(
+        f"{name}.weight", words, torch.uint32, lambda: mlx_codes(packed, bits, columns)
+    )
+    for target, source in (("scales", "scales"), ("biases", "offsets")):
+        require_finite(name, packed[source])
+        yield _plain(f"{name}.{target}", packed[source])
+
+
+def _plain(name: str, tensor: Tensor) -> FileTensor:
+    return FileTensor(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
+
+def _whole_groups(layer: FrozenLinear) -> bool:
+    weight_format = layer.weight_format
+    assert isinstance(weight_format, IntGroupFormat)
+    return layer.in_features % weight_format.group_size == 0
+
+
+def _config(
+    model: PreTrainedModel, quantised: dict[str, FrozenLinear], dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return config.json: mlx-lm reads the rotary settings in the places of older files too."""
+    config: dict[str, Any] = model.config.to_dict()
+    config.pop("quantization_config", None)
+    config["architectures"] = [type(model).__name__]
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    rope = config.get("rope_parameters")
+    if rope:
+        config["rope_theta"] = rope["rope_theta"]
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        if "partial_rotary_factor" in rope:
+            config["partial_rotary_factor"] = rope["partial_rotary_factor"]
+    formats = {name: layer.weight_format for name, layer in quantised.items()}
+    settings = {
+        name: {"group_size": chosen.group_size, "bits": chosen.bits}
+        for name, chosen in formats.items()
+        if isinstance(chosen, IntGroupFormat) and _whole_groups(quantised[name])
+    }
+    if settings:
+        (usual, _), *_ = Counter(tuple(one.items()) for one in settings.values()).most_common(1)
+        others = {name: one for name, one in settings.items() if tuple(one.items()) != usual}
+        config["quantization"] = dict(usual) | {"mode": "affine"} | others
+        config["quantization_config"] = config["quantization"]
+    return config
+
+
+def _config_problems(config: PretrainedConfig) -> list[str]:
+    if config.model_type not in MODEL_TYPES:
+        return [
+            f"model_type is {config.model_type!r}; MLX export writes {', '.join(MODEL_TYPES)}; "
+            "export this model as a plain folder instead (--to hf)"
+        ]
+    rope = config.rope_parameters["rope_type"]
+    if rope not in ROPE_TYPES:
+        return [
+            f"rope_type is {rope!r}; MLX export writes {', '.join(ROPE_TYPES)}; export as a plain "
+            "folder instead (--to hf)"
+        ]
+    return []
+
+
+def _format_problems(weight_format: WeightFormat) -> list[str]:
+    if isinstance(weight_format, DenseFormat):
+        return []
+    if not isinstance(weight_format, IntGroupFormat):
+        return [
+            f"format {weight_format.name!r} has no counterpart in MLX; merge into a dense model "
+            "first, or quantise the base with --format int"
+        ]
+    if weight_format.group_size not in GROUP_SIZES:
+        return [
+            f"group_size is {weight_format.group_size}; MLX has 32, 64 and 128 (--group-size 32)"
+        ]
+    return []
