@@ -195,14 +195,9 @@ def unknown_flag(place: Place) -> list[str]:
     return train(place, "--lerning-rate", "1")
 
 
-@case("group_size is 16", "multiples of 32")
-def group_size_that_gguf_cannot_hold(place: Place) -> list[str]:
-    return train(place, "--group-size", "16", "--export", "gguf")
-
-
-@case("--export gguf: group_size", "--export mlx: group_size")
-def group_size_that_no_target_holds(place: Place) -> list[str]:
-    return train(place, "--group-size", "8", "--export", "gguf", "mlx")
+@case("--export gguf: group_size is 16", "multiples of 32", "--export mlx: group_size is 16")
+def group_size_that_the_targets_cannot_hold(place: Place) -> list[str]:
+    return train(place, "--group-size", "16", "--export", "gguf", "mlx")
 
 
 @case("group_size is 48", "32")

@@ -18,7 +18,7 @@ WIDTHS = (2, 3, 4, 8)
 NARROW = (2, 3)
 """Widths at which the method's default solver looks at calibration text."""
 """What --bits auto chooses from; 8 not where a GGUF is asked for, which cannot hold it."""
-ExportTarget = Literal["gguf", "mlx", "hf", "peft"]
+ExportTarget = Literal["gguf", "mlx", "onnx", "openvino", "hf", "peft"]
 
 
 @dataclass(frozen=True, kw_only=True)

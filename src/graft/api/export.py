@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from graft.adapters.attach import adapted_layers, adapter_names, frozen_layers, replace_module
-from graft.adapters.config import Init
-from graft.api.config import ExportTarget
+from graft.adapters.config import GRID_METHODS, Init
+from graft.api.config import ExportTarget, TrainConfig
 from graft.api.events import Events
 from graft.api.merge import MergeReport, merge_loaded
 from graft.api.run_folder import is_run, load_any, read_run_config
-from graft.errors import GraftError
-from graft.export.gguf_export import export_gguf
+from graft.errors import GraftError, raise_problems
+from graft.export.gguf_export import check_gguf_plan, export_gguf
 from graft.export.gguf_plan import Unquantised
-from graft.export.mlx_export import export_mlx
+from graft.export.mlx_export import check_mlx_plan, export_mlx
+from graft.export.onnx_export import check_onnx_plan, export_onnx
+from graft.export.openvino_export import check_openvino_plan, export_openvino
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
@@ -47,8 +51,9 @@ def export_model(
     """Write a run or a model folder to `out` for another program.
 
     gguf: one file for llama.cpp and Ollama; INT layers become Q4_1 with the very same weights. mlx:
-    a folder for mlx-lm; INT layers keep codes, scales and offsets. Into either a lora or qlora run
-    is merged and written unquantised (with `requantize` rounded to INT4, and the error is
+    a folder for mlx-lm; INT layers keep codes, scales and offsets. onnx, openvino: a folder for
+    ONNX Runtime or OpenVINO, with the integers and float zero points. Into these a lora or qlora
+    run is merged and written unquantised (with `requantize` rounded to INT4, and the error is
     measured). hf: a plain Hugging Face folder, dequantised. peft: the adapter in PEFT's format,
     qalora (trained with --grid-rank 0) as an ordinary LoRA. Raises GraftError when the target
     cannot hold the model.
@@ -66,11 +71,37 @@ def export_model(
         merged = _merge_for_export(loaded, to, requantize, events)
     elif requantize:
         _requantize_dense(loaded)
-    if to == "hf":
-        return _export_hf(loaded, target, merged)
-    if to == "mlx":
-        return _export_mlx(loaded, target, merged, events)
-    return _export_gguf(loaded, target, merged, events)
+    writers = {
+        "gguf": _export_gguf,
+        "mlx": _export_mlx,
+        "onnx": _export_onnx,
+        "openvino": _export_openvino,
+        "hf": _export_hf,
+    }
+    return writers[to](loaded, target, merged, events)
+
+
+def check_exports(
+    config: TrainConfig, model_config: PretrainedConfig, weight_format: WeightFormat | None
+) -> None:
+    """Raise GraftError with every export that a run asks for and that could not be written."""
+    # lora and qlora are merged into dense weights before they are exported.
+    exported: WeightFormat = DenseFormat()
+    if weight_format is not None and config.method in GRID_METHODS:
+        exported = weight_format.deployed
+    checks: dict[str, Callable[[PretrainedConfig, WeightFormat], list[str]]] = {
+        "gguf": check_gguf_plan,
+        "mlx": check_mlx_plan,
+        "onnx": check_onnx_plan,
+        "openvino": check_openvino_plan,
+    }
+    problems = [
+        f"--export {target}: {problem}"
+        for target in config.export
+        if target in checks
+        for problem in checks[target](model_config, exported)
+    ]
+    raise_problems(problems, "exports")
 
 
 def _merge_for_export(
@@ -80,7 +111,7 @@ def _merge_for_export(
     exact = all(layer.moves_grid_only() for layer in layers)
     target: WeightFormat | None = None
     dtype = torch.float32
-    if not exact and to in ("gguf", "mlx") and requantize:
+    if not exact and to != "hf" and requantize:
         target = IntGroupFormat(4, 32)
     elif not exact:
         dtype = loaded.source_dtype
@@ -123,16 +154,41 @@ def _export_mlx(
         dtype=loaded.source_dtype,
         on_tensor=lambda done, total: events.progress("writing MLX", done, total),
     )
-    notes: tuple[str, ...] = ()
-    if report.float32_layers:
-        notes = (
-            f"{len(report.float32_layers)} layers are in float32, because MLX has no short group "
-            f"at the end of a row ({report.float32_layers[0]} ...)",
-        )
+    notes = _short_group_notes("MLX", report.float32_layers)
     return ExportReport(path, _folder_bytes(path), merged, notes)
 
 
-def _export_hf(loaded: LoadedModel, path: Path, merged: MergeReport | None) -> ExportReport:
+def _export_onnx(
+    loaded: LoadedModel, path: Path, merged: MergeReport | None, events: Events
+) -> ExportReport:
+    export_onnx(loaded, path, lambda done, total: events.progress("writing ONNX", done, total))
+    return ExportReport(path, _folder_bytes(path), merged, ())
+
+
+def _export_openvino(
+    loaded: LoadedModel, path: Path, merged: MergeReport | None, events: Events
+) -> ExportReport:
+    report = export_openvino(loaded, path)
+    notes = (
+        "OpenVINO computes in bf16 on processors that have it; for the same answers compile the "
+        "model with INFERENCE_PRECISION_HINT=f32",
+        *_short_group_notes("OpenVINO", report.float32_layers),
+    )
+    return ExportReport(path, _folder_bytes(path), merged, notes)
+
+
+def _short_group_notes(target: str, layers: Sequence[str]) -> tuple[str, ...]:
+    if not layers:
+        return ()
+    return (
+        f"{len(layers)} layers are in float32, because {target} has no short group at the end of "
+        f"a row ({layers[0]} ...)",
+    )
+
+
+def _export_hf(
+    loaded: LoadedModel, path: Path, merged: MergeReport | None, _: Events
+) -> ExportReport:
     """Dequantise every layer and write a plain folder that AutoModelForCausalLM loads."""
     quantised = False
     for name, layer in list(frozen_layers(loaded.model)):

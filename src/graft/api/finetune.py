@@ -15,7 +15,6 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from graft.adapters.attach import adapter_parameters, attach_adapter, code_widths
-from graft.adapters.config import GRID_METHODS
 from graft.adapters.loftq import LoftQ
 from graft.api.config import (
     WIDTHS,
@@ -29,7 +28,7 @@ from graft.api.config import (
 )
 from graft.api.config_file import write_yaml
 from graft.api.events import Events
-from graft.api.export import export_model
+from graft.api.export import check_exports, export_model
 from graft.api.loftq_start import chosen_loftq, start_from_loftq
 from graft.api.quantize import load_quantised
 from graft.api.report import RunReport, make_report, stored_bits_per_weight, write_report
@@ -53,10 +52,7 @@ from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
 from graft.errors import GraftError, Problems, raise_problems
 from graft.evaluate.loss import evaluate_loss
-from graft.export.gguf_export import check_gguf_plan
-from graft.export.mlx_export import check_mlx_plan
 from graft.formats.base import WeightFormat
-from graft.formats.dense import DenseFormat
 from graft.formats.latent import LatentFormat
 from graft.formats.registry import parse_format
 from graft.model.adapter_files import save_adapter
@@ -184,7 +180,7 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
         training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed)
     with problems.collecting():
         weight_format = _weight_format(config, model_config)
-        _check_exports(config, model_config, weight_format)
+        check_exports(config, model_config, weight_format)
     problems.raise_all("nothing was started")
     config = config.resolved(None if weight_format is None else weight_format.options().get("bits"))
     for name, data in (("training", training), ("held out", held_out)):
@@ -229,24 +225,6 @@ def _weight_format(config: TrainConfig, model_config: PreTrainedConfig) -> Weigh
     description = format_description(config, config.method, float32)
     check_solver(chosen_solver(config, config.method, config.bits), description)
     return None if description is None else parse_format(description)
-
-
-def _check_exports(
-    config: TrainConfig, model_config: PreTrainedConfig, weight_format: WeightFormat | None
-) -> None:
-    """Raise GraftError when an export that the configuration asks for could not be written."""
-    # lora and qlora are merged into dense weights before they are exported.
-    exported: WeightFormat = DenseFormat()
-    if weight_format is not None and config.method in GRID_METHODS:
-        exported = weight_format.deployed
-    checks = {"gguf": check_gguf_plan, "mlx": check_mlx_plan}
-    problems = [
-        f"--export {target}: {problem}"
-        for target in config.export
-        if target in checks
-        for problem in checks[target](model_config, exported)
-    ]
-    raise_problems(problems, "exports")
 
 
 def _dtype_name(config: TrainConfig) -> str:
@@ -301,7 +279,7 @@ def _load_base(prepared: _Prepared, run: Path, loftq: LoftQ | None, events: Even
         events=events,
         loftq=loftq,
         budget=config.budget,
-        widths=[bits for bits in WIDTHS if bits != 8 or "gguf" not in config.export],
+        widths=[bits for bits in WIDTHS if bits != 8 or not {"gguf", "onnx"} & {*config.export}],
     )
     if prepared.weight_format is None:
         write_base_reference(run, prepared.folder)

@@ -98,12 +98,13 @@ class ExportArguments:
     model: tyro.conf.Positional[str]
     """A run or a model folder."""
     to: ExportTarget
-    """gguf: llama.cpp and Ollama; mlx: mlx-lm; hf: Transformers, dequantised; peft: the adapter
-    alone (of lora, qlora, and qalora with --grid-rank 0)."""
+    """gguf: llama.cpp and Ollama; mlx: mlx-lm; onnx: ONNX Runtime; openvino: OpenVINO; hf:
+    Transformers, dequantised; peft: the adapter alone (of lora, qlora, and qalora with
+    --grid-rank 0)."""
     out: str
     """File (gguf) or folder to write."""
     requantize: bool = False
-    """Round a lora or qlora run to INT4 (gguf, mlx); the loss that this costs is printed."""
+    """Round a lora or qlora run to INT4 (all but hf); the loss that this costs is printed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,7 +289,7 @@ def merge(words: Sequence[str]) -> None:
 
 
 def export(words: Sequence[str]) -> None:
-    """Graft export RUN_OR_MODEL --to gguf|mlx|hf|peft --out PATH."""
+    """Graft export RUN_OR_MODEL --to gguf|mlx|onnx|openvino|hf|peft --out PATH."""
     arguments = parse(ExportArguments, words, "export", ExportArguments.__doc__ or "")
     from graft.api.export import export_model
     from graft.cli.progress import TerminalEvents

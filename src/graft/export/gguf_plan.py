@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from graft.adapters.base import AdaptedLinear
 from graft.errors import GraftError
+from graft.export.layers import require_finite
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
@@ -217,12 +218,3 @@ def _plan_float(
     else:
         shape = tuple(source.shape)
     plan.tensors.append(PlannedTensor(target, shape, kind, make))
-
-
-def require_finite(target: str, tensor: Tensor) -> None:
-    """Raise GraftError when a weight is not finite."""
-    if not bool(tensor.isfinite().all()):
-        raise GraftError(
-            f"{target}: weights are not finite; the training diverged: train again with a lower "
-            "learning rate"
-        )

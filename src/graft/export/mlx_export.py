@@ -17,20 +17,27 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from graft.adapters.attach import adapted_layers, frozen_layers
+from graft.adapters.attach import frozen_layers
 from graft.errors import raise_problems
-from graft.export.gguf_plan import require_finite
-from graft.formats.base import Packed, WeightFormat
-from graft.formats.dense import DenseFormat
+from graft.export.layers import (
+    format_problems,
+    int_format,
+    layer_codes,
+    layer_problems,
+    require_finite,
+    side_by_side,
+    whole_groups,
+)
+from graft.formats.base import WeightFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
-from graft.kernels.packing import PLANES, unpack_codes
 from graft.model.load import LoadedModel
-from graft.model.save import named_tensors, narrowed, new_folder, write_json
+from graft.model.save import named_tensors, narrowed, new_folder, write_json, write_tokenizer_files
 from graft.model.tensor_file import FileTensor, write_tensor_file
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
 """Architectures whose module names and weights mlx-lm shares with Transformers."""
+BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -49,20 +56,12 @@ class MlxReport:
 
 def check_mlx_plan(config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
     """Return every reason why a model in that format cannot be exported, before it exists."""
-    return _config_problems(config) + _format_problems(weight_format)
+    return _config_problems(config) + format_problems(weight_format, "MLX", BITS, GROUP_SIZES)
 
 
 def check_mlx(model: PreTrainedModel) -> list[str]:
     """Return every reason why this model cannot be exported; reads no weights."""
-    problems = _config_problems(model.config)
-    adapted = [name for name, _ in adapted_layers(model)]
-    if adapted:
-        problems.append(
-            f"adapters are still attached to {len(adapted)} layers ({adapted[0]} ...); merge first"
-        )
-    for name, layer in frozen_layers(model):
-        problems += [f"{name}: {problem}" for problem in _format_problems(layer.weight_format)]
-    return problems
+    return _config_problems(model.config) + layer_problems(model, "MLX", BITS, GROUP_SIZES)
 
 
 def export_mlx(
@@ -88,42 +87,14 @@ def export_mlx(
         for name, layer in frozen_layers(model)
         if isinstance(layer.weight_format, IntGroupFormat)
     }
-    short = [name for name, layer in quantised.items() if not _whole_groups(layer)]
+    short = [name for name, layer in quantised.items() if not whole_groups(layer)]
     tensors = list(_tensors(model, quantised, dtype))
     with new_folder(folder) as part:
         write_tensor_file(part / "model.safetensors", tensors, on_tensor)
         write_json(part / "config.json", _config(model, quantised, dtype))
-        loaded.tokenizer.save_pretrained(part)
-        if model.generation_config is not None:
-            model.generation_config.save_pretrained(part)
+        write_tokenizer_files(loaded, part)
     size = (folder / "model.safetensors").stat().st_size
     return MlxReport(folder, size, len(quantised) - len(short), tuple(short))
-
-
-def mlx_codes(packed: Packed, bits: int, columns: int) -> Tensor:
-    """Return the codes as MLX orders them, uint8 [rows, columns * bits / 8].
-
-    columns is a multiple of 32.
-    """
-    planes = tuple(
-        packed[name] for name, _ in zip(("codes", "codes_high"), PLANES[bits], strict=False)
-    )
-    codes = unpack_codes(planes, bits, columns)
-    if bits == 8:
-        return codes
-    if bits != 3:
-        together = codes.unflatten(-1, (-1, 8 // bits))
-        return _joined(together, bits)
-    whole = _joined(codes.int().unflatten(-1, (-1, 8)), bits)  # eight codes are three bytes
-    return torch.stack([whole >> shift & 255 for shift in (0, 8, 16)], -1).flatten(1).byte()
-
-
-def _joined(codes: Tensor, bits: int) -> Tensor:
-    """Return the codes of the last dimension side by side in one number, the first lowest."""
-    joined = codes[..., 0].clone()
-    for index in range(1, codes.shape[-1]):
-        joined |= codes[..., index] << bits * index
-    return joined
 
 
 def _tensors(
@@ -141,10 +112,8 @@ def _tensors(
 
 
 def _layer_tensors(name: str, layer: FrozenLinear) -> Iterator[FileTensor]:
-    weight_format = layer.weight_format
-    assert isinstance(weight_format, IntGroupFormat)
-    bits, rows, columns = weight_format.bits, layer.out_features, layer.in_features
-    if not _whole_groups(layer):
+    bits, rows, columns = int_format(layer).bits, layer.out_features, layer.in_features
+    if not whole_groups(layer):
         shape = (rows, columns)
         yield FileTensor(
             f"{name}.weight", shape, torch.float32, lambda: layer.dense_weight(torch.float32)
@@ -153,7 +122,7 @@ def _layer_tensors(name: str, layer: FrozenLinear) -> Iterator[FileTensor]:
     packed = layer.packed
     words = (rows, columns * bits // 32)
     yield FileTensor(
-        f"{name}.weight", words, torch.uint32, lambda: mlx_codes(packed, bits, columns)
+        f"{name}.weight", words, torch.uint32, lambda: side_by_side(layer_codes(layer), bits)
     )
     for target, source in (("scales", "scales"), ("biases", "offsets")):
         require_finite(name, packed[source])
@@ -162,12 +131,6 @@ def _layer_tensors(name: str, layer: FrozenLinear) -> Iterator[FileTensor]:
 
 def _plain(name: str, tensor: Tensor) -> FileTensor:
     return FileTensor(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
-
-
-def _whole_groups(layer: FrozenLinear) -> bool:
-    weight_format = layer.weight_format
-    assert isinstance(weight_format, IntGroupFormat)
-    return layer.in_features % weight_format.group_size == 0
 
 
 def _config(
@@ -184,11 +147,10 @@ def _config(
         config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
         if "partial_rotary_factor" in rope:
             config["partial_rotary_factor"] = rope["partial_rotary_factor"]
-    formats = {name: layer.weight_format for name, layer in quantised.items()}
     settings = {
-        name: {"group_size": chosen.group_size, "bits": chosen.bits}
-        for name, chosen in formats.items()
-        if isinstance(chosen, IntGroupFormat) and _whole_groups(quantised[name])
+        name: {"group_size": int_format(layer).group_size, "bits": int_format(layer).bits}
+        for name, layer in quantised.items()
+        if whole_groups(layer)
     }
     if settings:
         (usual, _), *_ = Counter(tuple(one.items()) for one in settings.values()).most_common(1)
@@ -209,20 +171,5 @@ def _config_problems(config: PretrainedConfig) -> list[str]:
         return [
             f"rope_type is {rope!r}; MLX export writes {', '.join(ROPE_TYPES)}; export as a plain "
             "folder instead (--to hf)"
-        ]
-    return []
-
-
-def _format_problems(weight_format: WeightFormat) -> list[str]:
-    if isinstance(weight_format, DenseFormat):
-        return []
-    if not isinstance(weight_format, IntGroupFormat):
-        return [
-            f"format {weight_format.name!r} has no counterpart in MLX; merge into a dense model "
-            "first, or quantise the base with --format int"
-        ]
-    if weight_format.group_size not in GROUP_SIZES:
-        return [
-            f"group_size is {weight_format.group_size}; MLX has 32, 64 and 128 (--group-size 32)"
         ]
     return []

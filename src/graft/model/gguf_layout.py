@@ -39,7 +39,8 @@ def gguf_names(layers: int) -> Callable[[str], str | None]:
 
 def head_dim(config: PretrainedConfig) -> int:
     """Return the width of one attention head."""
-    return int(config.head_dim or config.hidden_size // config.num_attention_heads)
+    own = getattr(config, "head_dim", None)  # Qwen2's configuration has none
+    return int(own or config.hidden_size // config.num_attention_heads)
 
 
 def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:

@@ -85,8 +85,7 @@ def save_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype | None = No
         tensors = {name: tensor.to(plain_dtype) for name, tensor in named_tensors(model)}
     with new_folder(folder) as part:
         save_tensors(tensors, part / SINGLE_FILE)
-        _write_config(loaded, part, plain_dtype, bool(quantised))
-        loaded.tokenizer.save_pretrained(part)
+        write_model_files(loaded, part, plain_dtype, bool(quantised))
         if quantised:
             description = {
                 "format_version": FORMAT_VERSION,
@@ -135,12 +134,21 @@ def narrowed(tensor: Tensor, source: torch.dtype) -> Tensor:
     return narrow if torch.equal(narrow.to(tensor.dtype), tensor) else tensor
 
 
-def _write_config(loaded: LoadedModel, folder: Path, dtype: torch.dtype, quantised: bool) -> None:
+def write_model_files(
+    loaded: LoadedModel, folder: Path, dtype: torch.dtype, quantised: bool = False
+) -> None:
+    """Write what a model folder holds beside its weights: config.json, tokenizer, generation."""
     config = loaded.model.config.to_dict()
     config["dtype"] = str(loaded.source_dtype if quantised else dtype).removeprefix("torch.")
     config["architectures"] = [type(loaded.model).__name__]
     if quantised:
         config["quantization_config"] = CONFIG_MARKER
     write_json(folder / "config.json", config)
+    write_tokenizer_files(loaded, folder)
+
+
+def write_tokenizer_files(loaded: LoadedModel, folder: Path) -> None:
+    """Write the tokenizer with its chat template, and the defaults of generation."""
+    loaded.tokenizer.save_pretrained(folder)
     if loaded.model.generation_config is not None:
         loaded.model.generation_config.save_pretrained(folder)

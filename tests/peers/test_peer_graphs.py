@@ -1,0 +1,246 @@
+"""ONNX Runtime and OpenVINO run what graft exports: same integers, logits and continuations."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from graft.adapters.attach import frozen_layers
+from graft.export.onnx_export import export_onnx
+from graft.export.openvino_export import export_openvino
+from graft.formats.int_group import IntGroupFormat
+from graft.model.gguf_layout import head_dim
+from graft.model.load import load_model
+
+RUNTIMES = ("onnx", "openvino")
+CASES = [
+    ("babyllama-361-1m", 4, 32),
+    ("babyllama-361-1m", 3, 32),
+    ("babyllama-361-1m", 2, 32),
+    ("babyllama-361-1m", None, None),
+    ("stories260k", 4, 32),
+    ("mixed-13m", 4, 64),
+]
+Run = Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+
+
+def started(runtime: str, folder: Path) -> Run:
+    if runtime == "onnx":
+        onnxruntime = pytest.importorskip(
+            "onnxruntime", reason="needs onnxruntime: make test-peers installs it"
+        )
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 1
+        session = onnxruntime.InferenceSession(
+            str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+        names = [output.name for output in session.get_outputs()]
+        return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
+    openvino = pytest.importorskip("openvino", reason="needs openvino: make test-peers installs it")
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    compiled = openvino.Core().compile_model(str(folder / "openvino_model.xml"), "CPU", settings)
+
+    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = compiled(inputs)
+        return {output.get_any_name(): found[output].copy() for output in compiled.outputs}
+
+    return run
+
+
+def written(runtime: str, loaded: Any, folder: Path) -> None:
+    if runtime == "onnx":
+        pytest.importorskip("onnx", reason="needs onnx: make test-peers installs it")
+        export_onnx(loaded, folder)
+    else:
+        pytest.importorskip("openvino", reason="needs openvino: make test-peers installs it")
+        export_openvino(loaded, folder)
+
+
+def inputs_of(config, ids: torch.Tensor, mask=None, past=None) -> dict[str, np.ndarray]:
+    """The inputs for more tokens behind a cache, or for a whole text."""
+    before = 0 if past is None else past["present.0.key"].shape[2]
+    if mask is None:
+        mask = torch.ones(len(ids), before + ids.shape[1], dtype=torch.int64)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)[:, before:]
+    feeds = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
+    found = {name: value.numpy() for name, value in feeds.items()}
+    for layer in range(config.num_hidden_layers):
+        for kind in ("key", "value"):
+            shape = (len(ids), config.num_key_value_heads, 0, head_dim(config))
+            empty = np.zeros(shape, np.float32)
+            found[f"past_key_values.{layer}.{kind}"] = (
+                empty if past is None else past[f"present.{layer}.{kind}"]
+            )
+    return found
+
+
+def logits_of(run: Run, config, ids: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(run(inputs_of(config, ids))["logits"]).double()
+
+
+@pytest.fixture(scope="module", params=RUNTIMES)
+def runtime(request):
+    return request.param
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case[0]}-{case[1]}-bit")
+def exported(request, runtime, shared_models, tmp_path_factory):
+    name, bits, group_size = request.param
+    weight_format = None if bits is None else IntGroupFormat(bits, group_size)
+    loaded = load_model(str(shared_models / name), weight_format=weight_format, dtype="float32")
+    folder = tmp_path_factory.mktemp(runtime) / name
+    written(runtime, loaded, folder)
+    return loaded.model, loaded.tokenizer, started(runtime, folder), folder
+
+
+@pytest.fixture(scope="module")
+def stories(shared_data):
+    with gzip.open(shared_data / "tinystories" / "heldout.jsonl.gz", "rt") as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
+def ids_of(tokenizer, texts: list[str], length: int) -> torch.Tensor:
+    rows = [tokenizer(text)["input_ids"] for text in texts]
+    return torch.tensor([row[:length] for row in rows if len(row) >= length])
+
+
+def test_logits(exported, stories):
+    model, tokenizer, run, _ = exported
+    batch = ids_of(tokenizer, stories[:10], 128)
+    with torch.no_grad():
+        ours = model(batch).logits.double()
+    difference = (ours - logits_of(run, model.config, batch)).abs().max()
+    assert difference <= 2e-5 * ours.abs().max()  # asked: 2e-3
+
+
+def test_greedy_continuations(exported, stories):
+    """Where each next token of a greedy text is theirs too, so is the text that they would make."""
+    model, tokenizer, run, _ = exported
+    batch = ids_of(tokenizer, stories[:20], 16)
+    assert len(batch) == 20
+    made = model.generate(batch, max_new_tokens=64, do_sample=False, eos_token_id=None)
+    found = logits_of(run, model.config, made)[:, 15:-1].argmax(-1)
+    assert torch.equal(found, made[:, 16:])
+
+
+def test_a_cache_and_padding_change_nothing(exported, stories):
+    """The first 20 tokens, then the others; the second row padded on the left."""
+    model, tokenizer, run, _ = exported
+    batch = ids_of(tokenizer, stories[:10], 48)[:2]
+    padded = batch.clone()
+    padded[1] = torch.cat([batch[1, :1].expand(7), batch[1, :-7]])
+    mask = torch.ones_like(padded)
+    mask[1, :7] = 0
+    first = run(inputs_of(model.config, padded[:, :20], mask[:, :20]))
+    second = run(inputs_of(model.config, padded[:, 20:], mask, past=first))
+    with torch.no_grad():
+        ours = model(batch).logits
+    together = torch.from_numpy(np.concatenate([first["logits"], second["logits"]], 1))
+    bound = 2e-5 * ours.abs().max()
+    assert (together[0] - ours[0]).abs().max() <= bound
+    assert (together[1, 7:] - ours[1, :-7]).abs().max() <= bound
+
+
+def test_weights_to_float32_rounding(exported, runtime):
+    """From the file itself: w = (q - z) s, q one code after another, the first lowest."""
+    model, _, _, folder = exported
+    if runtime == "openvino":
+        openvino = pytest.importorskip("openvino")
+        graph = openvino.Core().read_model(folder / "openvino_model.xml")
+        constants = {op.get_friendly_name(): op for op in graph.get_ops()}
+    else:
+        onnx = pytest.importorskip("onnx")
+        graph = onnx.load(folder / "model.onnx")  # with its data
+        constants = {one.name: onnx.numpy_helper.to_array(one) for one in graph.graph.initializer}
+    checked = 0
+    for name, layer in frozen_layers(model):
+        size, columns = layer.weight_format.group_size, layer.in_features
+        groups = -(-columns // size)
+        weight = layer.dense_weight(torch.float32)
+        if runtime == "onnx":
+            packed = torch.from_numpy(np.array(constants[f"{name}.codes"]))
+            parts = [constants[f"{name}.{part}"] for part in ("scales", "zero_points")]
+        elif constants[name].get_element_type().get_type_name() == "f32":
+            found = torch.from_numpy(np.array(constants[name].data))
+            assert columns % size and torch.equal(found, weight)
+            continue
+        else:
+            packed = torch.from_numpy(constants[name].data.view(np.uint8).copy())
+            parts = [constants[f"{name}.{part}"].data for part in ("scales", "zero_points")]
+        packed = packed.reshape(len(weight), groups, -1)
+        bits = packed.shape[-1] * 8 // size
+        codes = torch.stack(
+            [packed >> shift & (1 << bits) - 1 for shift in range(0, 8, bits)], -1
+        ).flatten(2)
+        scales, zeros = (torch.from_numpy(np.array(one)).reshape(-1, groups, 1) for one in parts)
+        found = ((codes.float() - zeros) * scales).flatten(1)[:, :columns]
+        assert (found - weight).abs().max() <= 2.5e-7 * weight.abs().max()
+        checked += 1
+    assert checked or not list(frozen_layers(model)) or "stories" in str(folder)
+
+
+SIZES = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+ARCHITECTURES = [
+    LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE, attention_bias=True, mlp_bias=True),
+    LlamaConfig(**SIZES, tie_word_embeddings=True, head_dim=32),
+    MistralConfig(**SIZES, sliding_window=None),
+    Qwen2Config(**SIZES),
+    Qwen3Config(**SIZES, head_dim=32),
+    GemmaConfig(**SIZES, head_dim=16, hidden_activation="gelu_pytorch_tanh"),
+]
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+@pytest.mark.parametrize("config", ARCHITECTURES, ids=lambda config: config.model_type)
+def test_architectures(config, bits, runtime, tiny_base, tmp_path):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    source = tmp_path / "source"
+    model.save_pretrained(source)
+    for file in tiny_base.glob("*token*"):
+        (source / file.name).write_bytes(file.read_bytes())
+    weight_format = None if bits is None else IntGroupFormat(bits, 32)
+    loaded = load_model(str(source), weight_format=weight_format, dtype="float32")
+    written(runtime, loaded, tmp_path / "out")
+    ids = torch.randint(3, 160, (2, 48))
+    with torch.no_grad():
+        ours = loaded.model(ids).logits.double()
+    found = logits_of(started(runtime, tmp_path / "out"), config, ids)
+    assert (ours - found).abs().max() <= 2e-5 * ours.abs().max()
