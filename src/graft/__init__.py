@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from graft.api.load import load
     from graft.api.merge import merge
     from graft.api.quantize import quantize
+    from graft.api.verify import verify
 
 _HOME = {
     "CompareConfig": "graft.api.compare.config",
@@ -40,6 +41,7 @@ _HOME = {
     "load": "graft.api.load",
     "merge": "graft.api.merge",
     "quantize": "graft.api.quantize",
+    "verify": "graft.api.verify",
 }
 
 __all__ = [
@@ -55,6 +57,7 @@ __all__ = [
     "load",
     "merge",
     "quantize",
+    "verify",
 ]
 
 

@@ -108,6 +108,22 @@ class ExportArguments:
 
 
 @dataclass(frozen=True, kw_only=True)
+class VerifyArguments:
+    """Load an exported file in its own runtime, and compare it with the model that was trained."""
+
+    model: tyro.conf.Positional[str]
+    """The run or model folder that was exported."""
+    file: tyro.conf.Positional[str]
+    """The .gguf file, or the folder of --to mlx, onnx, openvino or hf."""
+    data: str | None = None
+    """Held-out examples to compare on; by default those of the run."""
+    requantize: bool = False
+    """Whether the export was asked to round a lora or qlora run."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class DemoArguments:
     """Fine-tune the bundled model on the bundled data, merge, export, and compare."""
 
@@ -307,6 +323,20 @@ def export(words: Sequence[str]) -> None:
     print(f"{report.path}: {report.bytes / MIB:,.1f} MiB")
 
 
+def verify(words: Sequence[str]) -> None:
+    """Graft verify RUN_OR_MODEL FILE [--data D]; fails where a bound is missed."""
+    arguments = parse(VerifyArguments, words, "verify", VerifyArguments.__doc__ or "")
+    from graft.cli.verify import show_certificate
+
+    show_certificate(
+        arguments.model,
+        arguments.file,
+        data=arguments.data,
+        requantize=arguments.requantize,
+        as_json=arguments.json,
+    )
+
+
 def compare(words: Sequence[str]) -> None:
     """Graft compare [CONFIG.yaml] --model M --data D [--contenders ...] [--out DIR], or --demo."""
     from graft.cli.compare import CompareArguments, demo_settings, show_comparison
@@ -347,6 +377,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "chat": chat,
     "merge": merge,
     "export": export,
+    "verify": verify,
     "compare": compare,
     "doctor": doctor,
 }

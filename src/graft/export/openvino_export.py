@@ -6,6 +6,7 @@ Multiply by the scale, Reshape: OpenVINO keeps it in 4 bits when it runs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -103,8 +104,12 @@ class _OpenVinoOps:
         self._tables: dict[int, Node] = {}
 
     def model(self) -> Any:
-        """Return the finished model."""
-        return self._ov.Model(self._results, self._parameters, "decoder")
+        """Return the finished model, its nodes named by their place: equal models, equal files."""
+        model = self._ov.Model(self._results, self._parameters, "decoder")
+        for index, node in enumerate(model.get_ordered_ops()):
+            if re.fullmatch(r"\w+_\d+", node.get_friendly_name()):  # OpenVINO's own running number
+                node.set_friendly_name(f"{node.get_type_name()}_{index}")
+        return model
 
     def _input(self, name: str, kind: Any, sizes: Sequence[int]) -> Node:
         parameter = self._set.parameter(list(sizes), kind, name=name)

@@ -1,0 +1,272 @@
+"""Proving that an exported file is the model that was trained, in the runtime it is for."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.api.config import ExportTarget
+from graft.api.events import Events
+from graft.api.export import export_model
+from graft.api.run_folder import is_run, load_any, read_run_config
+from graft.data.config import DataConfig
+from graft.data.load import load_examples, load_train_and_eval, resolve_max_length
+from graft.errors import GraftError
+from graft.export.runtimes import Runtime, start, target_of
+from graft.model.load import LoadedModel
+from graft.model.save import write_json
+
+ROWS, TOKENS = 40, 128
+"""Held-out rows that are scored, and tokens of each."""
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 16, 64
+"""Golden prompts: the beginnings of held-out rows, continued greedily."""
+MAX_KL, MAX_PERPLEXITY, MAX_LOGIT = 1e-3, 0.005, 2e-3
+"""The bounds: nats per position; change of the perplexity (llama.cpp, which rounds activations);
+largest difference of a logit as a share of the largest logit (the other runtimes)."""
+_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What a file was found to be."""
+
+    model: str
+    file: str
+    target: str
+    bytes: int
+    bits_per_weight: float
+    """Of the whole file, tokenizer included, per parameter of the model."""
+    differing_files: tuple[str, ...]
+    """Files that are not, byte for byte, what the export writes now; of a .gguf file itself."""
+    mean_kl: float
+    top1_agreement: float
+    logit_difference: float
+    """Largest difference of a logit, as a share of the largest logit."""
+    perplexity: float
+    runtime_perplexity: float
+    positions: int
+    equal_texts: int
+    """Golden prompts whose greedy continuation is the same to the last token."""
+    texts: int
+    largest_gap: float
+    """Of our two best logits, where a greedy continuation first goes another way; 0.0: nowhere."""
+    same_tokens: bool
+    """Every held-out text is cut into the same ids."""
+    same_template: bool
+    same_stop_tokens: bool
+    problems: tuple[str, ...]
+    """The bounds that are missed, in words; none: the file is the trained model."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether every bound is met."""
+        return not self.problems
+
+
+def verify(
+    model: str | Path,
+    file: str | Path,
+    *,
+    data: str | None = None,
+    requantize: bool = False,
+    events: Events | None = None,
+) -> Certificate:
+    """Load an exported file in its own runtime, compare it with the trained model, and say so.
+
+    The file is compared byte for byte with a fresh export of the model (weights, template and
+    tokenizer), its logits on held-out text with those of the trained model, adapter still beside
+    it, and its greedy continuations of golden prompts. FILE.verify.json holds the certificate.
+
+    data: held-out examples; by default those of the run. requantize: as it was for the export.
+    Raises GraftError when the file does not load, its runtime is not installed, or there is no
+    text to compare on.
+    """
+    events = events or Events()
+    path = Path(str(file).rstrip("/"))
+    target = target_of(path)
+    loaded = load_any(model)
+    rows, texts = _held_out(Path(model), loaded, data)
+    differing = _differing(model, path, target, requantize, events)
+    runtime = start(target, path, max(TOKENS, PROMPT_TOKENS + NEW_TOKENS))
+    scores = _scores(loaded, runtime, rows, events)
+    prompts = [row[:PROMPT_TOKENS] for row in rows if len(row) >= PROMPT_TOKENS][:PROMPTS]
+    gaps = []
+    for done, prompt in enumerate(prompts, start=1):
+        gaps.append(_first_gap(loaded, runtime, prompt))
+        events.progress("greedy continuations", done, len(prompts))
+    tokenizer = loaded.tokenizer
+    size = _bytes(path)
+    found = Certificate(
+        model=str(model),
+        file=str(path),
+        target=target,
+        bytes=size,
+        bits_per_weight=round(8 * size / _parameters(loaded), 3),
+        differing_files=tuple(differing),
+        **scores,
+        equal_texts=sum(gap is None for gap in gaps),
+        texts=len(gaps),
+        largest_gap=max((gap for gap in gaps if gap is not None), default=0.0),
+        same_tokens=all(runtime.encode(text) == tokenizer(text)["input_ids"] for text in texts),
+        same_template=runtime.chat_template == tokenizer.chat_template,
+        same_stop_tokens=tokenizer.eos_token_id is None
+        or tokenizer.eos_token_id in runtime.stop_ids,
+        problems=(),
+    )
+    found = dataclasses.replace(found, problems=tuple(_problems(found)))
+    write_json(path.with_name(path.name + ".verify.json"), asdict(found) | {"passed": found.passed})
+    return found
+
+
+def _held_out(
+    model: Path, loaded: LoadedModel, data: str | None
+) -> tuple[list[list[int]], list[str]]:
+    """Return ids of held-out rows, cut, and the texts that those decode to."""
+    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    if data is not None:
+        config = DataConfig(data=data, eos=False)
+        encoded = load_examples(data, loaded.tokenizer, config, resolve_max_length(config, limit))
+    elif is_run(model):
+        run = read_run_config(model)
+        _, encoded = load_train_and_eval(run, loaded.tokenizer, limit, run.seed)
+    else:
+        raise GraftError(f"{model} is no run, so it has no held-out rows; give --data")
+    length = min(TOKENS, limit or TOKENS)
+    rows = [list(example.input_ids[:length]) for example in encoded.examples[:ROWS]]
+    rows = [row for row in rows if len(row) > 1]
+    if not rows:
+        raise GraftError("no held-out row has two tokens; give other --data")
+    texts = [str(loaded.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+    return rows, texts
+
+
+def _differing(
+    model: str | Path, path: Path, target: str, requantize: bool, events: Events
+) -> list[str]:
+    """Return the files that differ from those of a fresh export, which is written beside them."""
+    kind: ExportTarget = target  # type: ignore[assignment]
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".verify-") as folder:
+        fresh = Path(folder) / path.name  # the file's name stands in a GGUF file
+        export_model(model, kind, fresh, requantize=requantize, events=events)
+        if fresh.is_file():
+            return [] if _equal(fresh, path) else [path.name]
+        names = {
+            str(file.relative_to(top))
+            for top in (fresh, path)
+            for file in top.rglob("*")
+            if file.is_file()
+        }
+        return sorted(name for name in names if not _equal(fresh / name, path / name))
+
+
+def _equal(one: Path, other: Path) -> bool:
+    if not (one.is_file() and other.is_file()) or one.stat().st_size != other.stat().st_size:
+        return False
+    return all(mine == theirs for mine, theirs in zip_longest(_chunks(one), _chunks(other)))
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _scores(
+    loaded: LoadedModel, runtime: Runtime, rows: Sequence[list[int]], events: Events
+) -> dict[str, Any]:
+    """Return the figures of the certificate that compare logits."""
+    divergence = agree = difference = largest = 0.0
+    losses, positions, targets = [0.0, 0.0], 0, 0
+    for done, row in enumerate(rows, start=1):
+        ours, theirs = _logits(loaded, row).double(), runtime.logits(row).double()
+        difference = max(difference, float((ours - theirs).abs().max()))
+        largest = max(largest, float(ours.abs().max()))
+        log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+        divergence += float((log_p.exp() * (log_p - log_q)).sum())
+        agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        following = torch.tensor(row[1:])[:, None]
+        for index, log in enumerate((log_p, log_q)):
+            losses[index] -= float(log[:-1].gather(-1, following).sum())
+        positions, targets = positions + len(row), targets + len(row) - 1
+        events.progress("scoring", done, len(rows))
+    return {
+        "mean_kl": divergence / positions,
+        "top1_agreement": agree / positions,
+        "logit_difference": difference / largest,
+        "perplexity": math.exp(losses[0] / targets),
+        "runtime_perplexity": math.exp(losses[1] / targets),
+        "positions": positions,
+    }
+
+
+def _first_gap(loaded: LoadedModel, runtime: Runtime, prompt: list[int]) -> float | None:
+    """Return the gap of our two best logits where their greedy text leaves ours; None: nowhere.
+
+    Where each next token of our text is the one that they would choose, their text is ours.
+    """
+    ids = list(prompt)
+    limit = getattr(loaded.model.config, "max_position_embeddings", None) or 2**31
+    cache = None
+    with torch.no_grad():
+        for _ in range(min(NEW_TOKENS, limit - len(prompt))):
+            step = torch.tensor([ids if cache is None else ids[-1:]], device=loaded.model.device)
+            output = loaded.model(step, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            ids.append(int(output.logits[0, -1].argmax()))
+    first = len(prompt) - 1
+    theirs = runtime.logits(ids)[first:-1].argmax(-1)
+    differs = (theirs != torch.tensor(ids[first + 1 :])).nonzero()
+    if not len(differs):
+        return None
+    at = first + int(differs[0])
+    best, second = _logits(loaded, ids)[at].topk(2).values.tolist()
+    return float(best - second)
+
+
+@torch.no_grad()
+def _logits(loaded: LoadedModel, ids: list[int]) -> Tensor:
+    batch = torch.tensor([ids], device=loaded.model.device)
+    return loaded.model(batch, use_cache=False).logits[0].float().cpu()
+
+
+def _problems(found: Certificate) -> list[str]:
+    problems = [f"{name} is not what the export writes now" for name in found.differing_files]
+    if not found.mean_kl <= MAX_KL:
+        problems.append(f"KL is {found.mean_kl:.2e} nats; the bound is {MAX_KL:.0e}")
+    if found.target == "gguf":
+        change = abs(found.runtime_perplexity / found.perplexity - 1)
+        if not change <= MAX_PERPLEXITY:
+            problems.append(
+                f"perplexity changes by {change:.2%}; the bound is {MAX_PERPLEXITY:.1%}"
+            )
+    elif not found.logit_difference <= MAX_LOGIT:
+        problems.append(
+            f"a logit differs by {found.logit_difference:.1e} of the largest; the bound is "
+            f"{MAX_LOGIT:.0e}"
+        )
+    same = {
+        "some held-out text is cut into other tokens": found.same_tokens,
+        "the chat template is another one": found.same_template,
+        "the token that ends an answer is another one": found.same_stop_tokens,
+    }
+    return problems + [problem for problem, holds in same.items() if not holds]
+
+
+def _parameters(loaded: LoadedModel) -> int:
+    with torch.device("meta"):
+        skeleton = type(loaded.model)(loaded.model.config)
+    return sum(parameter.numel() for parameter in skeleton.parameters())
+
+
+def _bytes(path: Path) -> int:
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)
