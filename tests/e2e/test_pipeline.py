@@ -57,7 +57,7 @@ def test_what_is_trained_is_what_is_deployed(tiny_base, rows, tmp_path, method, 
     exported, _ = graft.load(file, tokenizer=str(merged))
     assert torch.equal(probe(trained), probe(exported))
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    names = gguf_names(2)
+    names = gguf_names(model.config)
     for name, layer in frozen_layers(model):
         tensor = tensors[f"{names(name)}.weight"]
         assert tensor.tensor_type == gguf.GGMLQuantizationType.Q4_1

@@ -1,4 +1,4 @@
-"""Writing a merged model of the Llama family as one GGUF file, for llama.cpp and its relatives."""
+"""Writing a merged model as one GGUF file, for llama.cpp and its relatives."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from graft.export.gguf_metadata import add_model_metadata, config_problems
 from graft.export.gguf_plan import TensorPlan, Unquantised, format_problems, plan_tensors
 from graft.export.tokenizer_gguf import GgufTokenizer, add_tokenizer_metadata, convert_tokenizer
 from graft.formats.base import WeightFormat
+from graft.model.gguf_layout import ARCHITECTURES
 
 OnTensor = Callable[[int, int, str], None]
 """Called after each tensor with (tensors written, all tensors, name)."""
@@ -91,7 +92,8 @@ def export_gguf(
     plan = plan_tensors(model, unquantised, dense)
     vocabulary = convert_tokenizer(tokenizer, model.config)
     with _replacing(path) as temporary:
-        writer = gguf.GGUFWriter(temporary, "llama")
+        architecture = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[model.config.model_type]]
+        writer = gguf.GGUFWriter(temporary, architecture)
         try:
             max_rounding = _write(
                 writer, plan, vocabulary, model.config, unquantised, name, on_tensor

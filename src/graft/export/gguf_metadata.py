@@ -7,37 +7,44 @@ from typing import TYPE_CHECKING
 
 import gguf
 
-from graft.model.gguf_layout import ROPE_PARAMETERS_KEY, head_dim
+from graft.model.gguf_layout import ARCHITECTURES, ROPE_PARAMETERS_KEY, head_dim
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-MODEL_TYPES = ("llama", "mistral")
 ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def config_problems(config: PretrainedConfig) -> list[str]:
-    """Return every reason why llama.cpp's Llama architecture cannot run this model."""
-    if config.model_type not in MODEL_TYPES:
+    """Return every reason why llama.cpp's architecture of that name cannot run this model."""
+    if config.model_type not in ARCHITECTURES:
         return [
-            f"model_type is {config.model_type!r}; GGUF export writes the Llama family "
-            f"({', '.join(MODEL_TYPES)}); export this model as a folder instead (--to hf)"
+            f"model_type is {config.model_type!r}; GGUF export writes {', '.join(ARCHITECTURES)}; "
+            "export this model as a folder instead (--to hf)"
         ]
     problems = []
-    if config.hidden_act != "silu":
+    computed = "gelu_pytorch_tanh" if config.model_type == "gemma" else "silu"
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    if activation != computed:
         problems.append(
-            f"hidden_act is {config.hidden_act!r}; llama.cpp's Llama computes 'silu'; "
-            "export as a folder instead (--to hf)"
+            f"hidden_act is {activation!r}; llama.cpp computes {computed!r}; export as a folder "
+            "instead (--to hf)"
         )
     rope = config.rope_parameters
-    if rope["rope_type"] not in ROPE_TYPES:
+    known = ROPE_TYPES if config.model_type in ("llama", "mistral") else ROPE_TYPES[:2]
+    if rope["rope_type"] not in known:
         problems.append(
-            f"rope_type is {rope['rope_type']!r}; GGUF export writes {', '.join(ROPE_TYPES)}; "
+            f"rope_type is {rope['rope_type']!r}; GGUF export writes {', '.join(known)}; "
             "export as a folder instead (--to hf)"
+        )
+    if getattr(config, "use_sliding_window", False):
+        problems.append(
+            "use_sliding_window is set, which llama.cpp does not do for this architecture; export "
+            "as a folder instead (--to hf)"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append(
-            f"partial_rotary_factor is {rope['partial_rotary_factor']}; llama.cpp's Llama rotates "
+            f"partial_rotary_factor is {rope['partial_rotary_factor']}; llama.cpp rotates "
             "whole heads (1.0); export as a folder instead (--to hf)"
         )
     return problems
@@ -51,7 +58,7 @@ def add_model_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: 
     """
     writer.add_type(gguf.GGUFType.MODEL)
     writer.add_name(name)
-    window = getattr(config, "sliding_window", None)  # only Mistral's configuration has it
+    window = getattr(config, "sliding_window", None) if config.model_type == "mistral" else None
     writer.add_context_length(min(config.max_position_embeddings, window or 2**31))
     writer.add_vocab_size(config.vocab_size)
     writer.add_embedding_length(config.hidden_size)

@@ -102,7 +102,7 @@ def format_problems(weight_format: WeightFormat, dense: bool = False) -> list[st
 def plan_tensors(model: PreTrainedModel, unquantised: Unquantised, dense: bool) -> TensorPlan:
     """Return the tensors of the whole model, and every reason why some cannot be written."""
     plan = TensorPlan()
-    gguf_name = gguf_names(model.config.num_hidden_layers)
+    gguf_name = gguf_names(model.config)
     kind = GGMLQuantizationType[unquantised]
     adapted = [name for name, part in model.named_modules() if isinstance(part, AdaptedLinear)]
     if adapted:
@@ -119,10 +119,15 @@ def plan_tensors(model: PreTrainedModel, unquantised: Unquantised, dense: bool) 
         if target is None or not known:
             plan.problems.append(
                 f"{name}: {type(module).__name__} with {', '.join(parameters)} has no place in a "
-                "Llama GGUF; export as a folder instead (--to hf)"
+                f"GGUF of {model.config.model_type}; export as a folder instead (--to hf)"
             )
             continue
         heads = rotary_heads(name, model.config)
+        if model.config.model_type == "gemma" and target.endswith("norm"):
+            # Gemma multiplies by 1 + weight, llama.cpp by what is in the file.
+            norm = parameters["weight"].detach().float() + 1.0
+            _plan_float(plan, f"{target}.weight", norm, None, GGMLQuantizationType.F32)
+            continue
         _plan_weight(plan, name, f"{target}.weight", module, heads, kind, dense)
         if parameters.get("bias") is not None:
             # llama.cpp adds biases in float32.

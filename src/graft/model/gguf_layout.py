@@ -31,9 +31,20 @@ ROPE_PARAMETERS_KEY = "graft.rope_parameters"
 one factor per frequency in the tensor rope_freqs.weight."""
 
 
-def gguf_names(layers: int) -> Callable[[str], str | None]:
+ARCHITECTURES = {
+    "llama": gguf.MODEL_ARCH.LLAMA,
+    "mistral": gguf.MODEL_ARCH.LLAMA,
+    "qwen2": gguf.MODEL_ARCH.QWEN2,
+    "qwen3": gguf.MODEL_ARCH.QWEN3,
+    "gemma": gguf.MODEL_ARCH.GEMMA,
+}
+"""llama.cpp's architecture for each model_type that is written; Llama's alone is read back."""
+
+
+def gguf_names(config: PretrainedConfig) -> Callable[[str], str | None]:
     """Return the function from a module's name to its GGUF name; None when it has none."""
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, layers)
+    architecture = ARCHITECTURES[config.model_type]
+    names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     return lambda module_name: names.get_name(module_name)
 
 
@@ -57,7 +68,12 @@ def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
 
 
 def rotary_heads(module_name: str, config: PretrainedConfig) -> int | None:
-    """Return the number of heads of a query or key projection, None for any other module."""
+    """Return the number of heads of a query or key projection, None for any other module.
+
+    Only llama.cpp's Llama rotates in another order; the other architectures keep Transformers'.
+    """
+    if ARCHITECTURES[config.model_type] is not gguf.MODEL_ARCH.LLAMA:
+        return None
     if module_name.endswith("self_attn.q_proj"):
         return int(config.num_attention_heads)
     if module_name.endswith("self_attn.k_proj"):

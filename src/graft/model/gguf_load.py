@@ -148,7 +148,7 @@ def _ordered(rows: Tensor, order: Tensor | None) -> Tensor:
 
 def _places(model: LlamaForCausalLM) -> Iterator[tuple[str, str, nn.Module]]:
     """Yield (name, GGUF name without '.weight', module) of every module with a weight."""
-    gguf_name = gguf_names(model.config.num_hidden_layers)
+    gguf_name = gguf_names(model.config)
     for name, module in model.named_modules():
         if dict(module.named_parameters(recurse=False)):
             target = gguf_name(name)
