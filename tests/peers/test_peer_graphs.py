@@ -218,6 +218,7 @@ ARCHITECTURES = [
     LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE, attention_bias=True, mlp_bias=True),
     LlamaConfig(**SIZES, tie_word_embeddings=True, head_dim=32),
     MistralConfig(**SIZES, sliding_window=None),
+    MistralConfig(**SIZES, sliding_window=16),
     Qwen2Config(**SIZES),
     Qwen3Config(**SIZES, head_dim=32),
     GemmaConfig(**SIZES, head_dim=16, hidden_activation="gelu_pytorch_tanh"),

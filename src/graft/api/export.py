@@ -155,6 +155,11 @@ def _export_mlx(
         on_tensor=lambda done, total: events.progress("writing MLX", done, total),
     )
     notes = _short_group_notes("MLX", report.float32_layers)
+    if report.window is not None:
+        notes += (
+            f"the model attends to the last {report.window} tokens, mlx-lm to all of them: longer "
+            "texts get other answers there",
+        )
     return ExportReport(path, _folder_bytes(path), merged, notes)
 
 

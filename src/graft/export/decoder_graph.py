@@ -89,9 +89,10 @@ class GraphOps(Protocol):
     def size(self, x: Node, axis: int) -> Node:
         """Return a size of x as int64 [1]."""
 
-    def visible(self, mask: Node, tokens: Node, total: Node) -> Node:
-        """Return float32 [batch, 1, tokens, total]: 0 where token i of the last `tokens` may see
-        position j <= total - tokens + i whose mask is 1, else the smallest float.
+    def visible(self, mask: Node, tokens: Node, total: Node, window: int | None) -> Node:
+        """Return float32 [batch, 1, tokens, total]: 0 where token i of the last `tokens`, which is
+        at p = total - tokens + i, may see position j: j <= p, with a window j > p - window, and the
+        mask there is 1; else the smallest float.
         """
 
     def as_float(self, ids: Node) -> Node:
@@ -106,6 +107,8 @@ def graph_problems(config: PretrainedConfig, target: str) -> list[str]:
             f"{', '.join(MODEL_TYPES)}; export as a plain folder instead (--to hf)"
         ]
     problems = []
+    if getattr(config, "use_sliding_window", False):
+        problems.append(f"use_sliding_window is set; {target} export writes full attention")
     activation = _activation(config)
     if activation not in ("silu", _TANH):
         problems.append(
@@ -141,7 +144,8 @@ class DecoderGraph:
         mask = ops.ids("attention_mask", ("batch", "total"))
         positions = ops.ids("position_ids", ("batch", "tokens"))
         self._tokens, self._total = ops.size(ids, 1), ops.size(mask, 1)
-        self._visible = ops.visible(mask, self._tokens, self._total)
+        window = self._config.sliding_window if self._config.model_type == "mistral" else None
+        self._visible = ops.visible(mask, self._tokens, self._total, window)
         self._cos, self._sin = self._rotary(positions, decoder.get_submodule("rotary_emb"))
         hidden = ops.rows("model.embed_tokens", self._embedding(), ids)
         if self._gemma:

@@ -52,6 +52,8 @@ class MlxReport:
     quantised_layers: int
     float32_layers: tuple[str, ...]
     """Layers in the int format whose rows end in a short group: their exact weights in float32."""
+    window: int | None
+    """Tokens within which mlx-lm, which knows no attention window there, answers alike."""
 
 
 def check_mlx_plan(config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
@@ -94,7 +96,8 @@ def export_mlx(
         write_json(part / "config.json", _config(model, quantised, dtype))
         write_tokenizer_files(loaded, part)
     size = (folder / "model.safetensors").stat().st_size
-    return MlxReport(folder, size, len(quantised) - len(short), tuple(short))
+    window = getattr(model.config, "sliding_window", None)
+    return MlxReport(folder, size, len(quantised) - len(short), tuple(short), window)
 
 
 def _tensors(
@@ -166,6 +169,8 @@ def _config_problems(config: PretrainedConfig) -> list[str]:
             f"model_type is {config.model_type!r}; MLX export writes {', '.join(MODEL_TYPES)}; "
             "export this model as a plain folder instead (--to hf)"
         ]
+    if getattr(config, "use_sliding_window", False):
+        return ["use_sliding_window is set; MLX export writes full attention"]
     rope = config.rope_parameters["rope_type"]
     if rope not in ROPE_TYPES:
         return [

@@ -285,12 +285,16 @@ class _OnnxOps:
     def size(self, x: Node, axis: int) -> Node:
         return self._node("Gather", [self._node("Shape", [x]), self._whole(axis)], axis=0)
 
-    def visible(self, mask: Node, tokens: Node, total: Node) -> Node:
+    def visible(self, mask: Node, tokens: Node, total: Node, window: int | None) -> Node:
         zero, one = (self.constant("number", torch.tensor(number)) for number in (0, 1))
         count, end = (self._node("Squeeze", [size]) for size in (tokens, total))
         seen = self._node("Range", [zero, end, one])
         seeing = self._node("Range", [self._node("Sub", [end, count]), end, one])
-        before = self._node("LessOrEqual", [seen, self.reshape(seeing, (-1, 1))])
+        column = self.reshape(seeing, (-1, 1))
+        before = self._node("LessOrEqual", [seen, column])
+        if window is not None:
+            start = self._node("Sub", [column, self.constant("window", torch.tensor(window))])
+            before = self._node("And", [before, self._node("Greater", [seen, start])])
         present = self._node("Cast", [self.reshape(mask, (0, 1, 1, -1))], to=9)  # to bool
         allowed = self._node("And", [present, before])
         lowest = self.constant("lowest", torch.tensor(torch.finfo(torch.float32).min))

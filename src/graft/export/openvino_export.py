@@ -210,12 +210,16 @@ class _OpenVinoOps:
     def size(self, x: Node, axis: int) -> Node:
         return self._set.gather(self._set.shape_of(x), self._whole(axis), self._whole(0))
 
-    def visible(self, mask: Node, tokens: Node, total: Node) -> Node:
+    def visible(self, mask: Node, tokens: Node, total: Node, window: int | None) -> Node:
         zero, one = (self._set.constant(np.int64(number)) for number in (0, 1))
         count, end = (self._set.squeeze(size, self._whole(0)) for size in (tokens, total))
         seen = self._set.range(zero, end, one, "i64")
         seeing = self._set.range(self._set.subtract(end, count), end, one, "i64")
-        before = self._set.less_equal(seen, self.reshape(seeing, (-1, 1)))
+        column = self.reshape(seeing, (-1, 1))
+        before = self._set.less_equal(seen, column)
+        if window is not None:
+            first = self._set.subtract(column, self._set.constant(np.int64(window)))
+            before = self._set.logical_and(before, self._set.greater(seen, first))
         present = self._set.convert(self.reshape(mask, (0, 1, 1, -1)), "boolean")
         allowed = self._set.logical_and(present, before)
         lowest = self.constant("lowest", torch.tensor(torch.finfo(torch.float32).min))
