@@ -210,7 +210,7 @@ def test_a_model_with_adapters_is_not_saved(load, tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("step", ["save_tensors", "_write_config", "write_json"])
+@pytest.mark.parametrize("step", ["save_tensors", "write_model_files", "write_json"])
 def test_a_failure_in_the_middle_leaves_nothing(step, load, monkeypatch, tmp_path) -> None:
     loaded = load("llama", weight_format=make_format("int"))
 

@@ -127,8 +127,13 @@ def chosen_solver(
 
 
 def calibrating_rows(config: SolverConfig, method: str | None, bits: int | str | None) -> int:
-    """Return on how many rows a run's weights are rounded; 0 where its solver needs none."""
-    return config.calibration_rows if chosen_solver(config, method, bits) == "gptq" else 0
+    """Return on how many rows a run's weights are rounded; 0 where nothing needs any.
+
+    merge_aware rounds by GPTQ in mid-training, whatever its base began with; bits auto measures
+    the layers of the dense model.
+    """
+    calibrated = chosen_solver(config, method, bits) == "gptq" or method == "merge_aware"
+    return config.calibration_rows if calibrated or bits == "auto" else 0
 
 
 def default_solver(method: str | None, bits: int | str | None = None) -> Solver:

@@ -66,11 +66,7 @@ def export_model(
     if to == "peft":
         init = read_run_config(Path(model)).init if is_run(Path(model)) else "default"
         return _export_peft(loaded, target, init)
-    merged = None
-    if adapter_names(loaded.model):
-        merged = _merge_for_export(loaded, to, requantize, events)
-    elif requantize:
-        _requantize_dense(loaded)
+    merged = merge_for_export(loaded, to, requantize, events)
     writers = {
         "gguf": _export_gguf,
         "mlx": _export_mlx,
@@ -104,9 +100,14 @@ def check_exports(
     raise_problems(problems, "exports")
 
 
-def _merge_for_export(
+def merge_for_export(
     loaded: LoadedModel, to: ExportTarget, requantize: bool, events: Events
-) -> MergeReport:
+) -> MergeReport | None:
+    """Merge the adapters of a loaded model as its export does; None where there are none."""
+    if not adapter_names(loaded.model):
+        if requantize:
+            _requantize_dense(loaded)
+        return None
     layers = [layer for _, layer in adapted_layers(loaded.model)]
     exact = all(layer.moves_grid_only() for layer in layers)
     target: WeightFormat | None = None

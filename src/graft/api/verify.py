@@ -16,7 +16,7 @@ from torch import Tensor
 
 from graft.api.config import ExportTarget
 from graft.api.events import Events
-from graft.api.export import export_model
+from graft.api.export import export_model, merge_for_export
 from graft.api.run_folder import is_run, load_any, read_run_config
 from graft.data.config import DataConfig
 from graft.data.load import load_examples, load_train_and_eval, resolve_max_length
@@ -99,6 +99,8 @@ def verify(
     loaded = load_any(model, dtype="float32")
     rows, texts = _held_out(Path(model), loaded, data)
     differing = _differing(model, path, target, requantize, events)
+    if requantize:  # what was rounded is the model that the file is to be
+        merge_for_export(loaded, target, requantize, events)  # type: ignore[arg-type]
     runtime = start(target, path, max(TOKENS, PROMPT_TOKENS + NEW_TOKENS))
     scores = _scores(loaded, runtime, rows, events)
     prompts = [row[:PROMPT_TOKENS] for row in rows if len(row) >= PROMPT_TOKENS][:PROMPTS]

@@ -32,7 +32,14 @@ from graft.formats.base import WeightFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
 from graft.model.load import LoadedModel
-from graft.model.save import named_tensors, narrowed, new_folder, write_json, write_tokenizer_files
+from graft.model.save import (
+    named_tensors,
+    narrowed,
+    new_folder,
+    plain_config,
+    write_json,
+    write_tokenizer_files,
+)
 from graft.model.tensor_file import FileTensor, write_tensor_file
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
@@ -40,6 +47,8 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
 ROPE_TYPES = ("default", "linear", "llama3")
+_ACTIVATIONS = {"gemma": "gelu_pytorch_tanh", "phi": "gelu_new"}
+"""What mlx-lm computes, whatever the configuration says; silu elsewhere."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +102,7 @@ def export_mlx(
     tensors = list(_tensors(model, quantised, dtype))
     with new_folder(folder) as part:
         write_tensor_file(part / "model.safetensors", tensors, on_tensor)
-        write_json(part / "config.json", _config(model, quantised, dtype))
+        write_json(part / "config.json", _config(loaded, quantised, dtype))
         write_tokenizer_files(loaded, part)
     size = (folder / "model.safetensors").stat().st_size
     window = getattr(model.config, "sliding_window", None)
@@ -108,8 +117,8 @@ def _tensors(
         layer = quantised.get(owner)
         if layer is None or part == "bias":
             # A quantised model's other tensors are kept exactly.
-            stored = narrowed(tensor, dtype) if quantised else tensor.to(dtype)
-            yield _plain(name, stored)
+            kept = narrowed(tensor, dtype).dtype if quantised else dtype
+            yield _plain(name, tensor, kept)
         elif part == "codes":
             yield from _layer_tensors(owner, layer)
 
@@ -129,20 +138,20 @@ def _layer_tensors(name: str, layer: FrozenLinear) -> Iterator[FileTensor]:
     )
     for target, source in (("scales", "scales"), ("biases", "offsets")):
         require_finite(name, packed[source])
-        yield _plain(f"{name}.{target}", packed[source])
+        yield _plain(f"{name}.{target}", packed[source], packed[source].dtype)
 
 
-def _plain(name: str, tensor: Tensor) -> FileTensor:
-    return FileTensor(name, tuple(tensor.shape), tensor.dtype, lambda: tensor)
+def _plain(name: str, tensor: Tensor, dtype: torch.dtype) -> FileTensor:
+    return FileTensor(name, tuple(tensor.shape), dtype, lambda: tensor.to(dtype))
 
 
 def _config(
-    model: PreTrainedModel, quantised: dict[str, FrozenLinear], dtype: torch.dtype
+    loaded: LoadedModel, quantised: dict[str, FrozenLinear], dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return config.json: mlx-lm reads the rotary settings in the places of older files too."""
-    config: dict[str, Any] = model.config.to_dict()
+    config = plain_config(loaded)
     config.pop("quantization_config", None)
-    config["architectures"] = [type(model).__name__]
+    config["architectures"] = [type(loaded.model).__name__]
     config["dtype"] = str(dtype).removeprefix("torch.")
     rope = config.get("rope_parameters")
     if rope:
@@ -171,10 +180,19 @@ def _config_problems(config: PretrainedConfig) -> list[str]:
         ]
     if getattr(config, "use_sliding_window", False):
         return ["use_sliding_window is set; MLX export writes full attention"]
+    problems = []
+    activation = getattr(config, "hidden_activation", None) or config.hidden_act
+    computed = _ACTIVATIONS.get(config.model_type, "silu")
+    if activation != computed:
+        problems.append(
+            f"hidden_act is {activation!r}; mlx-lm computes {computed!r} for {config.model_type}; "
+            "export as a plain folder instead (--to hf)"
+        )
     rope = config.rope_parameters["rope_type"]
-    if rope not in ROPE_TYPES:
-        return [
-            f"rope_type is {rope!r}; MLX export writes {', '.join(ROPE_TYPES)}; export as a plain "
+    known = ROPE_TYPES[:1] if config.model_type in _ACTIVATIONS else ROPE_TYPES
+    if rope not in known:
+        problems.append(
+            f"rope_type is {rope!r}; MLX export writes {', '.join(known)}; export as a plain "
             "folder instead (--to hf)"
-        ]
-    return []
+        )
+    return problems

@@ -140,7 +140,7 @@ class _Folder:
 class _Transformers(_Folder):
     def __init__(self, path: Path, tokens: int) -> None:
         super().__init__(path)
-        self._model = load_model(str(path), dtype="float32").model
+        self._model = load_model(str(path), dtype="float32", device="cpu").model
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -138,13 +139,23 @@ def write_model_files(
     loaded: LoadedModel, folder: Path, dtype: torch.dtype, quantised: bool = False
 ) -> None:
     """Write what a model folder holds beside its weights: config.json, tokenizer, generation."""
-    config = loaded.model.config.to_dict()
+    config = plain_config(loaded)
     config["dtype"] = str(loaded.source_dtype if quantised else dtype).removeprefix("torch.")
     config["architectures"] = [type(loaded.model).__name__]
     if quantised:
         config["quantization_config"] = CONFIG_MARKER
     write_json(folder / "config.json", config)
     write_tokenizer_files(loaded, folder)
+
+
+def plain_config(loaded: LoadedModel) -> dict[str, Any]:
+    """Return the configuration without where it was read and by which version of Transformers."""
+    config: dict[str, Any] = loaded.model.config.to_dict()
+    return {
+        key: value
+        for key, value in config.items()
+        if key not in ("_name_or_path", "transformers_version")
+    }
 
 
 def write_tokenizer_files(loaded: LoadedModel, folder: Path) -> None:
