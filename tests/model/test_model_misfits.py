@@ -130,6 +130,10 @@ PLAIN: dict[str, tuple[Damage, list[str]]] = {
     ),
     "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), ["has no tokenizer"]),
     "broken tokenizer": (write("tokenizer.json", "{"), ["has no tokenizer that can be loaded"]),
+    "damaged vocabulary": (
+        change_json("tokenizer.json", model={"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]}),
+        ["has no tokenizer that can be loaded"],
+    ),
     "broken generation settings": (
         write("generation_config.json", "{"),
         ["generation_config.json is no valid JSON"],

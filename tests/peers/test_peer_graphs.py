@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GemmaConfig,
-    LlamaConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
 
 from graft.adapters.attach import frozen_layers
 from graft.export.onnx_export import export_onnx
@@ -108,40 +98,29 @@ def exported(request, runtime, shared_models, tmp_path_factory):
     return loaded.model, loaded.tokenizer, started(runtime, folder), folder
 
 
-@pytest.fixture(scope="module")
-def stories(shared_data):
-    with gzip.open(shared_data / "tinystories" / "heldout.jsonl.gz", "rt") as lines:
-        return [json.loads(line)["text"] for line in lines]
-
-
-def ids_of(tokenizer, texts: list[str], length: int) -> torch.Tensor:
-    rows = [tokenizer(text)["input_ids"] for text in texts]
-    return torch.tensor([row[:length] for row in rows if len(row) >= length])
-
-
-def test_logits(exported, stories):
+def test_logits(exported, stories, first_ids):
     model, tokenizer, run, _ = exported
-    batch = ids_of(tokenizer, stories[:10], 128)
+    batch = first_ids(tokenizer, stories[:10], 128)
     with torch.no_grad():
         ours = model(batch).logits.double()
     difference = (ours - logits_of(run, model.config, batch)).abs().max()
     assert difference <= 2e-5 * ours.abs().max()  # asked: 2e-3
 
 
-def test_greedy_continuations(exported, stories):
+def test_greedy_continuations(exported, stories, first_ids):
     """Where each next token of a greedy text is theirs too, so is the text that they would make."""
     model, tokenizer, run, _ = exported
-    batch = ids_of(tokenizer, stories[:20], 16)
+    batch = first_ids(tokenizer, stories[:20], 16)
     assert len(batch) == 20
     made = model.generate(batch, max_new_tokens=64, do_sample=False, eos_token_id=None)
     found = logits_of(run, model.config, made)[:, 15:-1].argmax(-1)
     assert torch.equal(found, made[:, 16:])
 
 
-def test_a_cache_and_padding_change_nothing(exported, stories):
+def test_a_cache_and_padding_change_nothing(exported, stories, first_ids):
     """The first 20 tokens, then the others; the second row padded on the left."""
     model, tokenizer, run, _ = exported
-    batch = ids_of(tokenizer, stories[:10], 48)[:2]
+    batch = first_ids(tokenizer, stories[:10], 48)[:2]
     padded = batch.clone()
     padded[1] = torch.cat([batch[1, :1].expand(7), batch[1, :-7]])
     mask = torch.ones_like(padded)
@@ -191,57 +170,19 @@ def test_weights_to_float32_rounding(exported, runtime):
         found = ((codes.float() - zeros) * scales).flatten(1)[:, :columns]
         assert (found - weight).abs().max() <= 2.5e-7 * weight.abs().max()
         checked += 1
-    assert checked or not list(frozen_layers(model)) or "stories" in str(folder)
-
-
-SIZES = {
-    "vocab_size": 160,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
-}
-ARCHITECTURES = [
-    LlamaConfig(**SIZES, rope_parameters=LLAMA3_ROPE, attention_bias=True, mlp_bias=True),
-    LlamaConfig(**SIZES, tie_word_embeddings=True, head_dim=32),
-    MistralConfig(**SIZES, sliding_window=None),
-    MistralConfig(**SIZES, sliding_window=16),
-    Qwen2Config(**SIZES),
-    Qwen3Config(**SIZES, head_dim=32),
-    GemmaConfig(**SIZES, head_dim=16, hidden_activation="gelu_pytorch_tanh"),
-]
+    assert checked or not list(frozen_layers(model))
 
 
 @pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize("config", ARCHITECTURES, ids=lambda config: config.model_type)
-def test_architectures(config, bits, runtime, tiny_base, tmp_path):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, 1.0, 0.2)
-    source = tmp_path / "source"
-    model.save_pretrained(source)
-    for file in tiny_base.glob("*token*"):
-        (source / file.name).write_bytes(file.read_bytes())
-    weight_format = None if bits is None else IntGroupFormat(bits, 32)
-    loaded = load_model(str(source), weight_format=weight_format, dtype="float32")
+@pytest.mark.parametrize(
+    "name",
+    ["llama3-rope", "tied-llama", "mistral", "mistral-window", "qwen2", "qwen3", "gemma"],
+)
+def test_architectures(name, bits, runtime, tiny_loaded, tmp_path):
+    loaded = tiny_loaded(name, bits)
     written(runtime, loaded, tmp_path / "out")
     ids = torch.randint(3, 160, (2, 48))
     with torch.no_grad():
         ours = loaded.model(ids).logits.double()
-    found = logits_of(started(runtime, tmp_path / "out"), config, ids)
+    found = logits_of(started(runtime, tmp_path / "out"), loaded.model.config, ids)
     assert (ours - found).abs().max() <= 2e-5 * ours.abs().max()

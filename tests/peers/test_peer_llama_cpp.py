@@ -8,8 +8,6 @@ float16 by default, is kept in float32 here: it has nothing to do with the file.
 from __future__ import annotations
 
 import copy
-import gzip
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,23 +17,14 @@ import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
-from transformers import (
-    AutoModelForCausalLM,
-    GemmaConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from graft.adapters.attach import frozen_layers, replace_module
 from graft.export.gguf_export import export_gguf
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
-from graft.formats.linear import FrozenLinear
 from graft.model.load import load_model
+from graft.model.targets import freeze_layers, select_targets
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="needs llama-cpp-python: make test-peers installs it"
@@ -125,12 +114,6 @@ def exported(request, shared_models, tmp_path_factory):
     export_gguf(loaded.model, loaded.tokenizer, path, unquantised="F32", name=name)
     with running(path) as engine:
         yield loaded.model, loaded.tokenizer, engine, (name, bits)
-
-
-@pytest.fixture(scope="module")
-def stories(shared_data):
-    with gzip.open(shared_data / "tinystories" / "heldout.jsonl.gz", "rt") as lines:
-        return [json.loads(line)["text"] for line in lines]
 
 
 def story_ids(tokenizer, text: str, length: int) -> list[int]:
@@ -255,67 +238,41 @@ def tiny_llama(**changes) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("shape", TINY)
 def test_unquantised_logits(shape, tmp_path):
-    model = tiny_llama(**TINY[shape])
-    tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
-    export_gguf(model, tokenizer, tmp_path / "t.gguf", unquantised="F32", name="tiny")
-    ids = torch.randint(0, 300, (100,)).tolist()
-    with torch.no_grad():
-        ours = model(torch.tensor([ids])).logits[0].double()
-    with running(tmp_path / "t.gguf", 128) as engine:
-        theirs = their_logits(engine, ids)
+    ours, theirs = both_logits(tiny_llama(**TINY[shape]), tmp_path / "t.gguf")
     assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
 
 
-SIZES = {
-    "vocab_size": 400,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.1,
-}
-ARCHITECTURES = [
-    MistralConfig(**SIZES, sliding_window=None),
-    Qwen2Config(**SIZES, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}),
-    Qwen2Config(**SIZES, tie_word_embeddings=True),
-    Qwen3Config(**SIZES, head_dim=32),
-    GemmaConfig(**SIZES, head_dim=16, hidden_activation="gelu_pytorch_tanh"),
-]
-
-
 @pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize("config", ARCHITECTURES, ids=lambda config: config.model_type)
-def test_architectures(config, bits, tmp_path):
-    model = AutoModelForCausalLM.from_config(config).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter.data, 1.0, 0.2)
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "tied-qwen2", "qwen3", "gemma"])
+def test_architectures(name, bits, tiny_model, tmp_path):
+    model = tiny_model(name, vocab_size=400, intermediate_size=96, initializer_range=0.1)
     if bits is not None:
         freeze_all(model, IntGroupFormat(bits, 32))
-    tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
-    export_gguf(model, tokenizer, tmp_path / "t.gguf", unquantised="F32", name="tiny")
-    ids = torch.randint(0, 300, (100,)).tolist()
-    with torch.no_grad():
-        ours = model(torch.tensor([ids])).logits[0].double()
-    with running(tmp_path / "t.gguf", 128) as engine:
-        theirs = their_logits(engine, ids)
+    ours, theirs = both_logits(model, tmp_path / "t.gguf")
     if bits is None:
         # ggml looks GELU up in a table of float16 numbers.
-        bound = 2e-3 if config.model_type == "gemma" else 1e-5
+        bound = 2e-3 if name == "gemma" else 1e-5
         assert (ours - theirs).abs().max() <= bound * ours.abs().max()
     kl = ours.softmax(-1) * (ours.log_softmax(-1) - theirs.log_softmax(-1))
     assert kl.sum(-1).mean() <= 1e-3
 
 
 def freeze_all(model, weight_format) -> None:
-    for name, module in list(model.named_modules()):
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
-            packed = weight_format.pack(module.weight.detach())
-            rows, columns = module.weight.shape
-            layer = FrozenLinear(columns, rows, weight_format, packed, module.bias)
-            replace_module(model, name, layer)
+    freeze_layers(model, select_targets(model, ()))
+    for name, layer in list(frozen_layers(model)):
+        packed = weight_format.pack(layer.dense_weight())
+        replace_module(model, name, layer.replaced(weight_format, packed))
+
+
+def both_logits(model, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ours and llama.cpp's of 100 random tokens."""
+    tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    export_gguf(model, tokenizer, path, unquantised="F32", name="tiny")
+    ids = torch.randint(0, 300, (100,)).tolist()
+    with torch.no_grad():
+        ours = model(torch.tensor([ids])).logits[0].double()
+    with running(path, 128) as engine:
+        return ours, their_logits(engine, ids)
 
 
 LLAMA3 = (

@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    GemmaConfig,
-    MistralConfig,
-    PhiConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
 
 from graft.adapters.attach import frozen_layers
 from graft.export.mlx_export import export_mlx
@@ -58,18 +48,6 @@ def exported(request, shared_models, tmp_path_factory):
     return loaded, folder, *theirs(folder)
 
 
-@pytest.fixture(scope="module")
-def stories(shared_data):
-    with gzip.open(shared_data / "tinystories" / "heldout.jsonl.gz", "rt") as lines:
-        return [json.loads(line)["text"] for line in lines]
-
-
-def ids_of(loaded, texts: list[str], length: int) -> torch.Tensor:
-    """The first ids of those texts that are long enough, int64 [texts, length]."""
-    rows = [loaded.tokenizer(text)["input_ids"] for text in texts]
-    return torch.tensor([row[:length] for row in rows if len(row) >= length])
-
-
 def test_integers_scales_and_offsets_are_the_same(exported):
     loaded, folder, _, _ = exported
     weights = mx.load(str(folder / "model.safetensors"))
@@ -93,9 +71,9 @@ def test_integers_scales_and_offsets_are_the_same(exported):
             assert torch.equal(torch.from_numpy(np.array(mine)), layer.packed[other])
 
 
-def test_logits(exported, stories):
+def test_logits(exported, stories, first_ids):
     loaded, _, model, _ = exported
-    batch = ids_of(loaded, stories[:10], 128)
+    batch = first_ids(loaded.tokenizer, stories[:10], 128)
     with torch.no_grad():
         ours = loaded.model(batch).logits.double()
     difference = (ours - their_logits(model, batch)).abs().max()
@@ -103,10 +81,10 @@ def test_logits(exported, stories):
     assert difference <= 2e-3 * ours.abs().max()
 
 
-def test_greedy_continuations(exported, stories):
+def test_greedy_continuations(exported, stories, first_ids):
     """Where each next token of a greedy text is theirs too, so is the text that they would make."""
     loaded, _, model, _ = exported
-    batch = ids_of(loaded, stories[:20], 16)
+    batch = first_ids(loaded.tokenizer, stories[:20], 16)
     made = loaded.model.generate(batch, max_new_tokens=64, do_sample=False, eos_token_id=None)
     with torch.no_grad():
         ours = loaded.model(made).logits[:, 15:-1].double()
@@ -124,46 +102,9 @@ def test_text_is_cut_into_the_same_tokens(exported, stories):
         assert tokenizer.encode(text) == loaded.tokenizer(text)["input_ids"]
 
 
-SIZES = {
-    "vocab_size": 160,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-ARCHITECTURES = [
-    MistralConfig(**SIZES, sliding_window=None),
-    Qwen2Config(**SIZES),
-    Qwen3Config(**SIZES, head_dim=32),
-    GemmaConfig(**SIZES, head_dim=16, hidden_activation="gelu_pytorch_tanh"),
-    PhiConfig(
-        **SIZES,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "partial_rotary_factor": 0.5,
-        },
-    ),
-]
-
-
-@pytest.mark.parametrize("config", ARCHITECTURES, ids=lambda config: config.model_type)
-def test_architectures(config, tiny_base, tmp_path):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        if parameter.dim() == 1:
-            torch.nn.init.normal_(parameter, 1.0, 0.2)
-    source = tmp_path / "source"
-    model.save_pretrained(source)
-    for file in tiny_base.glob("*token*"):
-        (source / file.name).write_bytes(file.read_bytes())
-    loaded = load_model(str(source), weight_format=IntGroupFormat(4, 32), dtype="float32")
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma", "phi"])
+def test_architectures(name, tiny_loaded, tmp_path):
+    loaded = tiny_loaded(name, 4)
     export_mlx(loaded, tmp_path / "mlx", dtype=torch.float32)
     ids = torch.randint(3, 160, (1, 48))
     with torch.no_grad():

@@ -63,8 +63,8 @@ def test_an_export_passes(exported: tuple[str, Path], run: Path, capsys: pytest.
     assert "the file is the trained model" in capsys.readouterr().out
     found = json.loads(path.with_name(path.name + ".verify.json").read_text(encoding="utf-8"))
     assert found["passed"] and found["target"] == target
-    assert found["differing_files"] == [] and found["positions"] > 30
-    assert found["mean_kl"] <= (1e-3 if target == "gguf" else 1e-9)
+    assert found["differing_files"] == [] and found["fidelity"]["positions"] > 30
+    assert found["fidelity"]["mean_kl"] <= (1e-3 if target == "gguf" else 1e-9)
     assert found["same_template"] and found["same_stop_tokens"] and found["same_tokens"]
     assert target == "gguf" or found["equal_texts"] == found["texts"] > 0
     assert sorted(file.name for file in run.parent.glob(".verify-*")) == []
@@ -133,12 +133,6 @@ def test_one_changed_byte_is_found(
     assert main(["verify", str(run), str(copy)]) == 1
     words = capsys.readouterr()
     assert "the file is the trained model" not in words.out
-    assert "is not what the export writes now" in words.err or "does not load it" in words.err
-
-
-def test_a_file_that_is_no_export_is_refused(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(graft.GraftError, match="not a file that graft exports"):
-        graft.verify(run, tmp_path)
-    with pytest.raises(graft.GraftError, match="give --data"):
-        graft.export_model(run, "hf", tmp_path / "hf")
-        graft.verify(tmp_path / "hf", tmp_path / "hf")
+    broken = change is vocabulary and target != "gguf"  # its merges name a token that is gone
+    told = "has no tokenizer that can be loaded" if broken else "is not what the export writes now"
+    assert told in words.err

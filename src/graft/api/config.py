@@ -10,15 +10,15 @@ from graft.adapters.config import GRID_METHODS, AdapterConfig
 from graft.calibrate.config import Solver, SolverConfig
 from graft.data.config import DataConfig
 from graft.errors import raise_problems
+from graft.export.config import ExportTarget
 from graft.formats.config import FormatConfig
 from graft.model.config import ModelConfig
 from graft.train.config import LoopConfig
 
 WIDTHS = (2, 3, 4, 8)
+"""What --bits auto chooses from; 8 not where a GGUF or ONNX is asked for, which cannot hold it."""
 NARROW = (2, 3)
 """Widths at which the method's default solver looks at calibration text."""
-"""What --bits auto chooses from; 8 not where a GGUF is asked for, which cannot hold it."""
-ExportTarget = Literal["gguf", "mlx", "onnx", "openvino", "hf", "peft"]
 
 
 @dataclass(frozen=True, kw_only=True)

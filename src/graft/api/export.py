@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,11 +11,12 @@ from transformers import PretrainedConfig
 
 from graft.adapters.attach import adapted_layers, adapter_names, frozen_layers, replace_module
 from graft.adapters.config import GRID_METHODS, Init
-from graft.api.config import ExportTarget, TrainConfig
+from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.merge import MergeReport, merge_loaded
 from graft.api.run_folder import is_run, load_any, read_run_config
 from graft.errors import GraftError, raise_problems
+from graft.export.config import ExportTarget
 from graft.export.gguf_export import check_gguf_plan, export_gguf
 from graft.export.gguf_plan import Unquantised
 from graft.export.mlx_export import check_mlx_plan, export_mlx
@@ -143,7 +144,7 @@ def _export_gguf(
         name=path.stem,
         on_tensor=lambda done, total, _: events.progress("writing GGUF", done, total),
     )
-    return ExportReport(path, path.stat().st_size, merged, tuple(report.notes))
+    return ExportReport(path, bytes_on_disk(path), merged, tuple(report.notes))
 
 
 def _export_mlx(
@@ -155,41 +156,21 @@ def _export_mlx(
         dtype=loaded.source_dtype,
         on_tensor=lambda done, total: events.progress("writing MLX", done, total),
     )
-    notes = _short_group_notes("MLX", report.float32_layers)
-    if report.window is not None:
-        notes += (
-            f"the model attends to the last {report.window} tokens, mlx-lm to all of them: longer "
-            "texts get other answers there",
-        )
-    return ExportReport(path, _folder_bytes(path), merged, notes)
+    return ExportReport(path, bytes_on_disk(path), merged, report.notes)
 
 
 def _export_onnx(
     loaded: LoadedModel, path: Path, merged: MergeReport | None, events: Events
 ) -> ExportReport:
     export_onnx(loaded, path, lambda done, total: events.progress("writing ONNX", done, total))
-    return ExportReport(path, _folder_bytes(path), merged, ())
+    return ExportReport(path, bytes_on_disk(path), merged, ())
 
 
 def _export_openvino(
     loaded: LoadedModel, path: Path, merged: MergeReport | None, events: Events
 ) -> ExportReport:
     report = export_openvino(loaded, path)
-    notes = (
-        "OpenVINO computes in bf16 on processors that have it; for the same answers compile the "
-        "model with INFERENCE_PRECISION_HINT=f32",
-        *_short_group_notes("OpenVINO", report.float32_layers),
-    )
-    return ExportReport(path, _folder_bytes(path), merged, notes)
-
-
-def _short_group_notes(target: str, layers: Sequence[str]) -> tuple[str, ...]:
-    if not layers:
-        return ()
-    return (
-        f"{len(layers)} layers are in float32, because {target} has no short group at the end of "
-        f"a row ({layers[0]} ...)",
-    )
+    return ExportReport(path, bytes_on_disk(path), merged, report.notes)
 
 
 def _export_hf(
@@ -206,7 +187,7 @@ def _export_hf(
     dtype = torch.float32 if quantised else loaded.source_dtype
     save_model(loaded, path, dtype)
     notes = ("dequantised to float32, which holds the INT weights exactly",) if quantised else ()
-    return ExportReport(path, _folder_bytes(path), merged, notes)
+    return ExportReport(path, bytes_on_disk(path), merged, notes)
 
 
 def _export_peft(loaded: LoadedModel, path: Path, init: Init) -> ExportReport:
@@ -222,8 +203,10 @@ def _export_peft(loaded: LoadedModel, path: Path, init: Init) -> ExportReport:
             "belongs on those weights (dequantised: export the base with --to hf), not on the "
             "original ones",
         )
-    return ExportReport(path, _folder_bytes(path), None, notes)
+    return ExportReport(path, bytes_on_disk(path), None, notes)
 
 
-def _folder_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+def bytes_on_disk(path: Path) -> int:
+    """Return the size of a file, or of all files in a folder."""
+    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files)

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from graft.api.config import ExportTarget
 from graft.api.events import Events
-from graft.api.export import export_model, merge_for_export
+from graft.api.export import bytes_on_disk, export_model, merge_for_export
 from graft.api.run_folder import is_run, load_any, read_run_config
 from graft.data.config import DataConfig
 from graft.data.load import load_examples, load_train_and_eval, resolve_max_length
 from graft.errors import GraftError
+from graft.evaluate.fidelity import Fidelity, FidelitySum
+from graft.export.config import ExportTarget
 from graft.export.runtimes import Runtime, start, target_of
-from graft.model.load import LoadedModel
+from graft.model.load import LoadedModel, build_skeleton
 from graft.model.save import write_json
 
 ROWS, TOKENS = 40, 128
@@ -41,7 +40,7 @@ class Certificate:
 
     model: str
     file: str
-    target: str
+    target: ExportTarget
     rounds_activations: bool
     """llama.cpp does, to 8 bits, and MLX to the 16 bits of a checkpoint that has no more."""
     bytes: int
@@ -49,13 +48,8 @@ class Certificate:
     """Of the whole file, tokenizer included, per parameter of the model."""
     differing_files: tuple[str, ...]
     """Files that are not, byte for byte, what the export writes now; of a .gguf file itself."""
-    mean_kl: float
-    top1_agreement: float
-    logit_difference: float
-    """Largest difference of a logit, as a share of the largest logit."""
-    perplexity: float
-    runtime_perplexity: float
-    positions: int
+    fidelity: Fidelity
+    """Of the runtime's logits to those of the trained model, on held-out text."""
     equal_texts: int
     """Golden prompts whose greedy continuation is the same to the last token."""
     texts: int
@@ -94,22 +88,23 @@ def verify(
     text to compare on.
     """
     events = events or Events()
-    path = Path(str(file).rstrip("/"))
+    path = Path(file).resolve()
     target = target_of(path)
     loaded = load_any(model, dtype="float32")
     rows, texts = _held_out(Path(model), loaded, data)
     differing = _differing(model, path, target, requantize, events)
     if requantize:  # what was rounded is the model that the file is to be
-        merge_for_export(loaded, target, requantize, events)  # type: ignore[arg-type]
+        merge_for_export(loaded, target, requantize, events)
     runtime = start(target, path, max(TOKENS, PROMPT_TOKENS + NEW_TOKENS))
-    scores = _scores(loaded, runtime, rows, events)
+    fidelity = _fidelity(loaded, runtime, rows, events)
     prompts = [row[:PROMPT_TOKENS] for row in rows if len(row) >= PROMPT_TOKENS][:PROMPTS]
     gaps = []
     for done, prompt in enumerate(prompts, start=1):
         gaps.append(_first_gap(loaded, runtime, prompt))
         events.progress("greedy continuations", done, len(prompts))
     tokenizer = loaded.tokenizer
-    size = _bytes(path)
+    size = bytes_on_disk(path)
+    parameters = build_skeleton(loaded.model.config).num_parameters()
     found = Certificate(
         model=str(model),
         file=str(path),
@@ -117,9 +112,9 @@ def verify(
         rounds_activations=target == "gguf"
         or (target == "mlx" and loaded.source_dtype != torch.float32),
         bytes=size,
-        bits_per_weight=round(8 * size / _parameters(loaded), 3),
+        bits_per_weight=round(8 * size / parameters, 3),
         differing_files=tuple(differing),
-        **scores,
+        fidelity=fidelity,
         equal_texts=sum(gap is None for gap in gaps),
         texts=len(gaps),
         largest_gap=max((gap for gap in gaps if gap is not None), default=0.0),
@@ -157,13 +152,12 @@ def _held_out(
 
 
 def _differing(
-    model: str | Path, path: Path, target: str, requantize: bool, events: Events
+    model: str | Path, path: Path, target: ExportTarget, requantize: bool, events: Events
 ) -> list[str]:
     """Return the files that differ from those of a fresh export, which is written beside them."""
-    kind: ExportTarget = target  # type: ignore[assignment]
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".verify-") as folder:
         fresh = Path(folder) / path.name  # the file's name stands in a GGUF file
-        export_model(model, kind, fresh, requantize=requantize, events=events)
+        export_model(model, target, fresh, requantize=requantize, events=events)
         if fresh.is_file():
             return [] if _equal(fresh, path) else [path.name]
         names = {
@@ -187,32 +181,14 @@ def _chunks(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
-def _scores(
+def _fidelity(
     loaded: LoadedModel, runtime: Runtime, rows: Sequence[list[int]], events: Events
-) -> dict[str, Any]:
-    """Return the figures of the certificate that compare logits."""
-    divergence = agree = difference = largest = 0.0
-    losses, positions, targets = [0.0, 0.0], 0, 0
+) -> Fidelity:
+    total = FidelitySum()
     for done, row in enumerate(rows, start=1):
-        ours, theirs = _logits(loaded, row).double(), runtime.logits(row).double()
-        difference = max(difference, float((ours - theirs).abs().max()))
-        largest = max(largest, float(ours.abs().max()))
-        log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
-        divergence += float((log_p.exp() * (log_p - log_q)).sum())
-        agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        following = torch.tensor(row[1:])[:, None]
-        for index, log in enumerate((log_p, log_q)):
-            losses[index] -= float(log[:-1].gather(-1, following).sum())
-        positions, targets = positions + len(row), targets + len(row) - 1
+        total.add(row, _logits(loaded, row), runtime.logits(row))
         events.progress("scoring", done, len(rows))
-    return {
-        "mean_kl": divergence / positions,
-        "top1_agreement": agree / positions,
-        "logit_difference": difference / largest,
-        "perplexity": math.exp(losses[0] / targets),
-        "runtime_perplexity": math.exp(losses[1] / targets),
-        "positions": positions,
-    }
+    return total.result()
 
 
 def _first_gap(loaded: LoadedModel, runtime: Runtime, prompt: list[int]) -> float | None:
@@ -247,17 +223,18 @@ def _logits(loaded: LoadedModel, ids: list[int]) -> Tensor:
 
 def _problems(found: Certificate) -> list[str]:
     problems = [f"{name} is not what the export writes now" for name in found.differing_files]
-    if not found.mean_kl <= MAX_KL:
-        problems.append(f"KL is {found.mean_kl:.2e} nats; the bound is {MAX_KL:.0e}")
+    fidelity = found.fidelity
+    if not fidelity.mean_kl <= MAX_KL:
+        problems.append(f"KL is {fidelity.mean_kl:.2e} nats; the bound is {MAX_KL:.0e}")
     if found.rounds_activations:
-        change = abs(found.runtime_perplexity / found.perplexity - 1)
+        change = abs(fidelity.other_perplexity / fidelity.perplexity - 1)
         if not change <= MAX_PERPLEXITY:
             problems.append(
                 f"perplexity changes by {change:.2%}; the bound is {MAX_PERPLEXITY:.1%}"
             )
-    elif not found.logit_difference <= MAX_LOGIT:
+    elif not fidelity.logit_difference <= MAX_LOGIT:
         problems.append(
-            f"a logit differs by {found.logit_difference:.1e} of the largest; the bound is "
+            f"a logit differs by {fidelity.logit_difference:.1e} of the largest; the bound is "
             f"{MAX_LOGIT:.0e}"
         )
     same = {
@@ -266,14 +243,3 @@ def _problems(found: Certificate) -> list[str]:
         "the token that ends an answer is another one": found.same_stop_tokens,
     }
     return problems + [problem for problem, holds in same.items() if not holds]
-
-
-def _parameters(loaded: LoadedModel) -> int:
-    with torch.device("meta"):
-        skeleton = type(loaded.model)(loaded.model.config)
-    return sum(parameter.numel() for parameter in skeleton.parameters())
-
-
-def _bytes(path: Path) -> int:
-    files = [path] if path.is_file() else [file for file in path.rglob("*") if file.is_file()]
-    return sum(file.stat().st_size for file in files)

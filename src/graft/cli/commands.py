@@ -13,8 +13,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from graft.api.config import ExportTarget, QuantizeConfig, TrainConfig
+from graft.api.config import QuantizeConfig, TrainConfig
 from graft.cli.flags import parse, parse_with_file
+from graft.export.config import ExportTarget
 
 MIB = 2**20
 

@@ -2,59 +2,65 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
-
-from graft.data.batches import batch_in_order, collate
-from graft.data.encode import Example
+from torch import Tensor
 
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Differences between two models' predictions, over the target positions."""
+    """Differences between a reference's predictions and another model's."""
 
-    max_logit_difference: float
-    """Largest |difference| of a logit."""
-    max_logit: float
-    """Largest |logit| of the reference, to judge the difference by."""
     mean_kl: float
     """Mean KL(reference || other) per position, in nats."""
     top1_agreement: float
     """Share of positions at which both predict the same token."""
+    logit_difference: float
+    """Largest |difference| of a logit, as a share of the reference's largest |logit|."""
+    perplexity: float
+    """The reference's, per token that follows another."""
+    other_perplexity: float
     positions: int
 
-    def as_dict(self) -> dict[str, float | int]:
-        """Return the figures by name."""
-        return asdict(self)
 
+class FidelitySum:
+    """Compares logits text by text, in float64."""
 
-def compare_models(
-    reference: PreTrainedModel,
-    other: PreTrainedModel,
-    examples: Sequence[Example],
-    batch_size: int = 16,
-) -> Fidelity:
-    """Compare the two models' logits at every position that predicts a target, in float32."""
-    difference = largest = divergence = agree = 0.0
-    positions = 0
-    with torch.no_grad():
-        for examples_of_batch in batch_in_order(examples, batch_size):
-            batch = collate(examples_of_batch)
-            asked = batch.labels[:, 1:] != -100
-            logits = [
-                model(input_ids=batch.input_ids.to(model.device), use_cache=False)
-                .logits[:, :-1][asked.to(model.device)]
-                .float()
-                .cpu()
-                for model in (reference, other)
-            ]
-            log_p, log_q = (each.log_softmax(-1) for each in logits)
-            difference = max(difference, (logits[0] - logits[1]).abs().max().item())
-            largest = max(largest, logits[0].abs().max().item())
-            divergence += (log_p.exp() * (log_p - log_q)).sum().item()
-            agree += (logits[0].argmax(-1) == logits[1].argmax(-1)).sum().item()
-            positions += int(asked.sum())
-    return Fidelity(difference, largest, divergence / positions, agree / positions, positions)
+    def __init__(self) -> None:
+        self._divergence = self._agree = 0.0
+        self._differences: list[float] = []
+        self._largest: list[float] = []
+        self._losses = [0.0, 0.0]
+        self._positions = self._targets = 0
+
+    def add(self, ids: Sequence[int], reference: Tensor, other: Tensor) -> None:
+        """Add a text: its ids and both models' logits [tokens, vocabulary]."""
+        ours, theirs = reference.double(), other.double()
+        self._differences.append(float((ours - theirs).abs().max()))
+        self._largest.append(float(ours.abs().max()))
+        log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
+        self._divergence += float((log_p.exp() * (log_p - log_q)).sum())
+        self._agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
+        following = torch.tensor(ids[1:])[:, None]
+        for index, log in enumerate((log_p, log_q)):
+            self._losses[index] -= float(log[:-1].gather(-1, following).sum())
+        self._positions += len(ids)
+        self._targets += len(ids) - 1
+
+    def result(self) -> Fidelity:
+        """Return the figures over all texts, of which one has two tokens at least."""
+        perplexity, other = (math.exp(loss / self._targets) for loss in self._losses)
+        return Fidelity(
+            mean_kl=self._divergence / self._positions,
+            top1_agreement=self._agree / self._positions,
+            # PyTorch's maximum, for which NaN is the largest number.
+            logit_difference=float(
+                torch.tensor(self._differences).max() / torch.tensor(self._largest).max()
+            ),
+            perplexity=perplexity,
+            other_perplexity=other,
+            positions=self._positions,
+        )

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from graft.export.layers import layer_problems, require_finite
+from graft.export.layers import Architecture, activation, require_finite
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
 from graft.model.gguf_layout import head_dim
@@ -24,9 +24,8 @@ Node = Any
 """A value in the graph of whatever runtime."""
 Size = int | Node
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma")
-ROPE_TYPES = ("default", "linear", "llama3")
-_TANH = "gelu_pytorch_tanh"
+_SILU_OR_TANH = Architecture(("silu", "gelu_pytorch_tanh"))
+ARCHITECTURES = {name: _SILU_OR_TANH for name in ("llama", "mistral", "qwen2", "qwen3", "gemma")}
 
 
 class GraphOps(Protocol):
@@ -97,34 +96,6 @@ class GraphOps(Protocol):
 
     def as_float(self, ids: Node) -> Node:
         """Return int64 ids as float32."""
-
-
-def graph_problems(config: PretrainedConfig, target: str) -> list[str]:
-    """Return every reason why the graph below does not compute what this model does."""
-    if config.model_type not in MODEL_TYPES:
-        return [
-            f"model_type is {config.model_type!r}; {target} export writes "
-            f"{', '.join(MODEL_TYPES)}; export as a plain folder instead (--to hf)"
-        ]
-    problems = []
-    if getattr(config, "use_sliding_window", False):
-        problems.append(f"use_sliding_window is set; {target} export writes full attention")
-    activation = _activation(config)
-    if activation not in ("silu", _TANH):
-        problems.append(
-            f"hidden_act is {activation!r}; {target} export writes 'silu' and {_TANH!r}"
-        )
-    rope = config.rope_parameters["rope_type"]
-    if rope not in ROPE_TYPES:
-        problems.append(f"rope_type is {rope!r}; {target} export writes {', '.join(ROPE_TYPES)}")
-    return problems
-
-
-def check_graph(
-    model: PreTrainedModel, target: str, bits: Sequence[int], group_sizes: Sequence[int]
-) -> list[str]:
-    """Return every reason why this model cannot be written; reads no weights."""
-    return graph_problems(model.config, target) + layer_problems(model, target, bits, group_sizes)
 
 
 class DecoderGraph:
@@ -232,7 +203,7 @@ class DecoderGraph:
             self._linear(x, module.get_submodule(part), f"{name}.{part}")
             for part in ("gate_proj", "up_proj")
         )
-        if _activation(self._config) == "silu":
+        if activation(self._config) == "silu":
             gate = ops.multiply(gate, ops.unary("sigmoid", gate))
         else:
             gate = self._gelu(gate)
@@ -274,7 +245,3 @@ class DecoderGraph:
         if bias is None:
             return y
         return ops.add(y, ops.constant(f"{name}.bias", bias.detach().float()))
-
-
-def _activation(config: PretrainedConfig) -> str:
-    return str(getattr(config, "hidden_activation", None) or config.hidden_act)

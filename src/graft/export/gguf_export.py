@@ -14,7 +14,7 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from graft.errors import GraftError, raise_problems
-from graft.export.gguf_metadata import add_model_metadata, config_problems
+from graft.export.gguf_metadata import add_model_metadata, gguf_config_problems
 from graft.export.gguf_plan import TensorPlan, Unquantised, format_problems, plan_tensors
 from graft.export.tokenizer_gguf import GgufTokenizer, add_tokenizer_metadata, convert_tokenizer
 from graft.formats.base import WeightFormat
@@ -51,14 +51,14 @@ class GgufReport:
 
 def check_gguf_plan(config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
     """Return every reason why a model in that format cannot be exported, before it exists."""
-    return config_problems(config) + format_problems(weight_format)
+    return gguf_config_problems(config) + format_problems(weight_format)
 
 
 def check_gguf(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, dense: bool = False
 ) -> list[str]:
     """Return every reason why this model and tokenizer cannot be exported; reads no weights."""
-    problems = config_problems(model.config)
+    problems = gguf_config_problems(model.config)
     if problems:
         return problems
     problems = plan_tensors(model, "F32", dense).problems

@@ -7,47 +7,25 @@ from typing import TYPE_CHECKING
 
 import gguf
 
-from graft.model.gguf_layout import ARCHITECTURES, ROPE_PARAMETERS_KEY, head_dim
+from graft.export.layers import Architecture, config_problems
+from graft.model.gguf_layout import ROPE_PARAMETERS_KEY, head_dim
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-ROPE_TYPES = ("default", "linear", "llama3")
+_KNOWN = {
+    "llama": Architecture(),
+    "mistral": Architecture(),
+    "qwen2": Architecture(rope_types=("default", "linear")),
+    "qwen3": Architecture(rope_types=("default", "linear")),
+    "gemma": Architecture(("gelu_pytorch_tanh",), ("default", "linear")),
+}
+"""What llama.cpp computes for each of gguf_layout's architectures."""
 
 
-def config_problems(config: PretrainedConfig) -> list[str]:
+def gguf_config_problems(config: PretrainedConfig) -> list[str]:
     """Return every reason why llama.cpp's architecture of that name cannot run this model."""
-    if config.model_type not in ARCHITECTURES:
-        return [
-            f"model_type is {config.model_type!r}; GGUF export writes {', '.join(ARCHITECTURES)}; "
-            "export this model as a folder instead (--to hf)"
-        ]
-    problems = []
-    computed = "gelu_pytorch_tanh" if config.model_type == "gemma" else "silu"
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    if activation != computed:
-        problems.append(
-            f"hidden_act is {activation!r}; llama.cpp computes {computed!r}; export as a folder "
-            "instead (--to hf)"
-        )
-    rope = config.rope_parameters
-    known = ROPE_TYPES if config.model_type in ("llama", "mistral") else ROPE_TYPES[:2]
-    if rope["rope_type"] not in known:
-        problems.append(
-            f"rope_type is {rope['rope_type']!r}; GGUF export writes {', '.join(known)}; "
-            "export as a folder instead (--to hf)"
-        )
-    if getattr(config, "use_sliding_window", False):
-        problems.append(
-            "use_sliding_window is set, which llama.cpp does not do for this architecture; export "
-            "as a folder instead (--to hf)"
-        )
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        problems.append(
-            f"partial_rotary_factor is {rope['partial_rotary_factor']}; llama.cpp rotates "
-            "whole heads (1.0); export as a folder instead (--to hf)"
-        )
-    return problems
+    return config_problems(config, "GGUF", _KNOWN)
 
 
 def add_model_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str) -> None:

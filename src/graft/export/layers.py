@@ -1,12 +1,14 @@
-"""What several targets ask of a model's layers: what hinders, their codes, their zero points."""
+"""What several targets ask of a model: what hinders, its layers' codes and zero points."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from graft.adapters.attach import adapted_layers, frozen_layers
 from graft.errors import GraftError
@@ -15,6 +17,82 @@ from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
 from graft.kernels.packing import PLANES, unpack_codes
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a target computes for a model_type, whatever else its configuration may ask for."""
+
+    activations: tuple[str, ...] = ("silu",)
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
+    partial_rotary: bool = False
+
+
+@dataclass(frozen=True)
+class FolderReport:
+    """What an export wrote otherwise than a reader would think."""
+
+    float32_layers: tuple[str, ...] = ()
+    """Layers in the int format whose rows end in a short group: their exact weights in float32."""
+    notes: tuple[str, ...] = ()
+    """What is worth telling, in words."""
+
+
+def config_problems(
+    config: PretrainedConfig, target: str, architectures: Mapping[str, Architecture]
+) -> list[str]:
+    """Return every reason why what the target computes is not what this model does."""
+    instead = "export as a plain folder instead (--to hf)"
+    computed = architectures.get(config.model_type)
+    if computed is None:
+        return [
+            f"model_type is {config.model_type!r}; {target} export writes "
+            f"{', '.join(architectures)}; {instead}"
+        ]
+    problems = []
+    if activation(config) not in computed.activations:
+        problems.append(
+            f"hidden_act is {activation(config)!r}; {target} export writes "
+            f"{', '.join(computed.activations)}; {instead}"
+        )
+    rope = config.rope_parameters
+    if rope["rope_type"] not in computed.rope_types:
+        problems.append(
+            f"rope_type is {rope['rope_type']!r}; {target} export writes "
+            f"{', '.join(computed.rope_types)}; {instead}"
+        )
+    partial = rope.get("partial_rotary_factor", 1.0)
+    if partial != 1.0 and not computed.partial_rotary:
+        problems.append(
+            f"partial_rotary_factor is {partial}; {target} export rotates whole heads (1.0); "
+            f"{instead}"
+        )
+    for setting in ("use_sliding_window", "use_bidirectional_attention"):
+        if getattr(config, setting, False):
+            problems.append(f"{setting} is set, which {target} export does not write; {instead}")
+    return problems
+
+
+def activation(config: PretrainedConfig) -> str:
+    """Return the activation of the MLP, which Gemma calls otherwise."""
+    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+
+
+def package_problems(package: str) -> list[str]:
+    """Return what is missing where an extra of that package's name is not installed."""
+    if find_spec(package) is not None:
+        return []
+    return [f"the package {package} is not installed; pip install 'graft-llm[{package}]'"]
+
+
+def short_group_notes(target: str, layers: Sequence[str]) -> tuple[str, ...]:
+    """Return the note on layers that a target without short groups holds in float32."""
+    if not layers:
+        return ()
+    return (
+        f"{len(layers)} layers are in float32, because {target} has no short group at the end of "
+        f"a row ({layers[0]} ...)",
+    )
 
 
 def format_problems(

@@ -8,8 +8,7 @@ stream of bits, the first code lowest, cut into little-endian 32-bit words.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +19,15 @@ from transformers import PretrainedConfig, PreTrainedModel
 from graft.adapters.attach import frozen_layers
 from graft.errors import raise_problems
 from graft.export.layers import (
+    Architecture,
+    FolderReport,
+    config_problems,
     format_problems,
     int_format,
     layer_codes,
     layer_problems,
     require_finite,
+    short_group_notes,
     side_by_side,
     whole_groups,
 )
@@ -40,39 +43,31 @@ from graft.model.save import (
     write_json,
     write_tokenizer_files,
 )
-from graft.model.tensor_file import FileTensor, write_tensor_file
+from graft.model.tensor_file import FileTensor, OnTensor, write_tensor_file
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi")
-"""Architectures whose module names and weights mlx-lm shares with Transformers."""
+ARCHITECTURES = {
+    "llama": Architecture(),
+    "mistral": Architecture(),
+    "qwen2": Architecture(),
+    "qwen3": Architecture(),
+    "gemma": Architecture(("gelu_pytorch_tanh",), ("default",)),
+    "phi": Architecture(("gelu_new",), ("default",), partial_rotary=True),
+}
+"""Whose module names and weights mlx-lm shares with Transformers; it heeds no other setting."""
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
-ROPE_TYPES = ("default", "linear", "llama3")
-_ACTIVATIONS = {"gemma": "gelu_pytorch_tanh", "phi": "gelu_new"}
-"""What mlx-lm computes, whatever the configuration says; silu elsewhere."""
-
-
-@dataclass(frozen=True)
-class MlxReport:
-    """What was written."""
-
-    path: Path
-    bytes: int
-    """Size of the weights' file."""
-    quantised_layers: int
-    float32_layers: tuple[str, ...]
-    """Layers in the int format whose rows end in a short group: their exact weights in float32."""
-    window: int | None
-    """Tokens within which mlx-lm, which knows no attention window there, answers alike."""
 
 
 def check_mlx_plan(config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
     """Return every reason why a model in that format cannot be exported, before it exists."""
-    return _config_problems(config) + format_problems(weight_format, "MLX", BITS, GROUP_SIZES)
+    problems = config_problems(config, "MLX", ARCHITECTURES)
+    return problems + format_problems(weight_format, "MLX", BITS, GROUP_SIZES)
 
 
 def check_mlx(model: PreTrainedModel) -> list[str]:
     """Return every reason why this model cannot be exported; reads no weights."""
-    return _config_problems(model.config) + layer_problems(model, "MLX", BITS, GROUP_SIZES)
+    problems = config_problems(model.config, "MLX", ARCHITECTURES)
+    return problems + layer_problems(model, "MLX", BITS, GROUP_SIZES)
 
 
 def export_mlx(
@@ -80,8 +75,8 @@ def export_mlx(
     folder: Path,
     *,
     dtype: torch.dtype,
-    on_tensor: Callable[[int, int], None] | None = None,
-) -> MlxReport:
+    on_tensor: OnTensor | None = None,
+) -> FolderReport:
     """Write model, tokenizer and chat template as a folder that mlx-lm loads.
 
     Layers in the int format keep their codes, scales and offsets; a layer whose rows end in a
@@ -104,9 +99,21 @@ def export_mlx(
         write_tensor_file(part / "model.safetensors", tensors, on_tensor)
         write_json(part / "config.json", _config(loaded, quantised, dtype))
         write_tokenizer_files(loaded, part)
-    size = (folder / "model.safetensors").stat().st_size
-    window = getattr(model.config, "sliding_window", None)
-    return MlxReport(folder, size, len(quantised) - len(short), tuple(short), window)
+    notes = short_group_notes("MLX", short) + _model_notes(model.config)
+    return FolderReport(tuple(short), notes)
+
+
+def _model_notes(config: PretrainedConfig) -> tuple[str, ...]:
+    notes = []
+    window = getattr(config, "sliding_window", None)
+    if window is not None:
+        notes.append(
+            f"the model attends to the last {window} tokens, mlx-lm to all of them: longer texts "
+            "get other answers there"
+        )
+    if config.model_type == "gemma":
+        notes.append("mlx-lm computes GELU itself where the model has its approximation by tanh")
+    return tuple(notes)
 
 
 def _tensors(
@@ -170,29 +177,3 @@ def _config(
         config["quantization"] = dict(usual) | {"mode": "affine"} | others
         config["quantization_config"] = config["quantization"]
     return config
-
-
-def _config_problems(config: PretrainedConfig) -> list[str]:
-    if config.model_type not in MODEL_TYPES:
-        return [
-            f"model_type is {config.model_type!r}; MLX export writes {', '.join(MODEL_TYPES)}; "
-            "export this model as a plain folder instead (--to hf)"
-        ]
-    if getattr(config, "use_sliding_window", False):
-        return ["use_sliding_window is set; MLX export writes full attention"]
-    problems = []
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    computed = _ACTIVATIONS.get(config.model_type, "silu")
-    if activation != computed:
-        problems.append(
-            f"hidden_act is {activation!r}; mlx-lm computes {computed!r} for {config.model_type}; "
-            "export as a plain folder instead (--to hf)"
-        )
-    rope = config.rope_parameters["rope_type"]
-    known = ROPE_TYPES[:1] if config.model_type in _ACTIVATIONS else ROPE_TYPES
-    if rope not in known:
-        problems.append(
-            f"rope_type is {rope!r}; MLX export writes {', '.join(known)}; export as a plain "
-            "folder instead (--to hf)"
-        )
-    return problems

@@ -8,8 +8,6 @@ floats, so z = -offset / s keeps the trained weight to float32 rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +15,15 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
-from graft.errors import GraftError, raise_problems
-from graft.export.decoder_graph import DecoderGraph, Node, Size, check_graph, graph_problems
+from graft.errors import raise_problems
+from graft.export.decoder_graph import ARCHITECTURES, DecoderGraph, Node, Size
 from graft.export.layers import (
+    config_problems,
     format_problems,
     int_format,
     layer_codes,
+    layer_problems,
+    package_problems,
     side_by_side,
     zero_points,
 )
@@ -30,6 +31,7 @@ from graft.formats.base import WeightFormat
 from graft.formats.linear import FrozenLinear
 from graft.model.load import LoadedModel
 from graft.model.save import new_folder, write_model_files
+from graft.model.tensor_file import FileTensor, OnTensor, starts, write_tensors
 
 BITS = (2, 3, 4)
 """3-bit codes are kept in 4 bits."""
@@ -40,36 +42,19 @@ _ALIGNED = 4096
 _UNARY = {"cos": "Cos", "sin": "Sin", "sigmoid": "Sigmoid", "tanh": "Tanh"}
 
 
-@dataclass(frozen=True)
-class OnnxReport:
-    """What was written."""
-
-    path: Path
-    bytes: int
-    """Size of the graph and its data."""
-    quantised_layers: int
-
-
 def check_onnx_plan(config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
     """Return every reason why a model in that format cannot be exported, before it exists."""
-    problems = _missing() + graph_problems(config, "ONNX")
+    problems = package_problems("onnx") + config_problems(config, "ONNX", ARCHITECTURES)
     return problems + format_problems(weight_format, "ONNX", BITS, GROUP_SIZES)
 
 
 def check_onnx(model: PreTrainedModel) -> list[str]:
     """Return every reason why this model cannot be exported; reads no weights."""
-    return _missing() + check_graph(model, "ONNX", BITS, GROUP_SIZES)
+    problems = package_problems("onnx") + config_problems(model.config, "ONNX", ARCHITECTURES)
+    return problems + layer_problems(model, "ONNX", BITS, GROUP_SIZES)
 
 
-def _missing() -> list[str]:
-    if find_spec("onnx") is not None:
-        return []
-    return ["the package onnx is not installed; pip install 'graft-llm[onnx]'"]
-
-
-def export_onnx(
-    loaded: LoadedModel, folder: Path, on_tensor: Callable[[int, int], None] | None = None
-) -> OnnxReport:
+def export_onnx(loaded: LoadedModel, folder: Path, on_tensor: OnTensor | None = None) -> None:
     """Write model.onnx, its data, the configuration and the tokenizer as a folder.
 
     Everything but the integers is float32, and computed so. One weight at a time is in memory; the
@@ -82,25 +67,22 @@ def export_onnx(
     ops = _OnnxOps()
     DecoderGraph(loaded.model, ops).build()
     with new_folder(folder) as part:
-        ops.write_data(part / DATA, on_tensor)
+        write_tensors(part / DATA, ops.stored, alignment=_ALIGNED, on_tensor=on_tensor)
         onnx.save(ops.model(), part / "model.onnx")
         write_model_files(loaded, part, torch.float32)
-    size = sum((folder / name).stat().st_size for name in ("model.onnx", DATA))
-    return OnnxReport(folder, size, ops.quantised_layers)
 
 
 class _OnnxOps:
     """`GraphOps` as ONNX nodes."""
 
     def __init__(self) -> None:
-        self.quantised_layers = 0
+        self.stored: list[FileTensor] = []
+        """The weights, whose data lie in the file beside the graph."""
         self._nodes: list[Any] = []
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
         self._small: list[Any] = []
-        self._data: list[tuple[Any, Callable[[], Tensor]]] = []
         self._tables: dict[int, str] = {}
-        self._end = 0
         self._count = 0
 
     def _node(self, kind: str, inputs: Sequence[Node], domain: str = "", **attributes: Any) -> Node:
@@ -128,44 +110,34 @@ class _OnnxOps:
         self, name: str, shape: Sequence[int], dtype: torch.dtype, make: Callable[[], Tensor]
     ) -> Node:
         """Return a constant whose data lie in the file beside the graph."""
-        from onnx import TensorProto
-
-        start = -(-self._end // _ALIGNED) * _ALIGNED
-        kind = {torch.float32: TensorProto.FLOAT, torch.uint8: TensorProto.UINT8}[dtype]
-        proto = TensorProto(name=name, data_type=kind, dims=list(shape))
-        length = dtype.itemsize * torch.Size(shape).numel()
-        proto.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", DATA), ("offset", start), ("length", length)):
-            proto.external_data.add(key=key, value=str(value))
-        self._end = start + length
-        self._data.append((proto, make))
+        self.stored.append(FileTensor(name, tuple(shape), dtype, make))
         return name
-
-    def write_data(self, path: Path, on_tensor: Callable[[int, int], None] | None) -> None:
-        """Write the weights one after another, each where the graph says."""
-        try:
-            with path.open("wb") as file:
-                for done, (proto, make) in enumerate(self._data, start=1):
-                    entries = {entry.key: entry.value for entry in proto.external_data}
-                    file.seek(int(entries["offset"]))
-                    data = make().detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                    assert data.numel() == int(entries["length"]), proto.name
-                    file.write(data.numpy().data)
-                    if on_tensor is not None:
-                        on_tensor(done, len(self._data))
-        except OSError as error:
-            raise GraftError(f"{path} cannot be written: {error.strerror or error}") from error
 
     def model(self) -> Any:
         """Return the ModelProto."""
         from onnx import helper
 
-        constants = self._small + [proto for proto, _ in self._data]
+        constants = self._small + self._external()
         graph = helper.make_graph(self._nodes, "decoder", self._inputs, self._outputs, constants)
         domains = [helper.make_opsetid("", _OPSET), helper.make_opsetid("com.microsoft", 1)]
         model = helper.make_model(graph, opset_imports=domains, producer_name="graft")
         model.ir_version = _IR_VERSION
         return model
+
+    def _external(self) -> list[Any]:
+        """Return what the graph says of each weight: where its data lie."""
+        from onnx import TensorProto
+
+        kinds = {torch.float32: TensorProto.FLOAT, torch.uint8: TensorProto.UINT8}
+        found = []
+        for tensor, start in zip(self.stored, starts(self.stored, _ALIGNED), strict=True):
+            kind = kinds[tensor.dtype]
+            proto = TensorProto(name=tensor.name, data_type=kind, dims=tensor.shape)
+            proto.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", DATA), ("offset", start), ("length", tensor.bytes)):
+                proto.external_data.add(key=key, value=str(value))
+            found.append(proto)
+        return found
 
     def _value(self, name: str, integers: bool, sizes: Sequence[int | str]) -> Any:
         from onnx import TensorProto, helper
@@ -220,7 +192,6 @@ class _OnnxOps:
 
     def quantised(self, name: str, x: Node, layer: FrozenLinear) -> Node:
         weight_format = int_format(layer)
-        self.quantised_layers += 1
         bits = 4 if weight_format.bits == 3 else weight_format.bits
         size, rows, columns = weight_format.group_size, layer.out_features, layer.in_features
         groups = weight_format.groups(columns)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,16 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from graft.errors import raise_problems
-from graft.export.decoder_graph import DecoderGraph, Node, Size, check_graph, graph_problems
+from graft.export.decoder_graph import ARCHITECTURES, DecoderGraph, Node, Size
 from graft.export.layers import (
+    FolderReport,
+    config_problems,
     format_problems,
     int_format,
     layer_codes,
+    layer_problems,
+    package_problems,
+    short_group_notes,
     side_by_side,
     whole_groups,
     zero_points,
@@ -36,39 +39,26 @@ from graft.model.save import new_folder, write_model_files
 
 BITS = (2, 3, 4, 8)
 """2- and 3-bit codes are kept in 4 bits."""
-_UNARY = {"cos": "cos", "sin": "sin", "sigmoid": "sigmoid", "tanh": "tanh"}
-
-
-@dataclass(frozen=True)
-class OpenVinoReport:
-    """What was written."""
-
-    path: Path
-    bytes: int
-    """Size of the graph and its weights."""
-    quantised_layers: int
-    float32_layers: tuple[str, ...]
-    """Layers in the int format whose rows end in a short group: their exact weights in float32."""
+_HINT = (
+    "OpenVINO computes in bf16 on processors that have it; for the same answers compile the model "
+    "with INFERENCE_PRECISION_HINT=f32"
+)
 
 
 def check_openvino_plan(config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
     """Return every reason why a model in that format cannot be exported, before it exists."""
-    problems = _missing() + graph_problems(config, "OpenVINO")
+    problems = package_problems("openvino") + config_problems(config, "OpenVINO", ARCHITECTURES)
     return problems + format_problems(weight_format, "OpenVINO", BITS, GROUP_SIZES)
 
 
 def check_openvino(model: PreTrainedModel) -> list[str]:
     """Return every reason why this model cannot be exported; reads no weights."""
-    return _missing() + check_graph(model, "OpenVINO", BITS, GROUP_SIZES)
+    problems = package_problems("openvino")
+    problems += config_problems(model.config, "OpenVINO", ARCHITECTURES)
+    return problems + layer_problems(model, "OpenVINO", BITS, GROUP_SIZES)
 
 
-def _missing() -> list[str]:
-    if find_spec("openvino") is not None:
-        return []
-    return ["the package openvino is not installed; pip install 'graft-llm[openvino]'"]
-
-
-def export_openvino(loaded: LoadedModel, folder: Path) -> OpenVinoReport:
+def export_openvino(loaded: LoadedModel, folder: Path) -> FolderReport:
     """Write openvino_model.xml and .bin, the configuration and the tokenizer as a folder.
 
     Everything but the integers is float32. The weights of the whole graph are in memory, the
@@ -84,9 +74,8 @@ def export_openvino(loaded: LoadedModel, folder: Path) -> OpenVinoReport:
         path = part / "openvino_model.xml"
         openvino.save_model(ops.model(), path, compress_to_fp16=False)
         write_model_files(loaded, part, torch.float32)
-    names = ("openvino_model.xml", "openvino_model.bin")
-    size = sum((folder / name).stat().st_size for name in names)
-    return OpenVinoReport(folder, size, ops.quantised_layers, tuple(ops.float32_layers))
+    short = tuple(ops.float32_layers)
+    return FolderReport(short, (_HINT, *short_group_notes("OpenVINO", short)))
 
 
 class _OpenVinoOps:
@@ -96,7 +85,6 @@ class _OpenVinoOps:
         import openvino
         from openvino import opset13
 
-        self.quantised_layers = 0
         self.float32_layers: list[str] = []
         self._ov, self._set = openvino, opset13
         self._parameters: list[Any] = []
@@ -153,7 +141,6 @@ class _OpenVinoOps:
         if not whole_groups(layer):
             self.float32_layers.append(name)
             return self.dense(name, x, layer)
-        self.quantised_layers += 1
         wide = weight_format.bits == 8
         packed = side_by_side(layer_codes(layer), 8 if wide else 4)
         kind = self._ov.Type.u8 if wide else self._ov.Type.u4
@@ -186,7 +173,7 @@ class _OpenVinoOps:
         return self._set.reduce_mean(self._set.multiply(x, x), self._whole(-1), True)
 
     def unary(self, kind: str, x: Node) -> Node:
-        return getattr(self._set, _UNARY[kind])(x)
+        return getattr(self._set, kind)(x)
 
     def softmax(self, x: Node) -> Node:
         return self._set.softmax(x, -1)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from graft.errors import GraftError
+from graft.export.config import ExportTarget
+from graft.model.gguf_layout import head_dim
 from graft.model.load import load_model, read_config, read_tokenizer
 from graft.model.weights import read_json
 
-PACKAGES = {
+PACKAGES: dict[ExportTarget, tuple[str, str]] = {
     "gguf": ("llama_cpp", "llama-cpp-python"),
     "mlx": ("mlx_lm", "'mlx[cpu]' mlx-lm"),
     "onnx": ("onnxruntime", "onnxruntime"),
@@ -43,7 +46,7 @@ class Runtime(Protocol):
         """The tokens that end an answer."""
 
 
-def target_of(path: Path) -> str:
+def target_of(path: Path) -> ExportTarget:
     """Return which target a file or folder was exported to; raises GraftError for none of them."""
     if path.suffix == ".gguf" and path.is_file():
         return "gguf"
@@ -60,7 +63,7 @@ def target_of(path: Path) -> str:
     )
 
 
-def start(target: str, path: Path, tokens: int) -> Runtime:
+def start(target: ExportTarget, path: Path, tokens: int) -> Runtime:
     """Load a file in its runtime, for texts of so many tokens at most.
 
     Raises GraftError when the runtime is not installed or does not take the file.
@@ -70,18 +73,22 @@ def start(target: str, path: Path, tokens: int) -> Runtime:
         raise GraftError(
             f"{target} files run in {module}, which is not installed: pip install {packages}"
         )
-    started: dict[str, Callable[[Path, int], Runtime]] = {
+    started: dict[ExportTarget, Callable[[Path, int], Runtime]] = {
         "gguf": _LlamaCpp,
         "mlx": _Mlx,
         "onnx": _Onnx,
         "openvino": _OpenVino,
         "hf": _Transformers,
     }
+    return started[target](path, tokens)
+
+
+@contextmanager
+def _loading(path: Path, module: str, *errors: type[Exception]) -> Iterator[None]:
+    """Say of a file that its runtime refuses, with one of these errors, that it does not load."""
     try:
-        return started[target](path, tokens)
-    except GraftError:
-        raise
-    except Exception as error:  # whatever a foreign loader raises: the file does not load
+        yield
+    except errors as error:
         raise GraftError(f"{path}: {module} does not load it: {error}") from error
 
 
@@ -91,15 +98,16 @@ class _LlamaCpp:
     def __init__(self, path: Path, tokens: int) -> None:
         import llama_cpp
 
-        self._engine = llama_cpp.Llama(
-            str(path),
-            n_ctx=tokens,
-            logits_all=True,
-            flash_attn=False,
-            type_k=llama_cpp.GGML_TYPE_F32,
-            type_v=llama_cpp.GGML_TYPE_F32,
-            verbose=False,
-        )
+        with _loading(path, "llama_cpp", ValueError, RuntimeError):
+            self._engine = llama_cpp.Llama(
+                str(path),
+                n_ctx=tokens,
+                logits_all=True,
+                flash_attn=False,
+                type_k=llama_cpp.GGML_TYPE_F32,
+                type_v=llama_cpp.GGML_TYPE_F32,
+                verbose=False,
+            )
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         self._engine.reset()
@@ -152,7 +160,8 @@ class _Mlx(_Folder):
         super().__init__(path)
         import mlx_lm
 
-        self._model = mlx_lm.load(str(path))[0]
+        with _loading(path, "mlx_lm", ValueError, RuntimeError, KeyError):
+            self._model = mlx_lm.load(str(path))[0]
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         import mlx.core as mx
@@ -169,8 +178,6 @@ class _Graph(_Folder):
         self._config = read_config(path)
 
     def _feeds(self, ids: Sequence[int]) -> dict[str, Any]:
-        from graft.model.gguf_layout import head_dim
-
         count, config = len(ids), self._config
         empty = np.zeros((1, config.num_key_value_heads, 0, head_dim(config)), np.float32)
         cache = {
@@ -189,9 +196,12 @@ class _Onnx(_Graph):
     def __init__(self, path: Path, tokens: int) -> None:
         super().__init__(path)
         import onnxruntime
+        from onnxruntime.capi import onnxruntime_pybind11_state as errors
 
         file = str(path / "model.onnx")
-        self._session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        refused = (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph)
+        with _loading(path, "onnxruntime", *refused, errors.InvalidArgument, errors.NoModel):
+            self._session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         return torch.from_numpy(self._session.run(["logits"], self._feeds(ids))[0][0])
@@ -206,7 +216,8 @@ class _OpenVino(_Graph):
 
         file = str(path / "openvino_model.xml")
         settings = {"INFERENCE_PRECISION_HINT": "f32"}
-        self._compiled = openvino.Core().compile_model(file, "CPU", settings)
+        with _loading(path, "openvino", RuntimeError):
+            self._compiled = openvino.Core().compile_model(file, "CPU", settings)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         return torch.from_numpy(self._compiled(self._feeds(ids))["logits"][0].copy())

@@ -30,6 +30,7 @@ from graft.model.targets import frozen_linear, linear_layers, linear_shape, sele
 from graft.model.weights import WeightFiles, read_json
 
 QUANTISATION_FILE = "graft.json"
+_NO_TOKENIZER = (ValueError, KeyError, OSError, ImportError)
 FORMAT_VERSION = 1
 CONFIG_MARKER = {"packed_by": "graft"}
 """The quantization_config of a quantised folder. Readers without graft must refuse it rather than
@@ -110,7 +111,10 @@ def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedT
     """Return the model's tokenizer; raises GraftError when the folder has none."""
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, OSError, ImportError) as error:
+    except Exception as error:
+        # For a damaged tokenizer.json the library raises Exception itself, and no kind of it.
+        if type(error) is not Exception and not isinstance(error, _NO_TOKENIZER):
+            raise
         raise GraftError(f"{folder} has no tokenizer that can be loaded: {error}") from error
 
 

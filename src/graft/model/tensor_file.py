@@ -1,4 +1,4 @@
-"""Writing a safetensors file tensor by tensor, so that one of them at a time is in memory."""
+"""Writing a file of tensors one by one, so that one of them at a time is in memory."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ _CODES = {
     torch.int64: "I64",
 }
 
+OnTensor = Callable[[int, int], None]
+
 
 @dataclass(frozen=True)
 class FileTensor:
@@ -40,11 +42,21 @@ class FileTensor:
 
 
 def write_tensor_file(
+    path: Path, tensors: Sequence[FileTensor], on_tensor: OnTensor | None = None
+) -> None:
+    """Write a safetensors file; see `write_tensors`."""
+    write_tensors(path, tensors, header=_header(tensors), on_tensor=on_tensor)
+
+
+def write_tensors(
     path: Path,
     tensors: Sequence[FileTensor],
-    on_tensor: Callable[[int, int], None] | None = None,
+    *,
+    header: bytes = b"",
+    alignment: int = 1,
+    on_tensor: OnTensor | None = None,
 ) -> None:
-    """Write the tensors in their order to a temporary name, then rename.
+    """Write the tensors in their order, as `starts` places them, to a temporary name, then rename.
 
     on_tensor is called after each with (tensors written, all tensors). Raises GraftError when the
     file cannot be written.
@@ -52,8 +64,10 @@ def write_tensor_file(
     temporary = path.with_name(path.name + ".part")
     try:
         with temporary.open("wb") as file:
-            file.write(_header(tensors))
-            for done, tensor in enumerate(tensors, start=1):
+            file.write(header)
+            places = zip(tensors, starts(tensors, alignment), strict=True)
+            for done, (tensor, start) in enumerate(places, start=1):
+                file.seek(len(header) + start)
                 data = tensor.make().detach().cpu().contiguous().reshape(-1).view(torch.uint8)
                 assert data.numel() == tensor.bytes, tensor.name
                 file.write(data.numpy().data)
@@ -66,16 +80,23 @@ def write_tensor_file(
         temporary.unlink(missing_ok=True)
 
 
+def starts(tensors: Sequence[FileTensor], alignment: int = 1) -> list[int]:
+    """Return where each tensor begins behind the header: at a multiple of the alignment."""
+    places, end = [], 0
+    for tensor in tensors:
+        places.append(-(-end // alignment) * alignment)
+        end = places[-1] + tensor.bytes
+    return places
+
+
 def _header(tensors: Sequence[FileTensor]) -> bytes:
     """Return the length of the JSON as 8 bytes, and the JSON, filled up to a multiple of 8."""
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for tensor in tensors:
-        start, end = end, end + tensor.bytes
+    for tensor, start in zip(tensors, starts(tensors), strict=True):
         entries[tensor.name] = {
             "dtype": _CODES[tensor.dtype],
             "shape": list(tensor.shape),
-            "data_offsets": [start, end],
+            "data_offsets": [start, start + tensor.bytes],
         }
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)

@@ -1,0 +1,7 @@
+"""What a model can be exported to."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ExportTarget = Literal["gguf", "mlx", "onnx", "openvino", "hf", "peft"]

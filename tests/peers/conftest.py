@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from graft.formats.int_group import IntGroupFormat
+from graft.model.load import LoadedModel, load_model
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+HALF_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
+    "llama3-rope": (
+        LlamaConfig,
+        {"rope_parameters": LLAMA3_ROPE, "attention_bias": True, "mlp_bias": True},
+    ),
+    "tied-llama": (LlamaConfig, {"tie_word_embeddings": True, "head_dim": 32}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+    "mistral-window": (MistralConfig, {"sliding_window": 16}),
+    "qwen2": (Qwen2Config, {}),
+    "tied-qwen2": (Qwen2Config, {"tie_word_embeddings": True, "rope_parameters": LINEAR_ROPE}),
+    "qwen3": (Qwen3Config, {"head_dim": 32}),
+    "gemma": (GemmaConfig, {"head_dim": 16, "hidden_activation": "gelu_pytorch_tanh"}),
+    "phi": (PhiConfig, {"rope_parameters": HALF_ROPE}),
+}
+
+
+@pytest.fixture
+def tiny_model() -> Callable[..., PreTrainedModel]:
+    """Return a function from a name above, and settings beside its own, to a random model."""
+
+    def make(name: str, **changes: Any) -> PreTrainedModel:
+        kind, own = ARCHITECTURES[name]
+        model = AutoModelForCausalLM.from_config(kind(**SIZES | own | changes)).eval()
+        for parameter in model.parameters():  # norms and biases of 1 and 0 would hide mistakes
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter.data, 1.0, 0.2)
+        return model
+
+    return make
+
+
+@pytest.fixture
+def tiny_loaded(
+    tiny_model: Callable[..., PreTrainedModel], tiny_base: Path, tmp_path: Path
+) -> Callable[..., LoadedModel]:
+    """Return a function to such a model as graft loads it, quantised to so many bits."""
+
+    def make(name: str, bits: int | None) -> LoadedModel:
+        source = tmp_path / "source"
+        tiny_model(name, vocab_size=160).save_pretrained(source)
+        for file in tiny_base.glob("*token*"):
+            (source / file.name).write_bytes(file.read_bytes())
+        weight_format = None if bits is None else IntGroupFormat(bits, 32)
+        return load_model(str(source), weight_format=weight_format, dtype="float32")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stories(shared_data: Path) -> list[str]:
+    with gzip.open(shared_data / "tinystories" / "heldout.jsonl.gz", "rt") as lines:
+        return [json.loads(line)["text"] for line in lines]
+
+
+@pytest.fixture(scope="session")
+def first_ids() -> Callable[..., torch.Tensor]:
+    """Return a function to the first ids of those texts that have so many."""
+
+    def make(tokenizer: Any, texts: list[str], length: int) -> torch.Tensor:
+        rows = [tokenizer(text)["input_ids"] for text in texts]
+        return torch.tensor([row[:length] for row in rows if len(row) >= length])
+
+    return make
