@@ -45,13 +45,14 @@ def exported(tiny_base: Path, rows: Path, tmp_path_factory: pytest.TempPathFacto
 
 
 def spoilt(logits: torch.Tensor) -> torch.Tensor:
-    return torch.cat([logits[:-1], torch.full_like(logits[-1:], torch.nan)])
+    """No number where the last target is predicted."""
+    return torch.cat([logits[:-2], torch.full_like(logits[-2:-1], torch.nan), logits[-1:]])
 
 
 def one_off(logits: torch.Tensor) -> torch.Tensor:
-    """The least likely token of one position, a little more likely."""
+    """The least likely last target, a little more likely."""
     moved = logits.clone()
-    moved[0, moved[0].argmin()] += 0.01 * logits.abs().max()
+    moved[-2, moved[-2].argmin()] += 0.01 * logits.abs().max()
     return moved
 
 
@@ -63,6 +64,11 @@ CHANGES = {
     "chat template": {"template": "another"},
     "ends an answer": {"stop_ids": {7}},
 }
+
+
+def before_the_answer(logits: torch.Tensor) -> torch.Tensor:
+    """Nothing but noise on the prompt, which no run of prompts and completions is trained on."""
+    return torch.cat([torch.randn_like(logits[:4]), logits[4:]])
 
 
 def verified(exported, monkeypatch, **changes) -> graft.api.verify.Certificate:
@@ -77,6 +83,10 @@ def test_the_real_runtime_passes(exported, monkeypatch):
     found = verified(exported, monkeypatch)
     assert found.passed and found.problems == ()
     assert found.fidelity.mean_kl <= 1e-9 and found.equal_texts == found.texts > 0
+
+
+def test_only_targets_count(exported, monkeypatch):
+    assert verified(exported, monkeypatch, change=before_the_answer).passed
 
 
 @pytest.mark.parametrize("problem", list(CHANGES))

@@ -35,6 +35,7 @@ def run(tiny_base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -
         graft.TrainConfig(
             model=str(base),
             data=str(rows),
+            eval_fraction=0.25,
             method="qalora",
             steps=4,
             batch_size=4,

@@ -16,6 +16,7 @@ from graft.api.events import Events
 from graft.api.export import bytes_on_disk, export_model, merge_for_export
 from graft.api.run_folder import is_run, load_any, read_run_config
 from graft.data.config import DataConfig
+from graft.data.encode import Example
 from graft.data.load import load_examples, load_train_and_eval, resolve_max_length
 from graft.errors import GraftError
 from graft.evaluate.fidelity import Fidelity, FidelitySum
@@ -27,7 +28,8 @@ from graft.model.save import write_json
 ROWS, TOKENS = 40, 128
 """Held-out rows that are scored, and tokens of each."""
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 16, 64
-"""Golden prompts: the beginnings of held-out rows, continued greedily."""
+"""Golden prompts: held-out rows up to their first target, of so many tokens at least, continued
+greedily."""
 MAX_KL, MAX_PERPLEXITY, MAX_LOGIT = 1e-3, 0.005, 2e-3
 """The bounds: nats per position; change of the perplexity, where the runtime rounds activations;
 largest difference of a logit as a share of the largest logit, where it does not."""
@@ -95,9 +97,9 @@ def verify(
     differing = _differing(model, path, target, requantize, events)
     if requantize:  # what was rounded is the model that the file is to be
         merge_for_export(loaded, target, requantize, events)
-    runtime = start(target, path, max(TOKENS, PROMPT_TOKENS + NEW_TOKENS))
+    runtime = start(target, path, TOKENS + NEW_TOKENS)
     fidelity = _fidelity(loaded, runtime, rows, events)
-    prompts = [row[:PROMPT_TOKENS] for row in rows if len(row) >= PROMPT_TOKENS][:PROMPTS]
+    prompts = [prompt for prompt in map(_prompt, rows) if len(prompt) >= PROMPT_TOKENS][:PROMPTS]
     gaps = []
     for done, prompt in enumerate(prompts, start=1):
         gaps.append(_first_gap(loaded, runtime, prompt))
@@ -131,8 +133,8 @@ def verify(
 
 def _held_out(
     model: Path, loaded: LoadedModel, data: str | None
-) -> tuple[list[list[int]], list[str]]:
-    """Return ids of held-out rows, cut, and the texts that those decode to."""
+) -> tuple[list[Example], list[str]]:
+    """Return held-out rows with their targets, cut, and the texts that those decode to."""
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     if data is not None:
         config = DataConfig(data=data, eos=False)
@@ -143,12 +145,21 @@ def _held_out(
     else:
         raise GraftError(f"{model} is no run, so it has no held-out rows; give --data")
     length = min(TOKENS, limit or TOKENS)
-    rows = [list(example.input_ids[:length]) for example in encoded.examples[:ROWS]]
-    rows = [row for row in rows if len(row) > 1]
+    cut = (
+        dataclasses.replace(row, input_ids=row.input_ids[:length], targets=row.targets[:length])
+        for row in encoded.examples
+    )
+    rows = [row for row in cut if any(row.targets)][:ROWS]
     if not rows:
-        raise GraftError("no held-out row has two tokens; give other --data")
-    texts = [str(loaded.tokenizer.decode(row, skip_special_tokens=True)) for row in rows]
+        raise GraftError(
+            f"no held-out row has a target within its first {length} tokens; give other --data"
+        )
+    texts = [str(loaded.tokenizer.decode(row.input_ids, skip_special_tokens=True)) for row in rows]
     return rows, texts
+
+
+def _prompt(row: Example) -> list[int]:
+    return row.input_ids[: max(row.targets.index(True), PROMPT_TOKENS)]
 
 
 def _differing(
@@ -182,11 +193,11 @@ def _chunks(path: Path) -> Iterator[bytes]:
 
 
 def _fidelity(
-    loaded: LoadedModel, runtime: Runtime, rows: Sequence[list[int]], events: Events
+    loaded: LoadedModel, runtime: Runtime, rows: Sequence[Example], events: Events
 ) -> Fidelity:
     total = FidelitySum()
     for done, row in enumerate(rows, start=1):
-        total.add(row, _logits(loaded, row), runtime.logits(row))
+        total.add(row, _logits(loaded, row.input_ids), runtime.logits(row.input_ids))
         events.progress("scoring", done, len(rows))
     return total.result()
 

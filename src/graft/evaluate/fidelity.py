@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from graft.data.encode import Example
+
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Differences between a reference's predictions and another model's."""
+    """Differences between a reference's predictions and another model's, over targets."""
 
     mean_kl: float
     """Mean KL(reference || other) per position, in nats."""
@@ -21,7 +22,7 @@ class Fidelity:
     logit_difference: float
     """Largest |difference| of a logit, as a share of the reference's largest |logit|."""
     perplexity: float
-    """The reference's, per token that follows another."""
+    """The reference's, per target."""
     other_perplexity: float
     positions: int
 
@@ -34,25 +35,25 @@ class FidelitySum:
         self._differences: list[float] = []
         self._largest: list[float] = []
         self._losses = [0.0, 0.0]
-        self._positions = self._targets = 0
+        self._positions = 0
 
-    def add(self, ids: Sequence[int], reference: Tensor, other: Tensor) -> None:
-        """Add a text: its ids and both models' logits [tokens, vocabulary]."""
-        ours, theirs = reference.double(), other.double()
+    def add(self, example: Example, reference: Tensor, other: Tensor) -> None:
+        """Add a row with a target at least, and both models' logits [tokens, vocabulary]."""
+        asked = torch.tensor(example.targets[1:])
+        following = torch.tensor(example.input_ids[1:])[asked, None]
+        ours, theirs = (logits[:-1][asked].double() for logits in (reference, other))
         self._differences.append(float((ours - theirs).abs().max()))
         self._largest.append(float(ours.abs().max()))
         log_p, log_q = ours.log_softmax(-1), theirs.log_softmax(-1)
         self._divergence += float((log_p.exp() * (log_p - log_q)).sum())
         self._agree += float((ours.argmax(-1) == theirs.argmax(-1)).sum())
-        following = torch.tensor(ids[1:])[:, None]
         for index, log in enumerate((log_p, log_q)):
-            self._losses[index] -= float(log[:-1].gather(-1, following).sum())
-        self._positions += len(ids)
-        self._targets += len(ids) - 1
+            self._losses[index] -= float(log.gather(-1, following).sum())
+        self._positions += len(following)
 
     def result(self) -> Fidelity:
-        """Return the figures over all texts, of which one has two tokens at least."""
-        perplexity, other = (math.exp(loss / self._targets) for loss in self._losses)
+        """Return the figures over all rows, of which there is one at least."""
+        perplexity, other = (math.exp(loss / self._positions) for loss in self._losses)
         return Fidelity(
             mean_kl=self._divergence / self._positions,
             top1_agreement=self._agree / self._positions,

@@ -42,6 +42,7 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None
             fontsize=8,
             color="#c8442e",
         )
+    top.margins(y=0.1)  # room for the figure above the first point
     top.set_ylabel("loss (nats per target token)")
     top.set_title(title)
     top.grid(alpha=0.3)
