@@ -306,7 +306,7 @@ def test_the_configuration_defaults_to_data_free_rounding_but_for_merge_aware() 
     for method in ("qalora", "affine"):
         widths = (2, 3, 4, 8, "auto", None)
         chosen = [chosen_solver(config, method, bits) for bits in widths]
-        assert chosen == ["qep", "qep", "rtn", "rtn", "rtn", "rtn"]
+        assert chosen == ["gptq", "gptq", "rtn", "rtn", "rtn", "rtn"]
     assert chosen_solver(config, "qlora", 2) == "rtn"
     assert chosen_solver(SolverConfig(solver="hqq"), "merge_aware") == "hqq"
 

@@ -20,7 +20,7 @@ class SolverConfig:
     the columns that follow make up for the error on calibration text (arXiv 2210.17323); qep: gptq,
     but each weight first makes up for half of what rounding the layers before has done to its
     inputs (2504.09629); hqq: fit the offsets of the int format to a sparse error, data-free. The
-    default is qep for method merge_aware, and for qalora and affine at 2 and 3 bits, else rtn."""
+    default is qep for method merge_aware, gptq for qalora and affine at 2 and 3 bits, else rtn."""
     calibration_rows: int = 128
     """Rows of the data that gptq and qep calibrate on, and that --bits auto measures layers on."""
     damping: float = 0.01
