@@ -30,7 +30,7 @@ from graft.errors import GraftError
 
 
 def test_words_name_contenders() -> None:
-    words = ["base", "lora", "lora+gptq", "qlora+rtn", "qalora@gptq", "merge_aware@gptq"]
+    words = ["base", "lora", "lora+gptq", "qlora+rtn", "qalora@gptq", "merge_aware@qep"]
     assert parse_contenders(words) == [
         Contender("base"),
         Contender("lora"),

@@ -108,7 +108,7 @@ def test_every_solver_result_takes_every_adapter(name: str, options: dict, metho
     x = torch.randn(300, IN) @ torch.randn(IN, IN)
     hessian = x.double().T @ x.double()
     if not isinstance(weight_format, GridFormat):
-        with pytest.raises(GraftError, match="needs a format with a grid"):
+        with pytest.raises(GraftError, match="need a format with a grid"):
             gptq_pack(weight, hessian, weight_format)
         return
     base = FrozenLinear(IN, OUT, weight_format, gptq_pack(weight, hessian, weight_format))

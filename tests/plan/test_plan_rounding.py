@@ -31,8 +31,8 @@ def test_rounding_takes_a_float32_copy_of_the_adapted_weights(model_folder):
     always, later = ({row.name: row.bytes for row in plan.rows} for plan in plans)
     assert always["rounding"] == 0
     largest, weights = 48 * 172, 3 * (2 * 48 * 48 + 2 * 24 * 48 + 3 * 48 * 172)
-    hessians = 8 * (6 * 48**2 + 172**2 + 4 * 172**2)
-    states = 2 * 48 * 4  # one token's, before and behind a layer
+    hessians = 8 * (2 * (6 * 48**2 + 172**2) + 4 * 172**2)  # and the drift's
+    states = 4 * 48 * 4  # one token's, before and behind a layer, rounded and not
     assert later["rounding"] == 4 * weights + 36 * largest + hessians + states
     # One token's step needs less than the rounding between two steps.
     names = ("frozen weights", "other weights", "trained weights", "optimizer", "rounding")

@@ -13,8 +13,8 @@ from torch import Tensor
 from graft.adapters.loftq import LoftQ
 from graft.api.config import WIDTHS, QuantizeConfig, check_solver, chosen_solver, format_description
 from graft.api.events import Events
-from graft.calibrate.config import Solver
-from graft.calibrate.driver import calibrate_model
+from graft.calibrate.config import CALIBRATED, Solver
+from graft.calibrate.driver import QEP_SHARE, calibrate_model
 from graft.calibrate.hqq import hqq_pack
 from graft.calibrate.widths import choose_widths
 from graft.data.config import DataConfig
@@ -47,10 +47,10 @@ def load_quantised(
 ) -> LoadedModel:
     """Load a base model with its target layers in a weight format; see `load_model`.
 
-    rtn and hqq round each weight while it is read; gptq loads the whole model first and quantises
-    it layer by layer on the calibration rows. With `loftq` each layer is rounded together with the
-    start of its adapter. With a `budget` of bits per weight the model is first read as it is, to
-    choose a width out of `widths` for each layer.
+    rtn and hqq round each weight while it is read; gptq and qep load the whole model first and
+    quantise it layer by layer on the calibration rows. With `loftq` each layer is rounded together
+    with the start of its adapter. With a `budget` of bits per weight the model is first read as it
+    is, to choose a width out of `widths` for each layer.
     """
     formats: WeightFormat | Mapping[str, WeightFormat] | None = weight_format
     batches = [torch.tensor([example.input_ids]) for example in calibration]
@@ -70,7 +70,7 @@ def load_quantised(
         )
         del dense
         events.note(_widths_note(formats))
-    at_once = None if solver == "gptq" else formats
+    at_once = None if solver in CALIBRATED else formats
     loaded = load_model(
         model,
         weight_format=at_once,
@@ -81,7 +81,7 @@ def load_quantised(
         pack=_rounding(solver, loftq),
         on_tensor=lambda done, total: events.progress("reading the model", done, total),
     )
-    if formats is not None and solver == "gptq":
+    if formats is not None and solver in CALIBRATED:
         names = select_targets(loaded.model, targets)
         freeze_layers(loaded.model, names)
         reports = calibrate_model(
@@ -90,12 +90,13 @@ def load_quantised(
             batches,
             formats,
             damping,
-            lambda done, total: events.progress("gptq", done, total),
+            lambda done, total: events.progress(solver, done, total),
+            QEP_SHARE if solver == "qep" else 0.0,
         )
         gptq = sum(report.gptq for report in reports.values())
         rtn = sum(report.rtn for report in reports.values())
         events.note(
-            f"gptq on {len(batches)} rows: squared output error {gptq / rtn:.2f} times "
+            f"{solver} on {len(batches)} rows: squared output error {gptq / rtn:.2f} times "
             "that of rounding to nearest"
         )
     return loaded
@@ -134,8 +135,8 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
         raise GraftError("--format says nothing to quantise to; give nf4, fp4, int8 or int")
     solver = chosen_solver(config)
     check_solver(solver, description)
-    measured = "--solver gptq" if solver == "gptq" else "--bits auto"
-    if config.data is None and (solver == "gptq" or config.bits == "auto"):
+    measured = f"--solver {solver}" if solver in CALIBRATED else "--bits auto"
+    if config.data is None and (solver in CALIBRATED or config.bits == "auto"):
         raise GraftError(f"{measured} needs --data, whose text calibrates it")
     out = Path(config.out)
     if out.exists():
@@ -158,7 +159,7 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
 
 
 def _calibration(config: QuantizeConfig) -> list[Example]:
-    if config.data is None or (chosen_solver(config) != "gptq" and config.bits != "auto"):
+    if config.data is None or (chosen_solver(config) not in CALIBRATED and config.bits != "auto"):
         return []
     from graft.model.load import find_folder, read_config, read_tokenizer
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Solver = Literal["rtn", "gptq", "hqq"]
+Solver = Literal["rtn", "gptq", "qep", "hqq"]
+
+CALIBRATED: tuple[Solver, ...] = ("gptq", "qep")
+"""Solvers that look at text, and need the whole model in memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,10 +17,11 @@ class SolverConfig:
 
     solver: Solver | None = None
     """rtn: round each weight to the nearest value, data-free; gptq: round column by column and let
-    the columns that follow make up for the error on calibration text (arXiv 2210.17323); hqq: fit
-    the offsets of the int format to a sparse error, data-free. The default is gptq for method
-    merge_aware, and for qalora and affine at 2 and 3 bits, else rtn."""
+    the columns that follow make up for the error on calibration text (arXiv 2210.17323); qep: gptq,
+    but each weight first makes up for half of what rounding the layers before has done to its
+    inputs (2504.09629); hqq: fit the offsets of the int format to a sparse error, data-free. The
+    default is qep for method merge_aware, gptq for qalora and affine at 2 and 3 bits, else rtn."""
     calibration_rows: int = 128
-    """Rows of the data that gptq calibrates on, and that --bits auto measures the layers on."""
+    """Rows of the data that gptq and qep calibrate on, and that --bits auto measures layers on."""
     damping: float = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean (gptq)."""
+    """Added to the Hessian's diagonal, as a fraction of its mean (gptq, qep)."""

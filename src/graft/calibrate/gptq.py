@@ -16,18 +16,25 @@ class HessianSum:
     """H = sum over tokens of x xᵀ for the inputs x of one linear layer.
 
     `value`: float64 [in_features, in_features]; each batch's product is taken in float32.
+    `drift`: the sum of (d - x) xᵀ likewise, with d the inputs that the layer had before the layers
+    in front of it were rounded; None where none were given.
     `tokens`: how many inputs were added.
     """
 
     def __init__(self, in_features: int, device: torch.device | str | None = None) -> None:
         self.value = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
+        self.drift: Tensor | None = None
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add the inputs x [..., in_features] of any floating dtype."""
+    def add(self, x: Tensor, unrounded: Tensor | None = None) -> None:
+        """Add the inputs x [..., in_features] of any floating dtype, and d of the same shape."""
         inputs = x.detach().reshape(-1, x.shape[-1]).float()
         self.value += inputs.T @ inputs
         self.tokens += inputs.shape[0]
+        if unrounded is not None:
+            lost = unrounded.detach().reshape(inputs.shape).float() - inputs
+            moved = (lost.T @ inputs).double()
+            self.drift = moved if self.drift is None else self.drift.add_(moved)
 
 
 def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
@@ -83,13 +90,30 @@ def gptq_pack(
     return grid_format.pack_codes(chosen, refitted, values.T)
 
 
+def made_up(weight: Tensor, inputs: HessianSum, share: float, damping: float) -> Tensor:
+    """Return the weight that makes up for a share of the drift of its inputs; float32.
+
+    W + share · W D H⁻¹, with D the drift and H the damped Hessian; with share 1 and no damping the
+    least-squares solution of W' x = W d over the tokens, which fits the calibration text too
+    closely (QEP, arXiv 2504.09629). weight [out_features, in_features].
+
+    Raises GraftError when the damped Hessian is not positive definite.
+    """
+    if inputs.drift is None:
+        return weight.float()
+    damped = _damped(inputs.value.to(weight.device), damping)
+    wanted = weight.double() @ inputs.drift.to(damped)
+    lower = _cholesky(damped, damping)
+    return (weight.double() + share * torch.cholesky_solve(wanted.T, lower).T).float()
+
+
 def require_grid(weight_format: WeightFormat) -> GridFormat:
     """Return the format when a solver can round to its grid; raises GraftError otherwise."""
     if isinstance(weight_format, GridFormat):
         return weight_format
     raise GraftError(
-        f"solver 'gptq' needs a format with a grid (int, nf4, fp4), found {weight_format.name!r}; "
-        "choose another format, or --solver rtn"
+        "solvers 'gptq' and 'qep' need a format with a grid (int, nf4, fp4), found "
+        f"{weight_format.name!r}; choose another format, or --solver rtn"
     )
 
 
@@ -107,9 +131,11 @@ def _damped(hessian: Tensor, damping: float) -> Tensor:
 
 def _inverse_factor(damped: Tensor, damping: float) -> Tensor:
     """Return U, upper triangular, with Uᵀ U = inverse of the damped Hessian; float64."""
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    if not failed:
-        factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    return _cholesky(torch.cholesky_inverse(_cholesky(damped, damping)), damping, upper=True)
+
+
+def _cholesky(matrix: Tensor, damping: float, upper: bool = False) -> Tensor:
+    factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
     if failed or not factor.isfinite().all():
         raise GraftError(
             f"the Hessian with damping {damping} is not positive definite or not finite; expected "

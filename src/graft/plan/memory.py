@@ -316,14 +316,15 @@ def _merging_bytes(planned: PlannedModel, counts: WeightCounts, adapter: Adapter
 
 def _rounding_bytes(planned: PlannedModel, counts: WeightCounts, itemsize: int, tokens: int) -> int:
     """Return what calibrated rounding holds: the dense weights, of so many bytes each, the float64
-    copies of the layer at work, float64 Hessians (those of one decoder layer's linear layers, and
-    four more of the widest, which GPTQ factors), and a layer's inputs and outputs for all tokens.
+    copies of the layer at work, float64 Hessians (those of one decoder layer's linear layers, as
+    many of the drift, and four more of the widest, which GPTQ factors), and a layer's inputs and
+    outputs for all tokens, rounded and not.
     """
     text = planned.model.config.get_text_config()
     widths = [layer.in_features for _, layer in frozen_layers(planned.model)]
     squares = sum(width * width for width in widths) // text.num_hidden_layers
-    squares += 4 * max(widths) ** 2
-    hidden = 2 * tokens * text.hidden_size * planned.dtype.itemsize
+    squares = 2 * squares + 4 * max(widths) ** 2
+    hidden = 4 * tokens * text.hidden_size * planned.dtype.itemsize
     weights = itemsize * counts.frozen_weights
     return weights + MERGE_BYTES * counts.largest_layer + 8 * squares + hidden
 

@@ -61,9 +61,9 @@ class CompareConfig(DataConfig, ModelConfig):
     group_size: int = 32
     """Inputs that share a scale and an offset in the int format: 8, 16, 32, 64 or 128."""
     calibration_rows: int = 128
-    """Rows of the training data that gptq calibrates on."""
+    """Rows of the training data that gptq and qep calibrate on."""
     damping: float = 0.01
-    """Added to the Hessian's diagonal, as a fraction of its mean (gptq)."""
+    """Added to the Hessian's diagonal, as a fraction of its mean (gptq, qep)."""
     checkpointing: Literal["auto", "none", "products", "half", "layers"] = "auto"
     """What each decoder layer keeps for the backward pass; see graft train."""
     eval_every: int | None = None
