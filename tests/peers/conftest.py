@@ -45,6 +45,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+LINEAR_HALF_ROPE = LINEAR_ROPE | {"partial_rotary_factor": 0.5}
 HALF_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
     "llama3-rope": (
@@ -59,7 +60,7 @@ ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, {"head_dim": 32}),
     "gemma": (GemmaConfig, {"head_dim": 16, "hidden_activation": "gelu_pytorch_tanh"}),
     "phi": (PhiConfig, {"rope_parameters": HALF_ROPE}),
-    "tied-phi": (PhiConfig, {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "tied-phi": (PhiConfig, {"tie_word_embeddings": True, "rope_parameters": LINEAR_HALF_ROPE}),
     "phi3": (Phi3Config, {"sliding_window": 128}),
     "gpt2": (GPT2Config, {"n_inner": 96}),
     "gpt2-erf": (GPT2Config, {"activation_function": "gelu"}),

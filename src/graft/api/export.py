@@ -56,13 +56,12 @@ def export_model(
     """Write a run or a model folder to `out` for another program.
 
     gguf: one file for llama.cpp; INT layers become Q4_1 with the very same weights. ollama: a
-    folder with that file and a Modelfile, which prompts as training did. mlx:
-    a folder for mlx-lm; INT layers keep codes, scales and offsets. onnx, openvino: a folder for
-    ONNX Runtime or OpenVINO, with the integers and float zero points. Into these a lora or qlora
-    run is merged and written unquantised (with `requantize` rounded to INT4, and the error is
-    measured). hf: a plain Hugging Face folder, dequantised. peft: the adapter in PEFT's format,
-    qalora (trained with --grid-rank 0) as an ordinary LoRA. Raises GraftError when the target
-    cannot hold the model.
+    folder with that file and a Modelfile that prompts as training did. mlx: a folder for mlx-lm;
+    INT layers keep codes, scales and offsets. onnx, openvino: a folder for ONNX Runtime or
+    OpenVINO, with the integers and float zero points. Into these a lora or qlora run is merged and
+    written unquantised (with `requantize` rounded to INT4, and the error is measured). hf: a plain
+    Hugging Face folder, dequantised. peft: the adapter in PEFT's format, qalora (trained with
+    --grid-rank 0) as an ordinary LoRA. Raises GraftError when the target cannot hold the model.
     """
     events = events or Events()
     target = Path(out)
