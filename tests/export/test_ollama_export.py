@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -178,6 +179,21 @@ def test_a_run_and_a_folder_choose_their_prompt(tiny_base, rows, tmp_path, parse
         graft.export_model(merged, "ollama", out)
         found = dict(parsed((out / "Modelfile").read_text(encoding="utf-8")))
         assert found["template"].startswith(start)
+
+
+def test_a_run_on_messages_gets_the_template_that_it_was_trained_on(tiny_base, tmp_path, parsed):
+    turns = [{"role": "user", "content": "red"}, {"role": "assistant", "content": "lamp"}]
+    data = tmp_path / "rows.jsonl"
+    data.write_text((json.dumps({"messages": turns}) + "\n") * 8, encoding="utf-8")
+    run = tmp_path / "run"
+    settings = {"method": "qalora", "steps": 1, "batch_size": 2, "export": ("ollama",)}
+    graft.finetune(
+        graft.TrainConfig(model=str(tiny_base), data=str(data), out=str(run), **settings)
+    )
+    text = (run / "export" / "ollama" / "Modelfile").read_text(encoding="utf-8")
+    rendered = render_chat(dict(parsed(text))["template"], conversation("uau", ["a", "b", "c"]))
+    expected = "### user:\na\n\n### assistant:\nb<|end|>\n\n### user:\nc\n\n### assistant:\n"
+    assert rendered == expected
 
 
 def test_dense_models_too(make_llama, make_loaded, tmp_path):

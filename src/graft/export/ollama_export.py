@@ -107,7 +107,7 @@ def export_ollama(
             loaded.tokenizer,
             part / GGUF_FILE,
             unquantised=unquantised,
-            name=folder.name,
+            name=Path(GGUF_FILE).stem,  # and not the folder's, which may be renamed
             on_tensor=on_tensor,
         )
         (part / MODELFILE).write_text(text, encoding="utf-8")
