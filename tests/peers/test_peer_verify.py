@@ -13,6 +13,7 @@ import pytest
 from tokenizers.processors import TemplateProcessing
 
 import graft
+import graft.api.verify as verifying
 from graft.api.events import Events
 from graft.api.export import merge_for_export
 from graft.api.run_folder import load_any
@@ -150,8 +151,13 @@ def test_one_changed_byte_is_found(
 
 @pytest.mark.parametrize("changed", [None, "Modelfile", "model.gguf"])
 def test_a_folder_for_ollama(
-    changed: str | None, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+    changed: str | None,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(verifying, "PROMPTS", 2)
     pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test-peers installs it")
     folder = tmp_path / "ollama"
     graft.export_model(run, "ollama", folder)

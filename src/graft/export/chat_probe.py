@@ -77,7 +77,7 @@ def chat_joints(render: Render) -> ChatJoints:
 def checked_template(joints: ChatJoints, render: Render, bos: str) -> tuple[str, tuple[str, ...]]:
     """Return Ollama's template, and notes on what it does otherwise with rare contents.
 
-    bos: what `render` begins with and the joints do not ('' for nothing).
+    bos: what `render` may begin with and the joints do not.
 
     Raises GraftError when the template does more than write texts between messages.
     """

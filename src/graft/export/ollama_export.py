@@ -77,13 +77,12 @@ def ollama_prompt(
 
     joints = chat_joints(render)
     bos = str(tokenizer.bos_token) if convert_tokenizer(tokenizer, config).add_bos else ""
-    if not joints.start_user.startswith(bos):
-        bos = ""
-    template, notes = checked_template(joints.without_start(bos), render, bos)
+    rest = joints.without_start(bos)
+    template, notes = checked_template(rest, render, bos)
     behind = joints.assistant_user.lstrip()
     added = [token.content for token in tokenizer.added_tokens_decoder.values()]
     ends = sorted((token for token in added if behind.startswith(token)), key=len)[-1:]
-    return OllamaPrompt(template, bos, tuple(ends), notes)
+    return OllamaPrompt(template, "" if rest == joints else bos, tuple(ends), notes)
 
 
 def export_ollama(
