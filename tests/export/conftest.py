@@ -121,3 +121,52 @@ def tokenizer(
 @pytest.fixture
 def tokens() -> torch.Tensor:
     return torch.randint(0, 300, (2, 40))
+
+
+@pytest.fixture(scope="session")
+def parsed() -> Callable[[str], list[tuple[str, str]]]:
+    """Return a function from a Modelfile to its instructions, read as Ollama's parser does."""
+    return _parsed
+
+
+def _parsed(text: str) -> list[tuple[str, str]]:
+    """Return the instructions in order; of PARAMETER the name of the parameter."""
+    found, at = [], 0
+    while at < len(text):
+        if text[at] in " \t\r\n":
+            at += 1
+            continue
+        if text[at] == "#":
+            at = text.find("\n", at) % (len(text) + 1)
+            continue
+        name, _, rest = text[at:].partition(" ")
+        at += len(name) + 1
+        if name == "PARAMETER":
+            name, _, rest = rest.partition(" ")
+            at += len(name) + 1
+        value, used = _value(rest)
+        at += used
+        found.append((name.lower(), value))
+    return found
+
+
+def _value(rest: str) -> tuple[str, int]:
+    """Read up to the first line break outside quotes; what is not printable is dropped."""
+    read = ""
+    for used, letter in enumerate(rest):
+        whole = _unquoted(read.strip())
+        if letter in "\r\n" and whole is not None:
+            return whole, used
+        if letter.isprintable() or letter in " \t\r\n":
+            read += letter
+    whole = _unquoted(read.strip())
+    assert whole is not None, f"a quote is not closed: {read!r}"
+    return whole, len(rest)
+
+
+def _unquoted(text: str) -> str | None:
+    for quotes in ('"""', '"'):
+        if text.startswith(quotes):
+            closed = len(text) >= 2 * len(quotes) and text.endswith(quotes)
+            return text[len(quotes) : -len(quotes)] if closed else None
+    return text

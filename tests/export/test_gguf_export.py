@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, LlamaConfig, MistralConfig, MistralForCausalLM
+from transformers import BloomConfig, LlamaConfig, MistralConfig, MistralForCausalLM
 
 from graft.adapters.attach import attach_adapter
 from graft.adapters.config import AdapterConfig
@@ -272,7 +272,7 @@ def test_formats_that_gguf_cannot_hold():
 @pytest.mark.parametrize(
     ("config", "words"),
     [
-        (GPT2Config(), "model_type is 'gpt2'"),
+        (BloomConfig(), "model_type is 'bloom'"),
         (LlamaConfig(hidden_act="gelu"), "hidden_act is 'gelu'"),
         (
             LlamaConfig(

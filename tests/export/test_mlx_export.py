@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import GPT2Config
+from transformers import GPT2Config, PhiConfig
 
 from graft.adapters.attach import attach_adapter, frozen_layers
 from graft.adapters.config import AdapterConfig
@@ -104,6 +104,7 @@ def test_what_mlx_cannot_hold_is_refused_before_anything_is_written(
     config = make_llama().config
     assert check_mlx_plan(config, DenseFormat()) == []
     assert "gpt2" in check_mlx_plan(GPT2Config(), DenseFormat())[0]
+    assert "qk_layernorm is True" in check_mlx_plan(PhiConfig(qk_layernorm=True), DenseFormat())[0]
     config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
     assert "yarn" in check_mlx_plan(config, IntGroupFormat(4, 32))[0]
 

@@ -207,3 +207,25 @@ def test_a_tokenizer_larger_than_the_model(make_llama, byte_level, wrap):
     model = make_llama(IntGroupFormat(), vocab_size=64)
     (problem,) = check_gguf(model, wrap(byte_level))
     assert "beyond the model's 64 embeddings" in problem
+
+
+def falcon_steps(**digits):
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Punctuation("contiguous"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Digits(**{"individual_digits": False} | digits),
+            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+        ]
+    )
+
+
+def test_falcon(byte_level, wrap):
+    byte_level.pre_tokenizer = falcon_steps()
+    with pytest.raises(GraftError, match=r"cuts digits off.*tokens join them.*'Ġ12'"):
+        convert_tokenizer(wrap(byte_level), config())  # its merges are those of GPT-2's words
+    byte_level.model = models.BPE(byte_level.get_vocab(with_added_tokens=False), [("h", "e")])
+    assert convert_tokenizer(wrap(byte_level), config()).kind.pre == "falcon"
+    byte_level.pre_tokenizer = falcon_steps(individual_digits=True)
+    with pytest.raises(GraftError, match=r"Punctuation then ByteLevel then Digits then Split"):
+        convert_tokenizer(wrap(byte_level), config())

@@ -10,9 +10,12 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     MistralConfig,
+    Phi3Config,
     PhiConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -42,6 +45,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+LINEAR_HALF_ROPE = LINEAR_ROPE | {"partial_rotary_factor": 0.5}
 HALF_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
     "llama3-rope": (
@@ -56,6 +60,22 @@ ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
     "qwen3": (Qwen3Config, {"head_dim": 32}),
     "gemma": (GemmaConfig, {"head_dim": 16, "hidden_activation": "gelu_pytorch_tanh"}),
     "phi": (PhiConfig, {"rope_parameters": HALF_ROPE}),
+    "tied-phi": (PhiConfig, {"tie_word_embeddings": True, "rope_parameters": LINEAR_HALF_ROPE}),
+    "phi3": (Phi3Config, {"sliding_window": 128}),
+    "gpt2": (GPT2Config, {"n_inner": 96}),
+    "gpt2-erf": (GPT2Config, {"activation_function": "gelu"}),
+    "falcon-7b": (FalconConfig, {"ffn_hidden_size": 96}),
+    "falcon-11b": (
+        FalconConfig,
+        {
+            "new_decoder_architecture": True,
+            "num_kv_heads": 2,
+            "num_ln_in_parallel_attn": 1,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "falcon-40b": (FalconConfig, {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon-many-keys": (FalconConfig, {"multi_query": False, "rope_parameters": LINEAR_ROPE}),
 }
 
 
@@ -65,7 +85,9 @@ def tiny_model() -> Callable[..., PreTrainedModel]:
 
     def make(name: str, **changes: Any) -> PreTrainedModel:
         kind, own = ARCHITECTURES[name]
-        model = AutoModelForCausalLM.from_config(kind(**SIZES | own | changes)).eval()
+        # GPT-2 and Falcon call some of the sizes otherwise.
+        known = {key: value for key, value in SIZES.items() if hasattr(kind(), key)}
+        model = AutoModelForCausalLM.from_config(kind(**known | own | changes)).eval()
         for parameter in model.parameters():  # norms and biases of 1 and 0 would hide mistakes
             if parameter.dim() == 1:
                 torch.nn.init.normal_(parameter.data, 1.0, 0.2)

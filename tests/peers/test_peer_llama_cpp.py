@@ -8,6 +8,7 @@ float16 by default, is kept in float32 here: it has nothing to do with the file.
 from __future__ import annotations
 
 import copy
+import gzip
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -206,16 +207,18 @@ TINY = {
 }
 
 
-def byte_level(pre_tokenizer, ignore_merges: bool = False) -> PreTrainedTokenizerFast:
+def byte_level(
+    pre_tokenizer, ignore_merges: bool = False, texts: list[str] = TEXTS * 3, size: int = 400
+) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.BPE(ignore_merges=ignore_merges))
     backend.pre_tokenizer = pre_tokenizer
     trainer = BpeTrainer(
-        vocab_size=400,
+        vocab_size=size,
         special_tokens=["<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(TEXTS * 3, trainer)
+    backend.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
 
 
@@ -242,16 +245,21 @@ def test_unquantised_logits(shape, tmp_path):
     assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
 
 
+ARCHITECTURES = ["tied-llama", "mistral", "qwen2", "tied-qwen2", "qwen3", "gemma", "phi3"]
+GELU = ["gemma", "gpt2", "gpt2-erf", "falcon-7b", "falcon-11b", "falcon-40b", "falcon-many-keys"]
+GELU += ["phi", "tied-phi"]
+"""ggml looks GELU up in a table of float16 numbers."""
+
+
 @pytest.mark.parametrize("bits", [None, 4])
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "tied-qwen2", "qwen3", "gemma"])
+@pytest.mark.parametrize("name", sorted({*ARCHITECTURES, *GELU}))
 def test_architectures(name, bits, tiny_model, tmp_path):
-    model = tiny_model(name, vocab_size=400, intermediate_size=96, initializer_range=0.1)
+    model = tiny_model(name, vocab_size=400, initializer_range=0.1)
     if bits is not None:
         freeze_all(model, IntGroupFormat(bits, 32))
     ours, theirs = both_logits(model, tmp_path / "t.gguf")
     if bits is None:
-        # ggml looks GELU up in a table of float16 numbers.
-        bound = 2e-3 if name == "gemma" else 1e-5
+        bound = 1e-3 if name in GELU else 1e-5
         assert (ours - theirs).abs().max() <= bound * ours.abs().max()
     kl = ours.softmax(-1) * (ours.log_softmax(-1) - theirs.log_softmax(-1))
     assert kl.sum(-1).mean() <= 1e-3
@@ -286,6 +294,17 @@ def split_by(regex: str):
     return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(regex), "isolated"), last])
 
 
+def falcon_steps():
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Punctuation("contiguous"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+            pre_tokenizers.Digits(individual_digits=False),
+            pre_tokenizers.Split(Regex("[0-9][0-9][0-9]"), "isolated"),
+        ]
+    )
+
+
 @pytest.mark.parametrize(
     ("pre_tokenizer", "ignore_merges"),
     [
@@ -301,13 +320,35 @@ def split_by(regex: str):
             ),
             False,
         ),
+        (falcon_steps(), False),
     ],
-    ids=["gpt-2", "llama-bpe", "qwen2", "smollm"],
+    ids=["gpt-2", "llama-bpe", "qwen2", "smollm", "falcon"],
 )
 def test_byte_level_tokenisation(pre_tokenizer, ignore_merges, tmp_path):
     tokenizer = byte_level(pre_tokenizer, ignore_merges)
     export_gguf(tiny_llama(), tokenizer, tmp_path / "t.gguf", unquantised="F16", name="tiny")
     with running(tmp_path / "t.gguf", 128) as engine:
         for text in TEXTS:
+            found = engine.tokenize(text.encode(), add_bos=True, special=False)
+            assert found == tokenizer(text)["input_ids"], text
+
+
+@pytest.mark.parametrize("kind", ["gpt-2", "phi", "falcon"])
+def test_tokenisation_of_real_text(kind, shared_data, stories, tmp_path):
+    """Vocabularies of 2,000 tokens, Phi's with added tokens for runs of spaces and of tabs."""
+    with gzip.open(shared_data / "wikitext-2" / "wiki.valid.tokens.gz", "rt") as file:
+        wiki = file.read(200_000)
+    texts = [*TEXTS, *stories[:200], *wiki.splitlines()[:400], wiki[:20_000]]
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    steps = falcon_steps() if kind == "falcon" else plain
+    tokenizer = byte_level(steps, texts=texts, size=2_000)
+    if kind == "phi":
+        runs = [letter * count for letter in (" ", "\t") for count in range(31, 1, -1)]
+        tokenizer.add_tokens([AddedToken(run, normalized=False) for run in runs])
+    model = tiny_llama(vocab_size=len(tokenizer))
+    export_gguf(model, tokenizer, tmp_path / "t.gguf", unquantised="F16", name="tiny")
+    code = "def f(x):\n    if x:\n\t\treturn  [1,   2]" + " " * 70 + "# 1234567 or 12, x²\n"
+    with running(tmp_path / "t.gguf", 128) as engine:
+        for text in [*texts, code]:
             found = engine.tokenize(text.encode(), add_bos=True, special=False)
             assert found == tokenizer(text)["input_ids"], text

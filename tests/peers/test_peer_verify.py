@@ -10,9 +10,19 @@ from pathlib import Path
 
 import gguf
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 import graft
+import graft.api.verify as verifying
+from graft.api.events import Events
+from graft.api.export import merge_for_export
+from graft.api.run_folder import load_any
 from graft.cli.main import main
+from graft.data.encode import encode_prompt
+from graft.data.render import DEFAULT_CHAT_TEMPLATE
+from graft.export.chat_probe import render_chat
+from graft.export.go_template import render_go
+from graft.export.ollama_export import export_ollama
 from graft.export.runtimes import PACKAGES
 
 TARGETS = ("gguf", "mlx", "onnx", "openvino", "hf")
@@ -137,3 +147,53 @@ def test_one_changed_byte_is_found(
     broken = change is vocabulary and target != "gguf"  # its merges name a token that is gone
     told = "has no tokenizer that can be loaded" if broken else "is not what the export writes now"
     assert told in words.err
+
+
+@pytest.mark.parametrize("changed", [None, "Modelfile", "model.gguf"])
+def test_a_folder_for_ollama(
+    changed: str | None,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(verifying, "PROMPTS", 2)
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test-peers installs it")
+    folder = tmp_path / "ollama"
+    graft.export_model(run, "ollama", folder)
+    if changed is not None:
+        flipped(folder / changed, -3)
+    assert main(["verify", str(run), str(folder)]) == (0 if changed is None else 1)
+    told = f"{changed} is not what the export writes now"
+    assert (told in capsys.readouterr().err) is (changed is not None)
+    found = json.loads((tmp_path / "ollama.verify.json").read_text(encoding="utf-8"))
+    assert found["target"] == "ollama" and found["rounds_activations"]
+    assert found["differing_files"] == ([] if changed is None else [changed])
+
+
+@pytest.mark.parametrize("kind", ["prompt", "messages"])
+def test_ollama_prompts_with_the_tokens_of_training(kind: str, run: Path, tmp_path: Path) -> None:
+    """What its template renders to, in llama.cpp's tokens: those that generation starts from."""
+    llama_cpp = pytest.importorskip("llama_cpp", reason="needs llama-cpp-python")
+    loaded = load_any(run)
+    loaded.tokenizer.chat_template = "{{ bos_token }}" + DEFAULT_CHAT_TEMPLATE
+    loaded.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", 0)]
+    )
+    merge_for_export(loaded, "ollama", False, Events())
+    folder = tmp_path / "ollama"
+    export_ollama(loaded, folder, kind=kind, separator="\n", unquantised="F32")
+    modelfile = (folder / "Modelfile").read_text(encoding="utf-8")
+    template = modelfile.split('TEMPLATE """')[1].split('"""')[0]
+    system = {"role": "system", "content": "red is a colour"}
+    messages = [system, {"role": "user", "content": "green lamp"}]
+    if kind == "prompt":
+        text = render_go(template, {"Prompt": "green lamp"})
+        ours = encode_prompt("prompt", "green lamp", loaded.tokenizer, "\n")
+    else:
+        text = render_chat(template, messages)
+        ours = encode_prompt("messages", {"messages": messages}, loaded.tokenizer, "\n")
+    engine = llama_cpp.Llama(str(folder / "model.gguf"), vocab_only=True, verbose=False)
+    theirs = engine.tokenize(text.encode(), add_bos=True, special=True)
+    engine.close()
+    assert theirs == ours and ours[0] == 0 and 0 not in ours[1:]

@@ -4,24 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from graft.adapters.attach import adapted_layers, adapter_names, frozen_layers, replace_module
 from graft.adapters.config import GRID_METHODS, Init
 from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.merge import MergeReport, merge_loaded
-from graft.api.run_folder import is_run, load_any, read_run_config
+from graft.api.run_folder import PromptStyle, is_run, load_any, prompt_style, read_run_config
+from graft.data.rows import RowKind
 from graft.errors import GraftError, raise_problems
 from graft.export.config import ExportTarget
 from graft.export.gguf_export import check_gguf_plan, export_gguf
 from graft.export.gguf_plan import Unquantised
 from graft.export.mlx_export import check_mlx_plan, export_mlx
+from graft.export.ollama_export import export_ollama, ollama_prompt
 from graft.export.onnx_export import check_onnx_plan, export_onnx
 from graft.export.openvino_export import check_openvino_plan, export_openvino
+from graft.export.tokenizer_gguf import convert_tokenizer
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
@@ -51,13 +55,13 @@ def export_model(
 ) -> ExportReport:
     """Write a run or a model folder to `out` for another program.
 
-    gguf: one file for llama.cpp and Ollama; INT layers become Q4_1 with the very same weights. mlx:
-    a folder for mlx-lm; INT layers keep codes, scales and offsets. onnx, openvino: a folder for
-    ONNX Runtime or OpenVINO, with the integers and float zero points. Into these a lora or qlora
-    run is merged and written unquantised (with `requantize` rounded to INT4, and the error is
-    measured). hf: a plain Hugging Face folder, dequantised. peft: the adapter in PEFT's format,
-    qalora (trained with --grid-rank 0) as an ordinary LoRA. Raises GraftError when the target
-    cannot hold the model.
+    gguf: one file for llama.cpp; INT layers become Q4_1 with the very same weights. ollama: a
+    folder with that file and a Modelfile that prompts as training did. mlx: a folder for mlx-lm;
+    INT layers keep codes, scales and offsets. onnx, openvino: a folder for ONNX Runtime or
+    OpenVINO, with the integers and float zero points. Into these a lora or qlora run is merged and
+    written unquantised (with `requantize` rounded to INT4, and the error is measured). hf: a plain
+    Hugging Face folder, dequantised. peft: the adapter in PEFT's format, qalora (trained with
+    --grid-rank 0) as an ordinary LoRA. Raises GraftError when the target cannot hold the model.
     """
     events = events or Events()
     target = Path(out)
@@ -68,8 +72,9 @@ def export_model(
         init = read_run_config(Path(model)).init if is_run(Path(model)) else "default"
         return _export_peft(loaded, target, init)
     merged = merge_for_export(loaded, to, requantize, events)
-    writers = {
+    writers: dict[str, Callable[[LoadedModel, Path, MergeReport | None, Events], ExportReport]] = {
         "gguf": _export_gguf,
+        "ollama": partial(_export_ollama, style=_style(Path(model), loaded)),
         "mlx": _export_mlx,
         "onnx": _export_onnx,
         "openvino": _export_openvino,
@@ -79,15 +84,23 @@ def export_model(
 
 
 def check_exports(
-    config: TrainConfig, model_config: PretrainedConfig, weight_format: WeightFormat | None
+    config: TrainConfig,
+    model_config: PretrainedConfig,
+    weight_format: WeightFormat | None,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: RowKind | None,
 ) -> None:
-    """Raise GraftError with every export that a run asks for and that could not be written."""
+    """Raise GraftError with every export that a run asks for and that could not be written.
+
+    kind: that of the training rows, or None where they could not be read.
+    """
     # lora and qlora are merged into dense weights before they are exported.
     exported: WeightFormat = DenseFormat()
     if weight_format is not None and config.method in GRID_METHODS:
         exported = weight_format.deployed
     checks: dict[str, Callable[[PretrainedConfig, WeightFormat], list[str]]] = {
         "gguf": check_gguf_plan,
+        "ollama": check_gguf_plan,
         "mlx": check_mlx_plan,
         "onnx": check_onnx_plan,
         "openvino": check_openvino_plan,
@@ -98,6 +111,13 @@ def check_exports(
         if target in checks
         for problem in checks[target](model_config, exported)
     ]
+    for target in (target for target in config.export if target in ("gguf", "ollama")):
+        try:
+            convert_tokenizer(tokenizer, model_config)
+            if target == "ollama" and kind is not None:
+                ollama_prompt(tokenizer, model_config, kind, config.separator)
+        except GraftError as error:
+            problems.append(f"--export {target}: {error}")
     raise_problems(problems, "exports")
 
 
@@ -131,20 +151,49 @@ def _requantize_dense(loaded: LoadedModel) -> None:
             replace_module(loaded.model, name, layer.replaced(weight_format, packed))
 
 
+def _unquantised(loaded: LoadedModel) -> Unquantised:
+    """Return the type of tensors that are not quantised, in GGUF: that of the checkpoint."""
+    narrow: dict[torch.dtype, Unquantised] = {torch.float16: "F16", torch.bfloat16: "BF16"}
+    return narrow.get(loaded.source_dtype, "F32")
+
+
+def _style(model: Path, loaded: LoadedModel) -> PromptStyle:
+    """Return how a run dresses prompts; another model by its chat template, if it has one."""
+    if not is_run(model) and loaded.tokenizer.chat_template is not None:
+        return PromptStyle("messages")
+    return prompt_style(model)
+
+
 def _export_gguf(
     loaded: LoadedModel, path: Path, merged: MergeReport | None, events: Events
 ) -> ExportReport:
-    narrow: dict[torch.dtype, Unquantised] = {torch.float16: "F16", torch.bfloat16: "BF16"}
-    unquantised = narrow.get(loaded.source_dtype, "F32")
     report = export_gguf(
         loaded.model,
         loaded.tokenizer,
         path,
-        unquantised=unquantised,
+        unquantised=_unquantised(loaded),
         name=path.stem,
         on_tensor=lambda done, total, _: events.progress("writing GGUF", done, total),
     )
-    return ExportReport(path, bytes_on_disk(path), merged, tuple(report.notes))
+    return ExportReport(path, bytes_on_disk(path), merged, report.notes)
+
+
+def _export_ollama(
+    loaded: LoadedModel,
+    path: Path,
+    merged: MergeReport | None,
+    events: Events,
+    style: PromptStyle,
+) -> ExportReport:
+    notes = export_ollama(
+        loaded,
+        path,
+        kind=style.kind,
+        separator=style.separator,
+        unquantised=_unquantised(loaded),
+        on_tensor=lambda done, total, _: events.progress("writing GGUF", done, total),
+    )
+    return ExportReport(path, bytes_on_disk(path), merged, notes)
 
 
 def _export_mlx(

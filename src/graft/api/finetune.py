@@ -50,6 +50,7 @@ from graft.api.run_folder import (
 from graft.calibrate.latents import let_grid_wait, round_latents
 from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
+from graft.data.rows import RowKind
 from graft.errors import GraftError, Problems, raise_problems
 from graft.evaluate.loss import evaluate_loss
 from graft.formats.base import WeightFormat
@@ -175,12 +176,14 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
         skeleton = build_skeleton(model_config, config.trust_remote_code)
         targets = select_targets(skeleton, config.targets)
         check_checkpointing(skeleton, config.checkpointing)
+    kind: RowKind | None = None
     with problems.collecting():
         limit = getattr(model_config, "max_position_embeddings", None)
         training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed)
+        kind = training.kind
     with problems.collecting():
         weight_format = _weight_format(config, model_config)
-        check_exports(config, model_config, weight_format)
+        check_exports(config, model_config, weight_format, tokenizer, kind)
     problems.raise_all("nothing was started")
     config = config.resolved(None if weight_format is None else weight_format.options().get("bits"))
     for name, data in (("training", training), ("held out", held_out)):
@@ -279,7 +282,11 @@ def _load_base(prepared: _Prepared, run: Path, loftq: LoftQ | None, events: Even
         events=events,
         loftq=loftq,
         budget=config.budget,
-        widths=[bits for bits in WIDTHS if bits != 8 or not {"gguf", "onnx"} & {*config.export}],
+        widths=[
+            bits
+            for bits in WIDTHS
+            if bits != 8 or not {"gguf", "ollama", "onnx"} & {*config.export}
+        ],
     )
     if prepared.weight_format is None:
         write_base_reference(run, prepared.folder)

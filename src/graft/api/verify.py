@@ -111,7 +111,7 @@ def verify(
         model=str(model),
         file=str(path),
         target=target,
-        rounds_activations=target == "gguf"
+        rounds_activations=target in ("gguf", "ollama")
         or (target == "mlx" and loaded.source_dtype != torch.float32),
         bytes=size,
         bits_per_weight=round(8 * size / parameters, 3),

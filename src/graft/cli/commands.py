@@ -99,9 +99,9 @@ class ExportArguments:
     model: tyro.conf.Positional[str]
     """A run or a model folder."""
     to: ExportTarget
-    """gguf: llama.cpp and Ollama; mlx: mlx-lm; onnx: ONNX Runtime; openvino: OpenVINO; hf:
-    Transformers, dequantised; peft: the adapter alone (of lora, qlora, and qalora with
-    --grid-rank 0)."""
+    """gguf: llama.cpp; ollama: the same file and a Modelfile; mlx: mlx-lm; onnx: ONNX Runtime;
+    openvino: OpenVINO; hf: Transformers, dequantised; peft: the adapter alone (of lora, qlora, and
+    qalora with --grid-rank 0)."""
     out: str
     """File (gguf) or folder to write."""
     requantize: bool = False
@@ -115,7 +115,7 @@ class VerifyArguments:
     model: tyro.conf.Positional[str]
     """The run or model folder that was exported."""
     file: tyro.conf.Positional[str]
-    """The .gguf file, or the folder of --to mlx, onnx, openvino or hf."""
+    """The .gguf file, or the folder of --to ollama, mlx, onnx, openvino or hf."""
     data: str | None = None
     """Held-out examples to compare on; by default those of the run."""
     requantize: bool = False
@@ -306,7 +306,7 @@ def merge(words: Sequence[str]) -> None:
 
 
 def export(words: Sequence[str]) -> None:
-    """Graft export RUN_OR_MODEL --to gguf|mlx|onnx|openvino|hf|peft --out PATH."""
+    """Graft export RUN_OR_MODEL --to gguf|ollama|mlx|onnx|openvino|hf|peft --out PATH."""
     arguments = parse(ExportArguments, words, "export", ExportArguments.__doc__ or "")
     from graft.api.export import export_model
     from graft.cli.progress import TerminalEvents

@@ -19,7 +19,7 @@ _HELP = {
     "generate": "continue a prompt",
     "chat": "talk to a model",
     "merge": "fold a run's adapter into a model folder",
-    "export": "write a run or a model for llama.cpp, MLX, ONNX, OpenVINO and others",
+    "export": "write a run or a model for llama.cpp, Ollama, MLX, ONNX, OpenVINO and others",
     "verify": "load an exported file in its own runtime and compare it with the trained model",
     "compare": "train contenders, deploy each, and score the deployed files side by side",
     "doctor": "say what graft finds on this machine, and which kernels it uses",

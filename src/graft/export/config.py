@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from typing import Literal
 
-ExportTarget = Literal["gguf", "mlx", "onnx", "openvino", "hf", "peft"]
+ExportTarget = Literal["gguf", "ollama", "mlx", "onnx", "openvino", "hf", "peft"]

@@ -14,7 +14,11 @@ import numpy as np
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from graft.errors import GraftError, raise_problems
-from graft.export.gguf_metadata import add_model_metadata, gguf_config_problems
+from graft.export.gguf_metadata import (
+    add_model_metadata,
+    gguf_config_notes,
+    gguf_config_problems,
+)
 from graft.export.gguf_plan import TensorPlan, Unquantised, format_problems, plan_tensors
 from graft.export.tokenizer_gguf import GgufTokenizer, add_tokenizer_metadata, convert_tokenizer
 from graft.formats.base import WeightFormat
@@ -46,7 +50,7 @@ class GgufReport:
     max_rounding: float
     """Largest |written - trained| over all weights; 0.0: every weight is the trained one."""
     notes: tuple[str, ...]
-    """What llama.cpp does differently with rare texts, if anything."""
+    """What llama.cpp does a little differently, or with rare texts, if anything."""
 
 
 def check_gguf_plan(config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
@@ -107,7 +111,7 @@ def export_gguf(
         float32_layers=tuple(plan.float32_layers),
         dense_layers=tuple(plan.dense_layers),
         max_rounding=max_rounding,
-        notes=vocabulary.notes,
+        notes=gguf_config_notes(model.config) + vocabulary.notes,
     )
 
 

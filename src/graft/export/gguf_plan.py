@@ -11,6 +11,7 @@ import torch
 from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from graft.adapters.base import AdaptedLinear
 from graft.errors import GraftError
@@ -24,8 +25,7 @@ from graft.model.gguf_layout import (
     encode_q4_1,
     gguf_names,
     rope_factors,
-    rotary_heads,
-    rows_to_gguf,
+    row_order,
 )
 
 Unquantised = Literal["F32", "F16", "BF16"]
@@ -122,16 +122,15 @@ def plan_tensors(model: PreTrainedModel, unquantised: Unquantised, dense: bool) 
                 f"GGUF of {model.config.model_type}; export as a folder instead (--to hf)"
             )
             continue
-        heads = rotary_heads(name, model.config)
+        order = row_order(name, model.config)
         if model.config.model_type == "gemma" and target.endswith("norm"):
             # Gemma multiplies by 1 + weight, llama.cpp by what is in the file.
             norm = parameters["weight"].detach().float() + 1.0
             _plan_float(plan, f"{target}.weight", norm, None, GGMLQuantizationType.F32)
             continue
-        _plan_weight(plan, name, f"{target}.weight", module, heads, kind, dense)
+        _plan_weight(plan, name, f"{target}.weight", module, order, kind, dense)
         if parameters.get("bias") is not None:
             # llama.cpp adds biases in float32.
-            order = None if heads is None else rows_to_gguf(len(parameters["bias"]), heads)
             _plan_float(plan, f"{target}.bias", parameters["bias"], order, GGMLQuantizationType.F32)
     factors = rope_factors(model.config)
     if factors is not None:
@@ -140,10 +139,12 @@ def plan_tensors(model: PreTrainedModel, unquantised: Unquantised, dense: bool) 
 
 
 def _is_tied_head(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Return whether llama.cpp takes the embeddings in its place; a bias it would not take."""
     embedding = model.get_input_embeddings()
     return (
         module is model.get_output_embeddings()
         and isinstance(module, nn.Linear)
+        and module.bias is None
         and isinstance(embedding, nn.Embedding)
         and module.weight is embedding.weight
     )
@@ -154,13 +155,13 @@ def _plan_weight(
     name: str,
     target: str,
     module: nn.Module,
-    heads: int | None,
+    order: Tensor | None,
     kind: GGMLQuantizationType,
     dense: bool,
 ) -> None:
     if not isinstance(module, FrozenLinear):
-        weight = module.get_parameter("weight")
-        order = None if heads is None else rows_to_gguf(len(weight), heads)
+        stored = module.get_parameter("weight")
+        weight = stored.T if isinstance(module, Conv1D) else stored
         # llama.cpp wants vectors (the norms) in float32.
         _plan_float(
             plan, target, weight, order, kind if weight.dim() > 1 else GGMLQuantizationType.F32
@@ -170,7 +171,6 @@ def _plan_weight(
     if problems:
         plan.problems += [f"{name}: {problem}" for problem in problems]
         return
-    order = None if heads is None else rows_to_gguf(module.out_features, heads)
     if isinstance(module.weight_format, IntGroupFormat):
         if module.in_features % Q4_1_BLOCK == 0:
             _plan_q4_1(plan, target, module, order)

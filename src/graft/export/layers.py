@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 
 import torch
@@ -26,6 +26,8 @@ class Architecture:
     activations: tuple[str, ...] = ("silu",)
     rope_types: tuple[str, ...] = ("default", "linear", "llama3")
     partial_rotary: bool = False
+    settings: Mapping[str, bool] = field(default_factory=dict)
+    """Switches of the configuration that the target does not read, as it takes them to be."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def config_problems(
             f"hidden_act is {activation(config)!r}; {target} export writes "
             f"{', '.join(computed.activations)}; {instead}"
         )
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
     if rope["rope_type"] not in computed.rope_types:
         problems.append(
             f"rope_type is {rope['rope_type']!r}; {target} export writes "
@@ -67,6 +69,11 @@ def config_problems(
             f"partial_rotary_factor is {partial}; {target} export rotates whole heads (1.0); "
             f"{instead}"
         )
+    for setting, value in computed.settings.items():
+        if bool(getattr(config, setting)) is not value:
+            problems.append(
+                f"{setting} is {not value}; {target} export writes models with {value}; {instead}"
+            )
     for setting in ("use_sliding_window", "use_bidirectional_attention"):
         if getattr(config, setting, False):
             problems.append(f"{setting} is set, which {target} export does not write; {instead}")
@@ -74,8 +81,9 @@ def config_problems(
 
 
 def activation(config: PretrainedConfig) -> str:
-    """Return the activation of the MLP, which Gemma calls otherwise."""
-    return str(getattr(config, "hidden_activation", None) or config.hidden_act)
+    """Return the activation of the MLP, which Gemma, GPT-2 and Falcon each call otherwise."""
+    names = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    return str(next(found for name in names if (found := getattr(config, name, None))))
 
 
 def package_problems(package: str) -> list[str]:

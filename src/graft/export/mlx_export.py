@@ -51,7 +51,7 @@ ARCHITECTURES = {
     "qwen2": Architecture(),
     "qwen3": Architecture(),
     "gemma": Architecture(("gelu_pytorch_tanh",), ("default",)),
-    "phi": Architecture(("gelu_new",), ("default",), partial_rotary=True),
+    "phi": Architecture(("gelu_new",), ("default",), True, settings={"qk_layernorm": False}),
 }
 """Whose module names and weights mlx-lm shares with Transformers; it heeds no other setting."""
 BITS = (2, 3, 4, 8)

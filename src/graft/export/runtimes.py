@@ -14,12 +14,14 @@ from torch import Tensor
 
 from graft.errors import GraftError
 from graft.export.config import ExportTarget
+from graft.export.ollama_export import GGUF_FILE, MODELFILE
 from graft.model.gguf_layout import head_dim
 from graft.model.load import load_model, read_config, read_tokenizer
 from graft.model.weights import read_json
 
 PACKAGES: dict[ExportTarget, tuple[str, str]] = {
     "gguf": ("llama_cpp", "llama-cpp-python"),
+    "ollama": ("llama_cpp", "llama-cpp-python"),  # its GGUF file
     "mlx": ("mlx_lm", "'mlx[cpu]' mlx-lm"),
     "onnx": ("onnxruntime", "onnxruntime"),
     "openvino": ("openvino", "openvino"),
@@ -50,6 +52,8 @@ def target_of(path: Path) -> ExportTarget:
     """Return which target a file or folder was exported to; raises GraftError for none of them."""
     if path.suffix == ".gguf" and path.is_file():
         return "gguf"
+    if (path / MODELFILE).is_file() and (path / GGUF_FILE).is_file():
+        return "ollama"
     if (path / "model.onnx").is_file():
         return "onnx"
     if (path / "openvino_model.xml").is_file():
@@ -59,7 +63,7 @@ def target_of(path: Path) -> ExportTarget:
         return "mlx" if "rope_scaling" in read_json(path / "config.json") else "hf"
     raise GraftError(
         f"{path}: not a file that graft exports to a runtime; expected a .gguf file or the folder "
-        "of --to mlx, onnx, openvino or hf"
+        "of --to ollama, mlx, onnx, openvino or hf"
     )
 
 
@@ -75,6 +79,7 @@ def start(target: ExportTarget, path: Path, tokens: int) -> Runtime:
         )
     started: dict[ExportTarget, Callable[[Path, int], Runtime]] = {
         "gguf": _LlamaCpp,
+        "ollama": lambda folder, tokens: _LlamaCpp(folder / GGUF_FILE, tokens),
         "mlx": _Mlx,
         "onnx": _Onnx,
         "openvino": _OpenVino,

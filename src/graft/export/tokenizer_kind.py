@@ -17,6 +17,17 @@ _PRE_BY_REGEX = {
 _IGNORES_MERGES = ("llama-bpe",)
 """Pre-tokenizers with which llama.cpp takes a word that is a token as it is, merges or not."""
 
+_FALCON = [
+    {"type": "Punctuation", "behavior": "Contiguous"},
+    {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True},
+    {"type": "Digits", "individual_digits": False},
+    {
+        "type": "Split",
+        "pattern": {"Regex": "[0-9][0-9][0-9]"},
+        "behavior": "Isolated",
+        "invert": False,
+    },
+]
 _SPACE = "▁"
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
 _PREPEND = {"type": "Prepend", "prepend": _SPACE}
@@ -83,10 +94,12 @@ def _byte_level(
     if pre is None:
         problems.append(
             f"its pre-tokenizer, {' then '.join(map(_describe, steps))}, is not one of llama.cpp's "
-            "that graft knows: GPT-2's, SmolLM's, Llama 3's or Qwen2's"
+            "that graft knows: GPT-2's (and Phi's), Falcon's, SmolLM's, Llama 3's or Qwen2's"
         )
         return None, problems
     model = spec["model"]
+    if pre == "falcon":
+        problems += _digit_problems(model)
     if bool(model["ignore_merges"]) != (pre in _IGNORES_MERGES):
         added = {entry["content"] for entry in spec["added_tokens"]}
         unreachable = _unreachable(model, added)
@@ -98,7 +111,24 @@ def _byte_level(
     return TokenizerKind("gpt2", pre, notes=notes), problems
 
 
+def _digit_problems(model: dict[str, Any]) -> list[str]:
+    """Return what hinders where digits are cut off, which llama.cpp leaves to the merges."""
+    mixed = [
+        left + right
+        for left, right in model["merges"]
+        if len({letter.isnumeric() for letter in left + right}) > 1
+    ]
+    if not mixed:
+        return []
+    return [
+        f"its pre-tokenizer cuts digits off, llama.cpp's does not, and {len(mixed)} tokens join "
+        f"them with other letters ({mixed[0]!r} ...)"
+    ]
+
+
 def _pre_name(steps: list[dict[str, Any]]) -> str | None:
+    if [{key: step[key] for key in step if key != "trim_offsets"} for step in steps] == _FALCON:
+        return "falcon"
     *first, last = steps
     if last["type"] != "ByteLevel" or len(first) > 1:
         return None

@@ -1,4 +1,4 @@
-"""How a Llama's weights lie in a GGUF file: names, the order of rotary rows, Q4_1 blocks.
+"""How a model's weights lie in a GGUF file: names, the order of rows, Q4_1 blocks.
 
 The writer (graft.export) and the reader (graft.model.gguf_load) share this one description.
 
@@ -37,6 +37,10 @@ ARCHITECTURES = {
     "qwen2": gguf.MODEL_ARCH.QWEN2,
     "qwen3": gguf.MODEL_ARCH.QWEN3,
     "gemma": gguf.MODEL_ARCH.GEMMA,
+    "gpt2": gguf.MODEL_ARCH.GPT2,
+    "falcon": gguf.MODEL_ARCH.FALCON,
+    "phi": gguf.MODEL_ARCH.PHI2,
+    "phi3": gguf.MODEL_ARCH.PHI3,
 }
 """llama.cpp's architecture for each model_type that is written; Llama's alone is read back."""
 
@@ -54,17 +58,48 @@ def head_dim(config: PretrainedConfig) -> int:
     return int(own or config.hidden_size // config.num_attention_heads)
 
 
+def key_value_heads(config: PretrainedConfig) -> int:
+    """Return the number of heads that keys and values have."""
+    if config.model_type == "falcon" and not config.new_decoder_architecture:
+        return 1 if config.multi_query else int(config.num_attention_heads)
+    if config.model_type == "falcon":
+        return int(config.num_kv_heads)
+    own = getattr(config, "num_key_value_heads", None)  # GPT-2's configuration has none
+    return int(own or config.num_attention_heads)
+
+
 def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
     """Return what ggml divides each rotary frequency by, float32 [head_dim / 2].
 
     None when every frequency stays as rope_theta gives it.
     """
-    rope = config.rope_parameters
-    if rope["rope_type"] != "llama3":
+    rope = getattr(config, "rope_parameters", None)  # GPT-2 learns its positions
+    if rope is None or rope["rope_type"] != "llama3":
         return None
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
     exponents = torch.arange(0, head_dim(config), 2, dtype=torch.float32) / head_dim(config)
     return (1.0 / rope["rope_theta"] ** exponents) / scaled
+
+
+def row_order(module_name: str, config: PretrainedConfig) -> Tensor | None:
+    """Return for each GGUF row of a module the Transformers row that it holds; None: the same."""
+    heads = rotary_heads(module_name, config)
+    if heads is not None:
+        return rows_to_gguf(heads * head_dim(config), heads)
+    if module_name.endswith("self_attention.query_key_value"):
+        return _grouped_rows(config)
+    return None
+
+
+def _grouped_rows(config: PretrainedConfig) -> Tensor:
+    """Return the order of Falcon's fused rows: all queries, all keys, all values.
+
+    Transformers has for each head of the keys its queries, its key and its value.
+    """
+    kv_heads, width = key_value_heads(config), head_dim(config)
+    queries = config.num_attention_heads // kv_heads
+    rows = torch.arange(kv_heads * (queries + 2) * width).view(kv_heads, queries + 2, width)
+    return torch.cat([part.flatten() for part in rows.split([queries, 1, 1], 1)])
 
 
 def rotary_heads(module_name: str, config: PretrainedConfig) -> int | None:
