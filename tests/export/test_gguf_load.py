@@ -9,7 +9,8 @@ from graft.errors import GraftError
 from graft.export.gguf_export import export_gguf
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
-from graft.model.gguf_load import load_gguf_model, read_gguf
+from graft.model.gguf_file import read_gguf
+from graft.model.gguf_load import load_gguf_model
 
 
 @pytest.fixture

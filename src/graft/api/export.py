@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -79,13 +79,16 @@ def export_model(
 
 
 def check_exports(
-    config: TrainConfig, model_config: PretrainedConfig, weight_format: WeightFormat | None
+    config: TrainConfig, model_config: PretrainedConfig, weight_formats: Iterable[WeightFormat]
 ) -> None:
-    """Raise GraftError with every export that a run asks for and that could not be written."""
+    """Raise GraftError with every export that a run asks for and that could not be written.
+
+    weight_formats: those of the quantised layers that the run trains on.
+    """
     # lora and qlora are merged into dense weights before they are exported.
-    exported: WeightFormat = DenseFormat()
-    if weight_format is not None and config.method in GRID_METHODS:
-        exported = weight_format.deployed
+    exported: list[WeightFormat] = [DenseFormat()]
+    if config.method in GRID_METHODS:
+        exported += [weight_format.deployed for weight_format in weight_formats]
     checks: dict[str, Callable[[PretrainedConfig, WeightFormat], list[str]]] = {
         "gguf": check_gguf_plan,
         "mlx": check_mlx_plan,
@@ -96,9 +99,10 @@ def check_exports(
         f"--export {target}: {problem}"
         for target in config.export
         if target in checks
-        for problem in checks[target](model_config, exported)
+        for weight_format in dict.fromkeys(exported)
+        for problem in checks[target](model_config, weight_format)
     ]
-    raise_problems(problems, "exports")
+    raise_problems(list(dict.fromkeys(problems)), "exports")
 
 
 def merge_for_export(

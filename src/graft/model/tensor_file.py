@@ -20,6 +20,7 @@ _CODES = {
     torch.bfloat16: "BF16",
     torch.uint32: "U32",
     torch.uint8: "U8",
+    torch.int8: "I8",
     torch.int64: "I64",
 }
 
