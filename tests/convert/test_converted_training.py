@@ -1,4 +1,4 @@
-"""The integers of another tool, trained, merged and exported: what is shipped is what was trained."""
+"""Another tool's integers, trained, merged and exported: what is shipped is what was trained."""
 
 from __future__ import annotations
 

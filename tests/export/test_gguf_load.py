@@ -124,7 +124,7 @@ def test_damaged_header_bytes_never_escape_as_other_errors(exported):
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "rope scaling is 'yarn'"),
         ({"metadata": {"graft.rope_parameters": "{"}}, "is no JSON"),
         ({"tensors": {"blk.0.attn_v.weight": None}}, "attn_v.weight is missing"),
-        ({"tensors": {"rope_freqs.weight": np.ones(8, "f4")}}, "rotary factors"),
+        ({"tensors": {"rope_freqs.weight": np.full(8, 3, "f4")}}, "rotary factors"),
         ({"tensors": {"blk.0.extra.weight": np.ones(8, "f4")}}, "has no place in a Llama"),
         (
             {"tensors": {"blk.0.attn_v.weight": np.ones((32, 64), "i4")}},

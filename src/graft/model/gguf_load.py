@@ -38,8 +38,8 @@ def load_gguf_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForC
     architecture = file.value("general.architecture", str)
     if architecture != "llama":
         raise GraftError(
-            f"{path}: architecture is {architecture!r}; graft loads GGUF files of architecture "
-            "'llama': bring others in with graft convert"
+            f"{path}: architecture is {architecture!r}; graft reads GGUF files of architecture "
+            "'llama' as they are: bring others in with graft convert"
         )
     config = gguf_config(file)
     assert isinstance(config, LlamaConfig)
@@ -75,12 +75,14 @@ def _ordered(rows: Tensor, order: Tensor | None) -> Tensor:
 
 
 def gguf_places(model: PreTrainedModel) -> Iterator[tuple[str, str, nn.Module]]:
-    """Yield (name, GGUF name without '.weight', module) of every module with a weight."""
+    """Yield (name, GGUF name without '.weight', module) of every module that GGUF has a name for.
+
+    Gemma's output head has none: it is always the embedding.
+    """
     gguf_name = gguf_names(model.config)
     for name, module in model.named_modules():
-        if dict(module.named_parameters(recurse=False)):
-            target = gguf_name(name)
-            assert target is not None
+        target = gguf_name(name) if dict(module.named_parameters(recurse=False)) else None
+        if target is not None:
             yield name, target, module
 
 
