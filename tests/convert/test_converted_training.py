@@ -144,3 +144,28 @@ def test_messages_name_the_command(tiny_base, settings, tmp_path):
     with pytest.raises(GraftError, match="quantised by another tool") as raised:
         graft.finetune(graft.TrainConfig(model=str(folder), **settings))
     assert "graft convert" not in str(raised.value)
+
+
+def test_groups_of_several_sizes(tiny_base, settings, logits, tmp_path):
+    """Rows of 64 inputs are one group of 64, rows of 96 are three of 32; PEFT knows one size."""
+    whole = {**GPTQ, "group_size": -1}
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", whole, gptq_layer(4, -1))
+    graft.convert_model(folder, tmp_path / "base")
+    config = graft.TrainConfig(model=str(tmp_path / "base"), grid_rank=0, **settings)
+    graft.finetune(config)
+    run = tmp_path / "run"
+    trained, _ = graft.load(run)
+    assert not torch.equal(logits(trained), logits(graft.load(tmp_path / "base")[0]))
+    assert graft.merge(run, tmp_path / "merged").exact
+    assert torch.equal(logits(graft.load(tmp_path / "merged")[0]), logits(trained))
+    graft.export_model(run, "peft", tmp_path / "peft")
+    graft.export_model(run, "gguf", tmp_path / "m.gguf")
+    exported, _ = graft.load(tmp_path / "m.gguf", tokenizer=str(tiny_base))
+    torch.testing.assert_close(logits(exported), logits(trained), rtol=1e-4, atol=1e-4)
+
+
+def test_verify_says_that_the_file_is_the_trained_model(converted, rows, settings, tmp_path):
+    pytest.importorskip("llama_cpp", reason="needs llama-cpp-python: make test-peers installs it")
+    graft.finetune(graft.TrainConfig(model=converted("gptq"), export=("gguf",), **settings))
+    found = graft.verify(tmp_path / "run", tmp_path / "run" / "export" / "model.gguf")
+    assert not found.differing_files

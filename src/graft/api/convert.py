@@ -57,8 +57,9 @@ def convert_model(
     found, folder = open_source(str(source))
     if tokenizer is None and not folder.is_dir():
         raise GraftError(f"{folder}: give the folder of its tokenizer too (--tokenizer)")
-    words = read_tokenizer(folder if tokenizer is None else Path(tokenizer))
-    generation = read_generation_config(folder)
+    words_folder = folder if tokenizer is None else Path(tokenizer)
+    words = read_tokenizer(words_folder)
+    generation = read_generation_config(folder) or read_generation_config(words_folder)
     plan = plan_conversion(found)
     write_conversion(
         plan,

@@ -32,7 +32,7 @@ _BITS = 4
 def awq_source(folder: ForeignFolder) -> Source:
     """Return what is in an AWQ folder; raises GraftError for versions other than gemm."""
     settings = folder.settings
-    version = str(settings.get("version") or settings.get("format") or "gemm").lower()
+    version = str(settings.get("version") or settings.get("checkpoint_format") or "gemm").lower()
     problems = []
     if version != "gemm":
         problems.append(
