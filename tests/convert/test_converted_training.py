@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import gguf
@@ -132,6 +133,11 @@ def test_exports_are_checked_against_the_formats_that_are_there(tiny_base, setti
     config = graft.TrainConfig(model=str(tmp_path / "base"), export=("gguf",), **settings)
     with pytest.raises(GraftError, match="--export gguf: bits is 8"):
         graft.finetune(config)
+    part = {"method": "lora", "targets": ("q_proj",)}
+    with pytest.raises(GraftError, match="--export gguf: bits is 8"):
+        graft.finetune(dataclasses.replace(config, **part))
+    graft.finetune(dataclasses.replace(config, method="lora"))  # merged, every layer is dense
+    assert (tmp_path / "run" / "export" / "model.gguf").is_file()
 
 
 def test_messages_name_the_command(tiny_base, settings, tmp_path):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from transformers import PreTrainedConfig
 
+from graft.adapters.config import GRID_METHODS
 from graft.api.config import (
     PlanConfig,
     TrainConfig,
@@ -34,6 +36,24 @@ def base_format(
     description = format_description(config, config.method, float32)
     check_solver(chosen_solver(config, config.method, config.bits), description)
     return None if description is None else parse_format(description)
+
+
+def exported_formats(
+    config: TrainConfig,
+    folder: Path,
+    weight_format: WeightFormat | None,
+    targets: Collection[str],
+) -> list[WeightFormat]:
+    """Return the formats of the layers that are still quantised when a run is merged.
+
+    A lora or qlora update makes the layers dense that it is merged into.
+    """
+    stored = stored_formats(folder) if weight_format is None else {}
+    merges_exactly = config.method in GRID_METHODS
+    kept = [chosen for name, chosen in stored.items() if merges_exactly or name not in targets]
+    if weight_format is not None and merges_exactly:
+        kept.append(weight_format.deployed)
+    return list(dict.fromkeys(kept))
 
 
 def _check_stored(config: TrainConfig | PlanConfig, folder: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from graft.adapters.attach import adapted_layers, adapter_names, frozen_layers, replace_module
-from graft.adapters.config import GRID_METHODS, Init
+from graft.adapters.config import Init
 from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.merge import MergeReport, merge_loaded
@@ -83,12 +83,8 @@ def check_exports(
 ) -> None:
     """Raise GraftError with every export that a run asks for and that could not be written.
 
-    weight_formats: those of the quantised layers that the run trains on.
+    weight_formats: those of the layers that are quantised once the run is merged.
     """
-    # lora and qlora are merged into dense weights before they are exported.
-    exported: list[WeightFormat] = [DenseFormat()]
-    if config.method in GRID_METHODS:
-        exported += [weight_format.deployed for weight_format in weight_formats]
     checks: dict[str, Callable[[PretrainedConfig, WeightFormat], list[str]]] = {
         "gguf": check_gguf_plan,
         "mlx": check_mlx_plan,
@@ -99,7 +95,7 @@ def check_exports(
         f"--export {target}: {problem}"
         for target in config.export
         if target in checks
-        for weight_format in dict.fromkeys(exported)
+        for weight_format in (DenseFormat(), *weight_formats)
         for problem in checks[target](model_config, weight_format)
     ]
     raise_problems(list(dict.fromkeys(problems)), "exports")

@@ -15,7 +15,7 @@ from torch import nn
 
 from graft.adapters.attach import adapter_parameters, attach_adapter, code_widths
 from graft.adapters.loftq import LoftQ
-from graft.api.base_format import base_format
+from graft.api.base_format import base_format, exported_formats
 from graft.api.config import (
     WIDTHS,
     TrainConfig,
@@ -62,7 +62,6 @@ from graft.model.prefetch import prefetch_layers
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan.memory import MemoryPlan, free_bytes, plan_memory
-from graft.plan.skeleton import stored_formats
 from graft.train.checkpoint import checkpoint_step, checkpoints
 from graft.train.loop import Metrics, TrainingTask, read_metrics, steps_to_train, train
 from graft.train.schedule import default_learning_rate, rate_factors
@@ -168,6 +167,7 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
     folder = find_folder(config.model)
     model_config = read_config(folder, config.trust_remote_code)
     tokenizer = read_tokenizer(folder, config.trust_remote_code)
+    targets: list[str] = []
     with problems.collecting():
         skeleton = build_skeleton(model_config, config.trust_remote_code)
         targets = select_targets(skeleton, config.targets)
@@ -177,8 +177,8 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
         training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed)
     with problems.collecting():
         weight_format = base_format(config, folder, model_config)
-        trained = [weight_format] if weight_format else list(stored_formats(folder).values())
-        check_exports(config, model_config, trained)
+        exported = exported_formats(config, folder, weight_format, targets)
+        check_exports(config, model_config, exported)
     problems.raise_all("nothing was started")
     config = config.resolved(None if weight_format is None else weight_format.options().get("bits"))
     for name, data in (("training", training), ("held out", held_out)):

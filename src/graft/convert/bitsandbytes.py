@@ -55,26 +55,18 @@ def _four_bits(
     _check_state(files, name, kind, state, (out_features, in_features))
     weight_format = CodebookFormat(kind, nested)
     specs = weight_format.storage(out_features, in_features)
-    places = {"absmax": f"{name}.weight.absmax"}
+    weight, places = f"{name}.weight", {"absmax": "absmax"}
     if nested:
-        places["absmax_scale"] = f"{name}.weight.nested_absmax"
-    for part, place in places.items():
-        spec = specs[part]
-        if place not in files:
-            raise GraftError(f"tensor {place} is missing")
-        if (files.shape(place), files.dtype(place)) != (spec.shape, spec.dtype):
-            raise GraftError(
-                f"{place} is {files.dtype(place)} {list(files.shape(place))}; expected "
-                f"{spec.dtype} {list(spec.shape)}"
-            )
-    weight = f"{name}.weight"
+        places["absmax_scale"] = "nested_absmax"
+    expected = {place: (specs[part].shape, (specs[part].dtype,)) for part, place in places.items()}
+    check_parts(files, weight, expected)
     # bnb_4bit_quant_storage may call the bytes something else.
     size = files.read_once(weight).view(torch.uint8).numel() if weight in files else 0
     if size != specs["codes"].bytes:
         raise GraftError(f"{weight} holds {size} bytes of codes; expected {specs['codes'].bytes}")
 
     def make() -> Packed:
-        packed = {part: files.read_once(place) for part, place in places.items()}
+        packed = {part: files.read_once(f"{weight}.{place}") for part, place in places.items()}
         packed["codes"] = files.read_once(weight).view(torch.uint8).reshape(-1)
         if nested:
             packed["absmax_offset"] = torch.tensor([state["nested_offset"]], dtype=torch.float32)
@@ -85,7 +77,7 @@ def _four_bits(
 
 def _state(files: WeightFiles, key: str) -> dict[str, Any]:
     try:
-        state = json.loads(bytes(files.read(key).tolist()))
+        state = json.loads(bytes(files.read_once(key).tolist()))
     except ValueError as error:
         raise GraftError(f"{key} is no JSON ({error}); download the folder again") from error
     if not isinstance(state, dict):
@@ -113,7 +105,7 @@ def _check_state(
         place = f"{name}.weight.{part}"
         if place not in files:
             problems.append(f"tensor {place} is missing")
-        elif not torch.equal(files.read(place).float(), values):
+        elif not torch.equal(files.read_once(place).float(), values):
             problems.append(f"{part} holds other values than {kind}'s")
     raise_problems(problems, name)
 
@@ -127,7 +119,7 @@ def _eight_bits(
     }
     check_parts(files, name, expected)
     layout = f"{name}.weight_format"
-    if layout in files and int(files.read(layout)):
+    if layout in files and int(files.read_once(layout)):
         raise GraftError(f"{name}: its weight is not stored row by row; save the folder again")
 
     def make() -> Packed:
