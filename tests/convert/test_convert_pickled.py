@@ -21,7 +21,7 @@ def tensors(tiny_base):
 def bare(tiny_base, tmp_path):
     """The base without its weights."""
     shutil.copytree(tiny_base, tmp_path / "theirs")
-    (tmp_path / "theirs" / "model.safetensors").unlink()
+    (tmp_path / "theirs" / "model.safetensors").rename(tmp_path / "base.safetensors")
     return tmp_path / "theirs"
 
 
@@ -79,6 +79,16 @@ def test_tied_tensors_are_written_once_and_prefixes_do_not_matter(tensors, bare,
     check(bare)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_dtypes_are_kept(dtype, tensors, bare, tmp_path):
+    state = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    torch.save(state, bare / "pytorch_model.bin")
+    graft.convert_model(bare, tmp_path / "out")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(found[name], state[name]) for name in state)
+    graft.load(tmp_path / "out")
+
+
 class Runs:
     def __reduce__(self):
         return os.mkdir, ("/tmp/graft-must-not-run",)
@@ -98,6 +108,12 @@ def a_module(bare):
 
 def saving(value):
     return lambda bare: torch.save(value, bare / "pytorch_model.bin")
+
+
+def exotic(bare):
+    state = load_file(bare.parent / "base.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"].to(torch.float8_e4m3fn)
+    torch.save(state, bare / "pytorch_model.bin")
 
 
 def index(weight_map):
@@ -124,6 +140,7 @@ def quantised(bare):
         (broken, "pytorch_model.bin is (refused|no readable PyTorch file)"),
         (saving([1, 2]), "holds a list; expected tensors by name"),
         (saving({"a": 1}), "holds no tensors by name"),
+        (exotic, "norm.weight is torch.float8_e4m3fn; graft keeps"),
         (saving({"a": torch.ones(1)}), "tensor model.embed_tokens.weight is missing"),
         (index({"a": "../a.bin"}), r"\.\./a.bin is named there but not in the folder"),
         (index({"a": "gone.bin"}), "gone.bin is named there but not in the folder"),

@@ -116,6 +116,7 @@ def test_damaged_header_bytes_never_escape_as_other_errors(exported):
         ({"metadata": {"llama.block_count": None}}, "llama.block_count is None"),
         ({"metadata": {"llama.block_count": 7}}, "says 7 blocks, the tensors make 1"),
         ({"metadata": {"llama.attention.head_count": 0}}, "num_attention_heads is 0"),
+        ({"metadata": {"llama.attention.head_count": 5}}, "gguf is not understood"),
         ({"metadata": {"llama.vocab_size": "many"}}, "vocab_size is 'many'; expected int"),
         (
             {"metadata": {"llama.embedding_length": 32}},

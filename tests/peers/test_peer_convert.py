@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 from importlib.util import find_spec
 from pathlib import Path
@@ -10,7 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    Phi3Config,
+    PhiConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
 
 import graft
 from graft.adapters.attach import frozen_layers
@@ -149,6 +164,87 @@ def test_mlx(bits, group_size, dtype, base, tmp_path, capfd):
     print(f"{bits} bits, {dtype}: {difference:.1e}, rounding {report.rounding:.1e} of a step")
     # mlx-lm computes in the dtype of the file, and keeps float32 statistics.
     assert difference <= {"bfloat16": 0.1, "float16": 1e-2}.get(dtype, 1e-2)
+
+
+MODELS = {
+    "mistral": MistralConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "gemma": GemmaConfig,
+    "phi": PhiConfig,
+    "phi3": Phi3Config,
+    "granite": GraniteConfig,
+    "smollm3": SmolLM3Config,
+}
+
+
+@pytest.mark.parametrize("model_type", MODELS)
+def test_every_family_that_mlx_folders_are_read_of(model_type, base, tmp_path):
+    mx = pytest.importorskip("mlx.core", reason="needs mlx: make test-peers installs it")
+    mlx_lm = pytest.importorskip("mlx_lm", reason="needs mlx-lm: make test-peers installs it")
+    own = {"head_dim": 16} if model_type in ("gemma", "qwen3") else {}
+    config = MODELS[model_type](
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        pad_token_id=0,
+        bos_token_id=0,
+        eos_token_id=0,
+        **own,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():  # norms of 1 would hide mistakes
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter.data, 1.0, 0.2)
+    model.save_pretrained(base)
+    settings = json.loads((base / "config.json").read_text())
+    # Where today's Transformers has rope_parameters, mlx-lm reads older names.
+    rope = settings["rope_parameters"]
+    settings |= {"rope_theta": rope["rope_theta"], "rope_scaling": None}
+    settings |= {key: value for key, value in rope.items() if key == "partial_rotary_factor"}
+    (base / "config.json").write_text(json.dumps(settings))
+    folder = tmp_path / "theirs"
+    mlx_lm.convert(str(base), str(folder), quantize=True, q_bits=4, q_group_size=32)
+    graft.convert_model(folder, tmp_path / "out")
+    peer, _ = mlx_lm.load(str(folder))
+    theirs = torch.from_numpy(np.array(peer(mx.array(IDS.numpy())).astype(mx.float32))).double()
+    ours = our_logits(graft.load(tmp_path / "out", dtype="float32")[0])
+    difference = float((ours - theirs).abs().max() / ours.abs().max())
+    print(f"{model_type}: {difference:.1e} of the largest logit")
+    assert difference <= 1e-2
+
+
+def test_awq_as_mlx_lm_reads_it(base, tmp_path):
+    """The folder is the test's own; mlx-lm's reader of AutoAWQ says what is in it."""
+    mx = pytest.importorskip("mlx.core", reason="needs mlx: make test-peers installs it")
+    mlx_lm = pytest.importorskip("mlx_lm", reason="needs mlx-lm: make test-peers installs it")
+    tensors = load_file(base / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        rows, columns = tensors.pop(name).shape
+        layer = name.removesuffix(".weight")
+        tensors[f"{layer}.qweight"] = words(columns, rows // 8)
+        tensors[f"{layer}.qzeros"] = words(columns // 32, rows // 8)
+        tensors[f"{layer}.scales"] = torch.rand(columns // 32, rows).half() * 0.05
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((base / "config.json").read_text())
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    settings |= {"quantization_config": awq, "rope_theta": 10000.0}
+    (base / "config.json").write_text(json.dumps(settings))
+    report = graft.convert_model(base, tmp_path / "out")
+    peer, _ = mlx_lm.load(str(base))
+    ours = our_logits(graft.load(tmp_path / "out", dtype="float32")[0])
+    theirs = torch.from_numpy(np.array(peer(mx.array(IDS.numpy())).astype(mx.float32))).double()
+    difference = float((ours - theirs).abs().max() / ours.abs().max())
+    print(f"{difference:.1e} of the largest logit, rounding {report.rounding:.1e} of a step")
+    assert difference <= 5e-2  # mlx-lm computes in float16
+
+
+def words(*shape: int) -> torch.Tensor:
+    return torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32)
 
 
 # llama.cpp ----------------------------------------------------------------------------------------

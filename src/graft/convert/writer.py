@@ -20,7 +20,7 @@ from graft.formats.registry import describe_format
 from graft.model.load import LoadedModel
 from graft.model.save import new_folder, write_model_files, write_quantisation
 from graft.model.targets import linear_layers, linear_shape
-from graft.model.tensor_file import FileTensor, OnTensor, write_tensor_file
+from graft.model.tensor_file import WRITABLE, FileTensor, OnTensor, write_tensor_file
 from graft.model.weights import SINGLE_FILE
 
 _ADVICE = 20
@@ -161,6 +161,8 @@ def _plain(name: str, tensor: PlainTensor, shape: tuple[int, ...]) -> FileTensor
         raise GraftError(
             f"{name} has shape {list(tensor.shape)}; config.json makes it {list(shape)}"
         )
+    if tensor.dtype not in WRITABLE:
+        raise GraftError(f"{name} is {tensor.dtype}; graft keeps 16, 32 and 64-bit floats")
     return FileTensor(name, shape, tensor.dtype, tensor.make)
 
 

@@ -11,6 +11,7 @@ from transformers import GemmaConfig, LlamaConfig, PretrainedConfig, Qwen2Config
 from graft.errors import GraftError, raise_problems
 from graft.model.gguf_file import GgufFile
 from graft.model.gguf_layout import ROPE_PARAMETERS_KEY, rope_factors
+from graft.model.load import understood
 
 _CONFIGS: dict[str, type[PretrainedConfig]] = {
     "llama": LlamaConfig,
@@ -71,7 +72,8 @@ def gguf_config(file: GgufFile) -> PretrainedConfig:
         settings["hidden_activation"] = "gelu_pytorch_tanh"
     settings["rms_norm_eps"] = file.number(f"{architecture}.attention.layer_norm_rms_epsilon")
     settings["tie_word_embeddings"] = "output.weight" not in file.tensors
-    config = _CONFIGS[architecture](**settings)
+    with understood(file.path):
+        config = _CONFIGS[architecture](**settings)
     config.rope_parameters = _rope_parameters(file, architecture, config)
     return config
 

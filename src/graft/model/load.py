@@ -98,7 +98,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         )
     if quantisation is not None and not (folder / QUANTISATION_FILE).is_file():
         raise GraftError(f"{folder} is a quantised folder without its {QUANTISATION_FILE}")
-    with _understood(folder):
+    with understood(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # Our marker must not reach transformers, which refuses it.
     if quantisation is not None:
@@ -108,12 +108,12 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
 
 def parse_config(raw: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
     """Return the configuration that a config.json of that folder holds; raises as `read_config`."""
-    with _understood(folder):
+    with understood(folder / "config.json"):
         return CONFIG_MAPPING[str(raw.get("model_type"))].from_dict(dict(raw))
 
 
 @contextmanager
-def _understood(folder: Path) -> Iterator[None]:
+def understood(file: Path) -> Iterator[None]:
     """Raise GraftError for what transformers raises on a configuration that makes no model."""
     try:
         yield
@@ -125,7 +125,7 @@ def _understood(folder: Path) -> Iterator[None]:
         OSError,
         StrictDataclassError,
     ) as error:
-        raise GraftError(f"{folder}/config.json is not understood: {error}") from error
+        raise GraftError(f"{file} is not understood: {error}") from error
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
