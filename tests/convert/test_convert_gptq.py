@@ -113,6 +113,21 @@ def test_layers_may_have_widths_of_their_own(tiny_base, make, tmp_path):
     assert layers[LAYER].weight_format == IntGroupFormat(2, 16)
 
 
+def test_groups_of_odd_sizes_are_refused(make, tmp_path):
+    """12 groups of 8 of the 96 inputs can be held, 24 of 4 cannot."""
+    folder = make()
+    layer = "model.layers.0.mlp.down_proj"
+
+    def cut(tensors):
+        for part in ("scales", "qzeros"):
+            tensors[f"{layer}.{part}"] = tensors[f"{layer}.{part}"].repeat_interleave(8, 0)
+        tensors[f"{layer}.g_idx"] = torch.arange(96, dtype=torch.int32) // 4
+
+    change_tensors(folder, cut)
+    with pytest.raises(GraftError, match=f"{layer}: its groups are of 4 inputs; graft holds"):
+        graft.convert_model(folder, tmp_path / "out")
+
+
 def by_activation(tensors):
     tensors[f"{LAYER}.g_idx"] = tensors[f"{LAYER}.g_idx"].flip(0).contiguous()
 

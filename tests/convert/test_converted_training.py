@@ -145,6 +145,11 @@ def test_messages_name_the_command(tiny_base, settings, tmp_path):
     with pytest.raises(GraftError, match=f"graft convert {folder} --out"):
         graft.finetune(graft.TrainConfig(model=str(folder), **settings))
     config = json.loads((folder / "config.json").read_text())
+    config["quantization"] = {"group_size": 64, "bits": 4}  # MLX's
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GraftError, match=f"graft convert {folder} --out"):
+        graft.finetune(graft.TrainConfig(model=str(folder), **settings))
     config["quantization_config"] = {"quant_method": "fp8"}
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(GraftError, match="quantised by another tool") as raised:

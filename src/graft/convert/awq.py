@@ -73,7 +73,7 @@ def _layer(
             "the checkpoint is damaged: download it again"
         )
     group_size = in_features // groups
-    weight_format = IntGroupFormat(_BITS, held_group_size(group_size, groups))
+    weight_format = IntGroupFormat(_BITS, held_group_size(name, group_size, groups))
 
     def make() -> Packed:
         codes, zeros = (

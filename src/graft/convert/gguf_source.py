@@ -63,7 +63,7 @@ def gguf_source(path: Path) -> Source:
             if tensor.type in FLOATS:
                 tensors[f"{name}.{part}"] = _plain(tensor, order, _is_gemma_norm(target, model))
             elif name in linear and tensor.type in _INTEGERS:
-                layers[name] = partial(_layer, tensor, order, rounding)
+                layers[name] = partial(_layer, key, tensor, order, rounding)
             elif name in linear or len(tensor.shape) != 2:
                 unread.setdefault(tensor.type, []).append(key)
             else:
@@ -125,6 +125,7 @@ def _dequantised(file: GgufFile, key: str) -> PlainTensor:
 
 
 def _layer(
+    key: str,
     tensor: GgufTensor,
     order: Tensor | None,
     rounding: Rounding,
@@ -133,7 +134,8 @@ def _layer(
 ) -> QuantisedLayer:
     if tensor.shape != (out_features, in_features):
         raise GraftError(
-            f"its shape is {list(tensor.shape)}; the metadata make it {[out_features, in_features]}"
+            f"tensor {key} is {list(tensor.shape)}; the metadata make it "
+            f"{[out_features, in_features]}"
         )
     weight_format = _INTEGERS[tensor.type]
 

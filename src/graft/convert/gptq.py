@@ -86,7 +86,7 @@ def _layer(
     check_parts(files, name, expected)
     group_size = _group_size(name, settings.get("group_size"), groups, in_features)
     _check_order(files, name, settings, groups, group_size, in_features)
-    weight_format = IntGroupFormat(bits, held_group_size(group_size, groups))
+    weight_format = IntGroupFormat(bits, held_group_size(name, group_size, groups))
 
     def make() -> Packed:
         codes = unpack_words(files.read_once(qweight).T, bits)

@@ -58,7 +58,7 @@ def width_of(words: int, codes: int, name: str, tool: str) -> int:
     return int(bits)
 
 
-def held_group_size(group_size: int, groups: int) -> int:
+def held_group_size(name: str, group_size: int, groups: int) -> int:
     """Return the largest group of the int format into which groups of `group_size` can be cut.
 
     Raises GraftError where there is none; a row that is one group can always be cut, into groups of
@@ -67,8 +67,8 @@ def held_group_size(group_size: int, groups: int) -> int:
     fitting = [size for size in GROUP_SIZES if group_size % size == 0]
     if not fitting and groups > 1:
         raise GraftError(
-            f"its groups are of {group_size} inputs; graft holds multiples of {GROUP_SIZES[0]}: "
-            "start from the unquantised model"
+            f"{name}: its groups are of {group_size} inputs; graft holds multiples of "
+            f"{GROUP_SIZES[0]}: start from the unquantised model"
         )
     return max(fitting, default=GROUP_SIZES[-1])
 

@@ -84,7 +84,7 @@ def _layer(
     }
     check_parts(files, name, expected)
     group_size = in_features // groups
-    weight_format = IntGroupFormat(bits, held_group_size(group_size, groups))
+    weight_format = IntGroupFormat(bits, held_group_size(name, group_size, groups))
 
     def make() -> Packed:
         codes = unpack_words(files.read_once(weight), bits)

@@ -87,7 +87,8 @@ def find_folder(model: str) -> Path:
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Return the model's configuration; raises GraftError when it is damaged or unknown."""
     raw = read_json(folder / "config.json")
-    quantisation = raw.get("quantization_config")
+    # MLX has the second name, and in newer folders both.
+    quantisation = raw.get("quantization_config", raw.get("quantization"))
     if quantisation is not None and quantisation != CONFIG_MARKER:
         method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
         bring_in = f"; bring it in with: graft convert {folder} --out NEW_FOLDER"
