@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from graft.api.compare.config import CompareConfig
     from graft.api.compare.run import compare
     from graft.api.config import QuantizeConfig, TrainConfig
+    from graft.api.convert import convert_model
     from graft.api.evaluate import evaluate_model, generate
     from graft.api.export import export_model
     from graft.api.finetune import finetune
@@ -34,6 +35,7 @@ _HOME = {
     "QuantizeConfig": "graft.api.config",
     "TrainConfig": "graft.api.config",
     "compare": "graft.api.compare.run",
+    "convert_model": "graft.api.convert",
     "evaluate_model": "graft.api.evaluate",
     "export_model": "graft.api.export",
     "finetune": "graft.api.finetune",
@@ -50,6 +52,7 @@ __all__ = [
     "QuantizeConfig",
     "TrainConfig",
     "compare",
+    "convert_model",
     "evaluate_model",
     "export_model",
     "finetune",

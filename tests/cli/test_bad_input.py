@@ -165,7 +165,7 @@ def weights_that_are_not_all_there(place: Place) -> list[str]:
     return train(place)
 
 
-@case("pickle", "safetensors")
+@case("pickle", "graft convert")
 def pickled_checkpoint(place: Place) -> list[str]:
     tensors = load_file(place.base / "model.safetensors")
     (place.base / "model.safetensors").unlink()
@@ -323,7 +323,7 @@ def quantising_what_is_quantised(place: Place) -> list[str]:
         main(["quantize", "--model", str(place.base), "--format", "int", "--out", str(quantised)])
         == 0
     )
-    return train(place, "--model", str(quantised))
+    return train(place, "--model", str(quantised), "--bits", "4")
 
 
 @case("nothing was started", "'query'", "rows.jsonl:2", "group_size is 48")

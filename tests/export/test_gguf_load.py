@@ -9,7 +9,8 @@ from graft.errors import GraftError
 from graft.export.gguf_export import export_gguf
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
-from graft.model.gguf_load import load_gguf_model, read_gguf
+from graft.model.gguf_file import read_gguf
+from graft.model.gguf_load import load_gguf_model
 
 
 @pytest.fixture
@@ -115,6 +116,7 @@ def test_damaged_header_bytes_never_escape_as_other_errors(exported):
         ({"metadata": {"llama.block_count": None}}, "llama.block_count is None"),
         ({"metadata": {"llama.block_count": 7}}, "says 7 blocks, the tensors make 1"),
         ({"metadata": {"llama.attention.head_count": 0}}, "num_attention_heads is 0"),
+        ({"metadata": {"llama.attention.head_count": 5}}, "gguf is not understood"),
         ({"metadata": {"llama.vocab_size": "many"}}, "vocab_size is 'many'; expected int"),
         (
             {"metadata": {"llama.embedding_length": 32}},
@@ -123,7 +125,7 @@ def test_damaged_header_bytes_never_escape_as_other_errors(exported):
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "rope scaling is 'yarn'"),
         ({"metadata": {"graft.rope_parameters": "{"}}, "is no JSON"),
         ({"tensors": {"blk.0.attn_v.weight": None}}, "attn_v.weight is missing"),
-        ({"tensors": {"rope_freqs.weight": np.ones(8, "f4")}}, "rotary factors"),
+        ({"tensors": {"rope_freqs.weight": np.full(8, 3, "f4")}}, "rotary factors"),
         ({"tensors": {"blk.0.extra.weight": np.ones(8, "f4")}}, "has no place in a Llama"),
         (
             {"tensors": {"blk.0.attn_v.weight": np.ones((32, 64), "i4")}},

@@ -102,7 +102,7 @@ PLAIN: dict[str, tuple[Damage, list[str]]] = {
     "empty file": (cut(0), [WEIGHTS, "truncated"]),
     "only pickled weights": (
         pickled,
-        ["pytorch_model.bin", "can run code", "safetensors.torch.save_file"],
+        ["pytorch_model.bin", "can run code", "graft convert"],
     ),
     "no weights": (without(WEIGHTS), [f"has no {WEIGHTS}"]),
     "no config": (without("config.json"), ["has no config.json"]),
@@ -126,7 +126,7 @@ PLAIN: dict[str, tuple[Damage, list[str]]] = {
     ),
     "quantised by another tool": (
         change_json("config.json", quantization_config={"quant_method": "gptq", "bits": 4}),
-        ["quantised by another tool", "gptq"],
+        ["quantised by another tool", "gptq", "graft convert"],
     ),
     "no tokenizer": (without("tokenizer.json", "tokenizer_config.json"), ["has no tokenizer"]),
     "broken tokenizer": (write("tokenizer.json", "{"), ["has no tokenizer that can be loaded"]),

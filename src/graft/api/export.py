@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from graft.adapters.attach import adapted_layers, adapter_names, frozen_layers, replace_module
-from graft.adapters.config import GRID_METHODS, Init
+from graft.adapters.config import Init
 from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.merge import MergeReport, merge_loaded
@@ -86,18 +86,15 @@ def export_model(
 def check_exports(
     config: TrainConfig,
     model_config: PretrainedConfig,
-    weight_format: WeightFormat | None,
+    weight_formats: Iterable[WeightFormat],
     tokenizer: PreTrainedTokenizerBase,
     kind: RowKind | None,
 ) -> None:
     """Raise GraftError with every export that a run asks for and that could not be written.
 
-    kind: that of the training rows, or None where they could not be read.
+    weight_formats: those of the layers that are quantised once the run is merged. kind: that of the
+    training rows, or None where they could not be read.
     """
-    # lora and qlora are merged into dense weights before they are exported.
-    exported: WeightFormat = DenseFormat()
-    if weight_format is not None and config.method in GRID_METHODS:
-        exported = weight_format.deployed
     checks: dict[str, Callable[[PretrainedConfig, WeightFormat], list[str]]] = {
         "gguf": check_gguf_plan,
         "ollama": check_gguf_plan,
@@ -109,7 +106,8 @@ def check_exports(
         f"--export {target}: {problem}"
         for target in config.export
         if target in checks
-        for problem in checks[target](model_config, exported)
+        for weight_format in (DenseFormat(), *weight_formats)
+        for problem in checks[target](model_config, weight_format)
     ]
     for target in (target for target in config.export if target in ("gguf", "ollama")):
         try:
@@ -118,7 +116,7 @@ def check_exports(
                 ollama_prompt(tokenizer, model_config, kind, config.separator)
         except GraftError as error:
             problems.append(f"--export {target}: {error}")
-    raise_problems(problems, "exports")
+    raise_problems(list(dict.fromkeys(problems)), "exports")
 
 
 def merge_for_export(

@@ -12,19 +12,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedConfig
 
 from graft.adapters.attach import adapter_parameters, attach_adapter, code_widths
 from graft.adapters.loftq import LoftQ
+from graft.api.base_format import base_format, exported_formats
 from graft.api.config import (
     WIDTHS,
     TrainConfig,
     as_plain,
     calibrating_rows,
-    check_solver,
     check_train_config,
     chosen_solver,
-    format_description,
 )
 from graft.api.config_file import write_yaml
 from graft.api.events import Events
@@ -55,7 +53,6 @@ from graft.errors import GraftError, Problems, raise_problems
 from graft.evaluate.loss import evaluate_loss
 from graft.formats.base import WeightFormat
 from graft.formats.latent import LatentFormat
-from graft.formats.registry import parse_format
 from graft.model.adapter_files import save_adapter
 from graft.model.attention import use_own_attention
 from graft.model.checkpointing import check_checkpointing, enable_checkpointing
@@ -66,7 +63,6 @@ from graft.model.prefetch import prefetch_layers
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan.memory import MemoryPlan, free_bytes, plan_memory
-from graft.plan.skeleton import keeps_float32
 from graft.train.checkpoint import checkpoint_step, checkpoints
 from graft.train.loop import Metrics, TrainingTask, read_metrics, steps_to_train, train
 from graft.train.schedule import default_learning_rate, rate_factors
@@ -172,6 +168,7 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
     folder = find_folder(config.model)
     model_config = read_config(folder, config.trust_remote_code)
     tokenizer = read_tokenizer(folder, config.trust_remote_code)
+    targets: list[str] = []
     with problems.collecting():
         skeleton = build_skeleton(model_config, config.trust_remote_code)
         targets = select_targets(skeleton, config.targets)
@@ -182,8 +179,9 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
         training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed)
         kind = training.kind
     with problems.collecting():
-        weight_format = _weight_format(config, model_config)
-        check_exports(config, model_config, weight_format, tokenizer, kind)
+        weight_format = base_format(config, folder, model_config)
+        exported = exported_formats(config, folder, weight_format, targets)
+        check_exports(config, model_config, exported, tokenizer, kind)
     problems.raise_all("nothing was started")
     config = config.resolved(None if weight_format is None else weight_format.options().get("bits"))
     for name, data in (("training", training), ("held out", held_out)):
@@ -221,13 +219,6 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
         dense_steps=dense_steps,
         plan=plan,
     )
-
-
-def _weight_format(config: TrainConfig, model_config: PreTrainedConfig) -> WeightFormat | None:
-    float32 = keeps_float32(model_config, config.dtype)
-    description = format_description(config, config.method, float32)
-    check_solver(chosen_solver(config, config.method, config.bits), description)
-    return None if description is None else parse_format(description)
 
 
 def _dtype_name(config: TrainConfig) -> str:

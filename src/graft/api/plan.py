@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from graft.api.config import (
-    PlanConfig,
-    calibrating_rows,
-    check_solver,
-    chosen_solver,
-    format_description,
-)
-from graft.formats.registry import parse_format
+from graft.api.base_format import base_format
+from graft.api.config import PlanConfig, calibrating_rows
 from graft.model.load import read_config
 from graft.plan.memory import MemoryPlan, plan_memory
-from graft.plan.skeleton import config_folder, keeps_float32
+from graft.plan.skeleton import config_folder
 
 
 def plan(config: PlanConfig) -> MemoryPlan:
     """Return the predicted memory of a run, from config.json alone; no weights are read."""
-    model_config = read_config(config_folder(config.model), config.trust_remote_code)
-    float32 = keeps_float32(model_config, config.dtype)
-    description = format_description(config, config.method, float32)
-    check_solver(chosen_solver(config, config.method, config.bits), description)
+    folder = config_folder(config.model)
+    model_config = read_config(folder, config.trust_remote_code)
+    weight_format = base_format(config, folder, model_config)
+    bits = None if weight_format is None else weight_format.options().get("bits")
     return plan_memory(
         config.model,
-        weight_format=None if description is None else parse_format(description),
-        adapter=config.resolved(None if description is None else description.get("bits")),
+        weight_format=weight_format,
+        adapter=config.resolved(bits),
         dtype=config.dtype,
         device=config.device,
         batch_size=config.batch_size,

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from graft.api.config import QuantizeConfig, TrainConfig
+from graft.cli.convert import convert
 from graft.cli.flags import parse, parse_with_file
 from graft.export.config import ExportTarget
 
@@ -371,6 +372,7 @@ def doctor(words: Sequence[str]) -> None:
 COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "demo": demo,
     "plan": plan,
+    "convert": convert,
     "quantize": quantize,
     "train": train,
     "eval": evaluate,

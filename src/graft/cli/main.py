@@ -13,6 +13,7 @@ from graft.errors import GraftError, did_you_mean
 _HELP = {
     "demo": "fine-tune the bundled model on the bundled data and export it: a tour in 2 minutes",
     "plan": "predict the memory of a run from config.json alone",
+    "convert": "bring GPTQ, AWQ, bitsandbytes, MLX, GGUF or pickled weights into graft's folder",
     "quantize": "write a model folder with quantised weights",
     "train": "fine-tune a model on a file of examples",
     "eval": "loss and perplexity of a model on a file of examples",

@@ -18,7 +18,7 @@ from graft.kernels.weights import Layout, Weight
 
 GROUP_SIZES = (8, 16, 32, 64, 128)
 _STATISTICS = {"float16": torch.float16, "float32": torch.float32}
-_SMALLEST_SCALE = 2.0**-20
+SMALLEST_SCALE = 2.0**-20
 """Keeps a constant group's scale a positive fp16 number, so that no reader divides by zero."""
 
 
@@ -112,7 +112,7 @@ class IntGroupFormat:
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Round to nearest on the grid from each group's minimum to its maximum."""
         codes, codes_high, scales, offsets = ops.int_group_quantize(
-            weight, self.bits, self.group_size, self._dtype, _SMALLEST_SCALE
+            weight, self.bits, self.group_size, self._dtype, SMALLEST_SCALE
         )
         _check_finite(scales, offsets, self.statistics)
         high = {"codes_high": codes_high} if self.bits == 3 else {}
@@ -179,7 +179,7 @@ class IntGroupFormat:
         Raises GraftError when they are not finite.
         """
         scales, offsets = fit_affine(
-            weight, importance, self.bits, self.group_size, self._dtype, _SMALLEST_SCALE
+            weight, importance, self.bits, self.group_size, self._dtype, SMALLEST_SCALE
         )
         _check_finite(scales, offsets, self.statistics)
         return {"scales": scales, "offsets": offsets}
@@ -197,7 +197,7 @@ class IntGroupFormat:
         """Return the scales and offsets of least output error for these codes."""
         statistics = grid["scales"], grid["offsets"]
         scales, offsets = refit_affine(
-            weight, codes, *statistics, hessian, self.group_size, _SMALLEST_SCALE
+            weight, codes, *statistics, hessian, self.group_size, SMALLEST_SCALE
         )
         return {"scales": scales, "offsets": offsets}
 

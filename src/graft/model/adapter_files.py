@@ -67,11 +67,11 @@ def save_adapter(
     """Write one adapter to a new folder, float32.
 
     lora and qalora are written so that PEFT reads them; affine, merge_aware and a qalora that moves
-    the scales too, which PEFT has not, by our own names. With `as_lora` a qalora adapter is written
-    as an ordinary LoRA whose A is repeated group-wise, which every LoRA runtime can serve. `init`
-    is kept beside it: an adapter that started as loftq belongs on its quantised base and on no
-    other. Raises GraftError when there is no such adapter, or when `as_lora` is asked of one that
-    is no LoRA.
+    the scales too or has groups of several sizes, which PEFT has not, by our own names. With
+    `as_lora` a qalora adapter is written as an ordinary LoRA whose A is repeated group-wise, which
+    every LoRA runtime can serve. `init` is kept beside it: an adapter that started as loftq belongs
+    on its quantised base and on no other. Raises GraftError when there is no such adapter, or when
+    `as_lora` is asked of one that is no LoRA.
     """
     layers = {
         layer_name: (layer.base, layer.adapter(name))
@@ -82,8 +82,11 @@ def save_adapter(
         raise GraftError(f"the model has no adapter named {name!r}")
     adapters = [adapter for _, adapter in layers.values()]
     method = adapters[0].method
-    if not all(map(_is_lora, adapters)):
-        if as_lora:
+    sizes = {adapter.group_size for adapter in adapters if isinstance(adapter, QALoraAdapter)}
+    lora = all(map(_is_lora, adapters))
+    # PEFT has one group size for all layers.
+    if not lora or (len(sizes) > 1 and not as_lora):
+        if not lora and as_lora:
             offsets_alone = ", or train it with --grid-rank 0" if method == "qalora" else ""
             raise GraftError(
                 f"this {method} adapter is no LoRA: what it trains is inside the integer weights. "

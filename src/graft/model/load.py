@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -36,6 +38,9 @@ CONFIG_MARKER = {"packed_by": "graft"}
 """The quantization_config of a quantised folder. Readers without graft must refuse it rather than
 start from random weights: transformers ignores a quant_method that it does not know, with a
 warning, but raises when there is none."""
+
+CONVERTIBLE = ("gptq", "awq", "bitsandbytes", None)
+"""The quant_methods in config.json that graft.convert reads; MLX's has none."""
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
@@ -82,16 +87,37 @@ def find_folder(model: str) -> Path:
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Return the model's configuration; raises GraftError when it is damaged or unknown."""
     raw = read_json(folder / "config.json")
-    quantisation = raw.get("quantization_config")
+    # MLX has the second name, and in newer folders both.
+    quantisation = raw.get("quantization_config", raw.get("quantization"))
     if quantisation is not None and quantisation != CONFIG_MARKER:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        bring_in = f"; bring it in with: graft convert {folder} --out NEW_FOLDER"
         raise GraftError(
             f"{folder} is quantised by another tool ({json.dumps(quantisation):.100}); graft "
-            "starts from unquantised weights or from a folder that it quantised itself"
+            "starts from unquantised weights or from a folder in its own format"
+            + (bring_in if method in CONVERTIBLE else "")
         )
     if quantisation is not None and not (folder / QUANTISATION_FILE).is_file():
         raise GraftError(f"{folder} is a quantised folder without its {QUANTISATION_FILE}")
-    try:
+    with understood(folder / "config.json"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    # Our marker must not reach transformers, which refuses it.
+    if quantisation is not None:
+        del config.quantization_config
+    return config
+
+
+def parse_config(raw: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
+    """Return the configuration that a config.json of that folder holds; raises as `read_config`."""
+    with understood(folder / "config.json"):
+        return CONFIG_MAPPING[str(raw.get("model_type"))].from_dict(dict(raw))
+
+
+@contextmanager
+def understood(file: Path) -> Iterator[None]:
+    """Raise GraftError for what transformers raises on a configuration that makes no model."""
+    try:
+        yield
     except (
         ValueError,
         KeyError,
@@ -100,11 +126,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         OSError,
         StrictDataclassError,
     ) as error:
-        raise GraftError(f"{folder}/config.json is not understood: {error}") from error
-    # Our marker must not reach transformers, which refuses it.
-    if quantisation is not None:
-        del config.quantization_config
-    return config
+        raise GraftError(f"{file} is not understood: {error}") from error
 
 
 def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -152,7 +174,7 @@ def load_model(
     folder = find_folder(model)
     config = read_config(folder, trust_remote_code)
     target_device = resolve_device(device)
-    generation_config = _read_generation_config(folder)
+    generation_config = read_generation_config(folder)
     tokenizer = read_tokenizer(folder, trust_remote_code)
     with WeightFiles(folder) as files:
         source_dtype = _source_dtype(folder, files)
@@ -178,7 +200,8 @@ def load_model(
     return LoadedModel(skeleton, tokenizer, folder, source_dtype, compute_dtype)
 
 
-def _read_generation_config(folder: Path) -> GenerationConfig | None:
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Return the defaults of generation, where the folder has any."""
     if not (folder / "generation_config.json").is_file():
         return None
     return GenerationConfig.from_dict(read_json(folder / "generation_config.json"))

@@ -88,12 +88,22 @@ def save_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype | None = No
         save_tensors(tensors, part / SINGLE_FILE)
         write_model_files(loaded, part, plain_dtype, bool(quantised))
         if quantised:
-            description = {
-                "format_version": FORMAT_VERSION,
-                "source_dtype": str(loaded.source_dtype).removeprefix("torch."),
-                "layers": quantised,
-            }
-            write_json(part / QUANTISATION_FILE, description)
+            write_quantisation(part, quantised, loaded.source_dtype)
+
+
+def write_quantisation(
+    folder: Path, layers: Mapping[str, Mapping[str, Any]], source_dtype: torch.dtype
+) -> None:
+    """Write graft.json, which makes a folder a quantised one.
+
+    layers: what `describe_format` says of each quantised layer's format, by name.
+    """
+    description = {
+        "format_version": FORMAT_VERSION,
+        "source_dtype": str(source_dtype).removeprefix("torch."),
+        "layers": layers,
+    }
+    write_json(folder / QUANTISATION_FILE, description)
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:

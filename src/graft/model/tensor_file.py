@@ -15,13 +15,20 @@ from torch import Tensor
 from graft.errors import GraftError
 
 _CODES = {
+    torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
     torch.uint32: "U32",
     torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
     torch.int64: "I64",
+    torch.bool: "BOOL",
 }
+WRITABLE = frozenset(_CODES)
+"""The dtypes that `write_tensor_file` writes."""
 
 OnTensor = Callable[[int, int], None]
 

@@ -18,7 +18,7 @@ from graft.errors import GraftError, raise_problems
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header, a little-endian integer of 64 bits."""
@@ -164,6 +164,8 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "I64": torch.int64,
     "I32": torch.int32,
+    "U32": torch.uint32,
+    "I16": torch.int16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -185,12 +187,11 @@ def _weight_files(folder: Path) -> list[str]:
         return files
     if (folder / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
-    pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     if pickles:
         raise GraftError(
             f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code "
-            "when loaded; convert them: load with torch.load(..., weights_only=True) and save with "
-            "safetensors.torch.save_file as model.safetensors"
+            f"when loaded; bring them in safely with: graft convert {folder} --out NEW_FOLDER"
         )
     raise GraftError(f"{folder} has no {SINGLE_FILE} (and no {INDEX_FILE})")
 

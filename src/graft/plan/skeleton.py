@@ -52,7 +52,7 @@ def plan_model(
     Raises GraftError when model, targets, format and method do not fit together.
     """
     folder = config_folder(model)
-    stored = _stored_formats(folder)
+    stored = stored_formats(folder)
     if stored and weight_format is not None:
         raise GraftError(f"{folder} is quantised already; load it as it is or start from its base")
     if adapter.method == "full" and (stored or weight_format is not None):
@@ -97,7 +97,7 @@ def config_folder(model: str) -> Path:
         ) from error
 
 
-def _stored_formats(folder: Path) -> dict[str, WeightFormat]:
+def stored_formats(folder: Path) -> dict[str, WeightFormat]:
     """Return the formats of the layers of a folder that graft quantised; empty for any other."""
     if not (folder / QUANTISATION_FILE).is_file():
         return {}

@@ -1,0 +1,88 @@
+"""Bringing a model that another tool wrote into graft's own folder."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft.api.events import Events
+from graft.convert.detect import open_source
+from graft.convert.writer import plan_conversion, write_conversion
+from graft.errors import GraftError
+from graft.formats.base import WeightFormat
+from graft.model.load import read_generation_config, read_tokenizer
+
+
+@dataclass(frozen=True)
+class ConvertReport:
+    """What was found and written."""
+
+    path: Path
+    kind: str
+    """The tool or format that the weights came from."""
+    layers: dict[str, int]
+    """Quantised layers by format, in words; none where the weights are not quantised."""
+    bits_per_weight: float | None
+    """Of the quantised layers, scales and offsets included."""
+    bytes: int
+    """Size of the folder."""
+    rounding: float
+    """The largest change of a weight by the rounding of its scale and offset to float16, in units
+    of its scale; 0.0 where every weight is the very same."""
+    dequantised: tuple[str, ...]
+    """What was quantised and is now float32, because it is no linear layer of the decoder."""
+    left_out: tuple[str, ...]
+    """Tensors that had no place in the model."""
+
+
+def convert_model(
+    source: str | Path,
+    out: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    events: Events | None = None,
+) -> ConvertReport:
+    """Write the folder `out`, which everything in graft takes as it takes its own.
+
+    source: a folder (or hub id) of GPTQ, AWQ, bitsandbytes, MLX or pickled PyTorch weights, a GGUF
+    file, or one pickled file beside its config.json. tokenizer: its folder, which a GGUF file
+    needs. Integers, codes and codebooks are kept; nothing is quantised again. Raises GraftError
+    with everything that graft cannot hold, before anything is written.
+    """
+    events = events or Events()
+    target = Path(out)
+    if target.exists():
+        raise GraftError(f"{target} exists already; choose another name or remove it")
+    found, folder = open_source(str(source))
+    if tokenizer is None and not folder.is_dir():
+        raise GraftError(f"{folder}: give the folder of its tokenizer too (--tokenizer)")
+    words_folder = folder if tokenizer is None else Path(tokenizer)
+    words = read_tokenizer(words_folder)
+    generation = read_generation_config(folder) or read_generation_config(words_folder)
+    plan = plan_conversion(found)
+    write_conversion(
+        plan,
+        words,
+        generation,
+        target,
+        lambda done, total: events.progress("converting", done, total),
+    )
+    return ConvertReport(
+        path=target,
+        kind=found.kind,
+        layers=dict(Counter(map(_in_words, plan.formats.values()))),
+        bits_per_weight=plan.bits_per_weight,
+        bytes=sum(file.stat().st_size for file in target.iterdir()),
+        rounding=found.rounding.steps,
+        dequantised=tuple(plan.dequantised),
+        left_out=tuple(plan.left_out),
+    )
+
+
+def _in_words(weight_format: WeightFormat) -> str:
+    options = weight_format.options()
+    if "group_size" in options:
+        return f"{weight_format.name}, {options['bits']} bits, groups of {options['group_size']}"
+    nested = ", double quantised" if options.get("double_quant") else ""
+    return weight_format.name + nested

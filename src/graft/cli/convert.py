@@ -1,0 +1,72 @@
+"""The flags of `graft convert`, and what it shows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import tyro
+from rich.console import Console
+
+from graft.cli.flags import parse
+
+if TYPE_CHECKING:
+    from graft.api.convert import ConvertReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertArguments:
+    """Bring a model that another tool wrote into graft's own folder, to train, merge, export."""
+
+    source: tyro.conf.Positional[str]
+    """A folder or hub id of GPTQ, AWQ, bitsandbytes, MLX or pickled PyTorch weights, a GGUF file,
+    or one pickled file beside its config.json."""
+    out: str
+    """Folder to write."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer; a GGUF file needs it."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def convert(words: Sequence[str]) -> None:
+    """Graft convert SOURCE --out DIR [--tokenizer DIR]."""
+    arguments = parse(ConvertArguments, words, "convert", ConvertArguments.__doc__ or "")
+    from graft.api.convert import convert_model
+    from graft.cli.progress import TerminalEvents
+
+    with TerminalEvents(Console(stderr=True)) as events:
+        report = convert_model(
+            arguments.source, arguments.out, tokenizer=arguments.tokenizer, events=events
+        )
+    if arguments.json:
+        print(json.dumps(asdict(report) | {"path": str(report.path)}, indent=2))
+        return
+    for name, value in _lines(report).items():
+        print(f"{name:<14}{value}")
+
+
+def _lines(report: ConvertReport) -> dict[str, str]:
+    lines = {"found": report.kind}
+    if report.layers:
+        formats = [f"{count} of {kind}" for kind, count in report.layers.items()]
+        lines["layers"] = "; ".join(formats) + f" ({report.bits_per_weight:.2f} bits per weight)"
+        lines["weights"] = (
+            f"within {report.rounding:.1e} of a step (scales and offsets rounded to float16)"
+            if report.rounding
+            else "the very same"
+        )
+    else:
+        lines["layers"] = "none is quantised"
+    if report.dequantised:
+        lines["to float32"] = ", ".join(report.dequantised)
+    if report.left_out:
+        more = " ..." if len(report.left_out) > 3 else ""
+        lines["left out"] = (
+            f"{len(report.left_out)} tensors without a place in the model "
+            f"({', '.join(report.left_out[:3])}{more})"
+        )
+    lines["folder"] = f"{report.path}, {report.bytes / 2**20:,.1f} MiB"
+    return lines

@@ -1,0 +1,95 @@
+"""A Hugging Face folder in whatever quantisation: its settings, its skeleton, its tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from graft.convert.source import PlainTensor
+from graft.errors import GraftError
+from graft.model.load import build_skeleton, parse_config
+from graft.model.weights import INDEX_FILE, SINGLE_FILE, WeightFiles, read_json
+
+WORDS = (torch.int32, torch.uint32)
+FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_SETTINGS = ("quantization_config", "quantization")
+
+
+@dataclass(frozen=True)
+class ForeignFolder:
+    """A folder that another tool quantised, with its config.json."""
+
+    folder: Path
+    config: dict[str, Any]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What config.json says of the quantisation."""
+        return next((self.config[key] for key in _SETTINGS if self.config.get(key)), {})
+
+    def skeleton(self) -> PreTrainedModel:
+        """Return the modules on the meta device, as they are without the quantisation."""
+        plain = {key: value for key, value in self.config.items() if key not in _SETTINGS}
+        return build_skeleton(parse_config(plain, self.folder))
+
+    def weights(self) -> WeightFiles:
+        """Return the safetensors files; raises GraftError when there are none."""
+        standard = (self.folder / INDEX_FILE).is_file() or (self.folder / SINGLE_FILE).is_file()
+        others = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        return WeightFiles(self.folder, others[0] if len(others) == 1 and not standard else None)
+
+
+def open_folder(folder: Path) -> ForeignFolder:
+    """Read config.json; the settings of an older GPTQ folder are in quantize_config.json."""
+    config = read_json(folder / "config.json")
+    separate = folder / "quantize_config.json"
+    if "quantization_config" not in config and separate.is_file():
+        config["quantization_config"] = {"quant_method": "gptq"} | read_json(separate)
+    return ForeignFolder(folder, config)
+
+
+def plain_tensors(files: WeightFiles, but: Iterable[str]) -> dict[str, PlainTensor]:
+    """Return every tensor of the files but those that are part of a quantised layer."""
+    left_out = set(but)
+    return {
+        name: PlainTensor(files.shape(name), files.dtype(name), partial(files.read_once, name))
+        for name in files
+        if name not in left_out
+    }
+
+
+def check_parts(
+    files: WeightFiles,
+    name: str,
+    expected: Mapping[str, tuple[tuple[int, ...], tuple[torch.dtype, ...]]],
+) -> None:
+    """Raise GraftError unless the layer's tensors are there, in their shape and one of the dtypes.
+
+    expected: (shape, dtypes) of each part of the layer's name.
+    """
+    for part, (shape, dtypes) in expected.items():
+        key = f"{name}.{part}"
+        if key not in files:
+            raise GraftError(f"tensor {key} is missing")
+        if files.shape(key) != shape or files.dtype(key) not in dtypes:
+            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise GraftError(
+                f"{key} is {str(files.dtype(key)).removeprefix('torch.')} "
+                f"{list(files.shape(key))}; expected {kinds} {list(shape)}"
+            )
+
+
+def size(files: WeightFiles, key: str, axis: int) -> int:
+    """Return a size of a matrix; raises GraftError when it is missing or none."""
+    if key not in files:
+        raise GraftError(f"tensor {key} is missing")
+    shape = files.shape(key)
+    if len(shape) != 2 or 0 in shape:
+        raise GraftError(f"{key} has shape {list(shape)}; expected a matrix")
+    return shape[axis]

@@ -1,0 +1,124 @@
+"""Folders with pickled PyTorch weights, read without running what is in them.
+
+torch.load(weights_only=True) rebuilds tensors and plain containers, and refuses every other object.
+"""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.convert.folder import ForeignFolder
+from graft.convert.source import PlainTensor, Source
+from graft.errors import GraftError, raise_problems
+from graft.model.weights import PICKLES, read_json
+
+_SINGLE = "pytorch_model.bin"
+_INDEX = "pytorch_model.bin.index.json"
+_INSIDE = ("state_dict", "model", "module")
+"""Keys under which training programs keep the weights beside other things."""
+_OTHER_STATES = ("optimizer.", "scheduler.", "training_args.", "rng_state")
+
+
+def pickled_source(folder: ForeignFolder, file: str | None = None) -> Source:
+    """Return what is in the pickled files of a folder, or in the one that is named.
+
+    Raises GraftError for a file that holds anything but tensors and plain containers.
+    """
+    if folder.settings:
+        raise GraftError(
+            f"{folder.folder} is quantised by another tool and pickled; graft reads such weights "
+            "from safetensors only: look for the folder in that form"
+        )
+    shards = _Shards(folder.folder)
+    tensors: dict[str, PlainTensor] = {}
+    for name in [file] if file else _files(folder.folder):
+        for key, tensor in shards.read(name).items():
+            make = partial(shards.tensor, name, key)
+            tensors[key] = PlainTensor(tuple(tensor.shape), tensor.dtype, make)
+    return Source("PyTorch, pickled", folder.skeleton(), {}, tensors)
+
+
+def _files(folder: Path) -> list[str]:
+    if (folder / _INDEX).is_file():
+        weight_map = read_json(folder / _INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise GraftError(f"{folder / _INDEX} has no weight_map; download it again")
+        files = sorted({str(file) for file in weight_map.values()})
+        problems = [
+            f"{file} is named there but not in the folder; download it again"
+            for file in files
+            if Path(file).name != file or not (folder / file).is_file()
+        ]
+        raise_problems(problems, str(folder / _INDEX))
+        return files
+    if (folder / _SINGLE).is_file():
+        return [_SINGLE]
+    found = sorted(
+        path.name
+        for pattern in PICKLES
+        for path in folder.glob(pattern)
+        if not path.name.startswith(_OTHER_STATES)
+    )
+    if len(found) != 1:
+        raise GraftError(
+            f"{folder} holds {len(found)} pickled files ({', '.join(found[:4])}) and no {_INDEX}; "
+            "name the one with the weights instead of the folder"
+        )
+    return found
+
+
+class _Shards:
+    """The pickled files of a folder, the last one that was asked for in memory (or mapped)."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def tensor(self, file: str, name: str) -> Tensor:
+        return self.read(file)[name]
+
+    def read(self, file: str) -> dict[str, Tensor]:
+        if self._last[0] != file:
+            self._last = ("", {})  # leaves memory before the next one comes
+            self._last = (file, _tensors(self._folder / file))
+        return self._last[1]
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        # Files of before PyTorch 1.6 are no zip archives and cannot be mapped.
+        mapped = zipfile.is_zipfile(path)
+        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except pickle.UnpicklingError as error:
+        raise GraftError(
+            f"{path} is refused: it holds more than tensors and plain containers, or is damaged, "
+            f"and unpickling it could run code ({_reason(error)}); ask whoever made it for "
+            "safetensors"
+        ) from error
+    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise GraftError(
+            f"{path} is no readable PyTorch file ({_reason(error)}); download it again"
+        ) from error
+    for key in _INSIDE:
+        if isinstance(found, dict) and isinstance(found.get(key), dict):
+            found = found[key]
+    if not isinstance(found, dict):
+        raise GraftError(f"{path} holds a {type(found).__name__}; expected tensors by name")
+    tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    if not tensors:
+        raise GraftError(f"{path} holds no tensors by name")
+    return tensors
+
+
+def _reason(error: Exception) -> str:
+    """Return the sentence of torch's long message that names what was found."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
+    return (telling or lines or [type(error).__name__])[0][:200]

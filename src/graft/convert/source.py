@@ -1,0 +1,52 @@
+"""What a reader of another tool's files hands over: a skeleton, and how to make each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from graft.convert.integers import Rounding
+from graft.formats.base import Packed, WeightFormat
+
+
+@dataclass(frozen=True)
+class QuantisedLayer:
+    """A weight [out_features, in_features] that graft can hold; `make` reads and packs it."""
+
+    weight_format: WeightFormat
+    make: Callable[[], Packed]
+
+
+ReadLayer = Callable[[int, int], QuantisedLayer]
+"""From (out_features, in_features) to the layer; raises GraftError where the two do not fit."""
+
+
+@dataclass(frozen=True)
+class PlainTensor:
+    """A tensor that is kept as it is; `make` reads it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    make: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """Everything about a model that another tool wrote; nothing of its weights is in memory."""
+
+    kind: str
+    """What was found, for the report."""
+    model: PreTrainedModel
+    """The modules on the meta device, which say what names and shapes must be there."""
+    layers: Mapping[str, ReadLayer]
+    """Quantised weights by the name of their module, without '.weight'."""
+    tensors: Mapping[str, PlainTensor]
+    """All other tensors by name."""
+    rounding: Rounding = field(default_factory=Rounding)
+    """The largest rounding of statistics in the layers that were made so far."""
+    dequantised: tuple[str, ...] = ()
+    """Tensors of `tensors` that the file holds quantised."""

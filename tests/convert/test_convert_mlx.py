@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import functools
+import json
+
+import pytest
+import torch
+from foreign import (
+    change_settings,
+    change_tensors,
+    foreign_folder,
+    linear_names,
+    mlx_layer,
+    mlx_weight,
+)
+from safetensors.torch import load_file
+
+import graft
+from graft.convert.integers import unpack_words
+from graft.errors import GraftError
+from graft.export.layers import side_by_side
+from graft.kernels.packing import unpack_codes
+
+LAYER = "model.layers.0.mlp.gate_proj"
+EMBEDDING = "model.embed_tokens"
+
+
+@pytest.fixture
+def make(tiny_base, tmp_path):
+    def write(bits=4, dtype=torch.float16, names=None, **settings):
+        settings = {"group_size": 32, "bits": bits} | settings
+        layer = mlx_layer(bits, 32, dtype)
+        return foreign_folder(tiny_base, tmp_path / "theirs", settings, layer, names)
+
+    return write
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_every_width_and_dtype(bits, dtype, make, assert_converted):
+    # Down to 2^-14 what is in bfloat16 is in float16 too; float32 has bits that it has not.
+    steps = 2.0 ** (bits - 10) if dtype == torch.float32 else 0.0
+    report = assert_converted(make(bits, dtype), functools.partial(mlx_weight, bits=bits), steps)
+    assert report.layers == {f"int, {bits} bits, groups of 32": 14}
+    assert (report.rounding > 0) == (steps > 0)
+
+
+def test_embeddings_are_dequantised(tiny_base, make, tmp_path):
+    names = [*linear_names(load_file(tiny_base / "model.safetensors")), EMBEDDING]
+    folder = make(names=names)
+    report = graft.convert_model(folder, tmp_path / "out")
+    assert report.dequantised == (EMBEDDING,)
+    stored = load_file(tmp_path / "out" / "model.safetensors")[f"{EMBEDDING}.weight"]
+    expected = mlx_weight(load_file(folder / "model.safetensors"), EMBEDDING, 4)
+    assert torch.equal(stored, expected.float())
+    assert graft.load(tmp_path / "out", dtype="float32")[0].lm_head.weight.equal(stored)
+
+
+def test_layers_may_have_widths_of_their_own(tiny_base, make, tmp_path):
+    folder = make()
+    weight = load_file(tiny_base / "model.safetensors")[f"{LAYER}.weight"]
+    own = mlx_layer(8, 64, torch.float16)(LAYER, weight)
+    change_tensors(folder, lambda t: t.update({f"{LAYER}.{k}": v for k, v in own.items()}))
+    change_settings(folder, **{LAYER: {"group_size": 64, "bits": 8}})
+    report = graft.convert_model(folder, tmp_path / "out")
+    assert report.layers["int, 8 bits, groups of 64"] == 1
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_stream_is_the_one_that_the_export_writes(bits):
+    codes = torch.randint(2**bits, (5, 64)).byte()
+    words = side_by_side(codes, bits).view(torch.int32)
+    assert torch.equal(unpack_words(words, bits), codes)
+
+
+def test_there_and_back_gives_the_same_integers(tiny_base, make, tmp_path):
+    """MLX to graft to MLX: the file's codes, scales and biases are those that came in."""
+    folder = make()
+    graft.convert_model(folder, tmp_path / "out")
+    graft.export_model(tmp_path / "out", "mlx", tmp_path / "again")
+    before = load_file(folder / "model.safetensors")
+    after = load_file(tmp_path / "again" / "model.safetensors")
+    for name in linear_names(before):
+        for part in ("weight", "scales", "biases"):
+            assert torch.equal(before[f"{name}.{part}"], after[f"{name}.{part}"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mode": "mxfp4"}, "quantised in MLX's mode 'mxfp4'; graft reads affine"),
+        ({LAYER: {"mode": "nvfp4"}}, f"{LAYER} is quantised in MLX's mode 'nvfp4'"),
+    ],
+)
+def test_other_modes_are_refused_by_name(settings, words, make, tmp_path):
+    folder = make(**settings)
+    with pytest.raises(GraftError, match=words):
+        graft.convert_model(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(f"{LAYER}.biases"), f"tensor {LAYER}.biases is missing"),
+        (lambda t: t.pop(f"{LAYER}.weight"), f"tensor {LAYER}.weight is missing"),
+        (
+            lambda t: t.update({f"{LAYER}.weight": torch.zeros(96, 12).to(torch.uint32)}),
+            "6 bits each; graft reads MLX of 2, 3, 4, 8 bits",
+        ),
+        (
+            lambda t: t.update({f"{LAYER}.scales": torch.ones(96, 7)}),
+            "7 groups of its 64 inputs",
+        ),
+        (
+            lambda t: t.update({f"{LAYER}.biases": torch.full((96, 2), 1e5)}),
+            f"{LAYER}: its scales or offsets are not finite in float16",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(change, words, make, tmp_path):
+    folder = make()
+    change_tensors(folder, change)
+    with pytest.raises(GraftError, match=words):
+        graft.convert_model(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_mlx_rearranges_is_refused(make, tmp_path):
+    folder = make()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"model_type": "gpt_neox"}))
+    with pytest.raises(GraftError, match="model_type is 'gpt_neox'; graft reads MLX folders of"):
+        graft.convert_model(folder, tmp_path / "out")
+
+
+def test_codes_are_kept(make, tmp_path):
+    folder = make(3)
+    graft.convert_model(folder, tmp_path / "out")
+    out = load_file(tmp_path / "out" / "model.safetensors")
+    planes = out[f"{LAYER}.codes"], out[f"{LAYER}.codes_high"]
+    words = load_file(folder / "model.safetensors")[f"{LAYER}.weight"]
+    assert torch.equal(unpack_codes(planes, 3, 64), unpack_words(words, 3))
