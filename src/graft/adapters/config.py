@@ -33,6 +33,9 @@ class AdapterConfig:
     """Numerator of the scaling alpha/rank; None means rank, so that the scaling is 1."""
     rslora: bool = False
     """Scale by alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)."""
+    dora: bool = False
+    """Train the length of each row of the weight beside its low-rank update, which then turns the
+    rows alone (DoRA, arXiv 2402.09353; lora and qlora only)."""
     init: Init = "default"
     """How the adapter starts. default: as no update at all; loftq: as the low-rank part of what
     rounding takes from the weights (arXiv 2310.08659; lora and qlora on quantised weights)."""
