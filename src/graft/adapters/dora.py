@@ -23,8 +23,7 @@ class DoraAdapter(LoraAdapter):
     on what is beyond W x, as in PEFT: y = W x + (m / |..| (W + s B A) - W) dropout(x). The layer's
     own bias is not scaled. |W|² is computed once, from the frozen weight, and is not saved.
 
-    The factor m / |..| is float32 whatever x is: in bfloat16 a magnitude would move by no less
-    than 1/256 of itself.
+    The factor m / |..| is float32 whatever x is: in bfloat16 the next number after 1 is 1.008.
     """
 
     squares: Tensor
