@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from graft.errors import GraftError
 
 if TYPE_CHECKING:
+    from graft.api.adopt import adopt
     from graft.api.compare.config import CompareConfig
     from graft.api.compare.run import compare
     from graft.api.config import QuantizeConfig, TrainConfig
@@ -33,6 +34,7 @@ _HOME = {
     "CompareConfig": "graft.api.compare.config",
     "QuantizeConfig": "graft.api.config",
     "TrainConfig": "graft.api.config",
+    "adopt": "graft.api.adopt",
     "compare": "graft.api.compare.run",
     "evaluate_model": "graft.api.evaluate",
     "export_model": "graft.api.export",
@@ -49,6 +51,7 @@ __all__ = [
     "GraftError",
     "QuantizeConfig",
     "TrainConfig",
+    "adopt",
     "compare",
     "evaluate_model",
     "export_model",

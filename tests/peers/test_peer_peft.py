@@ -7,7 +7,6 @@ graft's is quantised.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graft.adapters.attach import adapted_layers, adapter_parameters, attach_adapter, frozen_layers
 from graft.adapters.config import AdapterConfig
@@ -44,30 +43,6 @@ DEPLOYED = 2e-3
 """The merged offsets are fp16."""
 INT = make_format("int")
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A random Llama and a random GPT-2, every tensor of it moved."""
-    sizes = {"vocab_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"hidden_size": 64, "max_position_embeddings": 64, "bos_token_id": 0}
-    configs = {
-        "llama": LlamaConfig(**sizes, intermediate_size=96, num_key_value_heads=2, eos_token_id=0),
-        "gpt2": GPT2Config(**sizes, eos_token_id=0),
-    }
-    folders = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        for family, config in configs.items():
-            model = AutoModelForCausalLM.from_config(config)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter) * 0.05)
-            folders[family] = tmp_path_factory.mktemp(family)
-            model.save_pretrained(folders[family])
-            for file in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(tiny_base / file, folders[family] / file)
-    return folders
 
 
 @pytest.fixture

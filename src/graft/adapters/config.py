@@ -13,6 +13,11 @@ GRID_METHODS: dict[str, str] = {"qalora": "int", "affine": "int", "merge_aware":
 """Methods that merge exactly into weights of the int format, and the format that they train on."""
 
 
+def method_in_words(method: str, dora: bool) -> str:
+    """Return the method with what its flags make of it."""
+    return f"{method} with DoRA" if dora else method
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """The adapter that a run trains."""

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from graft.adapters.attach import adapted_layers, adapter_names, frozen_layers, replace_module
 from graft.adapters.config import GRID_METHODS, Init
 from graft.api.config import TrainConfig
 from graft.api.events import Events
-from graft.api.merge import MergeReport, merge_loaded
+from graft.api.merge import MergeReport, check_biases, merge_loaded
 from graft.api.run_folder import is_run, load_any, read_run_config
 from graft.errors import GraftError, raise_problems
 from graft.export.config import ExportTarget
@@ -67,6 +67,8 @@ def export_model(
     if to == "peft":
         init = read_run_config(Path(model)).init if is_run(Path(model)) else "default"
         return _export_peft(loaded, target, init)
+    if to in ("hf", "mlx"):
+        check_biases(loaded)
     merged = merge_for_export(loaded, to, requantize, events)
     writers = {
         "gguf": _export_gguf,
@@ -99,6 +101,17 @@ def check_exports(
         for problem in checks[target](model_config, exported)
     ]
     raise_problems(problems, "exports")
+
+
+def check_bias_exports(config: TrainConfig, skeleton: PreTrainedModel, targets: list[str]) -> None:
+    """Raise GraftError when the adapter's biases have no place in what a run is to export."""
+    asked = [target for target in config.export if target in ("hf", "mlx")]
+    bare = [name for name in targets if skeleton.get_submodule(name).bias is None]
+    if config.adapter_bias and asked and bare:
+        raise GraftError(
+            f"--export {' '.join(asked)}: --adapter-bias trains a bias for {len(bare)} layers that "
+            f"have none in the model, such as {bare[0]}, and there is no place for it; drop either"
+        )
 
 
 def merge_for_export(

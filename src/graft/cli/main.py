@@ -15,6 +15,7 @@ _HELP = {
     "plan": "predict the memory of a run from config.json alone",
     "quantize": "write a model folder with quantised weights",
     "train": "fine-tune a model on a file of examples",
+    "adopt": "make a run of an adapter that PEFT trained",
     "eval": "loss and perplexity of a model on a file of examples",
     "generate": "continue a prompt",
     "chat": "talk to a model",
