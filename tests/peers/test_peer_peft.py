@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import graft
 from graft.adapters.attach import adapted_layers, adapter_parameters, attach_adapter, frozen_layers
 from graft.adapters.config import AdapterConfig
 from graft.adapters.qalora import QALoraAdapter
@@ -318,6 +319,12 @@ def test_we_read_pefts_qalora(group_size, rslora, base, tmp_path) -> None:
         moved = layer(x) - layer.base(x)
         # The offsets are of the size of the update, and fp16 holds 11 bits of them.
         assert distance(moved.double(), expected) < DEPLOYED
+    integers = {"format": "int", "group_size": group_size, "out": str(tmp_path / "int4")}
+    graft.quantize(graft.QuantizeConfig(model=str(folder), **integers))
+    graft.adopt(tmp_path, tmp_path / "run", model=integers["out"])
+    adopted, _ = graft.load(tmp_path / "run")
+    assert torch.equal(logits(adopted), logits(ours))
+    assert graft.merge(tmp_path / "run", tmp_path / "merged").exact
 
 
 @pytest.mark.parametrize("rslora", [False, True])
