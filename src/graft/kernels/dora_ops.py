@@ -13,11 +13,23 @@ from graft.kernels.weights import Weight, weight_of
 def row_squares(weight: Tensor) -> Tensor:
     """Return |w|² of each row of a weight [out_features, in_features], summed in float64.
 
-    A few rows at a time, so that no float64 copy of the weight is made; float32 [out_features].
+    No float64 copy of the whole weight is made; float32 [out_features].
     """
-    rows = max(1, (1 << 20) // weight.shape[1])
-    sums = [part.double().square().sum(1) for part in weight.split(rows)]
+    sums = [part.double().square().sum(1) for part in _in_parts(weight)]
     return torch.cat(sums).float()
+
+
+def _in_parts(weight: Tensor) -> tuple[Tensor, ...]:
+    """Return a few rows at a time, of about 4 million numbers."""
+    return weight.split(max(1, (1 << 22) // weight.shape[1]))
+
+
+def _times(weight: Weight, A: Tensor) -> Tensor:
+    """Return W Aᵀ, float32 [out_features, rank], without a float32 copy of a dense weight."""
+    first = weight.tensors[0]
+    if weight.layout.kind != "dense" or first is None or first.dtype == A.dtype:
+        return frozen_product("linear", A, weight).T
+    return torch.cat([part.to(A.dtype) @ A.T for part in _in_parts(first)])
 
 
 @custom_op("graft::dora_norms", mutates_args=())
@@ -39,8 +51,7 @@ def dora_norms(
     checkpointing of layers, which chooses among products, does not see the product inside.
     """
     weight: Weight = weight_of(layout, first, second, third, fourth)
-    across = frozen_product("linear", A, weight).T
-    moved = (2 * scaling) * across + (scaling * scaling) * (B @ (A @ A.T))
+    moved = (2 * scaling) * _times(weight, A) + (scaling * scaling) * (B @ (A @ A.T))
     # What is left of a row that the update cancels may round below 0.
     return (squares + (B * moved).sum(1)).clamp_min(0).sqrt()
 
