@@ -21,7 +21,8 @@ def row_squares(weight: Tensor) -> Tensor:
 
 def _in_parts(weight: Tensor) -> tuple[Tensor, ...]:
     """Return a few rows at a time, of about 4 million numbers."""
-    return weight.split(max(1, (1 << 22) // weight.shape[1]))
+    parts: tuple[Tensor, ...] = weight.split(max(1, (1 << 22) // weight.shape[1]))
+    return parts
 
 
 def _times(weight: Weight, A: Tensor) -> Tensor:
