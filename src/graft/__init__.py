@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from graft.errors import GraftError
 
 if TYPE_CHECKING:
+    from graft.api.adopt import adopt
     from graft.api.compare.config import CompareConfig
     from graft.api.compare.run import compare
     from graft.api.config import QuantizeConfig, TrainConfig
@@ -34,6 +35,7 @@ _HOME = {
     "CompareConfig": "graft.api.compare.config",
     "QuantizeConfig": "graft.api.config",
     "TrainConfig": "graft.api.config",
+    "adopt": "graft.api.adopt",
     "compare": "graft.api.compare.run",
     "convert_model": "graft.api.convert",
     "evaluate_model": "graft.api.evaluate",
@@ -51,6 +53,7 @@ __all__ = [
     "GraftError",
     "QuantizeConfig",
     "TrainConfig",
+    "adopt",
     "compare",
     "convert_model",
     "evaluate_model",

@@ -29,6 +29,7 @@ from graft.model.targets import freeze_layers, select_targets
 
 CASES = {
     "lora-dense": ("lora", None),
+    "dora-dense": ("dora", None),
     "qlora-nf4": ("qlora", ("nf4", {"double_quant": True})),
     "qlora-nf4-plain": ("qlora", ("nf4", {})),
     "qlora-fp4": ("qlora", ("fp4", {"double_quant": True})),
@@ -52,7 +53,9 @@ def adapted(base: Path, case: str, dtype: str) -> LoadedModel:
     if weight_format is None:
         freeze_layers(loaded.model, names)
     torch.manual_seed(3)
-    attach_adapter(loaded.model, names, AdapterConfig(method=method, rank=4))
+    dora = method == "dora"
+    config = AdapterConfig(method="lora" if dora else method, rank=4, dora=dora)
+    attach_adapter(loaded.model, names, config)
     loaded.model.train()
     for parameter in adapter_parameters(loaded.model, "default").values():
         with torch.no_grad():

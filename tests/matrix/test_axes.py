@@ -27,8 +27,15 @@ VARIANTS = [
     for name in FORMATS
     for options in OPTIONS.get(name, [{}])
 ]
-METHODS = [method for method in get_args(Method) if method != "full"]
-ADDITIVE = {"lora", "qlora"}
+FLAGS = {"lora": [{"dora": True}]}
+"""What makes another adapter of a method."""
+ADAPTERS = {
+    "-".join([method, *options]): {"method": method, **options}
+    for method in get_args(Method)
+    if method != "full"
+    for options in [{}, *FLAGS.get(method, [])]
+}
+ADDITIVE = {"lora", "lora-dora", "qlora"}
 NEEDS = {"qalora": "int", "affine": "int", "merge_aware": "latent"}
 IN, OUT = 44, 12
 
@@ -39,7 +46,7 @@ def adapted_model(name: str, options: dict, method: str) -> torch.nn.Sequential:
     packed = weight_format.pack(torch.randn(OUT, IN))
     layer = FrozenLinear(IN, OUT, weight_format, packed, torch.randn(OUT))
     model = torch.nn.Sequential(layer)
-    attach_adapter(model, ["0"], AdapterConfig(method=method, rank=4))
+    attach_adapter(model, ["0"], AdapterConfig(**ADAPTERS[method], rank=4))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     x, y = torch.randn(32, IN), torch.randn(32, OUT)
     losses = []
@@ -60,7 +67,7 @@ def supported(name: str, method: str) -> bool:
 PAIRS = [
     pytest.param(*variant.values, method, id=f"{variant.id}-{method}")
     for variant in VARIANTS
-    for method in METHODS
+    for method in ADAPTERS
 ]
 
 
@@ -83,7 +90,7 @@ def test_train_and_merge(name: str, options: dict, method: str) -> None:
 
 
 @pytest.mark.parametrize(("target", "target_options"), VARIANTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_merge_into_every_format(method: str, target: str, target_options: dict) -> None:
     """The reported error is the distance between the merged and the trained weight."""
     base = NEEDS.get(method, "int")
@@ -101,7 +108,7 @@ def test_merge_into_every_format(method: str, target: str, target_options: dict)
 
 
 @pytest.mark.parametrize(("name", "options"), VARIANTS)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTERS)
 def test_every_solver_result_takes_every_adapter(name: str, options: dict, method: str) -> None:
     weight_format = make_format(name, options)
     weight = torch.randn(OUT, IN)
@@ -119,5 +126,5 @@ def test_every_solver_result_takes_every_adapter(name: str, options: dict, metho
         return
     model = torch.nn.Sequential(base)
     before = model(x)
-    attach_adapter(model, ["0"], AdapterConfig(method=method, rank=4))
+    attach_adapter(model, ["0"], AdapterConfig(**ADAPTERS[method], rank=4))
     assert torch.equal(model(x), before)

@@ -50,6 +50,8 @@ CASES = {
     "lora-rslora": (None, {"method": "lora", "alpha": 3.0, "rslora": True}),
     "lora-bias": (None, {"method": "lora", "adapter_bias": True, "dropout": 0.25}),
     "lora-some": (None, {"method": "lora", "targets": ("c_attn", "v_proj")}),
+    "dora": (None, {"method": "lora", "dora": True, "alpha": 7.0, "dropout": 0.25}),
+    "dora-nf4-rslora": (make_format("nf4"), {"method": "lora", "dora": True, "rslora": True}),
     "qalora": (INT, {"method": "qalora", "alpha": 5.0}),
     "qalora-rslora": (make_format("int", {"group_size": 16}), {"method": "qalora", "rslora": True}),
     "qalora-scales": (INT, {"method": "qalora", "alpha": 5.0, "grid_rank": 2}),
@@ -168,6 +170,16 @@ def test_gradients_are_asked_for_or_not(trainable, load, tmp_path) -> None:
     assert not any(module.training for module in fresh.modules())
 
 
+def test_a_mixture_of_lora_and_dora_is_not_saved(load, tmp_path) -> None:
+    model = attached(load("llama").model, method="lora", targets=("q_proj",))
+    attach_adapter(
+        model, select_targets(model, ("v_proj",)), AdapterConfig(method="lora", dora=True)
+    )
+    with pytest.raises(GraftError, match="some of its layers are DoRA's"):
+        save_adapter(model, tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
 def test_an_unknown_adapter_is_not_saved(load, tmp_path) -> None:
     model = attached(load("llama").model, method="lora")
     with pytest.raises(GraftError, match="no adapter named 'other'"):
@@ -251,13 +263,25 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
     ),
     "a later version": (config(OWN, format_version=9), ["format_version 9", "reads 1"]),
     "another kind": (config(peft_type="IA3"), ["peft_type is 'IA3'; only LORA is read"]),
-    "dora and more": (
-        config(use_dora=True, modules_to_save=["lm_head"], bias="all"),
-        ["3 problems", "use_dora", "modules_to_save", "bias is 'all'"],
+    "dora with qalora, and more": (
+        config(use_dora=True, use_qalora=True, modules_to_save=["lm_head"], bias="all"),
+        ["problems", "use_dora and use_qalora", "modules_to_save", "bias is 'all'"],
     ),
     "a changed base": (
         config(init_lora_weights="pissa_niter_4"),
         ["init_lora_weights is 'pissa_niter_4'", "path_initial_model_for_weight_conversion"],
+    ),
+    "magnitudes missing": (config(use_dora=True), [LAYER, "lora_magnitude_vector is missing"]),
+    "an embedding and the head": (
+        tensors(
+            lambda t: t.update(
+                {
+                    "base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(4, 320),
+                    "base_model.model.lm_head.lora_A.weight": torch.ones(4, 80),
+                }
+            )
+        ),
+        ["2 problems", "lora_embedding_A", "adapts an embedding", "adapts the output head"],
     ),
     "activated LoRA": (config(alora_invocation_tokens=[1, 2]), ["alora_invocation_tokens"]),
     "qalora on a dense base": (

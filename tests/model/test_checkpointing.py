@@ -62,6 +62,11 @@ MODELS = {"llama": llama, "gpt2": gpt2}
 METHODS: dict[str, tuple[AdapterConfig, WeightFormat | None]] = {
     "lora": (AdapterConfig(method="lora", rank=4), None),
     "lora-dropout": (AdapterConfig(method="lora", rank=4, dropout=0.2), None),
+    "dora": (AdapterConfig(method="lora", rank=4, dora=True), None),
+    "dora-dropout": (
+        AdapterConfig(method="qlora", rank=4, dora=True, dropout=0.2),
+        make_format("nf4"),
+    ),
     "qlora": (AdapterConfig(method="qlora", rank=4), make_format("nf4", {"double_quant": True})),
     "qlora-dropout": (AdapterConfig(method="qlora", rank=4, dropout=0.2), make_format("nf4")),
     "qalora": (AdapterConfig(method="qalora", rank=4), make_format("int")),

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,3 +129,27 @@ def first_ids() -> Callable[..., torch.Tensor]:
         return torch.tensor([row[:length] for row in rows if len(row) >= length])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random Llama and a random GPT-2 as folders, every tensor of them moved."""
+    sizes = {"vocab_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"hidden_size": 64, "max_position_embeddings": 64, "bos_token_id": 0}
+    configs = {
+        "llama": LlamaConfig(**sizes, intermediate_size=96, num_key_value_heads=2, eos_token_id=0),
+        "gpt2": GPT2Config(**sizes, eos_token_id=0),
+    }
+    folders = {}
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        for family, config in configs.items():
+            model = AutoModelForCausalLM.from_config(config)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+            folders[family] = tmp_path_factory.mktemp(family)
+            model.save_pretrained(folders[family])
+            for file in ("tokenizer.json", "tokenizer_config.json"):
+                shutil.copy(tiny_base / file, folders[family] / file)
+    return folders

@@ -7,7 +7,6 @@ graft's is quantised.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+import graft
 from graft.adapters.attach import adapted_layers, adapter_parameters, attach_adapter, frozen_layers
 from graft.adapters.config import AdapterConfig
 from graft.adapters.qalora import QALoraAdapter
@@ -44,30 +44,6 @@ DEPLOYED = 2e-3
 """The merged offsets are fp16."""
 INT = make_format("int")
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture(scope="module")
-def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A random Llama and a random GPT-2, every tensor of it moved."""
-    sizes = {"vocab_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4}
-    sizes |= {"hidden_size": 64, "max_position_embeddings": 64, "bos_token_id": 0}
-    configs = {
-        "llama": LlamaConfig(**sizes, intermediate_size=96, num_key_value_heads=2, eos_token_id=0),
-        "gpt2": GPT2Config(**sizes, eos_token_id=0),
-    }
-    folders = {}
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        for family, config in configs.items():
-            model = AutoModelForCausalLM.from_config(config)
-            with torch.no_grad():
-                for parameter in model.parameters():
-                    parameter.add_(torch.randn_like(parameter) * 0.05)
-            folders[family] = tmp_path_factory.mktemp(family)
-            model.save_pretrained(folders[family])
-            for file in ("tokenizer.json", "tokenizer_config.json"):
-                shutil.copy(tiny_base / file, folders[family] / file)
-    return folders
 
 
 @pytest.fixture
@@ -343,6 +319,12 @@ def test_we_read_pefts_qalora(group_size, rslora, base, tmp_path) -> None:
         moved = layer(x) - layer.base(x)
         # The offsets are of the size of the update, and fp16 holds 11 bits of them.
         assert distance(moved.double(), expected) < DEPLOYED
+    integers = {"format": "int", "group_size": group_size, "out": str(tmp_path / "int4")}
+    graft.quantize(graft.QuantizeConfig(model=str(folder), **integers))
+    graft.adopt(tmp_path, tmp_path / "run", model=integers["out"])
+    adopted, _ = graft.load(tmp_path / "run")
+    assert torch.equal(logits(adopted), logits(ours))
+    assert graft.merge(tmp_path / "run", tmp_path / "merged").exact
 
 
 @pytest.mark.parametrize("rslora", [False, True])

@@ -23,8 +23,11 @@ ATTENTION = {"llama": ("q_proj", "v_proj"), "qwen2": ("q_proj", "v_proj"), "gpt2
 METHODS = {
     "lora": (AdapterConfig(method="lora", rank=4), None),
     "lora-dropout": (AdapterConfig(method="lora", rank=4, dropout=0.1), None),
+    "dora": (AdapterConfig(method="lora", rank=4, dora=True), None),
+    "dora-dropout": (AdapterConfig(method="lora", rank=4, dora=True, dropout=0.1), None),
     "lora-int8": (AdapterConfig(method="lora", rank=4), ("int8", {})),
     "qlora": (AdapterConfig(method="qlora", rank=4), ("nf4", {"double_quant": True})),
+    "qdora": (AdapterConfig(method="qlora", rank=4, dora=True), ("nf4", {})),
     "qalora": (AdapterConfig(method="qalora", rank=4), ("int", {})),
     "qalora-scales": (AdapterConfig(method="qalora", rank=4, grid_rank=2), ("int", {})),
     "affine": (AdapterConfig(method="affine"), ("int", {"bits": 2})),

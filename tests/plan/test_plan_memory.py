@@ -136,11 +136,12 @@ METHODS = {"lora": None, "qlora": "nf4", "qalora": "int", "affine": "int", "merg
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "dora", "qdora"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_weights_are_those_of_the_loaded_model(model_folder, family, method, dtype):
+    dora, method = "dora" in method, method.replace("dora", "lora")
     weight_format = make_format(METHODS[method]) if METHODS[method] else None
-    adapter = AdapterConfig(method=method, rank=3)
+    adapter = AdapterConfig(method=method, rank=3, dora=dora)
     folder = model_folder(family)
     planned = plan(folder, weight_format=weight_format, adapter=adapter, dtype=dtype)
     model = load_model(str(folder), weight_format=weight_format, dtype=dtype).model

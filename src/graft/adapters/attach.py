@@ -10,6 +10,7 @@ from torch import nn
 from graft.adapters.affine import AffineAdapter
 from graft.adapters.base import AdaptedLinear, Adapter
 from graft.adapters.config import GRID_METHODS, AdapterConfig
+from graft.adapters.dora import DoraAdapter
 from graft.adapters.lora import LoraAdapter
 from graft.adapters.merge_aware import MergeAwareAdapter
 from graft.adapters.qalora import QALoraAdapter
@@ -26,6 +27,10 @@ def make_adapter(layer: FrozenLinear, config: AdapterConfig) -> Adapter:
     """
     device = next(layer.parameters()).device
     if config.method in ("lora", "qlora"):
+        if config.dora:
+            return DoraAdapter(
+                layer, config.update_rank, config.alpha, config.rslora, config.dropout
+            )
         return LoraAdapter(
             layer.in_features,
             layer.out_features,

@@ -64,7 +64,7 @@ class Adapter(nn.Module, ABC):
         """Return the move of the packed weight's grid, or None for an additive adapter."""
         return None
 
-    def added_output(self, x: Tensor) -> Tensor | None:
+    def added_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
         """Return what is added to the layer's output, in x's dtype, or None for a grid adapter."""
         return None
 
@@ -146,7 +146,7 @@ class AdaptedLinear(nn.Module):
                 return self.base.add_bias(fused)
         y = self.base.linear(x, self.effective_packed())
         for adapter in self.active_adapters():
-            added = adapter.added_output(x)
+            added = adapter.added_output(x, self.base)
             if added is not None:
                 y = y + added
         return y

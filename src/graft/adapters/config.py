@@ -13,6 +13,11 @@ GRID_METHODS: dict[str, str] = {"qalora": "int", "affine": "int", "merge_aware":
 """Methods that merge exactly into weights of the int format, and the format that they train on."""
 
 
+def method_in_words(method: str, dora: bool) -> str:
+    """Return the method with what its flags make of it."""
+    return f"{method} with DoRA" if dora else method
+
+
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """The adapter that a run trains."""
@@ -33,6 +38,9 @@ class AdapterConfig:
     """Numerator of the scaling alpha/rank; None means rank, so that the scaling is 1."""
     rslora: bool = False
     """Scale by alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)."""
+    dora: bool = False
+    """Train the length of each row of the weight beside its low-rank update, which then turns the
+    rows alone (DoRA, arXiv 2402.09353; lora and qlora only)."""
     init: Init = "default"
     """How the adapter starts. default: as no update at all; loftq: as the low-rank part of what
     rounding takes from the weights (arXiv 2310.08659; lora and qlora on quantised weights)."""

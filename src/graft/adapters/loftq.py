@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapters.attach import adapted_layers
+from graft.adapters.dora import DoraAdapter
 from graft.adapters.lora import LoraAdapter
 from graft.formats.base import Packed, WeightFormat
 
@@ -116,7 +117,8 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def start_adapters(model: nn.Module, starts: dict[str, LoftQStart], name: str = "default") -> None:
     """Set the named LoRA adapter of every layer in `starts` to its start.
 
-    What goes beyond the sides of a small layer stays as it was drawn.
+    What goes beyond the sides of a small layer stays as it was drawn. DoRA's magnitudes start as
+    the rows' norms with that update, so that they change nothing.
     """
     with torch.no_grad():
         for layer_name, layer in adapted_layers(model):
@@ -125,3 +127,5 @@ def start_adapters(model: nn.Module, starts: dict[str, LoftQStart], name: str = 
                 assert isinstance(adapter, LoraAdapter)
                 adapter.A[: len(start.A)] = start.A.to(adapter.A)
                 adapter.B[:, : len(start.A)] = start.B.to(adapter.B)
+                if isinstance(adapter, DoraAdapter):
+                    adapter.magnitude.copy_(adapter.norms(layer.base))

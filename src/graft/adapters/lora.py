@@ -48,7 +48,7 @@ class LoraAdapter(Adapter):
         bound = 1 / math.sqrt(in_features)
         nn.init.uniform_(self.A, -bound, bound)
 
-    def added_output(self, x: Tensor) -> Tensor:
+    def added_output(self, x: Tensor, base: FrozenLinear) -> Tensor:
         """Return s (B A x + b) in x's dtype."""
         dropped = functional.dropout(x, self.dropout, self.training)
         hidden = functional.linear(dropped, self.A.to(x.dtype))

@@ -208,6 +208,16 @@ def check_train_config(config: TrainConfig) -> None:
             )
         if config.adapter_bias:
             problems.append(f"--adapter-bias belongs to lora and qlora, not to {config.method}")
+        if config.dora:
+            problems.append(
+                f"--dora scales the rows of a weight that an update is added to, and method "
+                f"{config.method} adds none; drop it, or use lora or qlora"
+            )
+    elif config.dora and config.adapter_bias:
+        problems.append(
+            "--dora and --adapter-bias: the magnitudes scale the weight alone, and PEFT reads no "
+            "DoRA with a bias; drop one of them"
+        )
     if config.init == "loftq":
         problems += _loftq_problems(config)
     if "peft" in config.export and config.method in ("affine", "merge_aware", "full"):

@@ -8,13 +8,13 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from graft.adapters.attach import adapted_layers, adapter_names, frozen_layers, replace_module
 from graft.adapters.config import Init
 from graft.api.config import TrainConfig
 from graft.api.events import Events
-from graft.api.merge import MergeReport, merge_loaded
+from graft.api.merge import MergeReport, check_biases, merge_loaded
 from graft.api.run_folder import PromptStyle, is_run, load_any, prompt_style, read_run_config
 from graft.data.rows import RowKind
 from graft.errors import GraftError, raise_problems
@@ -71,6 +71,8 @@ def export_model(
     if to == "peft":
         init = read_run_config(Path(model)).init if is_run(Path(model)) else "default"
         return _export_peft(loaded, target, init)
+    if to in ("hf", "mlx"):
+        check_biases(loaded)
     merged = merge_for_export(loaded, to, requantize, events)
     writers: dict[str, Callable[[LoadedModel, Path, MergeReport | None, Events], ExportReport]] = {
         "gguf": _export_gguf,
@@ -117,6 +119,17 @@ def check_exports(
         except GraftError as error:
             problems.append(f"--export {target}: {error}")
     raise_problems(list(dict.fromkeys(problems)), "exports")
+
+
+def check_bias_exports(config: TrainConfig, skeleton: PreTrainedModel, targets: list[str]) -> None:
+    """Raise GraftError when the adapter's biases have no place in what a run is to export."""
+    asked = [target for target in config.export if target in ("hf", "mlx")]
+    bare = [name for name in targets if skeleton.get_submodule(name).bias is None]
+    if config.adapter_bias and asked and bare:
+        raise GraftError(
+            f"--export {' '.join(asked)}: --adapter-bias trains a bias for {len(bare)} layers that "
+            f"have none in the model, such as {bare[0]}, and there is no place for it; drop either"
+        )
 
 
 def merge_for_export(

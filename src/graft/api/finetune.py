@@ -26,7 +26,7 @@ from graft.api.config import (
 )
 from graft.api.config_file import write_yaml
 from graft.api.events import Events
-from graft.api.export import check_exports, export_model
+from graft.api.export import check_bias_exports, check_exports, export_model
 from graft.api.loftq_start import chosen_loftq, start_from_loftq
 from graft.api.quantize import load_quantised
 from graft.api.report import RunReport, make_report, stored_bits_per_weight, write_report
@@ -144,6 +144,8 @@ def _resumed_config(config: TrainConfig, run: Path) -> TrainConfig:
     if not is_run(run):
         raise GraftError(f"--resume: {run} is no run folder (it has no {CONFIG})")
     stored, problems = read_run_config(run), []
+    if not stored.data:
+        raise GraftError(f"--resume: {run} was adopted, not trained, and has nothing to go on from")
     for field in dataclasses.fields(TrainConfig):
         given, before = getattr(config, field.name), getattr(stored, field.name)
         free = field.name in RESUME_MAY_CHANGE or field.name == "out"
@@ -173,6 +175,7 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
         skeleton = build_skeleton(model_config, config.trust_remote_code)
         targets = select_targets(skeleton, config.targets)
         check_checkpointing(skeleton, config.checkpointing)
+        check_bias_exports(config, skeleton, targets)
     kind: RowKind | None = None
     with problems.collecting():
         limit = getattr(model_config, "max_position_embeddings", None)

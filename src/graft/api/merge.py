@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import nn
 
 from graft.adapters.attach import (
     activate_adapters,
     adapted_layers,
     adapter_names,
     frozen_layers,
+    replace_module,
 )
 from graft.adapters.merge import merge_adapters
 from graft.api.events import Events
@@ -21,6 +23,8 @@ from graft.api.run_folder import MODEL, START, is_run, load_any, read_run_config
 from graft.errors import GraftError
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
+from graft.formats.int_group import IntGroupFormat
+from graft.formats.linear import FrozenLinear
 from graft.model.adapter_files import load_adapter
 from graft.model.load import LoadedModel, load_model
 from graft.model.save import save_model, write_json
@@ -87,6 +91,7 @@ def merge(
     if (run / MODEL).is_dir():
         raise GraftError(f"{run} trained the whole model; it lies merged in {run / MODEL}")
     loaded = load_any(run, device=device)
+    check_biases(loaded)
     merged_dtype = loaded.source_dtype if dtype == "auto" else getattr(torch, dtype)
     original, start = None, None
     if into == "original":
@@ -101,6 +106,25 @@ def merge(
     return report
 
 
+def check_biases(loaded: LoadedModel) -> None:
+    """Raise GraftError when an adapter trained biases for layers that a model folder has none of.
+
+    Transformers and mlx-lm build the layers that config.json describes.
+    """
+    names = [
+        name
+        for name, layer in adapted_layers(loaded.model)
+        if layer.base.bias is None
+        and any(adapter.delta_bias() is not None for adapter in layer.active_adapters())
+    ]
+    if names:
+        raise GraftError(
+            f"the adapter has a bias for {len(names)} layers that have none in the model, such as "
+            f"{names[0]}: a merged folder of a {loaded.model.config.model_type} has no place for "
+            "it. Export to gguf, onnx or openvino, or the adapter by itself, to peft"
+        )
+
+
 def merge_loaded(
     loaded: LoadedModel,
     *,
@@ -113,7 +137,8 @@ def merge_loaded(
     """Merge the active adapters of a loaded model in place and measure what that changed.
 
     `target` re-quantises to a format; else grid adapters keep theirs and the rest becomes dense in
-    `dtype`. `start` names the adapter as it started, where that is to be left out of `original`.
+    `dtype`, as does a layer without an adapter that is stored as nf4, fp4 or int8. `start` names
+    the adapter as it started, where that is to be left out of `original`.
     """
     events = events or Events()
     model = loaded.model
@@ -132,11 +157,13 @@ def merge_loaded(
     base_format = next(iter(layers.values())).base.weight_format.deployed
     bases = None
     if original is not None:
-        freeze_layers(original.model, list(layers))
-        bases = {name: layer for name, layer in frozen_layers(original.model) if name in layers}
+        freeze_layers(original.model, [name for name, _ in frozen_layers(model)])
+        bases = dict(frozen_layers(original.model))
     errors = merge_adapters(
         model, target, bases, start, lambda done, total: events.progress("merging", done, total)
     )
+    if target is not None:
+        _follow(model, target, bases or {})
     into = "the original base" if bases is not None else f"{(target or base_format).name} weights"
     merged = _probe(loaded)
     return MergeReport(
@@ -149,6 +176,14 @@ def merge_loaded(
         max_logit=trained.abs().max().item(),
         layer_errors={layer: error.as_dict() for layer, error in errors.items()},
     )
+
+
+def _follow(model: nn.Module, target: WeightFormat, bases: Mapping[str, FrozenLinear]) -> None:
+    """Store the layers in formats that other programs do not read as `target`, from their bases."""
+    for name, layer in list(frozen_layers(model)):
+        if not isinstance(layer.weight_format.deployed, (DenseFormat, IntGroupFormat)):
+            packed = target.pack(bases.get(name, layer).dense_weight(torch.float32))
+            replace_module(model, name, layer.replaced(target, packed))
 
 
 def _probe(loaded: LoadedModel) -> torch.Tensor:

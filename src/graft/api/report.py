@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from graft.adapters.attach import frozen_layers
+from graft.adapters.config import method_in_words
 from graft.api.config import TrainConfig
 from graft.data.encode import EncodedData
 from graft.data.files import fingerprint
@@ -28,6 +29,7 @@ class RunReport:
     """What a run gave and what it cost."""
 
     method: str
+    dora: bool
     model: str
     steps: int
     learning_rate: float
@@ -79,6 +81,7 @@ def make_report(
     tokens = sum(entry["tokens_per_second"] * entry["step_seconds"] for entry in timed)
     return RunReport(
         method=config.method,
+        dora=config.dora,
         model=config.model,
         steps=steps,
         learning_rate=learning_rate,
@@ -125,11 +128,16 @@ def versions() -> dict[str, str]:
 def write_report(run: Path, report: RunReport, history: Sequence[dict[str, Any]]) -> None:
     """Write report.json, report.md and plots/loss.png into the run's folder."""
     write_json(run / "report.json", asdict(report))
-    title = f"{report.method} on {Path(report.model).name}, {report.steps} steps"
+    title = f"{_described(report)}, {report.steps} steps"
     plot_loss(history, run / "plots" / "loss.png", title)
     temporary = run / "report.md.part"
     temporary.write_text(_markdown(report), encoding="utf-8")
     temporary.replace(run / "report.md")
+
+
+def _described(report: RunReport) -> str:
+    """Return what was trained on what, in words."""
+    return f"{method_in_words(report.method, report.dora)} on {Path(report.model).name}"
 
 
 def _markdown(report: RunReport) -> str:
@@ -150,7 +158,7 @@ def _markdown(report: RunReport) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     versions_line = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return (
-        f"# {report.method} on {Path(report.model).name}\n\n"
+        f"# {_described(report)}\n\n"
         f"| | |\n|---|---|\n{table}\n\n![loss](plots/loss.png)\n\n"
         f"Base: `{report.model}`. Data: SHA-256 {report.data_fingerprint[:16]}…\n\n"
         f"Versions: {versions_line}.\n"

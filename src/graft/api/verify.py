@@ -141,6 +141,8 @@ def _held_out(
         encoded = load_examples(data, loaded.tokenizer, config, resolve_max_length(config, limit))
     elif is_run(model):
         run = read_run_config(model)
+        if not run.data:
+            raise GraftError(f"{model} was adopted, so it has no held-out rows; give --data")
         _, encoded = load_train_and_eval(run, loaded.tokenizer, limit, run.seed)
     else:
         raise GraftError(f"{model} is no run, so it has no held-out rows; give --data")

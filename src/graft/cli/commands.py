@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from graft.api.config import QuantizeConfig, TrainConfig
+from graft.cli.adopt import adopt
 from graft.cli.convert import convert
 from graft.cli.flags import parse, parse_with_file
 from graft.export.config import ExportTarget
@@ -375,6 +376,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "convert": convert,
     "quantize": quantize,
     "train": train,
+    "adopt": adopt,
     "eval": evaluate,
     "generate": generate,
     "chat": chat,

@@ -15,20 +15,17 @@ from torch.library import custom_op
 
 from graft.kernels.ops import int_group_grad_input
 from graft.kernels.registry import implementation
-from graft.kernels.weights import Layout, Weight
+from graft.kernels.weights import Weight, weight_of
+
+Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, str]
+"""A weight as the arguments of an operation."""
 
 
-def operands(weight: Weight) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, str]:
+def operands(weight: Weight) -> Operands:
     """Return a weight as the arguments of an operation: its tensors, filled up, and its layout."""
     first, second, third, fourth = (*weight.tensors, None, None, None)[:4]
     assert first is not None
     return first, second, third, fourth, weight.layout.text()
-
-
-def _weight(layout: str, *tensors: Tensor | None) -> Weight:
-    parsed = Layout.parse(layout)
-    count = {"dense": 1, "int8": 2}.get(parsed.kind, 4)
-    return Weight(parsed, tensors[:count])
 
 
 # LoRA: y = x Wᵀ + hidden Bᵀ, hidden = scaling x Aᵀ ------------------------------------------------
@@ -47,7 +44,7 @@ def lora_linear(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Return (y, hidden); y is differentiable in x, A and B (LoRA, arXiv 2106.09685, eq. 3)."""
-    weight = _weight(layout, first, second, third, fourth)
+    weight = weight_of(layout, first, second, third, fourth)
     out: tuple[Tensor, Tensor] = implementation("lora_linear", x.device)(x, weight, A, B, scaling)
     return out
 
@@ -81,7 +78,7 @@ def lora_grad_input(
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """Return (dx = dy W + hidden A, hidden = scaling dy B)."""
-    weight = _weight(layout, first, second, third, fourth)
+    weight = weight_of(layout, first, second, third, fourth)
     compute = implementation("lora_grad_input", grad.device)
     out: tuple[Tensor, Tensor] = compute(grad, weight, A, B, scaling)
     return out

@@ -54,6 +54,13 @@ class Weight:
     tensors: tuple[Tensor | None, ...]
 
 
+def weight_of(layout: str, *tensors: Tensor | None) -> Weight:
+    """Return the weight that an operation's arguments stand for: its layout's word, its tensors."""
+    parsed = Layout.parse(layout)
+    count = {"dense": 1, "int8": 2}.get(parsed.kind, 4)
+    return Weight(parsed, tensors[:count])
+
+
 class Latent(NamedTuple):
     """A latent weight W + scaling B A [out_features, in_features] that rounds to int group codes.
 

@@ -6,8 +6,6 @@ them graft_adapter.json, which keeps what PEFT's configuration cannot say exactl
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from graft.adapters.affine import AffineAdapter
 from graft.adapters.attach import adapted_layer, adapted_layers, adapter_names, frozen_layers
 from graft.adapters.base import Adapter
 from graft.adapters.config import GRID_METHODS, Init
+from graft.adapters.dora import DoraAdapter
 from graft.adapters.lora import LoraAdapter
 from graft.adapters.merge_aware import GRID_PARAMETERS, MergeAwareAdapter
 from graft.adapters.qalora import QALoraAdapter
@@ -27,33 +26,27 @@ from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
 from graft.formats.linear import FrozenLinear
+from graft.model.peft_files import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    foreign_tensor,
+    peft_config,
+    peft_key,
+    peft_pool_factor,
+    peft_problems,
+    peft_scaling,
+    split_peft_key,
+)
 from graft.model.save import new_folder, save_tensors, write_json
 from graft.model.weights import WeightFiles, read_json
 
-PEFT_CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = "adapter_model.safetensors"
 OWN_CONFIG = "graft_adapter.json"
 OWN_VERSION = 1
-_PREFIX = "base_model.model."
-_OWN_OF_PEFT = {"lora_A.weight": "A", "lora_B.weight": "B", "lora_B.bias": "bias"}
 _OWN_PARAMETERS = {
     "affine": ("u", "v"),
     "merge_aware": ("A", "B", *GRID_PARAMETERS),
     "qalora": ("A", "B", "u_A", "u_B"),
 }
-_PEFT_OF_OWN = {own: peft for peft, own in _OWN_OF_PEFT.items()}
-_UNREAD_OPTIONS = (
-    "use_dora",
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "target_parameters",
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
-)
-_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 def save_adapter(
@@ -66,8 +59,8 @@ def save_adapter(
 ) -> None:
     """Write one adapter to a new folder, float32.
 
-    lora and qalora are written so that PEFT reads them; affine, merge_aware and a qalora that moves
-    the scales too or has groups of several sizes, which PEFT has not, by our own names. With
+    lora, DoRA and qalora are written so that PEFT reads them; affine, merge_aware and a qalora that
+    moves the scales too or has groups of several sizes, which PEFT has not, by our own names. With
     `as_lora` a qalora adapter is written as an ordinary LoRA whose A is repeated group-wise, which
     every LoRA runtime can serve. `init` is kept beside it: an adapter that started as loftq belongs
     on its quantised base and on no other. Raises GraftError when there is no such adapter, or when
@@ -100,11 +93,11 @@ def save_adapter(
         config: dict[str, Any] | None = None
     else:
         tensors = {
-            f"{_PREFIX}{layer_name}.{_PEFT_OF_OWN[key]}": tensor
+            peft_key(layer_name, key): tensor
             for layer_name, (base_layer, adapter) in layers.items()
             for key, tensor in _lora_tensors(adapter, base_layer, as_lora).items()
         }
-        config = _peft_config(layers, base, as_lora)
+        config = peft_config(layers, base, as_lora)
     scalings = {layer: getattr(adapter, "scaling", None) for layer, (_, adapter) in layers.items()}
     with new_folder(folder) as part:
         save_tensors(tensors, part / PEFT_WEIGHTS)
@@ -133,46 +126,6 @@ def _lora_tensors(adapter: Adapter, base: FrozenLinear, as_lora: bool) -> dict[s
     return tensors
 
 
-def _peft_config(
-    layers: Mapping[str, tuple[FrozenLinear, Adapter]], base: str, as_lora: bool
-) -> dict[str, Any]:
-    first_base, first = next(iter(layers.values()))
-    assert isinstance(first, (LoraAdapter, QALoraAdapter))
-    grouped = isinstance(first, QALoraAdapter) and not as_lora
-    alphas, ranks = {}, {}
-    for layer_name, (base_layer, adapter) in layers.items():
-        assert isinstance(adapter, (LoraAdapter, QALoraAdapter))
-        factor = _peft_pool_factor(base_layer.in_features, first) if grouped else 1.0
-        alphas[layer_name] = adapter.scaling * adapter.rank / factor
-        ranks[layer_name] = adapter.rank
-    alpha, rank = next(iter(alphas.values())), first.rank
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": alpha,
-        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
-        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
-        "use_rslora": False,
-        "lora_dropout": getattr(first, "dropout", 0.0),
-        "lora_bias": isinstance(first, LoraAdapter) and first.bias is not None,
-        "bias": "none",
-        "fan_in_fan_out": first_base.transposed,
-        "target_modules": list(layers),
-        "init_lora_weights": True,
-        "use_qalora": grouped,
-        "qalora_group_size": first.group_size if isinstance(first, QALoraAdapter) else 16,
-    }
-
-
-def _peft_pool_factor(in_features: int, adapter: Adapter) -> float:
-    """Return PEFT's QA-LoRA input over ours: mean * groups = sum * (groups / group_size)."""
-    assert isinstance(adapter, QALoraAdapter)
-    return (in_features // adapter.group_size) / adapter.group_size
-
-
 def load_adapter(
     model: nn.Module, folder: Path, name: str = "default", trainable: bool = False
 ) -> str:
@@ -193,12 +146,12 @@ def load_adapter(
     tensors = _read_tensors(folder)
     layers = dict(frozen_layers(model))
     method = str(own.get("method") or ("qalora" if config.get("use_qalora") else "lora"))
-    problems = _peft_problems(config)
+    problems = peft_problems(config)
     by_layer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        layer_name, parameter = _split_key(key, None if config else _OWN_PARAMETERS.get(method))
+        layer_name, parameter = _split_key(key, config, method)
         if parameter is None or layer_name not in layers:
-            problems.append(f"tensor {key} belongs to no linear layer of this model")
+            problems.append(foreign_tensor(key))
         else:
             by_layer.setdefault(layer_name, {})[parameter] = tensor
     if own.get("init") == "loftq":
@@ -238,33 +191,13 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         return {key: files.read(key).float().clone() for key in files}
 
 
-def _peft_problems(config: Mapping[str, Any]) -> list[str]:
-    """Return what a PEFT configuration asks for that is not read here."""
-    problems = []
-    if config and config.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {config.get('peft_type')!r}; only LORA is read")
-    for option in _UNREAD_OPTIONS:
-        if config.get(option):
-            problems.append(f"{option} is set, which is not read")
-    initialisation = str(config.get("init_lora_weights"))
-    if initialisation.lower().startswith(_BASE_CHANGING):
-        problems.append(
-            f"init_lora_weights is {initialisation!r}, which changed the base it was trained on; "
-            "save it again with PEFT's path_initial_model_for_weight_conversion"
-        )
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias is {config['bias']!r}; only 'none' (and lora_bias) is read")
-    return problems
-
-
-def _split_key(key: str, own_names: tuple[str, ...] | None) -> tuple[str, str | None]:
-    if own_names is not None:
-        layer_name, _, parameter = key.rpartition(".")
-        return layer_name, parameter if parameter in own_names else None
-    for peft_name, parameter in _OWN_OF_PEFT.items():
-        if key.startswith(_PREFIX) and key.endswith("." + peft_name):
-            return key[len(_PREFIX) : -len(peft_name) - 1], parameter
-    return key, None
+def _split_key(key: str, config: Mapping[str, Any], method: str) -> tuple[str, str | None]:
+    """Return the layer that a tensor belongs to, and the adapter's parameter that it is."""
+    own_names = _OWN_PARAMETERS.get(method)
+    if config or own_names is None:
+        return split_peft_key(key, bool(config.get("use_dora")))
+    layer_name, _, parameter = key.rpartition(".")
+    return layer_name, parameter if parameter in own_names else None
 
 
 def _build(
@@ -302,7 +235,7 @@ def _build(
         adapter.scaling = own["scaling"][layer_name]
         _fill(adapter, parts)
         return adapter
-    scaling = _peft_scaling(config, layer_name, rank)
+    scaling = peft_scaling(config, layer_name, rank)
     if method == "qalora":
         assert isinstance(weight_format, IntGroupFormat)
         group_size = int(config["qalora_group_size"])
@@ -315,29 +248,20 @@ def _build(
         adapter.rank = rank
         adapter.A = nn.Parameter(torch.empty(rank, weight_format.groups(layer.in_features)))
         adapter.B = nn.Parameter(torch.empty(layer.out_features, rank))
-        scaling *= _peft_pool_factor(layer.in_features, adapter)
+        scaling *= peft_pool_factor(layer.in_features, group_size)
     else:
-        adapter = LoraAdapter(
-            layer.in_features,
-            layer.out_features,
-            rank,
-            dropout=float(config.get("lora_dropout") or 0.0),
-            bias="bias" in parts,
-        )
+        dropout = float(config.get("lora_dropout") or 0.0)
+        sizes = layer.in_features, layer.out_features
+        if config.get("use_dora"):
+            if "magnitude" not in parts:
+                raise GraftError("lora_magnitude_vector is missing")
+            adapter = DoraAdapter(layer, rank, dropout=dropout)
+        else:
+            adapter = LoraAdapter(*sizes, rank, dropout=dropout, bias="bias" in parts)
     exact = own.get("scaling")
     adapter.scaling = exact[layer_name] if isinstance(exact, dict) else scaling
     _fill(adapter, parts)
     return adapter
-
-
-def _peft_scaling(config: Mapping[str, Any], layer_name: str, rank: int) -> float:
-    """Return alpha/rank (or alpha/sqrt(rank)) of a layer, with PEFT's per-layer patterns."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer_name):
-            alpha = value
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _fill(adapter: Adapter, parts: Mapping[str, Tensor]) -> None:

@@ -46,10 +46,9 @@ class _Linear:
     out_features: int
     keeps_input: bool
     """For the gradient of what trains."""
-    beside: int
-    """Values per token that are computed beside the output: LoRA's A x, QA-LoRA's group sums."""
-    fused: bool
-    """Whether one operation gives both."""
+    products: tuple[int, ...]
+    """Values per token that each of its products with the input gives. One that is fused gives the
+    output and, beside it, LoRA's A x or QA-LoRA's group sums."""
     kept_per_token: int
     """Values that its adapter keeps for each token."""
     kept_bytes: int
@@ -177,21 +176,31 @@ def _linear(parent: str, module: nn.Module, adapter: AdapterConfig, dtype: torch
     in_features, out_features, _ = linear_shape(_bare(module))
     keeps_input = any(parameter.requires_grad for parameter in module.parameters())
     beside = kept_per_token = kept_bytes = 0
-    fused = not adapter.dropout
+    products: tuple[int, ...] = (out_features,)
     if isinstance(module, AdaptedLinear):
         numbers = sum(p.numel() for p in module.adapters.parameters())
         if adapter.method in ("lora", "qlora"):
             beside = kept_per_token = adapter.update_rank
-            if not fused:
-                # Each layer has a copy of its input, the mask, and A and B as it computes.
+            products = (out_features + beside,)
+            if adapter.dropout:
+                # Each layer has a copy of its input, and the mask.
                 keeps_input = False
                 kept_per_token += 2 * in_features
+            if adapter.dora:
+                # The output before it is scaled; with dropout, W times what is dropped is another.
+                kept_per_token += out_features
+                kept_bytes = 4 * out_features  # the factors
+                products = (out_features,) * bool(adapter.dropout) + products
+            elif adapter.dropout:
+                # A and B as it computes.
+                products = out_features, beside
                 kept_bytes = numbers * dtype.itemsize if dtype != torch.float32 else 0
         elif adapter.method == "qalora" and not adapter.grid_rank:
             keeps_input = False
             beside = kept_per_token = module.base.packed["offsets"].shape[-1]
+            products = (out_features + beside,)
     return _Linear(
-        parent, in_features, out_features, keeps_input, beside, fused, kept_per_token, kept_bytes
+        parent, in_features, out_features, keeps_input, products, kept_per_token, kept_bytes
     )
 
 
@@ -211,8 +220,7 @@ def _checkpointed_bytes(
     """Return what a layer keeps that is recomputed: its input, some products, its attention."""
     values, kept, wide = setting.hidden, 0, 0
     for linear in linears:
-        outputs = (linear.out_features, linear.beside)
-        for width in (sum(outputs),) if linear.fused else outputs:
+        for width in linear.products:
             shape = setting.hidden, linear.in_features, width
             if keeps_product(checkpointing, *shape, wide):
                 values += width

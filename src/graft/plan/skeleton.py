@@ -69,7 +69,7 @@ def plan_model(
     formats = dict(stored)
     if weight_format is not None:
         formats |= dict.fromkeys(targets, weight_format)
-    _freeze(skeleton, formats)
+    freeze_on_meta(skeleton, formats)
     file_bytes = _file_bytes(skeleton, compute, source_dtype)
     if adapter.method == "full":
         inside = tuple(f"{name}." for name in targets)
@@ -77,7 +77,7 @@ def plan_model(
             parameter.requires_grad_(not adapter.targets or name.startswith(inside))
     else:
         dense = DenseFormat(str(compute).removeprefix("torch."))
-        _freeze(skeleton, {name: dense for name in targets if name not in formats})
+        freeze_on_meta(skeleton, {name: dense for name in targets if name not in formats})
         attach_adapter(skeleton, targets, adapter)
     return PlannedModel(skeleton, compute, source_dtype, place, file_bytes)
 
@@ -131,7 +131,7 @@ def _compute_dtype(
     return resolve_dtype(name, source, device)
 
 
-def _freeze(model: PreTrainedModel, formats: dict[str, WeightFormat]) -> None:
+def freeze_on_meta(model: PreTrainedModel, formats: dict[str, WeightFormat]) -> None:
     """Put frozen layers with empty packed tensors in the place of the named linear layers."""
     for name, weight_format in formats.items():
         module = model.get_submodule(name)

@@ -1,0 +1,228 @@
+"""Bringing in an adapter that PEFT trained, as a run that every other command takes."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from graft.adapters.attach import adapted_layers, adapter_parameters
+from graft.adapters.config import method_in_words
+from graft.api.config import TrainConfig, as_plain
+from graft.api.config_file import write_yaml
+from graft.api.events import Events
+from graft.api.report import stored_bits_per_weight, versions
+from graft.api.run_folder import (
+    ADAPTER,
+    BASE,
+    CONFIG,
+    REPORT,
+    PromptStyle,
+    write_base_reference,
+    write_prompt_style,
+)
+from graft.errors import GraftError, Problems
+from graft.formats.base import WeightFormat
+from graft.formats.dense import DenseFormat
+from graft.formats.registry import parse_format
+from graft.model.adapter_files import OWN_CONFIG, load_adapter, save_adapter
+from graft.model.load import build_skeleton, find_folder, load_model, read_config, read_tokenizer
+from graft.model.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
+from graft.model.save import new_folder, save_model, write_json
+from graft.model.targets import freeze_layers, select_targets
+from graft.model.weights import read_json
+from graft.plan.skeleton import freeze_on_meta, stored_formats
+
+AdoptedFormat = Literal["nf4", "fp4", "int8"]
+
+
+@dataclass(frozen=True)
+class AdoptReport:
+    """What was brought in, and from where."""
+
+    adopted_from: str
+    adapter_sha256: str
+    """Of the adapter's tensors as they were found."""
+    peft_version: str | None
+    """The version of PEFT that wrote it, where it says so."""
+    model: str
+    method: str
+    """The method of `graft train` that would have trained it; graft did not."""
+    dora: bool
+    layers: int
+    ranks: tuple[int, ...]
+    parameters: int
+    """Of the adapter."""
+    bits_per_weight: float | None
+    """Of the quantised or adapted layers of the base."""
+    versions: Mapping[str, str]
+
+
+def adopt(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    model: str | None = None,
+    format: AdoptedFormat | None = None,
+    double_quant: bool = False,
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto",
+    trust_remote_code: bool = False,
+    events: Events | None = None,
+) -> AdoptReport:
+    """Make the run folder `out` of a PEFT adapter's folder, and of the base that it belongs to.
+
+    merge, export, eval, generate and verify then take it as they take a run that graft trained.
+    LoRA, rsLoRA and DoRA belong on a dense base, on one that graft quantised, or, with `format`,
+    on a dense one whose linear layers are rounded as bitsandbytes rounds them; QA-LoRA on a folder
+    of integers that graft wrote. `model` is a folder or hub id, by default the one that the adapter
+    names. Everything is checked before a weight of the base is read or anything is written; all
+    problems are raised at once as a GraftError.
+    """
+    events = events or Events()
+    run, source = Path(out), Path(adapter)
+    problems = Problems()
+    if run.exists():
+        problems.found.append(f"{run} exists already; choose another --out or remove it")
+    if double_quant and format not in ("nf4", "fp4"):
+        problems.found.append("--double-quant belongs to --format nf4 and fp4; drop it")
+    config: dict[str, Any] = {}
+    with problems.collecting():
+        config = _read_settings(source)
+    name = model or str(config.get("base_model_name_or_path") or "")
+    method, targets, folder = "lora", list[str](), Path()
+    weight_format = _weight_format(format, double_quant)
+    if config and not name:
+        problems.found.append(f"{source} names no base; give --model")
+    if name:
+        with problems.collecting():
+            folder = find_folder(name)
+            read_tokenizer(folder, trust_remote_code)
+            skeleton = _skeleton(folder, weight_format, trust_remote_code)
+            if config:
+                method = load_adapter(skeleton, source)
+                targets = [layer for layer, _ in adapted_layers(skeleton)]
+    problems.raise_all("nothing was written")
+    settings = TrainConfig(
+        model=name,
+        data="",
+        out=str(run),
+        method="qlora" if weight_format is not None else method,  # type: ignore[arg-type]
+        rank=int(config["r"]),
+        alpha=float(config["lora_alpha"]),
+        rslora=bool(config.get("use_rslora")),
+        dora=bool(config.get("use_dora")),
+        grid_rank=0 if method == "qalora" else None,
+        dropout=float(config.get("lora_dropout") or 0.0),
+        adapter_bias=bool(config.get("lora_bias")),
+        targets=tuple(targets),
+        format=format,
+        double_quant=double_quant if format in ("nf4", "fp4") else None,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    loaded = load_model(
+        str(folder),
+        weight_format=weight_format,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        on_tensor=lambda done, total: events.progress("reading the model", done, total),
+    )
+    with new_folder(run) as part:
+        if weight_format is None:
+            freeze_layers(loaded.model, targets)
+            write_base_reference(part, folder)
+        else:
+            save_model(loaded, part / BASE)
+        load_adapter(loaded.model, source)
+        base = folder if weight_format is None else run / BASE
+        save_adapter(loaded.model, part / ADAPTER, base=str(base))
+        report = _report(source, config, settings, loaded.model)
+        write_yaml(part / CONFIG, as_plain(settings))
+        write_prompt_style(part, PromptStyle())
+        write_json(part / REPORT, asdict(report))
+        (part / "report.md").write_text(_markdown(report), encoding="utf-8")
+    return report
+
+
+def _read_settings(source: Path) -> dict[str, Any]:
+    """Return adapter_config.json; raises GraftError when there is none that can be adopted."""
+    if not source.is_dir():
+        raise GraftError(
+            f"there is no folder {source}; download an adapter of the hub first: "
+            "hf download OWNER/NAME --local-dir FOLDER"
+        )
+    if not (source / PEFT_CONFIG).is_file():
+        raise GraftError(f"{source} is no adapter folder of PEFT: it has no {PEFT_CONFIG}")
+    if (source / OWN_CONFIG).is_file() and read_json(source / OWN_CONFIG).get("init") == "loftq":
+        raise GraftError(
+            f"{source} is from a run of graft that started as loftq, and its start is not in it; "
+            "use the run itself"
+        )
+    config = read_json(source / PEFT_CONFIG)
+    for key in ("r", "lora_alpha"):
+        if config.get("peft_type") == "LORA" and not isinstance(config.get(key), (int, float)):
+            raise GraftError(f"{source / PEFT_CONFIG}: {key} is {config.get(key)!r}, not a number")
+    return config
+
+
+def _weight_format(name: AdoptedFormat | None, double_quant: bool) -> WeightFormat | None:
+    if name is None:
+        return None
+    options = {"double_quant": double_quant} if name in ("nf4", "fp4") else {}
+    return parse_format({"format": name, **options})
+
+
+def _skeleton(
+    folder: Path, weight_format: WeightFormat | None, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Return the base without data, its linear layers frozen as they will be."""
+    skeleton = build_skeleton(read_config(folder, trust_remote_code), trust_remote_code)
+    stored = stored_formats(folder)
+    if stored and weight_format is not None:
+        raise GraftError(f"{folder} is quantised already; drop --format, or give its dense base")
+    names = select_targets(skeleton, ())
+    freeze_on_meta(skeleton, dict.fromkeys(names, weight_format or DenseFormat()) | stored)
+    return skeleton
+
+
+def _report(
+    source: Path, config: Mapping[str, Any], settings: TrainConfig, model: PreTrainedModel
+) -> AdoptReport:
+    parameters = adapter_parameters(model, "default")
+    layers = [layer.adapter("default") for _, layer in adapted_layers(model)]
+    return AdoptReport(
+        adopted_from=str(source.resolve()),
+        adapter_sha256=hashlib.sha256((source / PEFT_WEIGHTS).read_bytes()).hexdigest(),
+        peft_version=config.get("peft_version"),
+        model=settings.model,
+        method=settings.method,
+        dora=settings.dora,
+        layers=len(layers),
+        ranks=tuple(sorted({len(layer.get_parameter("A")) for layer in layers})),
+        parameters=sum(parameter.numel() for parameter in parameters.values()),
+        bits_per_weight=stored_bits_per_weight(model),
+        versions=versions(),
+    )
+
+
+def _markdown(report: AdoptReport) -> str:
+    bits = "-" if report.bits_per_weight is None else f"{report.bits_per_weight:.3f}"
+    rows = {
+        "adapter": f"`{report.adopted_from}`, SHA-256 {report.adapter_sha256[:16]}…",
+        "written by": f"PEFT {report.peft_version}" if report.peft_version else "PEFT",
+        "layers, ranks": f"{report.layers}, {' '.join(map(str, report.ranks))}",
+        "parameters": f"{report.parameters:,}",
+        "bits per weight of the adapted layers": bits,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    kind = method_in_words(report.method, report.dora)
+    versions_line = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    return (
+        f"# {kind} on {Path(report.model).name}, adopted\n\n"
+        "graft did not train this adapter: it was brought in with `graft adopt`.\n\n"
+        f"| | |\n|---|---|\n{table}\n\nBase: `{report.model}`.\n\nVersions: {versions_line}.\n"
+    )

@@ -1,0 +1,146 @@
+"""PEFT's files of a LoRA: its names of tensors, its configuration, and what of it is not read.
+
+What is read goes by the tensors that there are. Options that only say which layers PEFT adapted
+(target_modules, exclude_modules, layers_to_transform) or how a training began need nothing here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from graft.adapters.base import Adapter
+from graft.adapters.dora import DoraAdapter
+from graft.adapters.lora import LoraAdapter
+from graft.adapters.qalora import QALoraAdapter
+from graft.errors import GraftError
+from graft.formats.linear import FrozenLinear
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_WEIGHTS = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_MAGNITUDE = "lora_magnitude_vector"
+_OWN_OF_PEFT = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_B.bias": "bias",
+    _MAGNITUDE: "magnitude",
+}
+_PEFT_OF_OWN = {own: peft for peft, own in _OWN_OF_PEFT.items()}
+_UNREAD_OPTIONS = (
+    "use_bdlora",
+    "alora_invocation_tokens",
+    "arrow_config",
+    "kasa_config",
+    "target_parameters",
+    "modules_to_save",
+    "trainable_token_indices",
+    "layer_replication",
+)
+_BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def peft_key(layer_name: str, parameter: str) -> str:
+    """Return PEFT's name for the tensor that is a layer's A, B, bias or magnitude."""
+    return f"{_PREFIX}{layer_name}.{_PEFT_OF_OWN[parameter]}"
+
+
+def split_peft_key(key: str, dora: bool) -> tuple[str, str | None]:
+    """Return the layer and its parameter by PEFT's name of a tensor; None for one not known."""
+    for peft_name, parameter in _OWN_OF_PEFT.items():
+        if key.startswith(_PREFIX) and key.endswith("." + peft_name):
+            known = dora or parameter != "magnitude"
+            return key[len(_PREFIX) : -len(peft_name) - 1], parameter if known else None
+    return key, None
+
+
+def foreign_tensor(key: str) -> str:
+    """Return what is wrong with a tensor that is no parameter of an adapted linear layer."""
+    problem = f"tensor {key} belongs to no linear layer of this model"
+    if "lora_embedding_" in key:
+        return f"{problem}: it adapts an embedding, and only linear layers are adapted here"
+    if key.startswith(f"{_PREFIX}lm_head."):
+        return f"{problem}: it adapts the output head, which stays as it is here"
+    return problem
+
+
+def peft_config(
+    layers: Mapping[str, tuple[FrozenLinear, Adapter]], base: str, as_lora: bool
+) -> dict[str, Any]:
+    """Return adapter_config.json of low-rank adapters by layer; raises GraftError for mixed ones.
+
+    as_lora: their tensors are written as those of an ordinary LoRA.
+    """
+    first_base, first = next(iter(layers.values()))
+    assert isinstance(first, (LoraAdapter, QALoraAdapter))
+    dora = isinstance(first, DoraAdapter)
+    if any(isinstance(adapter, DoraAdapter) != dora for _, adapter in layers.values()):
+        raise GraftError("some of its layers are DoRA's and some are not, which PEFT cannot hold")
+    grouped = isinstance(first, QALoraAdapter) and not as_lora
+    alphas, ranks = {}, {}
+    for layer_name, (base_layer, adapter) in layers.items():
+        assert isinstance(adapter, (LoraAdapter, QALoraAdapter))
+        factor = 1.0
+        if grouped and isinstance(adapter, QALoraAdapter):
+            factor = peft_pool_factor(base_layer.in_features, adapter.group_size)
+        alphas[layer_name] = adapter.scaling * adapter.rank / factor
+        ranks[layer_name] = adapter.rank
+    alpha, rank = next(iter(alphas.values())), first.rank
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
+        "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
+        "use_rslora": False,
+        "use_dora": dora,
+        "lora_dropout": getattr(first, "dropout", 0.0),
+        "lora_bias": isinstance(first, LoraAdapter) and first.bias is not None,
+        "bias": "none",
+        "fan_in_fan_out": first_base.transposed,
+        "target_modules": list(layers),
+        "init_lora_weights": True,
+        "use_qalora": grouped,
+        "qalora_group_size": first.group_size if isinstance(first, QALoraAdapter) else 16,
+    }
+
+
+def peft_pool_factor(in_features: int, group_size: int) -> float:
+    """Return PEFT's QA-LoRA input over ours: mean * groups = sum * (groups / group_size)."""
+    return (in_features // group_size) / group_size
+
+
+def peft_problems(config: Mapping[str, Any]) -> list[str]:
+    """Return what a PEFT configuration asks for that is not read here."""
+    problems = []
+    if config and config.get("peft_type") != "LORA":
+        problems.append(f"peft_type is {config.get('peft_type')!r}; only LORA is read")
+    for option in _UNREAD_OPTIONS:
+        if config.get(option):
+            problems.append(f"{option} is set, which is not read")
+    initialisation = str(config.get("init_lora_weights"))
+    if initialisation.lower().startswith(_BASE_CHANGING):
+        problems.append(
+            f"init_lora_weights is {initialisation!r}, which changed the base it was trained on; "
+            "save it again with PEFT's path_initial_model_for_weight_conversion"
+        )
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias is {config['bias']!r}; only 'none' (and lora_bias) is read")
+    if config.get("use_dora") and config.get("use_qalora"):
+        problems.append("use_dora and use_qalora are both set, which PEFT itself has not")
+    return problems
+
+
+def peft_scaling(config: Mapping[str, Any], layer_name: str, rank: int) -> float:
+    """Return alpha/rank (or alpha/sqrt(rank)) of a layer, with PEFT's per-layer patterns."""
+    alpha = config["lora_alpha"]
+    for pattern, value in (config.get("alpha_pattern") or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer_name):
+            alpha = value
+            break
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
