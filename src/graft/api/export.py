@@ -27,6 +27,7 @@ from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.model.adapter_files import save_adapter
 from graft.model.load import LoadedModel
+from graft.model.memory import reuse_freed_memory
 from graft.model.save import save_model
 
 
@@ -60,6 +61,7 @@ def export_model(
     cannot hold the model.
     """
     events = events or Events()
+    reuse_freed_memory()  # one tensor after another needs buffers of the same few sizes
     target = Path(out)
     if target.exists():
         raise GraftError(f"{target} exists already; choose another name or remove it")
@@ -169,7 +171,11 @@ def _export_onnx(
 def _export_openvino(
     loaded: LoadedModel, path: Path, merged: MergeReport | None, events: Events
 ) -> ExportReport:
-    report = export_openvino(loaded, path)
+    report = export_openvino(
+        loaded,
+        path,
+        lambda done, total: events.progress("writing OpenVINO", done, total),
+    )
     return ExportReport(path, bytes_on_disk(path), merged, report.notes)
 
 
