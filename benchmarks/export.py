@@ -97,9 +97,7 @@ def _turn(packed: Path, place: Path, target: str, size: int, shape: str) -> dict
     for file in packed.iterdir():
         _forget(file)
     out = place / ("model.gguf" if target == "gguf" else target)
-    load = OtherLoad()
     found = run_child(__file__, {"packed": str(packed), "out": str(out), "target": target})
-    other = load.cores()
     shutil.rmtree(out) if out.is_dir() else out.unlink()
     write, read = _disk_seconds(place / "disk", found["bytes"])
     share = write / found["seconds"]
@@ -124,7 +122,7 @@ def _turn(packed: Path, place: Path, target: str, size: int, shape: str) -> dict
         "share_of_disk": round(share, 2),
         "anonymous_gb": round(found["anonymous"] / 1e9, 2),
         "resident_above_packed_gb": round((found["resident"] - size) / 1e9, 2),
-        "other_load_cores": round(other - found["cpu_seconds"] / found["seconds"], 1),
+        "other_load_cores": round(found["other"], 1),
         "missed": ", ".join(missed),
     }
 
@@ -160,16 +158,18 @@ def _child(packed: str, out: str, target: str) -> dict[str, Any]:
     from graft.api.export import bytes_on_disk, export_model
 
     with _AnonymousPeak() as peak:
-        begin, cpu = time.perf_counter(), time.process_time()
+        load, begin, cpu = OtherLoad(), time.perf_counter(), time.process_time()
         export_model(packed, target, out)  # type: ignore[arg-type]
         path = Path(out)
         for file in [path] if path.is_file() else path.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         seconds, cpu = time.perf_counter() - begin, time.process_time() - cpu
+        other = load.cores()
     return {
         "seconds": seconds,
         "cpu_seconds": cpu,
+        "other": other,
         "bytes": bytes_on_disk(path),
         "anonymous": peak.bytes,
         "resident": peak_bytes(),

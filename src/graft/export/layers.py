@@ -18,6 +18,9 @@ from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
 from graft.kernels.packing import PLANES, unpack_codes
 
+_CACHED = 1 << 18
+"""Bytes of codes that are moved at a time, with room for a few temporaries in a core's cache."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -170,12 +173,18 @@ def _neighbouring_nibbles(plane: Tensor) -> Tensor:
     """Return a 4-bit plane, which pairs codes j and j + 16 of a block, with 2j and 2j + 1 paired.
 
     Two of its bytes at a time, as a number: their low nibbles are neighbours in the first half of
-    the block, their high nibbles in the second.
+    the block, their high nibbles in the second. As many rows at a time as stay in the cache.
     """
-    twos = plane.view(torch.int16).unflatten(-1, (-1, 8))
-    low = twos & 0x0F | twos >> 4 & 0xF0
-    high = twos >> 4 & 0x0F | twos >> 8 & 0xF0
-    return torch.cat([low, high], -1).byte().flatten(1)
+    out = torch.empty_like(plane)
+    rows = max(1, _CACHED // plane.shape[-1])
+    for read, written in zip(plane.split(rows), out.split(rows), strict=True):
+        twos = read.view(torch.int16)
+        low = twos & 0x0F | twos >> 4 & 0xF0
+        high = twos >> 4 & 0x0F | twos >> 8 & 0xF0
+        halves = written.view(torch.int64).unflatten(-1, (-1, 2))  # of 8 bytes each
+        halves[..., 0] = low.byte().view(torch.int64)
+        halves[..., 1] = high.byte().view(torch.int64)
+    return out
 
 
 def scales(layer: FrozenLinear) -> Tensor:
