@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 import graft
+from graft.api.run_folder import fingerprint_weights
 from graft.cli.main import main
 
 BASE = ("name", "hub_id", "fingerprint", "license")
@@ -48,7 +49,7 @@ def test_a_run_says_what_it_knows(run: Path, rows: Path, tmp_path: Path) -> None
     }
     before, after = report["eval_loss_before"], report["eval_loss"]
     expected = {
-        "model": "base",
+        "name": "base",
         "fingerprint of its weights": report["base_fingerprint"],
         "file": "rows.jsonl",
         "SHA-256": hashlib.sha256(rows.read_bytes()).hexdigest(),
@@ -99,12 +100,37 @@ def test_the_report_of_an_older_run_is_enough(run: Path, tmp_path: Path) -> None
     (old / "report.json").write_text(json.dumps(report), encoding="utf-8")
     graft.export_model(old, "gguf", tmp_path / "old.gguf")
     text = (tmp_path / "old.gguf.md").read_text(encoding="utf-8")
-    assert "| model | base |" in text and "| rows | 38 |" in text
+    assert "| name | base |" in text and "| rows | 38 |" in text
     assert "tokens |" not in text and "fingerprint" not in text and "None" not in text
     (old / "report.json").unlink()
     graft.export_model(old, "gguf", tmp_path / "none.gguf")
     text = (tmp_path / "none.gguf.md").read_text(encoding="utf-8")
     assert "| method | qalora |" in text and "Scores" not in text and "None" not in text
+
+
+def test_a_base_from_the_hub_is_named(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    assert report["base_hub_id"] is None, "it was a folder"
+    report |= {"base_hub_id": "owner/name", "base_name": "name"}
+    (tmp_path / "run" / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    graft.export_model(tmp_path / "run", "gguf", tmp_path / "m.gguf")
+    text = (tmp_path / "m.gguf.md").read_text(encoding="utf-8")
+    assert front(text)["base_model"] == "owner/name"
+    assert "# name, fine-tuned with qalora" in text and "| name | owner/name |" in text
+
+
+@pytest.mark.parametrize("method", ["affine", "full"])
+def test_a_method_without_a_rank_names_none(
+    method: str, tiny_base: Path, rows: Path, tmp_path: Path
+) -> None:
+    settings = {"method": method, "steps": 1, "batch_size": 4, "out": str(tmp_path / "run")}
+    graft.finetune(graft.TrainConfig(model=str(tiny_base), data=str(rows), **settings))
+    graft.export_model(tmp_path / "run", "gguf", tmp_path / "m.gguf")
+    text = (tmp_path / "m.gguf.md").read_text(encoding="utf-8")
+    assert f"| method | {method} |" in text and "rank" not in text
+    assert ("| layers | all |" in text) == (method == "full")
+    assert ("merge" in text) == (method == "affine")
 
 
 def test_of_a_model_folder_nothing_is_made_up(tiny_base: Path, tmp_path: Path) -> None:
@@ -115,6 +141,7 @@ def test_of_a_model_folder_nothing_is_made_up(tiny_base: Path, tmp_path: Path) -
         "pipeline_tag": "text-generation",
         "tags": ["graft"],
     }
+    assert f"| fingerprint of its weights | {fingerprint_weights(tiny_base)} |" in text
     headings = [line for line in text.splitlines() if line.startswith("## ")]
     assert headings == ["## Model", "## How to run it"]
 

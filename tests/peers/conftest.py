@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -106,3 +107,14 @@ def first_ids() -> Callable[..., torch.Tensor]:
         return torch.tensor([row[:length] for row in rows if len(row) >= length])
 
     return make
+
+
+@pytest.fixture(scope="session")
+def readers() -> Any:
+    """benchmarks/_file_weights.py, which reads each file with its own format's reader."""
+    file = Path(__file__).parents[2] / "benchmarks" / "_file_weights.py"
+    spec = importlib.util.spec_from_file_location("_file_weights", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,17 +19,6 @@ CASES = [
     *((3, target) for target in ("gguf", "mlx")),
     *((2, target) for target in ("gguf", "mlx", "onnx")),
 ]
-
-
-@pytest.fixture(scope="module")
-def readers() -> Any:
-    """benchmarks/_file_weights.py, which reads each file with its own format's reader."""
-    file = Path(__file__).parents[2] / "benchmarks" / "_file_weights.py"
-    spec = importlib.util.spec_from_file_location("_file_weights", file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,7 @@ def write_card(
     source: Path,
     target: str,
     exported: Path,
+    base: Path,
     weights: str,
     merged: MergeReport | None,
     license: str | None,
@@ -51,24 +52,32 @@ def write_card(
 ) -> None:
     """Write the card of what was exported from a run or a model folder.
 
-    weights: `weights_in_words` of the model before it was written. license: instead of that which
+    base: the folder that the model was loaded from. weights: `weights_in_words` of the model before
+    it was written. license: instead of that which
     the base's card names. Raises GraftError when the card cannot be written.
     """
     run = is_run(source)
     config = read_run_config(source) if run else None
     report = read_json(source / REPORT) if run and (source / REPORT).is_file() else {}
-    base_license = report.get("base_license") or {} if run else license_of(source / CARD)
+    if run:
+        hub_id, fingerprint = report.get("base_hub_id"), report.get("base_fingerprint")
+        base_license = report.get("base_license") or {}
+    else:
+        hub_id = None if source.exists() else source.as_posix()
+        fingerprint, base_license = fingerprint_weights(base), license_of(base / CARD)
     name = str(report.get("base_name") or Path(config.model if config else source).absolute().name)
     tags = ["graft", *([config.method] if config else []), *([target] if target != "hf" else [])]
     facts = CardFacts(
         target=target,
         file=exported.name,
         title=f"{name}, fine-tuned with {config.method}" if config else name,
-        base_model=report.get("base_hub_id"),
+        base_model=hub_id,
         license=base_license if license is None else {"license": license},
         tags=tags,
         tables={
-            "Base" if run else "Model": _base(source, name, report, run),
+            "Base" if run else "Model": _known(
+                {"name": hub_id or name, "fingerprint of its weights": fingerprint}
+            ),
             "Data": _data(config, report) if config else {},
             "Training": _training(source, config, report) if config else {},
             "Scores on held-out rows, of the trained model itself": _scores(report),
@@ -83,18 +92,6 @@ def write_card(
         os.replace(temporary, path)
     except OSError as error:
         raise GraftError(f"{path} cannot be written: {error.strerror or error}") from error
-
-
-def _base(source: Path, name: str, report: Mapping[str, Any], run: bool) -> dict[str, str]:
-    fingerprint = report.get("base_fingerprint")
-    if not run and (source / "config.json").is_file():
-        fingerprint = fingerprint_weights(source)
-    return _known(
-        {
-            "model": report.get("base_hub_id") or name,
-            "fingerprint of its weights": fingerprint,
-        }
-    )
 
 
 def _data(config: TrainConfig, report: Mapping[str, Any]) -> dict[str, str]:
@@ -123,16 +120,17 @@ def _training(source: Path, config: TrainConfig, report: Mapping[str, Any]) -> d
     style = prompt_style(source)
     versions = report.get("versions") or {}
     batch = config.batch_size * config.grad_accum
+    every = "all" if config.method == "full" else "every linear layer but the output head"
     return _known(
         {
             "method": config.method,
             "format": config.format,
             "bits, group size": f"{config.bits}, {config.group_size}" if config.bits else None,
-            "rank": config.rank,
+            "rank": config.rank if config.method not in ("affine", "full") else None,
             "rank of the moves of the grid": config.grid_rank or None,
             "start": config.init if config.init != "default" else None,
             "rounded by": config.solver if config.format else None,
-            "layers": ", ".join(config.targets) or "every linear layer but the output head",
+            "layers": ", ".join(config.targets) or every,
             "rows": style.kind,
             "between prompt and answer": repr(style.separator) if style.kind == "prompt" else None,
             "steps, rows in each": f"{report['steps']}, {batch}" if "steps" in report else None,

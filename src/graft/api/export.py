@@ -87,7 +87,7 @@ def export_model(
             "hf": _export_hf,
         }
         report = writers[to](loaded, target, merged, events)
-    write_card(source, to, target, weights, report.merge, license, report.notes)
+    write_card(source, to, target, loaded.folder, weights, report.merge, license, report.notes)
     return report
 
 
