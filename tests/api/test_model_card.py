@@ -89,6 +89,7 @@ def test_a_merge_that_rounds_says_how_much(tiny_base: Path, rows: Path, tmp_path
     graft.export_model(tmp_path / "run", "peft", tmp_path / "adapter")
     text = (tmp_path / "adapter" / "README.md").read_text(encoding="utf-8")
     assert front(text)["library_name"] == "peft" and "merge" not in text
+    assert "| trained beside | 14 layers: nf4 |" in text
 
 
 def test_the_report_of_an_older_run_is_enough(run: Path, tmp_path: Path) -> None:

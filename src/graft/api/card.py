@@ -81,7 +81,9 @@ def write_card(
             "Data": _data(config, report) if config else {},
             "Training": _training(source, config, report) if config else {},
             "Scores on held-out rows, of the trained model itself": _scores(report),
-            "This file": _file(weights, merged, run),
+            "This file": {"trained beside": weights}
+            if target == "peft"
+            else _file(weights, merged, run),
         },
         notes=() if target == "peft" else notes,  # peft's names a folder of this machine
     )

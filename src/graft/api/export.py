@@ -75,7 +75,8 @@ def export_model(
     loaded = load_any(model)
     if to == "peft":
         init = read_run_config(source).init if is_run(source) else "default"
-        report, weights = _export_peft(loaded, target, init), ""
+        weights = weights_in_words(loaded)
+        report = _export_peft(loaded, target, init)
     else:
         merged = merge_for_export(loaded, to, requantize, events)
         weights = weights_in_words(loaded)

@@ -101,7 +101,11 @@ def _how_to_run(facts: CardFacts) -> str:
     base = json.dumps(facts.base_model or "PATH/TO/THE/BASE")
     program = f'from llama_cpp import Llama; print(Llama({json.dumps(facts.file)})("Hello"))'
     ways = {
-        "gguf": ("llama.cpp, or llama-cpp-python:", "", f"python -c {shlex.quote(program)}"),
+        "gguf": (
+            "With llama-cpp-python, for one; programs on llama.cpp take this file:",
+            "",
+            f"python -c {shlex.quote(program)}",
+        ),
         "ollama": (
             "In this folder:",
             "",

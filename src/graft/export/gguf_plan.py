@@ -210,7 +210,7 @@ def _plan_float(
         require_finite(target, weight)
         written = weight.to(_FLOATS[kind])
         rounding = 0.0
-        if written.dtype.itemsize < weight.dtype.itemsize:
+        if written.dtype not in (weight.dtype, torch.float32):
             rounding = float((written.float() - weight).abs().max())
         if not math.isfinite(rounding):
             raise GraftError(

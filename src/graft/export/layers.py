@@ -204,7 +204,7 @@ def zero_points(layer: FrozenLinear) -> Tensor:
 
 def require_finite(target: str, tensor: Tensor) -> None:
     """Raise GraftError when a weight is not finite."""
-    if not all(bool(bound.isfinite()) for bound in tensor.aminmax()):  # NaN is the least of them
+    if not all(bool(bound.isfinite()) for bound in tensor.aminmax()):  # NaN where one weight is
         raise GraftError(
             f"{target}: weights are not finite; the training diverged: train again with a lower "
             "learning rate"
