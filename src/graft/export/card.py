@@ -99,7 +99,8 @@ def _table(heading: str, rows: Mapping[str, str]) -> str:
 
 def _how_to_run(facts: CardFacts) -> str:
     base = json.dumps(facts.base_model or "PATH/TO/THE/BASE")
-    program = f'from llama_cpp import Llama; print(Llama({json.dumps(facts.file)})("Hello"))'
+    answer = f'Llama({json.dumps(facts.file)})("Hello")["choices"][0]["text"]'
+    program = f"from llama_cpp import Llama; print({answer})"
     ways = {
         "gguf": (
             "With llama-cpp-python, for one; programs on llama.cpp take this file:",
