@@ -103,7 +103,7 @@ def _checks(run: Path, lines: list[str], prompts: list[str]) -> dict[str, object
 def _weights_equal(merged: Any, file: Path) -> bool:
     """Compare every quantised weight of the file, through gguf's own dequantiser."""
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    names = gguf_names(merged.config.num_hidden_layers)
+    names = gguf_names(merged.config)
     equal = True
     for name, layer in frozen_layers(merged):
         tensor = tensors[f"{names(name)}.weight"]

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import importlib.util
 import json
 import shutil
 from collections.abc import Callable
@@ -153,3 +154,14 @@ def bases(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             for file in ("tokenizer.json", "tokenizer_config.json"):
                 shutil.copy(tiny_base / file, folders[family] / file)
     return folders
+
+
+@pytest.fixture(scope="session")
+def readers() -> Any:
+    """benchmarks/_file_weights.py, which reads each file with its own format's reader."""
+    file = Path(__file__).parents[2] / "benchmarks" / "_file_weights.py"
+    spec = importlib.util.spec_from_file_location("_file_weights", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

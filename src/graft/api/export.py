@@ -12,12 +12,14 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from graft.adapters.attach import adapted_layers, adapter_names, frozen_layers, replace_module
 from graft.adapters.config import Init
+from graft.api.card import weights_in_words, write_card
 from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.merge import MergeReport, check_biases, merge_loaded
 from graft.api.run_folder import PromptStyle, is_run, load_any, prompt_style, read_run_config
 from graft.data.rows import RowKind
 from graft.errors import GraftError, raise_problems
+from graft.export.card import card_path
 from graft.export.config import ExportTarget
 from graft.export.gguf_export import check_gguf_plan, export_gguf
 from graft.export.gguf_plan import Unquantised
@@ -31,6 +33,7 @@ from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.model.adapter_files import save_adapter
 from graft.model.load import LoadedModel
+from graft.model.memory import reuse_freed_memory
 from graft.model.save import save_model
 
 
@@ -45,12 +48,16 @@ class ExportReport:
     notes: tuple[str, ...]
 
 
+_Writer = Callable[[LoadedModel, Path, MergeReport | None, Events], ExportReport]
+
+
 def export_model(
     model: str | Path,
     to: ExportTarget,
     out: str | Path,
     *,
     requantize: bool = False,
+    license: str | None = None,
     events: Events | None = None,
 ) -> ExportReport:
     """Write a run or a model folder to `out` for another program.
@@ -61,28 +68,39 @@ def export_model(
     OpenVINO, with the integers and float zero points. Into these a lora or qlora run is merged and
     written unquantised (with `requantize` rounded to INT4, and the error is measured). hf: a plain
     Hugging Face folder, dequantised. peft: the adapter in PEFT's format, qalora (trained with
-    --grid-rank 0) as an ordinary LoRA. Raises GraftError when the target cannot hold the model.
+    --grid-rank 0) as an ordinary LoRA. A model card is written with it: README.md in a folder,
+    FILE.md beside a file; `license` is the model's on the card, by default that which the base's
+    own card names. Raises GraftError when the target cannot hold the model, or when there is a file
+    already where one is to be written.
     """
     events = events or Events()
+    reuse_freed_memory()  # one tensor after another needs buffers of the same few sizes
     target = Path(out)
-    if target.exists():
-        raise GraftError(f"{target} exists already; choose another name or remove it")
+    source, card = Path(model), card_path(target, to)
+    for path in (target, card):
+        if path.exists():
+            raise GraftError(f"{path} exists already; choose another name or remove it")
     loaded = load_any(model)
     if to == "peft":
-        init = read_run_config(Path(model)).init if is_run(Path(model)) else "default"
-        return _export_peft(loaded, target, init)
-    if to in ("hf", "mlx"):
-        check_biases(loaded)
-    merged = merge_for_export(loaded, to, requantize, events)
-    writers: dict[str, Callable[[LoadedModel, Path, MergeReport | None, Events], ExportReport]] = {
-        "gguf": _export_gguf,
-        "ollama": partial(_export_ollama, style=_style(Path(model), loaded)),
-        "mlx": _export_mlx,
-        "onnx": _export_onnx,
-        "openvino": _export_openvino,
-        "hf": _export_hf,
-    }
-    return writers[to](loaded, target, merged, events)
+        init = read_run_config(source).init if is_run(source) else "default"
+        weights = weights_in_words(loaded)
+        report = _export_peft(loaded, target, init)
+    else:
+        if to in ("hf", "mlx"):
+            check_biases(loaded)
+        merged = merge_for_export(loaded, to, requantize, events)
+        weights = weights_in_words(loaded)
+        writers: dict[str, _Writer] = {
+            "gguf": _export_gguf,
+            "ollama": partial(_export_ollama, style=_style(source, loaded)),
+            "mlx": _export_mlx,
+            "onnx": _export_onnx,
+            "openvino": _export_openvino,
+            "hf": _export_hf,
+        }
+        report = writers[to](loaded, target, merged, events)
+    write_card(source, to, target, loaded.folder, weights, report.merge, license, report.notes)
+    return report
 
 
 def check_exports(
@@ -229,7 +247,11 @@ def _export_onnx(
 def _export_openvino(
     loaded: LoadedModel, path: Path, merged: MergeReport | None, events: Events
 ) -> ExportReport:
-    report = export_openvino(loaded, path)
+    report = export_openvino(
+        loaded,
+        path,
+        lambda done, total: events.progress("writing OpenVINO", done, total),
+    )
     return ExportReport(path, bytes_on_disk(path), merged, report.notes)
 
 

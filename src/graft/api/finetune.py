@@ -118,6 +118,7 @@ def finetune(config: TrainConfig, events: Events | None = None) -> RunReport:
     report = make_report(
         run=run,
         config=config,
+        base=prepared.folder,
         model=loaded.model,
         metrics=metrics,
         plan=prepared.plan,

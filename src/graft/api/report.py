@@ -14,8 +14,10 @@ from torch import nn
 from graft.adapters.attach import frozen_layers
 from graft.adapters.config import method_in_words
 from graft.api.config import TrainConfig
+from graft.api.run_folder import fingerprint_weights
 from graft.data.encode import EncodedData
 from graft.data.files import fingerprint
+from graft.export.card import CARD, license_of
 from graft.formats.base import storage_bytes
 from graft.model.memory import peak_bytes
 from graft.model.save import write_json
@@ -31,6 +33,12 @@ class RunReport:
     method: str
     dora: bool
     model: str
+    base_name: str
+    base_hub_id: str | None
+    base_fingerprint: str
+    """See `fingerprint_weights`."""
+    base_license: dict[str, str]
+    """As the base's own model card names it; empty where none does."""
     steps: int
     learning_rate: float
     loss: float
@@ -52,8 +60,12 @@ class RunReport:
     bits_per_weight: float | None
     """Of the quantised or adapted layers."""
     training_rows: int
+    training_tokens: int
+    """Tokens of the training rows, after cutting."""
     held_out_rows: int
     data_fingerprint: str
+    held_out_fingerprint: str | None
+    """None where a share of the training file was held out."""
     versions: dict[str, str]
 
 
@@ -61,6 +73,7 @@ def make_report(
     *,
     run: Path,
     config: TrainConfig,
+    base: Path,
     model: nn.Module,
     metrics: Metrics,
     plan: MemoryPlan,
@@ -72,17 +85,22 @@ def make_report(
     seconds: float,
     bits_per_weight: float | None,
 ) -> RunReport:
-    """Put the report together from what the run measured."""
+    """Put the report together from what the run measured; `base` is the base model's folder."""
     from graft.train.loop import read_metrics
 
     history = read_metrics(run / "metrics.jsonl")
     timed = [entry for entry in history if "step_seconds" in entry]
     spent = sum(entry["step_seconds"] for entry in timed)
     tokens = sum(entry["tokens_per_second"] * entry["step_seconds"] for entry in timed)
+    local = Path(config.model).is_dir()
     return RunReport(
         method=config.method,
         dora=config.dora,
         model=config.model,
+        base_name=Path(config.model).absolute().name,
+        base_hub_id=None if local else config.model,
+        base_fingerprint=fingerprint_weights(base),
+        base_license=license_of(base / CARD),
         steps=steps,
         learning_rate=learning_rate,
         loss=float(metrics["loss"]),
@@ -99,8 +117,10 @@ def make_report(
         total_parameters=plan.total_parameters,
         bits_per_weight=bits_per_weight,
         training_rows=len(training.examples),
+        training_tokens=training.total_tokens,
         held_out_rows=len(held_out.examples),
         data_fingerprint=fingerprint(config.data),
+        held_out_fingerprint=None if config.eval_data is None else fingerprint(config.eval_data),
         versions=versions(),
     )
 

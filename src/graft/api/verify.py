@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from graft.data.encode import Example
 from graft.data.load import load_examples, load_train_and_eval, resolve_max_length
 from graft.errors import GraftError
 from graft.evaluate.fidelity import Fidelity, FidelitySum
+from graft.export.card import card_path
 from graft.export.config import ExportTarget
 from graft.export.runtimes import Runtime, start, target_of
 from graft.model.load import LoadedModel, build_skeleton
@@ -34,6 +36,7 @@ MAX_KL, MAX_PERPLEXITY, MAX_LOGIT = 1e-3, 0.005, 2e-3
 """The bounds: nats per position; change of the perplexity, where the runtime rounds activations;
 largest difference of a logit as a share of the largest logit, where it does not."""
 _CHUNK = 1 << 20
+CardState = Literal["as exported", "changed", "missing"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,8 @@ class Certificate:
     bits_per_weight: float
     """Of the whole file, tokenizer included, per parameter of the model."""
     differing_files: tuple[str, ...]
-    """Files that are not, byte for byte, what the export writes now; of a .gguf file itself."""
+    """Files that are not, byte for byte, what the export writes now; of a .gguf file itself.
+    People edit model cards and add to them, so *.md files are not among these."""
     fidelity: Fidelity
     """Of the runtime's logits to those of the trained model, on held-out text."""
     equal_texts: int
@@ -63,6 +67,8 @@ class Certificate:
     same_stop_tokens: bool
     problems: tuple[str, ...]
     """The bounds that are missed, in words; none: the file is the trained model."""
+    card: CardState = "as exported"
+    """Of the model card, which is told and is no bound."""
 
     @property
     def passed(self) -> bool:
@@ -94,7 +100,7 @@ def verify(
     target = target_of(path)
     loaded = load_any(model, dtype="float32")
     rows, texts = _held_out(Path(model), loaded, data)
-    differing = _differing(model, path, target, requantize, events)
+    differing, card = _differing(model, path, target, requantize, events)
     if requantize:  # what was rounded is the model that the file is to be
         merge_for_export(loaded, target, requantize, events)
     runtime = start(target, path, TOKENS + NEW_TOKENS)
@@ -125,6 +131,7 @@ def verify(
         same_stop_tokens=tokenizer.eos_token_id is None
         or tokenizer.eos_token_id in runtime.stop_ids,
         problems=(),
+        card=card,
     )
     found = dataclasses.replace(found, problems=tuple(_problems(found)))
     write_json(path.with_name(path.name + ".verify.json"), asdict(found) | {"passed": found.passed})
@@ -166,20 +173,27 @@ def _prompt(row: Example) -> list[int]:
 
 def _differing(
     model: str | Path, path: Path, target: ExportTarget, requantize: bool, events: Events
-) -> list[str]:
-    """Return the files that differ from those of a fresh export, which is written beside them."""
+) -> tuple[list[str], CardState]:
+    """Return the files that differ from those of a fresh export, which is written beside them.
+
+    And how the model card compares.
+    """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".verify-") as folder:
         fresh = Path(folder) / path.name  # the file's name stands in a GGUF file
         export_model(model, target, fresh, requantize=requantize, events=events)
+        card: CardState = "missing"
+        if card_path(path, target).is_file():
+            same = _equal(card_path(fresh, target), card_path(path, target))
+            card = "as exported" if same else "changed"
         if fresh.is_file():
-            return [] if _equal(fresh, path) else [path.name]
+            return [] if _equal(fresh, path) else [path.name], card
         names = {
             str(file.relative_to(top))
             for top in (fresh, path)
             for file in top.rglob("*")
-            if file.is_file()
+            if file.is_file() and file.suffix != ".md"
         }
-        return sorted(name for name in names if not _equal(fresh / name, path / name))
+        return sorted(name for name in names if not _equal(fresh / name, path / name)), card
 
 
 def _equal(one: Path, other: Path) -> bool:

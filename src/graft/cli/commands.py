@@ -108,6 +108,8 @@ class ExportArguments:
     """File (gguf) or folder to write."""
     requantize: bool = False
     """Round a lora or qlora run to INT4 (all but hf); the loss that this costs is printed."""
+    license: str | None = None
+    """Licence on the model card, as the hub names it; default: that on the base's card."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +321,7 @@ def export(words: Sequence[str]) -> None:
             arguments.to,
             arguments.out,
             requantize=arguments.requantize,
+            license=arguments.license,
             events=events,
         )
     for note in report.notes:

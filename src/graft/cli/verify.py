@@ -39,6 +39,7 @@ def _lines(found: Certificate) -> dict[str, str]:
         "file": f"{found.file} ({found.target})",
         "size": f"{found.bytes:,} bytes, {found.bits_per_weight:.2f} bits per weight in all",
         "weights, tokenizer": f"differ: {differing}" if differing else "equal, byte for byte",
+        "model card": found.card,
         "KL": f"{fidelity.mean_kl:.2e} nats over {fidelity.positions:,} targets",
         "same next token": f"{fidelity.top1_agreement:.2%}",
         "largest difference": f"{fidelity.logit_difference:.1e} of the largest logit",

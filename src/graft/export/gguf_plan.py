@@ -206,10 +206,12 @@ def _plan_float(
 ) -> None:
     def make() -> tuple[Tensor, float]:
         weight = source.dense_weight() if isinstance(source, FrozenLinear) else source
-        weight = weight.detach().cpu().float()
+        weight = weight.detach().cpu()
         require_finite(target, weight)
         written = weight.to(_FLOATS[kind])
-        rounding = float((written.float() - weight).abs().max())
+        rounding = 0.0
+        if written.dtype not in (weight.dtype, torch.float32):
+            rounding = float((written.float() - weight).abs().max())
         if not math.isfinite(rounding):
             raise GraftError(
                 f"{target}: its largest weight, {float(weight.abs().max()):.4g}, does not fit "

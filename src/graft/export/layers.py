@@ -18,6 +18,9 @@ from graft.formats.int_group import IntGroupFormat
 from graft.formats.linear import FrozenLinear
 from graft.kernels.packing import PLANES, unpack_codes
 
+_CACHED = 1 << 18
+"""Bytes of codes that are moved at a time, with room for a few temporaries in a core's cache."""
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -152,19 +155,20 @@ def whole_groups(layer: FrozenLinear) -> bool:
     return layer.in_features % int_format(layer).group_size == 0
 
 
-def layer_codes(layer: FrozenLinear) -> Tensor:
-    """Return the codes of a layer in the int format, uint8 [out_features, in_features]."""
-    bits = int_format(layer).bits
-    names = zip(("codes", "codes_high"), PLANES[bits], strict=False)
-    planes = tuple(layer.packed[name].detach().cpu() for name, _ in names)
-    return unpack_codes(planes, bits, layer.in_features)
+def side_by_side(layer: FrozenLinear, bits: int, columns: int) -> Tensor:
+    """Return the codes of a layer in the int format in its rows' order, `bits` each.
 
-
-def side_by_side(codes: Tensor, bits: int) -> Tensor:
-    """Return neighbouring codes in one byte, the first lowest: uint8 [rows, columns * bits / 8].
-
-    codes uint8 [rows, columns], columns a multiple of 8; 3-bit codes go eight into three bytes.
+    uint8 [out_features, columns * bits / 8], the first code lowest, each row filled up with zeros
+    to `columns` codes, a multiple of 8; 3-bit codes go eight into three bytes.
     """
+    own = int_format(layer).bits
+    names = zip(("codes", "codes_high"), PLANES[own], strict=False)
+    planes = tuple(layer.packed[name].detach().cpu() for name, _ in names)
+    if own == bits == 4:
+        pairs = _neighbouring_nibbles(planes[0])
+        return torch.nn.functional.pad(pairs, (0, columns // 2 - pairs.shape[-1]))
+    codes = unpack_codes(planes, own, layer.in_features)
+    codes = torch.nn.functional.pad(codes, (0, columns - layer.in_features))
     if bits == 8:
         return codes
     if bits != 3:
@@ -173,19 +177,42 @@ def side_by_side(codes: Tensor, bits: int) -> Tensor:
     return torch.stack([whole >> shift & 255 for shift in (0, 8, 16)], -1).flatten(1).byte()
 
 
-def zero_points(layer: FrozenLinear) -> tuple[Tensor, Tensor]:
-    """Return scale s and zero point z = -offset / s, float32 [out, groups]: w = (q - z) s.
+def _neighbouring_nibbles(plane: Tensor) -> Tensor:
+    """Return a 4-bit plane, which pairs codes j and j + 16 of a block, with 2j and 2j + 1 paired.
+
+    Two of its bytes at a time, as a number: their low nibbles are neighbours in the first half of
+    the block, their high nibbles in the second. As many rows at a time as stay in the cache.
+    """
+    out = torch.empty_like(plane)
+    rows = max(1, _CACHED // plane.shape[-1])
+    for read, written in zip(plane.split(rows), out.split(rows), strict=True):
+        twos = read.view(torch.int16)
+        low = twos & 0x0F | twos >> 4 & 0xF0
+        high = twos >> 4 & 0x0F | twos >> 8 & 0xF0
+        halves = written.view(torch.int64).unflatten(-1, (-1, 2))  # of 8 bytes each
+        halves[..., 0] = low.byte().view(torch.int64)
+        halves[..., 1] = high.byte().view(torch.int64)
+    return out
+
+
+def scales(layer: FrozenLinear) -> Tensor:
+    """Return the scales s of a layer in the int format, float32 [out, groups]."""
+    return layer.packed["scales"].detach().cpu().float()
+
+
+def zero_points(layer: FrozenLinear) -> Tensor:
+    """Return its zero points z = -offset / s, float32 [out, groups]: w = (q - z) s.
 
     The quotient is taken in float64; (q - z) s in float32 differs from the trained weight by its
     roundings, about 1e-7 of the largest weight of the group.
     """
-    scales, offsets = (layer.packed[name].detach().cpu() for name in ("scales", "offsets"))
-    return scales.float(), (-offsets.double() / scales.double()).float()
+    offsets = layer.packed["offsets"].detach().cpu().double()
+    return (-offsets / layer.packed["scales"].detach().cpu().double()).float()
 
 
 def require_finite(target: str, tensor: Tensor) -> None:
     """Raise GraftError when a weight is not finite."""
-    if not bool(tensor.isfinite().all()):
+    if not all(bool(bound.isfinite()) for bound in tensor.aminmax()):  # NaN where one weight is
         raise GraftError(
             f"{target}: weights are not finite; the training diverged: train again with a lower "
             "learning rate"

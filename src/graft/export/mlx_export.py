@@ -24,7 +24,6 @@ from graft.export.layers import (
     config_problems,
     format_problems,
     int_format,
-    layer_codes,
     layer_problems,
     require_finite,
     short_group_notes,
@@ -141,7 +140,7 @@ def _layer_tensors(name: str, layer: FrozenLinear) -> Iterator[FileTensor]:
     packed = layer.packed
     words = (rows, columns * bits // 32)
     yield FileTensor(
-        f"{name}.weight", words, torch.uint32, lambda: side_by_side(layer_codes(layer), bits)
+        f"{name}.weight", words, torch.uint32, lambda: side_by_side(layer, bits, columns)
     )
     for target, source in (("scales", "scales"), ("biases", "offsets")):
         require_finite(name, packed[source])

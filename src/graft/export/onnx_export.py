@@ -21,9 +21,9 @@ from graft.export.layers import (
     config_problems,
     format_problems,
     int_format,
-    layer_codes,
     layer_problems,
     package_problems,
+    scales,
     side_by_side,
     zero_points,
 )
@@ -196,21 +196,22 @@ class _OnnxOps:
         size, rows, columns = weight_format.group_size, layer.out_features, layer.in_features
         groups = weight_format.groups(columns)
 
-        def codes() -> Tensor:
-            filled = torch.nn.functional.pad(layer_codes(layer), (0, groups * size - columns))
-            return side_by_side(filled, bits)
-
         blocks = (rows, groups, size * bits // 8)
         operands = [
-            self._stored(f"{name}.codes", blocks, torch.uint8, codes),
+            self._stored(
+                f"{name}.codes",
+                blocks,
+                torch.uint8,
+                lambda: side_by_side(layer, bits, groups * size),
+            ),
             *(
                 self._stored(
                     f"{name}.{part}",
                     (rows * groups,),
                     torch.float32,
-                    lambda index=index: zero_points(layer)[index],  # type: ignore[misc]
+                    lambda make=make: make(layer),  # type: ignore[misc]
                 )
-                for index, part in enumerate(("scales", "zero_points"))
+                for part, make in (("scales", scales), ("zero_points", zero_points))
             ),
         ]
         sizes = {"K": columns, "N": rows, "bits": bits, "block_size": size}

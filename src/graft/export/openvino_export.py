@@ -2,14 +2,20 @@
 
 A quantised weight is Constant u4 [out, groups, group_size], Convert, Subtract a float zero point,
 Multiply by the scale, Reshape: OpenVINO keeps it in 4 bits when it runs.
+
+OpenVINO's own constants lie in memory until the whole graph is written. So the graph is made with
+parameters in the places of the weights, which are written one at a time behind the small constants
+in openvino_model.bin, and the parameters in openvino_model.xml become constants at those offsets.
 """
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -23,9 +29,9 @@ from graft.export.layers import (
     config_problems,
     format_problems,
     int_format,
-    layer_codes,
     layer_problems,
     package_problems,
+    scales,
     short_group_notes,
     side_by_side,
     whole_groups,
@@ -36,9 +42,13 @@ from graft.formats.int_group import GROUP_SIZES
 from graft.formats.linear import FrozenLinear
 from graft.model.load import LoadedModel
 from graft.model.save import new_folder, write_model_files
+from graft.model.tensor_file import FileTensor, OnTensor, starts, write_tensors
 
+GRAPH, DATA = "openvino_model.xml", "openvino_model.bin"
 BITS = (2, 3, 4, 8)
 """2- and 3-bit codes are kept in 4 bits."""
+_ALIGNED = 64
+"""Where a weight begins, so that a mapped file can be computed with as it is."""
 _HINT = (
     "OpenVINO computes in bf16 on processors that have it; for the same answers compile the model "
     "with INFERENCE_PRECISION_HINT=f32"
@@ -58,12 +68,14 @@ def check_openvino(model: PreTrainedModel) -> list[str]:
     return problems + layer_problems(model, "OpenVINO", BITS, GROUP_SIZES)
 
 
-def export_openvino(loaded: LoadedModel, folder: Path) -> FolderReport:
+def export_openvino(
+    loaded: LoadedModel, folder: Path, on_tensor: OnTensor | None = None
+) -> FolderReport:
     """Write openvino_model.xml and .bin, the configuration and the tokenizer as a folder.
 
-    Everything but the integers is float32. The weights of the whole graph are in memory, the
-    integers packed; the folder appears under its name only when it is complete. Raises GraftError,
-    with every reason, before anything is written.
+    Everything but the integers is float32. One weight at a time is in memory; the folder appears
+    under its name only when it is complete. Raises GraftError, with every reason, before anything
+    is written.
     """
     raise_problems(check_openvino(loaded.model), "cannot export to OpenVINO")
     import openvino
@@ -71,11 +83,36 @@ def export_openvino(loaded: LoadedModel, folder: Path) -> FolderReport:
     ops = _OpenVinoOps()
     DecoderGraph(loaded.model, ops).build()
     with new_folder(folder) as part:
-        path = part / "openvino_model.xml"
-        openvino.save_model(ops.model(), path, compress_to_fp16=False)
+        openvino.save_model(ops.model(), part / GRAPH, compress_to_fp16=False)
+        small = (part / DATA).read_bytes()
+        small += bytes(-len(small) % _ALIGNED)
+        write_tensors(
+            part / DATA, ops.stored, header=small, alignment=_ALIGNED, on_tensor=on_tensor
+        )
+        _place_constants(part / GRAPH, ops.stored, len(small))
         write_model_files(loaded, part, torch.float32)
     short = tuple(ops.float32_layers)
     return FolderReport(short, (_HINT, *short_group_notes("OpenVINO", short)))
+
+
+def _place_constants(graph: Path, stored: Sequence[FileTensor], begin: int) -> None:
+    """Make constants of the parameters that stand for the stored tensors, which begin there."""
+    places = dict(zip((one.name for one in stored), starts(stored, _ALIGNED), strict=True))
+    sizes = {tensor.name: tensor.bytes for tensor in stored}
+    tree = ElementTree.parse(graph)
+    for layer in tree.iterfind("./layers/layer[@type='Parameter']"):
+        name, data = layer.attrib["name"], layer.find("data")
+        if name in places:
+            assert data is not None
+            layer.set("type", "Const")
+            data.set("offset", str(begin + places.pop(name)))
+            data.set("size", str(sizes[name]))
+    assert not places, "every stored tensor has its place in the graph"
+    for written_by in tree.findall("./rt_info"):  # which version of OpenVINO
+        tree.getroot().remove(written_by)
+    temporary = graph.with_name(graph.name + ".part")
+    tree.write(temporary, encoding="utf-8", xml_declaration=True)
+    os.replace(temporary, graph)
 
 
 class _OpenVinoOps:
@@ -85,15 +122,18 @@ class _OpenVinoOps:
         import openvino
         from openvino import opset13
 
+        self.stored: list[FileTensor] = []
+        """The weights, in the order in which they lie in the file."""
         self.float32_layers: list[str] = []
         self._ov, self._set = openvino, opset13
         self._parameters: list[Any] = []
+        self._weights: list[Any] = []
         self._results: list[Any] = []
         self._tables: dict[int, Node] = {}
 
     def model(self) -> Any:
         """Return the finished model, its nodes named by their place: equal models, equal files."""
-        model = self._ov.Model(self._results, self._parameters, "decoder")
+        model = self._ov.Model(self._results, self._parameters + self._weights, "decoder")
         for index, node in enumerate(model.get_ordered_ops()):
             if re.fullmatch(r"\w+_\d+", node.get_friendly_name()):  # OpenVINO's own running number
                 node.set_friendly_name(f"{node.get_type_name()}_{index}")
@@ -123,16 +163,31 @@ class _OpenVinoOps:
     def _whole(self, *values: int) -> Node:
         return self._set.constant(np.array(values, np.int64))
 
+    def _stored(
+        self, name: str, shape: Sequence[int], tensor: FileTensor, kind: Any = None
+    ) -> Node:
+        """Return a parameter in the place of a weight, whose data are written later."""
+        parameter = self._set.parameter(list(shape), kind or self._ov.Type.f32, name=name)
+        self._weights.append(parameter)
+        self.stored.append(tensor)
+        return parameter
+
+    def _float32(self, name: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Node:
+        return self._stored(name, shape, FileTensor(name, shape, torch.float32, make))
+
     def rows(self, name: str, table: Tensor, ids: Node) -> Node:
-        stored = self._set.constant(table.detach().cpu().float().numpy(), name=name)
+        stored = self._float32(name, tuple(table.shape), lambda: table.float())
         self._tables[table.data_ptr()] = stored
         return self._set.gather(stored, ids, self._whole(0))
 
     def dense(self, name: str, x: Node, weight: Tensor | FrozenLinear) -> Node:
-        stored = self._tables.get(weight.data_ptr()) if isinstance(weight, Tensor) else None
-        if stored is None:
-            dense = weight if isinstance(weight, Tensor) else weight.dense_weight(torch.float32)
-            stored = self._set.constant(dense.detach().cpu().float().numpy(), name=name)
+        if isinstance(weight, Tensor):
+            stored = self._tables.get(weight.data_ptr())
+            if stored is None:
+                stored = self._float32(name, tuple(weight.shape), lambda: weight.float())
+        else:
+            shape = weight.out_features, weight.in_features
+            stored = self._float32(name, shape, lambda: weight.dense_weight(torch.float32))
         return self._set.matmul(x, stored, False, True)
 
     def quantised(self, name: str, x: Node, layer: FrozenLinear) -> Node:
@@ -141,19 +196,26 @@ class _OpenVinoOps:
         if not whole_groups(layer):
             self.float32_layers.append(name)
             return self.dense(name, x, layer)
-        wide = weight_format.bits == 8
-        packed = side_by_side(layer_codes(layer), 8 if wide else 4)
-        kind = self._ov.Type.u8 if wide else self._ov.Type.u4
-        shape = [rows, columns // size, size]
-        tensor = self._ov.Tensor(packed.contiguous().numpy(), shape, kind)
-        constant = self._ov.op.Constant(tensor, shared_memory=False)
-        constant.set_friendly_name(name)
-        scales, zeros = (
-            self.constant(f"{name}.{part}", values.unsqueeze(-1).contiguous())
-            for part, values in zip(("scales", "zero_points"), zero_points(layer), strict=True)
+        bits = 8 if weight_format.bits == 8 else 4
+        groups = columns // size
+        packed = FileTensor(
+            name,
+            (rows, columns * bits // 8),
+            torch.uint8,
+            lambda: side_by_side(layer, bits, columns),
         )
-        moved = self._set.subtract(self._set.convert(constant, np.float32), zeros)
-        weight = self._set.multiply(moved, scales)
+        kind = self._ov.Type.u8 if bits == 8 else self._ov.Type.u4
+        codes = self._stored(name, (rows, groups, size), packed, kind)
+        factor, zeros = (
+            self._float32(
+                f"{name}.{part}",
+                (rows, groups, 1),
+                lambda make=make: make(layer),  # type: ignore[misc]
+            )
+            for part, make in (("scales", scales), ("zero_points", zero_points))
+        )
+        moved = self._set.subtract(self._set.convert(codes, np.float32), zeros)
+        weight = self._set.multiply(moved, factor)
         flat = self._set.reshape(weight, self._whole(rows, columns), False)
         return self._set.matmul(x, flat, False, True)
 

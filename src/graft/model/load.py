@@ -61,7 +61,7 @@ class LoadedModel:
 
 
 def find_folder(model: str) -> Path:
-    """Return the local folder of a model; a hub id is downloaded (safetensors and JSON only).
+    """Return the local folder of a model; a hub id is downloaded (weights as safetensors alone).
 
     Raises GraftError when there is neither such a folder nor such a hub id.
     """
@@ -75,7 +75,7 @@ def find_folder(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

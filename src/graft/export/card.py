@@ -1,0 +1,150 @@
+"""A model card: facts in, Markdown with Hugging Face's front matter out.
+
+Nothing in it comes from the machine or the hour of the export, so that equal models get equal
+cards. The front matter is described at https://huggingface.co/docs/hub/model-cards.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+CARD = "README.md"
+"""In a folder; the card of a single file lies beside it, see `card_path`."""
+
+_LIBRARIES = {"hf": "transformers", "ollama": "gguf"}
+"""library_name, where it is not the target's own name."""
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a card says; whatever is not known is left out of it."""
+
+    target: str
+    """What was exported to: gguf, mlx, onnx, openvino, hf, peft or ollama."""
+    file: str
+    """Name of the file or folder that was written."""
+    title: str
+    base_model: str | None = None
+    """Hub id of the base."""
+    license: Mapping[str, str] = field(default_factory=dict)
+    """license, license_name and license_link, as the hub names them."""
+    tags: Sequence[str] = ()
+    tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Sections of a name and a value in each line; an empty one is left out."""
+    notes: Sequence[str] = ()
+
+
+def card_path(exported: Path, target: str) -> Path:
+    """Return where the card of an exported file or folder lies: in the folder, beside the file."""
+    return exported.with_name(exported.name + ".md") if target == "gguf" else exported / CARD
+
+
+def model_card(facts: CardFacts) -> str:
+    """Return the card's text."""
+    sections = [f"# {escaped(facts.title)}"]
+    named = facts.license.get("license_name") or facts.license.get("license")
+    unnamed = "The licence is not stated here: see the base before you publish this."
+    sections.append(f"Licence: {escaped(named)}." if named else unnamed)
+    sections += [_table(heading, rows) for heading, rows in facts.tables.items() if rows]
+    sections.append("## How to run it\n\n" + _how_to_run(facts))
+    if facts.notes:
+        lines = "\n".join(f"- {escaped(note)}" for note in facts.notes)
+        sections.append(f"## Notes\n\n{lines}")
+    return f"---\n{_front_matter(facts)}---\n\n" + "\n\n".join(sections) + "\n"
+
+
+def escaped(text: str) -> str:
+    """Return text on one line that Markdown shows as it is, in a table's cell too."""
+    return re.sub(r"([\\`*_{}\[\]<>|~&#$!])", r"\\\1", " ".join(text.split()))
+
+
+def front_matter(card: Path) -> dict[str, object]:
+    """Return the front matter of a card; empty where there is no card, or none that is YAML."""
+    try:
+        text = card.read_text(encoding="utf-8")
+        found = re.match(r"---\r?\n(.*?)\r?\n---\s*(\n|$)", text, re.DOTALL)
+        value = yaml.safe_load(found.group(1)) if found else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def license_of(card: Path) -> dict[str, str]:
+    """Return license, license_name and license_link as a card names them, as far as it does."""
+    names = ("license", "license_name", "license_link")
+    found = front_matter(card)
+    return {name: value for name in names if isinstance(value := found.get(name), str)}
+
+
+def _front_matter(facts: CardFacts) -> str:
+    fields: dict[str, object] = {} if facts.base_model is None else {"base_model": facts.base_model}
+    fields |= facts.license
+    fields["library_name"] = _LIBRARIES.get(facts.target, facts.target)
+    fields["pipeline_tag"] = "text-generation"
+    fields["tags"] = list(facts.tags)
+    return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=10**6)
+
+
+def _table(heading: str, rows: Mapping[str, str]) -> str:
+    lines = "\n".join(f"| {escaped(name)} | {escaped(value)} |" for name, value in rows.items())
+    return f"## {escaped(heading)}\n\n| | |\n|---|---|\n{lines}"
+
+
+def _how_to_run(facts: CardFacts) -> str:
+    base = json.dumps(facts.base_model or "PATH/TO/THE/BASE")
+    answer = f'Llama({json.dumps(facts.file)})("Hello")["choices"][0]["text"]'
+    program = f"from llama_cpp import Llama; print({answer})"
+    ways = {
+        "gguf": (
+            "With llama-cpp-python, for one; programs on llama.cpp take this file:",
+            "",
+            f"python -c {shlex.quote(program)}",
+        ),
+        "ollama": (
+            "In this folder:",
+            "",
+            "ollama create my-model -f Modelfile\nollama run my-model",
+        ),
+        "mlx": ("In this folder:", "", 'mlx_lm.generate --model . --prompt "Hello"'),
+        "onnx": (
+            "In this folder; `input_ids`, `attention_mask`, `position_ids` and an empty cache go "
+            "in, `logits` and the longer cache come out:",
+            "python",
+            'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx", '
+            'providers=["CPUExecutionProvider"])\n'
+            "print([(one.name, one.type, one.shape) for one in session.get_inputs()])",
+        ),
+        "openvino": (
+            "In this folder; the hint keeps OpenVINO from computing in bf16:",
+            "python",
+            'import openvino\n\ncompiled = openvino.Core().compile_model("openvino_model.xml", '
+            '"CPU", {"INFERENCE_PRECISION_HINT": "f32"})\nprint(compiled.inputs)',
+        ),
+        "hf": (
+            "In this folder:",
+            "python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+            'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
+            'tokenizer = AutoTokenizer.from_pretrained(".")\n'
+            'ids = tokenizer("Hello", return_tensors="pt").input_ids\n'
+            "print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0]))",
+        ),
+        "peft": (
+            "In this folder, on the base that it was trained on:",
+            "python",
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            f"base = AutoModelForCausalLM.from_pretrained({base})\n"
+            'model = PeftModel.from_pretrained(base, ".")',
+        ),
+    }
+    words, language, commands = ways[facts.target]
+    longest = max((len(run) for run in re.findall("`+", commands)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return f"{words}\n\n{fence}{language}\n{commands}\n{fence}"

@@ -1,0 +1,127 @@
+"""The text of a model card: front matter that parses, and Markdown that no name can break."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import yaml
+
+from graft.export.card import CardFacts, card_path, escaped, front_matter, license_of, model_card
+
+NASTY = "a|b <script>*c*</script> [d](e) `f` ```g``` # h\n\n# 'i' \"j\" $x$ &lt;"
+TARGETS = ("gguf", "ollama", "mlx", "onnx", "openvino", "hf", "peft")
+
+
+def parts(text: str) -> tuple[dict, str]:
+    _, front, body = text.split("---\n", 2)
+    return yaml.safe_load(front), body
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_front_matter_and_a_way_to_run_it(target: str) -> None:
+    facts = CardFacts(
+        target,
+        "model",
+        "A title",
+        base_model="owner/name",
+        license={"license": "apache-2.0"},
+        tags=("graft", "qalora"),
+        tables={"Data": {"rows": "40"}, "Nothing": {}},
+        notes=("worth telling",),
+    )
+    front, body = parts(model_card(facts))
+    library = {"hf": "transformers", "ollama": "gguf"}.get(target, target)
+    assert front == {
+        "base_model": "owner/name",
+        "license": "apache-2.0",
+        "library_name": library,
+        "pipeline_tag": "text-generation",
+        "tags": ["graft", "qalora"],
+    }
+    assert body.startswith("\n# A title\n\nLicence: apache-2.0.\n\n## Data\n\n| | |\n|---|---|\n")
+    assert "| rows | 40 |" in body and "Nothing" not in body
+    assert body.endswith("\n## Notes\n\n- worth telling\n")
+    ((language, commands),) = re.findall(r"^```(\w*)\n(.*?)^```$", body, re.DOTALL | re.MULTILINE)
+    if language == "python":
+        ast.parse(commands)
+    assert target != "peft" or 'from_pretrained("owner/name")' in commands
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    front, body = parts(model_card(CardFacts("hf", "model", "A title")))
+    assert set(front) == {"library_name", "pipeline_tag", "tags"}
+    assert "The licence is not stated here" in body
+    assert re.findall("^## .*", body, re.MULTILINE) == ["## How to run it"]
+
+
+def test_no_name_breaks_the_page() -> None:
+    """One title, one row of two cells, one block of commands: whatever the names are."""
+    facts = CardFacts(
+        "gguf",
+        "it's `````.gguf",
+        NASTY,
+        base_model=NASTY,
+        license={"license": "other", "license_name": NASTY},
+        tags=(NASTY,),
+        tables={NASTY: {NASTY: NASTY}},
+        notes=(NASTY,),
+    )
+    text = model_card(facts)
+    front, body = parts(text)
+    assert front["base_model"] == front["license_name"] == front["tags"][0] == NASTY
+    headings = re.findall("^#+ .*", body, re.MULTILINE)
+    assert len(headings) == 4 and "<script>" not in body.replace(r"\<script\>", "")
+    row = next(line for line in body.splitlines() if line.startswith("| a"))
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3
+    fences = re.findall(r"^(`{3,})$", body, re.MULTILINE)
+    assert fences == ["`" * 6] * 2
+    command = body.split("`" * 6)[1].strip()
+    program = shlex.split(command)[-1]
+    ast.parse(program)
+    assert "it's `````.gguf" in program
+
+
+def test_escaped_text_is_one_line() -> None:
+    assert escaped("a\n b\t|c") == r"a b \|c"
+    assert escaped("plain, text-1.0 (x)") == "plain, text-1.0 (x)"
+
+
+def test_where_a_card_lies() -> None:
+    assert card_path(Path("out/m.gguf"), "gguf") == Path("out/m.gguf.md")
+    assert card_path(Path("out/m"), "mlx") == Path("out/m/README.md")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("---\nlicense: mit\ntags: [a]\n---\n# T", {"license": "mit"}),
+        (
+            "---\r\nlicense: other\r\nlicense_name: own\r\nlicense_link: L\r\n---\r\n",
+            {"license": "other", "license_name": "own", "license_link": "L"},
+        ),
+        ("---\nlicense: [mit, other]\n---\n", {}),
+        ("---\nlicense: [\n---\n", {}),
+        ("# T\n---\nlicense: mit\n---\n", {}),
+        ("---\n- license\n---\n", {}),
+    ],
+)
+def test_the_licence_that_a_card_names(text: str, expected: dict, tmp_path: Path) -> None:
+    card = tmp_path / "README.md"
+    card.write_bytes(text.encode())
+    assert license_of(card) == expected
+
+
+def test_no_card_names_nothing(tmp_path: Path) -> None:
+    assert front_matter(tmp_path / "README.md") == {}
+    (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
+    assert front_matter(tmp_path / "README.md") == {}
+
+
+def test_a_card_is_read_as_it_was_written(tmp_path: Path) -> None:
+    facts = CardFacts("hf", "model", "T", license={"license": "other", "license_name": NASTY})
+    (tmp_path / "README.md").write_text(model_card(facts), encoding="utf-8")
+    assert license_of(tmp_path / "README.md") == facts.license
