@@ -2,7 +2,7 @@
 
 Tasks: e2e (E2E NLG as text, perplexity per token on every 47th test row) and recovery (TinyStories,
 on which the model was trained: the first 80 held-out stories; how much of what rounding lost comes
-back). 300 steps, batch 16, groups of 32, rows of at most 256 tokens. Writes
+back). 300 steps (or --steps, a table of its own), batch 16, groups of 32, rows of at most 256 tokens. Writes
 benchmarks/results/quality-MODEL-TASK.csv and, from all of those that there are,
 benchmarks/quality.md. The comparison's folder is kept, so that the same command goes on with it.
 
@@ -26,9 +26,11 @@ CONTENDERS = (
     "base",
     "base+rtn",
     "base+gptq",
+    "base+qep",
     "lora",
     "lora+rtn",
     "lora+gptq",
+    "lora+qep",
     "qlora+gptq",
     "qalora",
     "affine",
@@ -45,10 +47,14 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS))
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3, 2])
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=RESULTS / "quality")
     arguments = parser.parse_args()
     for task in arguments.tasks:
-        folder = arguments.out / f"{arguments.model}-{task}"
+        name = f"{arguments.model}-{task}"
+        if arguments.steps != STEPS:
+            name += f"-{arguments.steps}"
+        folder = arguments.out / name
         data = write_jsonl(folder.with_suffix(".train.jsonl"), _rows(task, training=True))
         held_out = write_jsonl(folder.with_suffix(".test.jsonl"), _rows(task, training=False))
         graft.compare(
@@ -59,14 +65,15 @@ def main() -> None:
                 contenders=tuple(arguments.contenders),
                 bits=tuple(arguments.bits),
                 seeds=arguments.seeds,
-                steps=STEPS,
+                steps=arguments.steps,
                 eos=False,
                 max_length=256,
                 out=str(folder),
             )
         )
-        rows = [{"model": arguments.model, "task": task, **entry} for entry in _results(folder)]
-        print(f"wrote {write_csv(f'quality-{arguments.model}-{task}', rows)}")
+        shared_columns = {"model": arguments.model, "task": task, "steps": arguments.steps}
+        rows = [shared_columns | entry for entry in _results(folder)]
+        print(f"wrote {write_csv(f'quality-{name}', rows)}")
     write_page(sorted(RESULTS.glob("quality-*.csv")))
     print(f"wrote {PAGE}")
 
@@ -125,7 +132,7 @@ def _table(rows: list[dict[str, str]]) -> str:
     widths = sorted({bits for _, bits in found if bits}, reverse=True)
     first, recovery = rows[0], rows[0]["task"] == "recovery"
     lines = [
-        f"## {first['model']}, {first['task']}, {STEPS} steps\n",
+        f"## {first['model']}, {first['task']}, {first['steps']} steps\n",
         "| | trained parameters | dense | " + " | ".join(f"{bits} bits" for bits in widths) + " |",
         "|---|" + "---|" * (2 + len(widths)),
     ]
