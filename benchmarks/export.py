@@ -100,6 +100,7 @@ def _turn(packed: Path, place: Path, target: str, size: int, shape: str) -> dict
     out = place / ("model.gguf" if target == "gguf" else target)
     found = run_child(__file__, {"packed": str(packed), "out": str(out), "target": target})
     shutil.rmtree(out) if out.is_dir() else out.unlink()
+    out.with_name(f"{out.name}.md").unlink(missing_ok=True)  # the card of a single file
     write, read = _disk_seconds(place / "disk", found["bytes"])
     share = write / found["seconds"]
     copy = write + read * size / found["bytes"]

@@ -19,6 +19,8 @@ import graft
 from graft.convert.integers import unpack_words
 from graft.errors import GraftError
 from graft.export.layers import side_by_side
+from graft.formats.int_group import IntGroupFormat
+from graft.formats.linear import FrozenLinear
 from graft.kernels.packing import unpack_codes
 
 LAYER = "model.layers.0.mlp.gate_proj"
@@ -69,7 +71,10 @@ def test_layers_may_have_widths_of_their_own(tiny_base, make, tmp_path):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_the_stream_is_the_one_that_the_export_writes(bits):
     codes = torch.randint(2**bits, (5, 64)).byte()
-    words = side_by_side(codes, bits).view(torch.int32)
+    weight_format = IntGroupFormat(bits, 32)
+    grid = {"scales": torch.ones(5, 2).half(), "offsets": torch.zeros(5, 2).half()}
+    layer = FrozenLinear(64, 5, weight_format, weight_format.pack_codes(codes, grid))
+    words = side_by_side(layer, bits, 64).view(torch.int32)
     assert torch.equal(unpack_words(words, bits), codes)
 
 

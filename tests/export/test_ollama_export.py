@@ -148,7 +148,7 @@ def test_what_ollama_cannot_say_is_told_before_training(make_loaded, tmp_path):
         export_ollama(loaded, tmp_path / "m", kind="messages", separator="", unquantised="F32")
     assert list(tmp_path.iterdir()) == []
     config = TrainConfig(model="m", data="d", out="o", method="qalora", export=("ollama", "gguf"))
-    plan = (config, loaded.model.config, IntGroupFormat(4, 32), loaded.tokenizer)
+    plan = (config, loaded.model.config, [IntGroupFormat(4, 32)], loaded.tokenizer)
     check_exports(*plan, "prompt")
     with pytest.raises(GraftError, match=r"--export ollama: the chat template writes today's"):
         check_exports(*plan, "messages")
