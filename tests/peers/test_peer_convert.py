@@ -316,10 +316,11 @@ def test_gptqmodel(bits, symmetric, base, tmp_path, monkeypatch):
     model.quantize(rows, batch_size=1)
     model.save(str(tmp_path / "theirs"))
     graft.convert_model(tmp_path / "theirs", tmp_path / "out")
-    theirs = GPTQModel.load(str(tmp_path / "theirs"), backend=BACKEND.TORCH, device="cpu").model
+    loading = {"backend": BACKEND.TORCH, "device": "cpu", "dtype": torch.float16}
+    theirs = GPTQModel.load(str(tmp_path / "theirs"), **loading).model
     layers = dict(frozen_layers(graft.load(tmp_path / "out", dtype="float32")[0]))
     for name, layer in layers.items():
-        weight = theirs.get_submodule(name).dequantize_weight().T.float()  # its sums are float16
+        weight = theirs.get_submodule(name).dequantize_weight().T.float()  # float16
         step = layer.packed["scales"].float().repeat_interleave(32, 1)[:, : layer.in_features]
         lost = ((layer.dense_weight() - weight) / step).abs().max()
         assert lost <= 2**bits * 2**-10

@@ -144,10 +144,10 @@ def encode_q4_1(weight_format: IntGroupFormat, packed: Packed, in_features: int)
             for name, _ in zip(("codes", "codes_high"), PLANES[weight_format.bits], strict=False)
         )
         (codes,) = pack_codes(unpack_codes(planes, weight_format.bits, in_features), 4)
-    statistics = [
-        packed[name].repeat_interleave(repeats, -1)[:, :blocks].unsqueeze(-1).view(torch.uint8)
-        for name in ("scales", "offsets")
-    ]
+    statistics = [packed[name] for name in ("scales", "offsets")]
+    if repeats > 1:
+        statistics = [one.repeat_interleave(repeats, -1)[:, :blocks] for one in statistics]
+    statistics = [one.unsqueeze(-1).view(torch.uint8) for one in statistics]
     return torch.cat([*statistics, codes.unflatten(-1, (blocks, _CODE_BYTES))], -1).flatten(1)
 
 
