@@ -48,7 +48,7 @@ class AdapterConfig:
     """Times that loftq rounds the weights and fits the adapter to the rest in turn."""
     dense_fraction: float | None = None
     """Share of the steps that merge_aware trains as LoRA before it rounds the weights; the default
-    is 0.9 at 4 and 8 bits, 0.7 at 3, and 0.5 at 2."""
+    is 0.99 at 4 and 8 bits, 0.7 at 3, and 0.5 at 2."""
     dropout: float = 0.0
     """Probability of dropping an input of the low-rank path (lora and qlora only)."""
     adapter_bias: bool = False
@@ -74,7 +74,7 @@ class AdapterConfig:
         if self.method != "merge_aware" or bits is None:
             return dataclasses.replace(self, rank=self.update_rank)
         grid_rank = int(bits == 2) if self.grid_rank is None else self.grid_rank
-        dense = {2: 0.5, 3: 0.7}.get(bits, 0.9)
+        dense = {2: 0.5, 3: 0.7}.get(bits, 0.99)
         return dataclasses.replace(
             self,
             rank=self.rank or (14 if grid_rank else 16),
