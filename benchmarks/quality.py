@@ -2,8 +2,8 @@
 
 Tasks: e2e (E2E NLG as text, perplexity per token on every 47th test row) and recovery (TinyStories,
 on which the model was trained: the first 80 held-out stories; how much of what rounding lost comes
-back). 300 steps (or --steps, a table of its own), batch 16, groups of 32, rows of at most 256 tokens. Writes
-benchmarks/results/quality-MODEL-TASK.csv and, from all of those that there are,
+back). 300 steps (or --steps, a table of its own), batch 16, groups of 32, rows of at most 256
+tokens. Writes benchmarks/results/quality-MODEL-TASK.csv and, from all of those that there are,
 benchmarks/quality.md. The comparison's folder is kept, so that the same command goes on with it.
 
     python benchmarks/quality.py [--model babyllama-361-1m] [--tasks e2e recovery] [--seeds 3]

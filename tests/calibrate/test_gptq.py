@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from graft.api.config import chosen_solver
+from graft.api.config import TrainConfig, check_train_config, chosen_solver
 from graft.calibrate.config import SolverConfig
 from graft.calibrate.gptq import HessianSum, gptq_pack, output_error
 from graft.errors import GraftError
@@ -309,6 +309,13 @@ def test_the_configuration_defaults_to_data_free_rounding_but_for_merge_aware() 
         assert chosen == ["gptq", "gptq", "rtn", "rtn", "rtn", "rtn"]
     assert chosen_solver(config, "qlora", 2) == "rtn"
     assert chosen_solver(SolverConfig(solver="hqq"), "merge_aware") == "hqq"
+
+
+def test_merge_aware_refuses_a_solver_that_it_would_not_use() -> None:
+    settings = {"model": "m", "data": "d", "out": "o", "method": "merge_aware", "solver": "hqq"}
+    with pytest.raises(GraftError, match="rounds in mid-training.*--dense-fraction 0"):
+        check_train_config(TrainConfig(**settings))
+    check_train_config(TrainConfig(**settings, dense_fraction=0.0))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

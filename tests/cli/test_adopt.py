@@ -100,6 +100,22 @@ def test_a_dora_on_the_base_that_it_names(tiny_base, peft_folder, rows, tmp_path
     assert run("verify", out, tmp_path / "hf", "--data", rows) == 0
     assert run("train", "--resume", "--out", out) == 1
     assert "was adopted, not trained" in capsys.readouterr().err
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "graft brought the adapter in and did not train it" in card
+    assert report["base_fingerprint"] in card and "| seed |" not in card
+
+
+def test_a_base_with_a_chat_template_keeps_it(tiny_base, peft_folder, tmp_path) -> None:
+    base = tmp_path / "chat"
+    shutil.copytree(tiny_base, base)
+    template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    template += "{% if add_generation_prompt %}[assistant] {% endif %}"
+    (base / "chat_template.jinja").write_text(template)
+    assert run("adopt", peft_folder(), "--model", base, "--out", tmp_path / "run") == 0
+    out = tmp_path / "ollama"
+    assert run("export", tmp_path / "run", "--to", "ollama", "--out", out) == 0
+    modelfile = (out / "Modelfile").read_text()
+    assert "[assistant] " in modelfile and "range .Messages" in modelfile
 
 
 @pytest.mark.parametrize("into", ["trained", "original"])
@@ -200,6 +216,11 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], object], list[object], list[str
     "another kind": (lambda f, _: changed(f, peft_type="IA3"), [], ["only LORA is read"]),
     "no rank": (lambda f, _: changed(f, r=None), [], ["r is None, not a number"]),
     "a changed base": (lambda f, _: changed(f, init_lora_weights="pissa"), [], ["'pissa'"]),
+    "no number": (
+        lambda f, _: changed(f, alpha_pattern={"(": 3, "q_proj": "x"}, lora_dropout=1.5),
+        [],
+        ["alpha_pattern has '(', which is no pattern", "'x' for 'q_proj'", "lora_dropout is 1.5"],
+    ),
     "truncated": (cut, [], ["truncated"]),
     "another shape": (another_shape, [], ["down_proj", "(4, 7)", "(4, 96)"]),
     "several": (

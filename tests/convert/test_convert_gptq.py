@@ -198,3 +198,12 @@ def test_a_bias_of_zeros_is_left_out(make, tmp_path):
     folder = make()
     change_tensors(folder, replaced("bias", torch.zeros(64)))
     assert graft.convert_model(folder, tmp_path / "out").left_out == (f"{LAYER}.bias",)
+
+
+def test_a_tensor_that_may_change_the_result_is_not_left_out(make, tmp_path):
+    folder = make()
+    scales = "model.layers.0.mlp.act.scales"
+    change_tensors(folder, lambda t: t.update({scales: torch.ones(8)}))
+    with pytest.raises(GraftError, match=f"{scales} is not zero"):
+        graft.convert_model(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from graft.adapters.config import method_in_words
 from graft.api.config import TrainConfig, as_plain
 from graft.api.config_file import write_yaml
 from graft.api.events import Events
-from graft.api.report import stored_bits_per_weight, versions
+from graft.api.report import base_facts, stored_bits_per_weight, versions
 from graft.api.run_folder import (
     ADAPTER,
     BASE,
@@ -60,6 +60,10 @@ class AdoptReport:
     bits_per_weight: float | None
     """Of the quantised or adapted layers of the base."""
     versions: Mapping[str, str]
+    base_name: str
+    base_hub_id: str | None
+    base_fingerprint: str
+    base_license: Mapping[str, str]
 
 
 def adopt(
@@ -140,9 +144,11 @@ def adopt(
         load_adapter(loaded.model, source)
         base = folder if weight_format is None else run / BASE
         save_adapter(loaded.model, part / ADAPTER, base=str(base))
-        report = _report(source, config, settings, loaded.model)
+        report = _report(source, config, settings, loaded.model, folder)
         write_yaml(part / CONFIG, as_plain(settings))
-        write_prompt_style(part, PromptStyle())
+        # How its prompts were dressed in training is not known; a chat template says how to.
+        chats = loaded.tokenizer.chat_template is not None
+        write_prompt_style(part, PromptStyle("messages" if chats else "text"))
         write_json(part / REPORT, asdict(report))
         (part / "report.md").write_text(_markdown(report), encoding="utf-8")
     return report
@@ -190,7 +196,11 @@ def _skeleton(
 
 
 def _report(
-    source: Path, config: Mapping[str, Any], settings: TrainConfig, model: PreTrainedModel
+    source: Path,
+    config: Mapping[str, Any],
+    settings: TrainConfig,
+    model: PreTrainedModel,
+    folder: Path,
 ) -> AdoptReport:
     parameters = adapter_parameters(model, "default")
     layers = [layer.adapter("default") for _, layer in adapted_layers(model)]
@@ -206,6 +216,7 @@ def _report(
         parameters=sum(parameter.numel() for parameter in parameters.values()),
         bits_per_weight=stored_bits_per_weight(model),
         versions=versions(),
+        **base_facts(settings.model, folder),
     )
 
 

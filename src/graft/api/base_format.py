@@ -17,6 +17,7 @@ from graft.api.config import (
 )
 from graft.errors import raise_problems
 from graft.formats.base import WeightFormat
+from graft.formats.int_group import IntGroupFormat
 from graft.formats.registry import parse_format
 from graft.plan.skeleton import keeps_float32, stored_formats
 
@@ -46,11 +47,16 @@ def exported_formats(
 ) -> list[WeightFormat]:
     """Return the formats of the layers that are still quantised when a run is merged.
 
-    A lora or qlora update makes the layers dense that it is merged into.
+    A lora or qlora update makes the layers dense that it is merged into, and those with them that
+    have no integers.
     """
     stored = stored_formats(folder) if weight_format is None else {}
     merges_exactly = config.method in GRID_METHODS
-    kept = [chosen for name, chosen in stored.items() if merges_exactly or name not in targets]
+    kept = [
+        chosen
+        for name, chosen in stored.items()
+        if merges_exactly or (name not in targets and isinstance(chosen, IntGroupFormat))
+    ]
     if weight_format is not None and merges_exactly:
         kept.append(weight_format.deployed)
     return list(dict.fromkeys(kept))

@@ -81,7 +81,11 @@ def write_card(
                 {"name": hub_id or name, "fingerprint of its weights": fingerprint}
             ),
             "Data": _data(config, report) if config else {},
-            "Training": _training(source, config, report) if config else {},
+            "Training": {}
+            if config is None
+            else _adoption(config, report)
+            if "adopted_from" in report
+            else _training(source, config, report),
             "Scores on held-out rows, of the trained model itself": _scores(report),
             "This file": {"trained beside": weights}
             if target == "peft"
@@ -144,6 +148,21 @@ def _training(source: Path, config: TrainConfig, report: Mapping[str, Any]) -> d
             "trained with": ", ".join(
                 f"{one} {versions[one]}" for one in _VERSIONS if one in versions
             ),
+        }
+    )
+
+
+def _adoption(config: TrainConfig, report: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is known of an adapter that graft did not train."""
+    peft = f"PEFT {report['peft_version']}" if report.get("peft_version") else "PEFT"
+    return _known(
+        {
+            "method": method_in_words(config.method, config.dora),
+            "trained with": f"{peft}; graft brought the adapter in and did not train it",
+            "SHA-256 of the adapter": report.get("adapter_sha256"),
+            "layers": report.get("layers"),
+            "ranks": " ".join(map(str, report.get("ranks", []))),
+            "trained parameters": _count(report.get("parameters")),
         }
     )
 

@@ -186,6 +186,12 @@ def check_train_config(config: TrainConfig) -> None:
         problems.append("--steps and --epochs are both given; give one of them")
     if config.dense_fraction is not None and config.method != "merge_aware":
         problems.append(f"--dense-fraction belongs to merge_aware, not to {config.method}; drop it")
+    rounded_later = config.method == "merge_aware" and config.dense_fraction != 0
+    if rounded_later and config.solver not in (None, *CALIBRATED):
+        problems.append(
+            f"--solver {config.solver}: merge_aware rounds in mid-training, by gptq or qep; give "
+            "one of them, or --dense-fraction 0 to round before training"
+        )
     if config.grid_rank is not None and config.method not in ("merge_aware", "qalora"):
         problems.append(
             f"--grid-rank belongs to merge_aware and qalora, not to {config.method}; drop it"

@@ -45,6 +45,7 @@ from graft.api.run_folder import (
     write_base_reference,
     write_prompt_style,
 )
+from graft.calibrate.driver import drift_share
 from graft.calibrate.latents import let_grid_wait, round_latents
 from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
@@ -360,6 +361,7 @@ def _rounding(
                 loaded.model,
                 [torch.tensor([row.input_ids]) for row in rows],
                 prepared.config.damping,
+                drift_share(chosen_solver(prepared.config, "merge_aware")),
                 lambda done, total: events.progress("rounding", done, total),
                 lambda: save_model(loaded, run / BASE),
             )

@@ -14,7 +14,7 @@ from graft.adapters.loftq import LoftQ
 from graft.api.config import WIDTHS, QuantizeConfig, check_solver, chosen_solver, format_description
 from graft.api.events import Events
 from graft.calibrate.config import CALIBRATED, Solver
-from graft.calibrate.driver import QEP_SHARE, calibrate_model
+from graft.calibrate.driver import calibrate_model, drift_share
 from graft.calibrate.hqq import hqq_pack
 from graft.calibrate.widths import choose_widths
 from graft.data.config import DataConfig
@@ -91,7 +91,7 @@ def load_quantised(
             formats,
             damping,
             lambda done, total: events.progress(solver, done, total),
-            QEP_SHARE if solver == "qep" else 0.0,
+            drift_share(solver),
         )
         gptq = sum(report.gptq for report in reports.values())
         rtn = sum(report.rtn for report in reports.values())

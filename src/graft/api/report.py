@@ -69,6 +69,16 @@ class RunReport:
     versions: dict[str, str]
 
 
+def base_facts(model: str, folder: Path) -> dict[str, Any]:
+    """Return what a model card says of a base: its name or hub id, fingerprint, and licence."""
+    return {
+        "base_name": Path(model).absolute().name,
+        "base_hub_id": None if Path(model).is_dir() else model,
+        "base_fingerprint": fingerprint_weights(folder),
+        "base_license": license_of(folder / CARD),
+    }
+
+
 def make_report(
     *,
     run: Path,
@@ -92,15 +102,11 @@ def make_report(
     timed = [entry for entry in history if "step_seconds" in entry]
     spent = sum(entry["step_seconds"] for entry in timed)
     tokens = sum(entry["tokens_per_second"] * entry["step_seconds"] for entry in timed)
-    local = Path(config.model).is_dir()
     return RunReport(
         method=config.method,
         dora=config.dora,
         model=config.model,
-        base_name=Path(config.model).absolute().name,
-        base_hub_id=None if local else config.model,
-        base_fingerprint=fingerprint_weights(base),
-        base_license=license_of(base / CARD),
+        **base_facts(config.model, base),
         steps=steps,
         learning_rate=learning_rate,
         loss=float(metrics["loss"]),

@@ -80,6 +80,7 @@ class StageChain:
 
         if following:
             for index, hidden in enumerate(inputs):
+                unrounded.clear()
                 if self._drift:
                     with _each_input(collectors, keep):
                         self._unrounded[index] = self._call(stage, index, self._unrounded[index])

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from graft.adapters.attach import replace_module
 from graft.calibrate.chain import StageChain
+from graft.calibrate.config import Solver
 from graft.calibrate.gptq import HessianSum, gptq_pack, made_up, output_error, require_grid
 from graft.errors import GraftError, raise_problems
 from graft.formats.base import WeightFormat
@@ -18,6 +19,11 @@ from graft.formats.linear import FrozenLinear
 
 QEP_SHARE = 0.5
 """Share of the drift that solver qep makes up for, as its authors chose it."""
+
+
+def drift_share(solver: Solver) -> float:
+    """Return the share of the drift that a calibrated solver makes up for; gptq as published, 0."""
+    return QEP_SHARE if solver == "qep" else 0.0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graft.adapters.attach import adapted_layers, replace_module
 from graft.adapters.base import AdaptedLinear
 from graft.adapters.merge_aware import MergeAwareAdapter
-from graft.calibrate.driver import QEP_SHARE, calibrate_model
+from graft.calibrate.driver import calibrate_model
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.latent import LatentFormat
@@ -31,12 +31,14 @@ def round_latents(
     model: nn.Module,
     batches: Sequence[Tensor],
     damping: float,
+    drift_share: float,
     on_layer: Callable[[int, int], None] | None = None,
     on_rounded: Callable[[], None] | None = None,
 ) -> None:
     """Round the latent weights of a model that merge_aware has trained densely so far.
 
-    Solver qep rounds W + s B A, layer by layer on the batches, to codes and a grid. The new latent
+    GPTQ, or qep with a `drift_share` (see `calibrate_model`), rounds W + s B A, layer by layer on
+    the batches, to codes and a grid. The new latent
     weight is what it rounded, less s B A, so that A and B go on training where they are, now inside
     the rounding, and the grid begins to train. While it runs, a float32 copy of the weights is
     there.
@@ -54,7 +56,7 @@ def round_latents(
             weight = layer.base.packed["weight"].float() + _update(layer)
             dense = layer.base.replaced(DenseFormat("float32"), {"weight": weight})
             replace_module(model, name, dense)
-        calibrate_model(model, list(layers), batches, targets, damping, on_layer, QEP_SHARE)
+        calibrate_model(model, list(layers), batches, targets, damping, on_layer, drift_share)
         for name, layer in layers.items():
             rounded = model.get_submodule(name)
             assert isinstance(rounded, FrozenLinear)

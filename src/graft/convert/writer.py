@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from graft.convert.source import PlainTensor, QuantisedLayer, Source
-from graft.errors import GraftError, Problems
+from graft.errors import GraftError, Problems, raise_problems
 from graft.formats.base import WeightFormat, storage_bytes
 from graft.formats.registry import describe_format
 from graft.model.load import LoadedModel
@@ -166,14 +167,22 @@ def _plain(name: str, tensor: PlainTensor, shape: tuple[int, ...]) -> FileTensor
     return FileTensor(name, shape, tensor.dtype, tensor.make)
 
 
+_COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)")
+"""Tensors that older checkpoints hold and the model computes: rotary frequencies, GPT-2's masks."""
+
+
 def _check_left_out(source: Source, names: list[str]) -> None:
-    """Raise GraftError where what has no place in the model changes what it computes."""
+    """Raise GraftError where what has no place in the model may change what it computes."""
+    tied = set(source.model.all_tied_weights_keys)
+    problems = []
     for name in names:
         if name in source.layers:
-            raise GraftError(f"{name} is quantised, and the model of config.json has no such layer")
-        of_layer = name.endswith(".bias") and name.removesuffix(".bias") in source.layers
-        if of_layer and bool(source.tensors[name].make().any()):
-            raise GraftError(f"{name} is not zero, and the model of config.json has no bias there")
+            problems.append(f"{name} is quantised, and the model of config.json has no such layer")
+        elif name in tied or _COMPUTED.fullmatch(name):
+            continue
+        elif bool(source.tensors[name].make().any()):
+            problems.append(f"{name} is not zero, and the model of config.json has no such tensor")
+    raise_problems(problems[:20], "tensors without a place, which change what is computed")
 
 
 def write_conversion(

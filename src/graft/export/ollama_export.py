@@ -5,6 +5,7 @@ The syntax is that of https://docs.ollama.com/modelfile.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,8 +163,15 @@ def _settings(loaded: LoadedModel) -> Iterator[tuple[str, float | int]]:
         yield "temperature", 0
     for theirs, ours in _SETTINGS.items():
         sampling = theirs not in ("repetition_penalty", "max_new_tokens")
-        if stored.get(theirs) is not None and not (greedy and sampling):
-            yield ours, stored[theirs]
+        value = stored.get(theirs)
+        if value is None or (greedy and sampling):
+            continue
+        # A text in its place could bring lines of its own into the Modelfile.
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise GraftError(
+                f"generation_config.json: {theirs} is {value!r}; expected a finite number"
+            )
+        yield ours, value
     context = context_length(loaded.model.config)
     if context < _DEFAULT_CONTEXT:
         yield "num_ctx", context

@@ -259,7 +259,11 @@ def _build(
         else:
             adapter = LoraAdapter(*sizes, rank, dropout=dropout, bias="bias" in parts)
     exact = own.get("scaling")
-    adapter.scaling = exact[layer_name] if isinstance(exact, dict) else scaling
+    if isinstance(exact, dict):
+        if not isinstance(exact.get(layer_name), (int, float)):
+            raise GraftError(f"{OWN_CONFIG} has no scaling for it; save the adapter again")
+        scaling = exact[layer_name]
+    adapter.scaling = scaling
     _fill(adapter, parts)
     return adapter
 

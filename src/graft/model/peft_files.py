@@ -131,16 +131,33 @@ def peft_problems(config: Mapping[str, Any]) -> list[str]:
         )
     if config.get("bias", "none") != "none":
         problems.append(f"bias is {config['bias']!r}; only 'none' (and lora_bias) is read")
+    patterns = (config.get("alpha_pattern") or {}).items()
+    problems += [found for one in patterns if (found := _pattern_problem(*one))]
+    dropout = config.get("lora_dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        problems.append(f"lora_dropout is {dropout!r}; expected 0 up to, but not including, 1")
     if config.get("use_dora") and config.get("use_qalora"):
         problems.append("use_dora and use_qalora are both set, which PEFT itself has not")
     return problems
+
+
+def _pattern_problem(pattern: str, alpha: object) -> str | None:
+    """Return what hinders in an entry of alpha_pattern."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        return f"alpha_pattern has {pattern!r}, which is no pattern: {error}"
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        return f"alpha_pattern has {alpha!r} for {pattern!r}; expected a number"
+    return None
 
 
 def peft_scaling(config: Mapping[str, Any], layer_name: str, rank: int) -> float:
     """Return alpha/rank (or alpha/sqrt(rank)) of a layer, with PEFT's per-layer patterns."""
     alpha = config["lora_alpha"]
     for pattern, value in (config.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer_name):
+        fits = not _pattern_problem(pattern, value)  # else it is told
+        if fits and re.match(rf"(.*\.)?({pattern})$", layer_name):
             alpha = value
             break
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
