@@ -34,7 +34,7 @@ from graft.formats.int_group import IntGroupFormat
 from graft.model.adapter_files import save_adapter
 from graft.model.load import LoadedModel
 from graft.model.memory import reuse_freed_memory
-from graft.model.save import save_model
+from graft.model.save import save_plain_model
 
 
 @dataclass(frozen=True)
@@ -256,18 +256,17 @@ def _export_openvino(
 
 
 def _export_hf(
-    loaded: LoadedModel, path: Path, merged: MergeReport | None, _: Events
+    loaded: LoadedModel, path: Path, merged: MergeReport | None, events: Events
 ) -> ExportReport:
-    """Dequantise every layer and write a plain folder that AutoModelForCausalLM loads."""
-    quantised = False
-    for name, layer in list(frozen_layers(loaded.model)):
-        if not isinstance(layer.weight_format, DenseFormat):
-            quantised = True
-            dense = DenseFormat("float32")
-            weight = layer.dense_weight(torch.float32)
-            replace_module(loaded.model, name, layer.replaced(dense, dense.pack(weight)))
-    dtype = torch.float32 if quantised else loaded.source_dtype
-    save_model(loaded, path, dtype)
+    """Write a plain folder that AutoModelForCausalLM loads, every layer dequantised."""
+    layers = [layer for _, layer in frozen_layers(loaded.model)]
+    quantised = any(not isinstance(layer.weight_format, DenseFormat) for layer in layers)
+    save_plain_model(
+        loaded,
+        path,
+        torch.float32 if quantised else loaded.source_dtype,
+        lambda done, total: events.progress("writing tensors", done, total),
+    )
     notes = ("dequantised to float32, which holds the INT weights exactly",) if quantised else ()
     return ExportReport(path, bytes_on_disk(path), merged, notes)
 

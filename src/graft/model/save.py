@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from transformers import PreTrainedModel
 from graft.adapters.attach import adapted_layers, frozen_layers
 from graft.errors import GraftError
 from graft.formats.dense import DenseFormat
+from graft.formats.linear import FrozenLinear
 from graft.formats.registry import describe_format
 from graft.model.load import CONFIG_MARKER, FORMAT_VERSION, QUANTISATION_FILE, LoadedModel
+from graft.model.tensor_file import FileTensor, OnTensor, write_tensor_file
 from graft.model.weights import SINGLE_FILE
 
 
@@ -70,25 +73,56 @@ def save_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype | None = No
         for name, layer in frozen_layers(model)
         if not isinstance(layer.weight_format, DenseFormat)
     }
-    plain_dtype = dtype or loaded.dtype
-    if quantised:
-        packed = {
-            f"{name}.{key}"
-            for name, layer in frozen_layers(model)
-            if name in quantised
-            for key in layer.packed
-        }
-        tensors = {
-            name: tensor if name in packed else narrowed(tensor, loaded.source_dtype)
-            for name, tensor in named_tensors(model)
-        }
-    else:
-        tensors = {name: tensor.to(plain_dtype) for name, tensor in named_tensors(model)}
+    if not quantised:
+        save_plain_model(loaded, folder, dtype or loaded.dtype)
+        return
+    packed = {
+        f"{name}.{key}"
+        for name, layer in frozen_layers(model)
+        if name in quantised
+        for key in layer.packed
+    }
+    tensors = {
+        name: tensor if name in packed else narrowed(tensor, loaded.source_dtype)
+        for name, tensor in named_tensors(model)
+    }
     with new_folder(folder) as part:
         save_tensors(tensors, part / SINGLE_FILE)
-        write_model_files(loaded, part, plain_dtype, bool(quantised))
-        if quantised:
-            write_quantisation(part, quantised, loaded.source_dtype)
+        write_model_files(loaded, part, loaded.dtype, True)
+        write_quantisation(part, quantised, loaded.source_dtype)
+
+
+def save_plain_model(
+    loaded: LoadedModel, folder: Path, dtype: torch.dtype, on_tensor: OnTensor | None = None
+) -> None:
+    """Write model and tokenizer to a new plain Hugging Face folder in `dtype`.
+
+    Each layer is dequantised when its turn comes, so that one of them at a time is in memory.
+    Raises GraftError when the folder cannot be written.
+    """
+    with new_folder(folder) as part:
+        write_tensor_file(part / SINGLE_FILE, list(_plain_tensors(loaded.model, dtype)), on_tensor)
+        write_model_files(loaded, part, dtype)
+
+
+def _plain_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[FileTensor]:
+    layers, seen = dict(frozen_layers(model)), set()
+    for name, tensor in named_tensors(model):
+        layer_name, _, kind = name.rpartition(".")
+        layer = layers.get(layer_name)
+        if layer is None or kind == "bias" or isinstance(layer.weight_format, DenseFormat):
+            target = dtype if tensor.is_floating_point() else tensor.dtype
+            yield FileTensor(name, tuple(tensor.shape), target, partial(tensor.to, target))
+        elif layer_name not in seen:  # once, for all of its packed tensors
+            seen.add(layer_name)
+            sizes = layer.out_features, layer.in_features
+            shape = sizes[::-1] if layer.transposed else sizes
+            yield FileTensor(f"{layer_name}.weight", shape, dtype, partial(_dense, layer, dtype))
+
+
+def _dense(layer: FrozenLinear, dtype: torch.dtype) -> Tensor:
+    weight = layer.dense_weight(torch.float32)
+    return (weight.T if layer.transposed else weight).to(dtype)
 
 
 def write_quantisation(
