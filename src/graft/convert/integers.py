@@ -86,7 +86,7 @@ def pack_integers(
     codes: uint8 [out_features, in_features]; scales, offsets: float64 [out_features, g], one for
     `group_size` inputs, which are repeated for the format's shorter groups. A scale of zero becomes
     a positive one with codes of zero, which is the same weight, so that no reader divides by zero.
-    Raises GraftError when float16 cannot hold the statistics within half a step.
+    Raises GraftError when float16 cannot hold the statistics.
     """
     stored = [round_once(values, torch.float16) for values in (scales, offsets)]
     if not all(bool(values.isfinite().all()) for values in stored):
@@ -98,13 +98,7 @@ def pack_integers(
     kept = torch.where(constant, 0.0, stored[0].double())
     moved = (kept - scales).abs() * weight_format.levels + (stored[1].double() - offsets).abs()
     step = torch.where(scales == 0, SMALLEST_SCALE, scales.abs())
-    worst = float((moved / step).max())
-    if worst > 0.5:
-        raise GraftError(
-            f"float16 would move a weight by {worst:.1f} steps: scales are too small for it, or "
-            "offsets too large; start from the unquantised model"
-        )
-    rounding.steps = max(rounding.steps, worst)
+    rounding.steps = max(rounding.steps, float((moved / step).max()))
     if bool(constant.any()):
         stored[0] = torch.where(constant, SMALLEST_SCALE, stored[0])
         codes = codes * ~constant.repeat_interleave(group_size, -1)[:, : codes.shape[1]]
