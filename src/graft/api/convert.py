@@ -45,10 +45,10 @@ def convert_model(
 ) -> ConvertReport:
     """Write the folder `out`, which everything in graft takes as it takes its own.
 
-    source: a folder (or hub id) of GPTQ, AWQ, bitsandbytes, MLX or pickled PyTorch weights, a GGUF
-    file, or one pickled file beside its config.json. tokenizer: its folder, which a GGUF file
-    needs. Integers, codes and codebooks are kept; nothing is quantised again. Raises GraftError
-    with everything that graft cannot hold, before anything is written.
+    source: a folder (or hub id) of GPTQ, AWQ, bitsandbytes or MLX weights, a folder of pickled
+    PyTorch weights, a GGUF file, or one pickled file beside its config.json. tokenizer: its folder,
+    which a GGUF file needs. Integers, codes and codebooks are kept; nothing is quantised again.
+    Raises GraftError with everything that graft cannot hold, before anything is written.
     """
     events = events or Events()
     target = Path(out)

@@ -21,8 +21,8 @@ class ConvertArguments:
     """Bring a model that another tool wrote into graft's own folder, to train, merge, export."""
 
     source: tyro.conf.Positional[str]
-    """A folder or hub id of GPTQ, AWQ, bitsandbytes, MLX or pickled PyTorch weights, a GGUF file,
-    or one pickled file beside its config.json."""
+    """A folder or hub id of GPTQ, AWQ, bitsandbytes or MLX weights, a folder of pickled PyTorch
+    weights (they are not downloaded), a GGUF file, or one pickled file beside its config.json."""
     out: str
     """Folder to write."""
     tokenizer: str | None = None
