@@ -81,11 +81,7 @@ def write_card(
                 {"name": hub_id or name, "fingerprint of its weights": fingerprint}
             ),
             "Data": _data(config, report) if config else {},
-            "Training": {}
-            if config is None
-            else _adoption(config, report)
-            if "adopted_from" in report
-            else _training(source, config, report),
+            "Training": _training(source, config, report) if config else {},
             "Scores on held-out rows, of the trained model itself": _scores(report),
             "This file": {"trained beside": weights}
             if target == "peft"
@@ -125,6 +121,8 @@ def _file_name(path: str) -> str:
 
 
 def _training(source: Path, config: TrainConfig, report: Mapping[str, Any]) -> dict[str, str]:
+    if "adopted_from" in report:
+        return _adoption(config, report)
     style = prompt_style(source)
     versions = report.get("versions") or {}
     batch = config.batch_size * config.grad_accum

@@ -17,13 +17,13 @@ from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.linear import FrozenLinear
 
-QEP_SHARE = 0.5
+_QEP_SHARE = 0.5
 """Share of the drift that solver qep makes up for, as its authors chose it."""
 
 
 def drift_share(solver: Solver) -> float:
     """Return the share of the drift that a calibrated solver makes up for; gptq as published, 0."""
-    return QEP_SHARE if solver == "qep" else 0.0
+    return _QEP_SHARE if solver == "qep" else 0.0
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Literal
 
 import tyro
@@ -41,16 +41,7 @@ def adopt(words: Sequence[str]) -> None:
     from graft.cli.progress import TerminalEvents
 
     with TerminalEvents(Console(stderr=True)) as events:
-        report = run(
-            arguments.adapter,
-            arguments.out,
-            model=arguments.model,
-            format=arguments.format,
-            double_quant=arguments.double_quant,
-            dtype=arguments.dtype,
-            trust_remote_code=arguments.trust_remote_code,
-            events=events,
-        )
+        report = run(**asdict(arguments), events=events)
     kind = method_in_words(report.method, report.dora)
     print(
         f"{arguments.out}: {kind}, {report.parameters:,} parameters in {report.layers} layers, "

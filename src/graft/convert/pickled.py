@@ -16,8 +16,8 @@ from torch import Tensor
 
 from graft.convert.folder import ForeignFolder
 from graft.convert.source import PlainTensor, Source
-from graft.errors import GraftError, raise_problems
-from graft.model.weights import PICKLES, read_json
+from graft.errors import GraftError
+from graft.model.weights import PICKLES, indexed_files
 
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
@@ -47,17 +47,7 @@ def pickled_source(folder: ForeignFolder, file: str | None = None) -> Source:
 
 def _files(folder: Path) -> list[str]:
     if (folder / _INDEX).is_file():
-        weight_map = read_json(folder / _INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise GraftError(f"{folder / _INDEX} has no weight_map; download it again")
-        files = sorted({str(file) for file in weight_map.values()})
-        problems = [
-            f"{file} is named there but not in the folder; download it again"
-            for file in files
-            if Path(file).name != file or not (folder / file).is_file()
-        ]
-        raise_problems(problems, str(folder / _INDEX))
-        return files
+        return indexed_files(folder / _INDEX)
     if (folder / _SINGLE).is_file():
         return [_SINGLE]
     found = sorted(

@@ -174,17 +174,7 @@ _DTYPES = {
 
 def _weight_files(folder: Path) -> list[str]:
     if (folder / INDEX_FILE).is_file():
-        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise GraftError(f"{folder / INDEX_FILE} has no weight_map; download it again")
-        files = sorted({str(file) for file in weight_map.values()})
-        problems = [
-            f"{file} is named there but not in the folder; download it again"
-            for file in files
-            if Path(file).name != file or not (folder / file).is_file()
-        ]
-        raise_problems(problems, str(folder / INDEX_FILE))
-        return files
+        return indexed_files(folder / INDEX_FILE)
     if (folder / SINGLE_FILE).is_file():
         return [SINGLE_FILE]
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
@@ -194,6 +184,24 @@ def _weight_files(folder: Path) -> list[str]:
             f"when loaded; bring them in safely with: graft convert {folder} --out NEW_FOLDER"
         )
     raise GraftError(f"{folder} has no {SINGLE_FILE} (and no {INDEX_FILE})")
+
+
+def indexed_files(index: Path) -> list[str]:
+    """Return the names of the weight files that an index lists, all of them in its folder.
+
+    Raises GraftError when it lists none, or one that is not there.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise GraftError(f"{index} has no weight_map; download it again")
+    files = sorted({str(file) for file in weight_map.values()})
+    problems = [
+        f"{file} is named there but not in the folder; download it again"
+        for file in files
+        if Path(file).name != file or not (index.parent / file).is_file()
+    ]
+    raise_problems(problems, str(index))
+    return files
 
 
 def read_json(path: Path) -> dict[str, Any]:
