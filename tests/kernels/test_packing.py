@@ -68,3 +68,11 @@ def test_round_trip(bits: int, rows: int, columns: int, seed: int) -> None:
 def test_non_contiguous_codes() -> None:
     codes = torch.randint(0, 8, (70, 4), dtype=torch.uint8).T
     assert torch.equal(unpack_codes(pack_codes(codes, 3), 3, 70), codes)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_planes_lie_row_by_row_however_the_codes_lay(bits: int) -> None:
+    codes = torch.randint(1 << bits, (5, 64), dtype=torch.uint8)  # no padding, which copies
+    strided = codes.T.contiguous().T
+    for plane, expected in zip(pack_codes(strided, bits), pack_codes(codes, bits), strict=True):
+        assert plane.is_contiguous() and torch.equal(plane, expected)

@@ -8,6 +8,7 @@ without a GPU the tests of what the kernels compute run in a process of their ow
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import subprocess
 import sys
@@ -78,12 +79,14 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 def int_group(shape: tuple[int, int], bits: int, group_size: int, statistics: str) -> tuple:
     """Codes, codes_high, scales, offsets, bits and group size of a random weight.
 
-    The statistics are strided, as an update may leave them; the kernels read them contiguously.
+    All are strided, as rounding anew or an update may leave them; the kernels read them as stored.
     """
     weight_format = IntGroupFormat(bits=bits, group_size=group_size, statistics=statistics)
-    packed = weight_format.pack(randn(*shape))
-    scales, offsets = (packed[name].T.contiguous().T for name in ("scales", "offsets"))
-    return packed["codes"], packed.get("codes_high"), scales, offsets, bits, group_size
+    packed = {
+        name: tensor.T.contiguous().T for name, tensor in weight_format.pack(randn(*shape)).items()
+    }
+    planes = packed["codes"], packed.get("codes_high")
+    return *planes, packed["scales"], packed["offsets"], bits, group_size
 
 
 def codebook(shape: tuple[int, int], name: str, double: bool) -> tuple[tuple, tuple]:
@@ -247,6 +250,7 @@ def test_codebook_products(
 @pytest.mark.parametrize("shape", [(6, 45), (33, 520)])
 def test_int8_products(shape: tuple[int, int], dtype: torch.dtype) -> None:
     packed = Int8Format().pack(randn(*shape))
+    packed["codes"] = packed["codes"].T.contiguous().T
     weight = Int8Format().unpack(packed, *shape, dtype)
     assert torch.equal(backend._int8_weight(**packed, dtype=dtype), weight)
     for tokens in TOKENS:
@@ -396,5 +400,11 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     backend.int8_linear(x, **int8)
     backend._int8_weight(**int8, dtype=dtype)
     assert len(binaries) == 8 and all(asm["cubin"] for asm in binaries.values())
+    # The fused products' tiles hang on the width and on x's dtype, and not every tile compiles.
+    for bits, kind in itertools.product((2, 3, 4, 8), DTYPES):
+        backend.int_group_linear(x.to(kind), *int_group((4, 64), bits, 32, F16))
+    for kind in DTYPES:
+        backend.codebook_linear(x.to(kind), *nf4, 2, *nested)
+        backend.int8_linear(x.to(kind), **int8)
     # Contracting a product and an addition would round once where the reference rounds twice.
     assert not any("fma." in binaries[name]["ptx"] for name in binaries if "dequant" in name)

@@ -40,9 +40,9 @@ def empty_planes(like: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
 
 
 def pack_codes(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
-    """Pack codes uint8 [rows, columns] into planes, each uint8 [rows, bytes]."""
+    """Pack codes uint8 [rows, columns] into planes, each uint8 [rows, bytes] and contiguous."""
     rows, columns = codes.shape
-    padded = torch.nn.functional.pad(codes, (0, -columns % BLOCK))
+    padded = torch.nn.functional.pad(codes.contiguous(), (0, -columns % BLOCK))
     blocks = padded.reshape(rows, -1, BLOCK)
     planes, shift = [], 0
     for plane_bits in PLANES[bits]:

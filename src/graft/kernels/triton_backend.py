@@ -134,6 +134,11 @@ def _layout(
     return sizes, {"BITS": bits, "PLANE": PLANES[bits][0], "GROUP": group_size}
 
 
+def _as_stored(*packed: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return packed tensors as they lie on disk, which is how the kernels read them."""
+    return tuple(None if tensor is None else tensor.contiguous() for tensor in packed)
+
+
 @triton.implements("int_group_dequantize")
 def int_group_dequantize(
     codes: Tensor,
@@ -148,7 +153,7 @@ def int_group_dequantize(
     """Compute w = scale * q + offset in float32 and round once to `dtype`."""
     sizes, constants = _layout(codes, bits, group_size, in_features)
     out = codes.new_empty(sizes[:2], dtype=dtype)
-    packed = codes, codes_high, scales.contiguous(), offsets.contiguous()
+    packed = _as_stored(codes, codes_high, scales, offsets)
     constants |= {"ROWS": 4, "BLOCKS": 32}
     grid = _tiles(sizes[0], 4), _tiles(sizes[3], 32)
     _launch("int_group_dequantize", grid, out, *packed, *sizes, **constants)
@@ -172,8 +177,9 @@ def int_group_linear(
         )
         return functional.linear(x, weight)
     sizes, constants = _layout(codes, bits, group_size, x.shape[-1])
-    packed = codes, codes_high, scales.contiguous(), offsets.contiguous()
-    tile = 1 if x.dtype == torch.float32 else 8  # float32 needs registers for its operands
+    packed = _as_stored(codes, codes_high, scales, offsets)
+    # float32 needs registers for its operands, and a product at least 16 columns of each part.
+    tile = max(1, 4 // constants["PLANE"]) if x.dtype == torch.float32 else 8
     steps = _tiles(sizes[3], tile)
     return _fused_linear("int_group_linear", x, packed, sizes, steps, BLOCKS=tile, **constants)
 
@@ -220,7 +226,7 @@ def int_group_grad_statistics(
     grad, x = _as_matrix(grad), _as_matrix(x)
     rows, tokens = (64, 16) if x.dtype == torch.float32 else (128, 32)
     constants |= {"ROWS": rows, "COLUMNS": 128, "TOKENS": tokens, "num_warps": 8}
-    arguments = grad, x, codes, codes_high, x.shape[0], *sizes
+    arguments = grad, x, *_as_stored(codes, codes_high), x.shape[0], *sizes
     grid = _tiles(sizes[0], rows), _tiles(sizes[1], 128)
     _launch("int_group_grad_scales", grid, grad_scales, *arguments, **constants)
     if units is None:
@@ -277,7 +283,7 @@ def _packed_codebook(
     """Return the kernels' arguments of a packed weight: its tensors among their tables."""
     dynamic = None if absmax_scale is None else _dynamic_code(codes.device)
     nested = dynamic, absmax_scale, absmax_offset
-    return codes, absmax, *nested, _values(codebook, codes.device)
+    return _as_stored(codes, absmax, *nested, _values(codebook, codes.device))
 
 
 @triton.implements("codebook_dequantize")
@@ -350,9 +356,9 @@ def codebook_grad_input(
 
 def _int8_weight(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute w = scale[row] * code in float32 and round once to `dtype`."""
-    out = torch.empty_like(codes, dtype=dtype)
+    out = codes.new_empty(codes.shape, dtype=dtype)
     grid = _tiles(codes.shape[0], 4), _tiles(codes.shape[1], 512)
-    arguments = codes, scales.contiguous(), *codes.shape
+    arguments = *_as_stored(codes, scales), *codes.shape
     _launch("int8_dequantize", grid, out, *arguments, ROWS=4, COLUMNS=512)
     return out
 
@@ -364,7 +370,7 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
         return functional.linear(x, _int8_weight(codes, scales, x.dtype))
     tile = 32 if x.dtype == torch.float32 else 256
     steps = _tiles(codes.shape[1], tile)
-    packed = codes, scales.contiguous()
+    packed = _as_stored(codes, scales)
     return _fused_linear("int8_linear", x, packed, tuple(codes.shape), steps, COLUMNS=tile)
 
 

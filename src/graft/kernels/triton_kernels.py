@@ -239,7 +239,9 @@ def codebook_quantize(
     # The maximum passes over NaN; a block that holds one must not look sound.
     has_nan = tl.max((values != values).to(tl.int32), axis=1, keep_dims=True) > 0
     absmax = tl.where(has_nan, float("nan"), absmax)
-    divisor = tl.maximum(absmax, 1e-38, propagate_nan=tl.PropagateNan.ALL)
+    # As a tensor: Triton 3.6 takes so small a number for a float64.
+    least = tl.full(absmax.shape, 1e-38, tl.float32)
+    divisor = tl.maximum(absmax, least, propagate_nan=tl.PropagateNan.ALL)
     short = (block + 1) * BLOCK > count
     normalised = values * tl.div_rn(tl.full(divisor.shape, 1.0, tl.float32), divisor)
     if (tl.program_id(0) + 1).to(tl.int64) * (BLOCKS * BLOCK) > count:
