@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import CheckpointPolicy, SelectiveCheckpointContext
+from torch.utils.checkpoint import CheckpointPolicy
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -229,7 +231,7 @@ def test_unfused_attention_that_drops_out() -> None:
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_fused_attention_that_drops_out_runs_again_for_its_random_numbers(dropout) -> None:
     query = torch.empty(2, 4, LENGTH, 16, device="meta")
-    context = SelectiveCheckpointContext(is_recompute=False, op_output=None)
+    context: Any = SimpleNamespace(is_recompute=False, op_output=None)
     fused = torch.ops.aten._scaled_dot_product_flash_attention.default
     masked = torch.ops.aten._scaled_dot_product_efficient_attention.default
     calls = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cache, partial
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -134,14 +134,42 @@ class _Policy:
             drops_out = bool(_argument(op, args, kwargs, "dropout_p"))
             keep = not drops_out and keeps_attention(self.checkpointing, width, key.shape[2])
         elif kind is not None:
-            outputs = [leaf for leaf in tree_leaves(context.op_output) if isinstance(leaf, Tensor)]
-            out_features = sum(output.shape[-1] for output in outputs)
-            shape = self.hidden_size, args[kind].shape[-1], out_features
+            shape = self.hidden_size, args[kind].shape[-1], _out_features(context, op, args)
             of_layer = not op._schema.name.endswith("bmm")  # else of unfused attention
             wide = self.wide[context.is_recompute] if of_layer else 0
             keep = keeps_product(self.checkpointing, *shape, wide)
             self.wide[context.is_recompute] += of_layer and is_wide(*shape)
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class _Like(NamedTuple):
+    """A tensor without its numbers."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    def on_meta(self) -> Tensor:
+        """Return it as a tensor of which only the shape is computed."""
+        return torch.empty(self.shape, dtype=self.dtype, device="meta")
+
+
+def _out_features(context: SelectiveCheckpointContext, op: Any, args: Any) -> int:
+    """Return how many features a product's outputs have in all."""
+    if hasattr(context, "op_output"):
+        return _features(context.op_output)
+    # torch 2.11 asks before it computes.
+    alike = (_Like(arg.shape, arg.dtype) if isinstance(arg, Tensor) else arg for arg in args)
+    return _features_of_shapes(op, *alike)
+
+
+@cache
+def _features_of_shapes(op: Any, *args: Any) -> int:
+    without_data = (arg.on_meta() if isinstance(arg, _Like) else arg for arg in args)
+    return _features(op(*without_data))
+
+
+def _features(output: Any) -> int:
+    return sum(leaf.shape[-1] for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
 
 
 @cache
