@@ -25,7 +25,7 @@ def test_a_run_that_starts_as_loftq(tiny_base, rows, tmp_path):
     assert "init: loftq" in (run / "config.yaml").read_text()
     dense = AutoModelForCausalLM.from_pretrained(tiny_base)
 
-    started = load_model(str(run / "base"))
+    started = load_model(str(run / "base"), device="cpu")
     load_adapter(started.model, run / "start")
     lost = rounded = 0.0
     for name, layer in adapted_layers(started.model):

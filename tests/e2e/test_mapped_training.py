@@ -36,6 +36,7 @@ def test_reading_ahead_changes_no_adapter(
                 model=str(quantised),
                 data=str(rows),
                 out=str(run),
+                device="cpu",  # a GPU holds no mapped weights
                 method="lora",
                 checkpointing=checkpointing,
                 steps=3,

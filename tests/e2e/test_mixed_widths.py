@@ -6,15 +6,17 @@ import json
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 import graft
 from graft.adapters.attach import frozen_layers
 from graft.errors import GraftError
 
 
-def probe(model: torch.nn.Module) -> torch.Tensor:
+def probe(model: PreTrainedModel) -> torch.Tensor:
     with torch.no_grad():
-        return model(input_ids=torch.arange(60).reshape(2, 30) + 5).logits
+        ids = torch.arange(60, device=model.device).reshape(2, 30) + 5
+        return model(input_ids=ids).logits.cpu()
 
 
 @pytest.mark.parametrize(("method", "solver"), [("qalora", "gptq"), ("affine", "rtn")])

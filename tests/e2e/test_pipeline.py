@@ -10,7 +10,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import graft
 from graft.adapters.attach import adapter_parameters, attach_adapter, frozen_layers
@@ -29,10 +29,10 @@ def settings(base: Path, rows: Path, out: Path, **changes: object) -> graft.Trai
     return graft.TrainConfig(model=str(base), data=str(rows), out=str(out), **values)
 
 
-def probe(model: torch.nn.Module) -> torch.Tensor:
-    ids = torch.arange(60).reshape(2, 30) + 5
+def probe(model: PreTrainedModel) -> torch.Tensor:
+    ids = torch.arange(60, device=model.device).reshape(2, 30) + 5
     with torch.no_grad():
-        return model(input_ids=ids).logits
+        return model(input_ids=ids).logits.cpu()
 
 
 def adapter_tensors(run: Path) -> bytes:
@@ -65,7 +65,7 @@ def test_what_is_trained_is_what_is_deployed(tiny_base, rows, tmp_path, method, 
         heads = rotary_heads(name, model.config)
         if heads is not None:
             weight = weight[rows_from_gguf(weight.shape[0], heads)]
-        assert torch.equal(weight, layer.dense_weight()), name
+        assert torch.equal(weight, layer.dense_weight().cpu()), name
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])
@@ -98,7 +98,7 @@ def test_into_original_says_what_quantisation_had_cost(tiny_base, rows, tmp_path
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "original")
     trained, _ = graft.load(run)
     name = "model.layers.0.self_attn.q_proj"
-    update = trained.get_submodule(name).adapter("default").delta(None)
+    update = trained.get_submodule(name).adapter("default").delta(None).cpu()
     expected = original.get_submodule(name).weight.double() + update
     torch.testing.assert_close(
         merged.get_submodule(name).weight.double(), expected, rtol=0, atol=1e-7

@@ -207,7 +207,12 @@ def test_the_configuration_file_does_not_name_it(tmp_path: Path) -> None:
 
 def test_training_uses_it(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
     config = graft.TrainConfig(
-        model=str(tiny_base), data=str(rows), out=str(tmp_path / "run"), method="lora", steps=1
+        model=str(tiny_base),
+        data=str(rows),
+        out=str(tmp_path / "run"),
+        method="lora",
+        steps=1,
+        device="cpu",
     )
     with Seen() as seen:
         graft.finetune(config)

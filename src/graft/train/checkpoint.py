@@ -89,10 +89,14 @@ def load_checkpoint(
                 parameter.copy_(files.read(f"parameter.{name}"))
                 if not parameter.requires_grad:
                     continue  # it has not trained yet, and has no state
-                entries = {}
-                for key in ("step", "exp_avg", "exp_avg_sq"):
-                    value = files.read(f"optimizer.{key}.{name}").clone()
-                    entries[key] = value[0] if key == "step" else value.to(parameter.device)
+                entries = {
+                    key: files.read(f"optimizer.{key}.{name}").clone()
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                }
+                entries["step"] = entries["step"][0]
+                # A step that the CPU counts is read there; a fused one counts beside its weights.
+                moved = entries if optimizer.defaults["fused"] else ("exp_avg", "exp_avg_sq")
+                entries |= {key: entries[key].to(parameter.device) for key in moved}
                 optimizer.state[parameter].update(entries)
         torch.set_rng_state(files.read("rng").clone())
         if "rng.cuda" in files and torch.cuda.is_available():
