@@ -7,6 +7,8 @@ import pytest
 from graft.adapters.config import AdapterConfig
 from graft.train.schedule import default_learning_rate, rate_factors, scheduled_learning_rate
 
+WIDTHS = (64, 128, 512, 2048, 4096)
+
 
 def test_the_default_is_about_2e4_for_lora_at_4096() -> None:
     rate = default_learning_rate(AdapterConfig(method="lora"), 4096)
@@ -16,7 +18,12 @@ def test_the_default_is_about_2e4_for_lora_at_4096() -> None:
 @pytest.mark.parametrize("method", ["lora", "qlora", "qalora"])
 def test_width_rank_and_scaling_enter_the_default(method: str) -> None:
     base = default_learning_rate(AdapterConfig(method=method), 1024)
-    assert default_learning_rate(AdapterConfig(method=method), 512) == pytest.approx(2 * base)
+    at = {width: default_learning_rate(AdapterConfig(method=method), width) for width in WIDTHS}
+    assert at[128] == pytest.approx(8e-3) and at[4096] == pytest.approx(2.5e-4)
+    assert at[64] == pytest.approx(2**0.7 * at[128]) and at[2048] == pytest.approx(
+        2**1.2 * at[4096]
+    )
+    assert at[512] == pytest.approx(at[128] / 4**0.7, rel=1e-3), "both powers meet"
     quarter = AdapterConfig(method=method, rank=64)
     assert default_learning_rate(quarter, 1024) == pytest.approx(base / 2)
     # The update's size is scaling times rate: twice the alpha, half the rate.

@@ -13,7 +13,8 @@ from graft.adapters.config import AdapterConfig
 def default_learning_rate(config: AdapterConfig, hidden_size: int) -> float:
     """Return the default peak learning rate of AdamW.
 
-    lora, qlora, qalora, merge_aware: 2.5e-4 * (4096 / hidden_size) * sqrt(16 / rank) / (scaling)
+    lora, qlora, qalora, merge_aware: the smaller of 8e-3 * (128 / hidden_size)^0.7 and
+                         2.5e-4 * (4096 / hidden_size)^1.2, * sqrt(16 / rank) / scaling
     affine:              5e-2 * sqrt(128 / hidden_size)
     full:                2e-5 * (4096 / hidden_size)
 
@@ -21,15 +22,16 @@ def default_learning_rate(config: AdapterConfig, hidden_size: int) -> float:
     element by the rate, so the output moves with the number of inputs that add up in it:
     hidden_size of them in A x, rank of them in B (A x), which begin with random signs (hence the
     root). The scaling multiplies the update, so it divides the rate. Affine moves are in units of a
-    group's scale, which itself falls with the root of the width. The constants are measured ones.
+    group's scale, which itself falls with the root of the width. The constants up to a width of 512
+    are measured ones; from there the rate falls to the one that is in use at 4096.
     """
-    width = 4096 / hidden_size
     if config.method == "full":
-        return 2e-5 * width
+        return 2e-5 * (4096 / hidden_size)
     if config.method == "affine":
         return 5e-2 * math.sqrt(128 / hidden_size)
     scaling = lora_scaling(config.update_rank, config.alpha, config.rslora)
-    return 2.5e-4 * width * math.sqrt(16 / config.update_rank) / scaling
+    rate = min(8e-3 * (128 / hidden_size) ** 0.7, 2.5e-4 * (4096 / hidden_size) ** 1.2)
+    return rate * math.sqrt(16 / config.update_rank) / scaling
 
 
 def rate_factors(
