@@ -20,10 +20,9 @@ def test_width_rank_and_scaling_enter_the_default(method: str) -> None:
     base = default_learning_rate(AdapterConfig(method=method), 1024)
     at = {width: default_learning_rate(AdapterConfig(method=method), width) for width in WIDTHS}
     assert at[128] == pytest.approx(8e-3) and at[4096] == pytest.approx(2.5e-4)
-    assert at[64] == pytest.approx(2**0.7 * at[128]) and at[2048] == pytest.approx(
-        2**1.2 * at[4096]
-    )
-    assert at[512] == pytest.approx(at[128] / 4**0.7, rel=1e-3), "both powers meet"
+    assert at[64] == pytest.approx(2**0.5 * at[128])
+    assert at[2048] == pytest.approx(2 ** (4 / 3) * at[4096])
+    assert at[512] == pytest.approx(4e-3), "where both powers meet"
     quarter = AdapterConfig(method=method, rank=64)
     assert default_learning_rate(quarter, 1024) == pytest.approx(base / 2)
     # The update's size is scaling times rate: twice the alpha, half the rate.

@@ -13,8 +13,8 @@ from graft.adapters.config import AdapterConfig
 def default_learning_rate(config: AdapterConfig, hidden_size: int) -> float:
     """Return the default peak learning rate of AdamW.
 
-    lora, qlora, qalora, merge_aware: the smaller of 8e-3 * (128 / hidden_size)^0.7 and
-                         2.5e-4 * (4096 / hidden_size)^1.2, * sqrt(16 / rank) / scaling
+    lora, qlora, qalora, merge_aware: the smaller of 8e-3 * sqrt(128 / hidden_size) and
+                         2.5e-4 * (4096 / hidden_size)^(4/3), * sqrt(16 / rank) / scaling
     affine:              5e-2 * sqrt(128 / hidden_size)
     full:                2e-5 * (4096 / hidden_size)
 
@@ -30,7 +30,7 @@ def default_learning_rate(config: AdapterConfig, hidden_size: int) -> float:
     if config.method == "affine":
         return 5e-2 * math.sqrt(128 / hidden_size)
     scaling = lora_scaling(config.update_rank, config.alpha, config.rslora)
-    rate = min(8e-3 * (128 / hidden_size) ** 0.7, 2.5e-4 * (4096 / hidden_size) ** 1.2)
+    rate = min(8e-3 * math.sqrt(128 / hidden_size), 2.5e-4 * (4096 / hidden_size) ** (4 / 3))
     return rate * math.sqrt(16 / config.update_rank) / scaling
 
 
