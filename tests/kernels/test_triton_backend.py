@@ -8,13 +8,10 @@ without a GPU the tests of what the kernels compute run in a process of their ow
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,14 +21,13 @@ from torch import Tensor
 from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import GROUP_SIZES, IntGroupFormat
-from graft.kernels import reference
+from graft.kernels import reference, triton_launch, triton_moves
 from graft.kernels import triton_backend as backend
 from graft.kernels.codebooks import quantisation_bounds
 from graft.kernels.packing import unpack_codes
-from graft.kernels.registry import backends
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_GPU = backend._why_unavailable() is None and not INTERPRETED
+ON_GPU = triton_launch._why_unavailable() is None and not INTERPRETED
 DEVICE = "cuda" if ON_GPU else "cpu"
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 TOKENS = [(1,), (3, 1), (17,)]
@@ -109,13 +105,13 @@ def assert_is_product(y: Tensor, a: Tensor, b: Tensor) -> None:
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...]]]:
     """Kernel and grid of each launch, in order."""
     launched: list[tuple[str, tuple[int, ...]]] = []
-    launch = backend._launch
+    launch = triton_launch.launch
 
     def record(kernel: str, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         launched.append((kernel, grid))
         launch(kernel, grid, *arguments, **options)
 
-    monkeypatch.setattr(backend, "_launch", record)
+    monkeypatch.setattr(backend, "launch", record)
     return launched
 
 
@@ -242,6 +238,26 @@ def test_codebook_products(
         assert_is_product(grad_x, grad, weight)
 
 
+# statistics that move ----------------------------------------------------------------------------
+
+
+@where_kernels_run
+@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # the interpreter's NumPy
+@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
+def test_statistics_move_as_in_the_reference(stored: torch.dtype) -> None:
+    offsets, A, B = randn(33, 40, dtype=stored), randn(4, 40), randn(33, 4)
+    A[:, :4] *= 1e-7  # sums that float16 holds as subnormal numbers
+    for scaling in (1.0, 0.7):
+        ours = triton_moves.move_offsets(offsets.T.contiguous().T, A, B, scaling, stored)
+        assert torch.equal(ours, reference.move_offsets(offsets, A, B, scaling, stored))
+    # So many that some lie where rounding by way of float32 would go the other way.
+    values, scales = (randn(900, 33, dtype=stored) for _ in range(2))
+    moves = randn(900, 33)
+    values[0, 0], moves[0, 0] = 60000.0, 1e6  # overflows float16
+    expected = reference.move_scaled(values, scales, moves, stored)
+    assert torch.equal(triton_moves.move_scaled(values, scales, moves, stored), expected)
+
+
 # int8, and what all linears share ----------------------------------------------------------------
 
 
@@ -303,108 +319,3 @@ def test_strided_inputs_no_tokens_and_float64() -> None:
         for module in (backend, reference)
     )
     torch.testing.assert_close(*sides)
-
-
-# Without running a kernel ------------------------------------------------------------------------
-
-
-def test_it_stands_before_the_reference_on_cuda_alone() -> None:
-    names = [known.name for known in backends()]
-    assert names.index("triton") < names.index("reference")
-    assert backend.triton.device_types == {"cuda"}
-    assert set(backend.triton.operations) <= set(reference.reference.operations)
-
-
-def test_it_says_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
-    why, cuda = backend._why_unavailable.__wrapped__, torch.cuda
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert why() == "triton is not installed"
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    monkeypatch.setattr(torch.version, "hip", "7.0")
-    assert "ROCm" in why()
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(cuda, "is_available", lambda: False)
-    assert why() == "no CUDA device"
-    monkeypatch.setattr(cuda, "is_available", lambda: True)
-    monkeypatch.setattr(cuda, "get_device_capability", lambda device: (9 - 2 * device, 5))
-    monkeypatch.setattr(cuda, "device_count", lambda: 2)
-    assert why() == "needs compute capability 8.0, a GPU here has 7.5"
-    monkeypatch.setattr(cuda, "device_count", lambda: 1)
-    assert why() is None
-
-
-@where_the_suite_runs
-def test_importing_it_needs_no_triton() -> None:
-    code = (
-        "import sys; sys.modules['triton'] = None\n"
-        "from graft.kernels import ops, triton_backend\n"
-        "assert triton_backend._why_unavailable() == 'triton is not installed'\n"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
-
-
-@pytest.mark.parametrize("block_size", [0, 1, 48])
-def test_block_sizes_are_powers_of_two(block_size: int) -> None:
-    with pytest.raises(ValueError, match=f"block_size is {block_size}"):
-        backend.codebook_quantize(torch.randn(96), "nf4", block_size)
-
-
-KINDS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "int8": "i8"}
-POINTERS = {getattr(torch, name): f"*{short}" for name, short in KINDS.items()}
-
-
-class CompiledInstead:
-    """A kernel that is compiled to machine code, which takes no GPU, where it would be launched."""
-
-    def __init__(self, function: Any, binaries: dict[str, Any]) -> None:
-        self.function, self.binaries = function, binaries
-
-    def __getitem__(self, grid: tuple[int, ...]) -> CompiledInstead:
-        return self
-
-    def __call__(self, *arguments: Any, **options: Any) -> None:
-        from triton import compile
-        from triton.backends.compiler import GPUTarget
-        from triton.compiler import ASTSource
-
-        names, signature, constants = self.function.arg_names, {}, {}
-        values = dict(zip(names, arguments, strict=False))
-        values |= {name: options.pop(name) for name in names if name in options}
-        for name, value in values.items():
-            signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
-            if name.isupper() or value is None:
-                signature[name], constants[name] = "constexpr", value
-        source = ASTSource(self.function, signature, constexprs=constants)
-        binary = compile(source, target=GPUTarget("cuda", 80, 32), options=options)
-        self.binaries[self.function.__name__] = binary.asm
-
-
-@where_the_suite_runs  # interpreted kernels cannot be compiled
-@needs_triton
-def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    binaries: dict[str, Any] = {}
-    kernels = vars(backend._kernels()).items()
-    compiled = {name: CompiledInstead(function, binaries) for name, function in kernels}
-    monkeypatch.setattr(backend, "_kernels", lambda: SimpleNamespace(**compiled))
-    args, dtype = int_group((4, 64), 3, 8, F16), torch.bfloat16
-    x, grad = torch.randn(2, 64, dtype=dtype), torch.randn(2, 4, dtype=dtype)
-    nf4, nested = codebook((2, 64), "nf4", double=True)
-    backend.codebook_quantize(x, "nf4", BLOCK_SIZE)
-    backend.codebook_dequantize(*nf4, 2, 64, dtype, *nested)
-    backend.codebook_linear(x, *nf4, 2, *nested)
-    backend.int_group_dequantize(*args, 64, dtype)
-    backend.int_group_linear(x, *args)
-    backend.int_group_grad_statistics(grad, x, *args[:2], 3, 8, None)
-    int8 = Int8Format().pack(torch.randn(4, 64))
-    backend.int8_linear(x, **int8)
-    backend._int8_weight(**int8, dtype=dtype)
-    assert len(binaries) == 8 and all(asm["cubin"] for asm in binaries.values())
-    # The fused products' tiles hang on the width and on x's dtype, and not every tile compiles.
-    for bits, kind in itertools.product((2, 3, 4, 8), DTYPES):
-        backend.int_group_linear(x.to(kind), *int_group((4, 64), bits, 32, F16))
-    for kind in DTYPES:
-        backend.codebook_linear(x.to(kind), *nf4, 2, *nested)
-        backend.int8_linear(x.to(kind), **int8)
-    # Contracting a product and an addition would round once where the reference rounds twice.
-    assert not any("fma." in binaries[name]["ptx"] for name in binaries if "dequant" in name)

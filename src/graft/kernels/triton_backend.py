@@ -11,10 +11,7 @@ times smaller than the layer's.
 
 from __future__ import annotations
 
-import importlib.util
 from functools import cache
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +21,7 @@ from graft.kernels import reference
 from graft.kernels.codebooks import codebook as codebook_values
 from graft.kernels.codebooks import dynamic_code, quantisation_bounds
 from graft.kernels.packing import BLOCK, PLANES
-from graft.kernels.registry import Backend, register_backend
+from graft.kernels.triton_launch import as_stored, launch, tiles, triton
 from graft.kernels.weights import NESTED_BLOCK_SIZE
 
 _FUSED_TOKENS = 16
@@ -32,54 +29,6 @@ _FUSED_TOKENS = 16
 _FUSED_ROWS = 32
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """What the kernels multiply; anything else (float64) is dequantised and left to PyTorch."""
-
-
-@cache
-def _why_unavailable() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    if torch.version.hip is not None:
-        return "this PyTorch is built for ROCm, where the kernels are not tested"
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    capability = min(map(torch.cuda.get_device_capability, range(torch.cuda.device_count())))
-    if capability < (8, 0):
-        return "needs compute capability 8.0, a GPU here has {}.{}".format(*capability)
-    return None
-
-
-triton = register_backend(
-    Backend(
-        name="triton",
-        priority=20,
-        device_types=frozenset({"cuda"}),
-        why_unavailable=_why_unavailable,
-    )
-)
-
-
-@cache
-def _kernels() -> ModuleType:
-    """Import the kernels on first use: this module itself is imported without triton too."""
-    from graft.kernels import triton_kernels
-
-    return triton_kernels
-
-
-def _launch(
-    kernel: str, grid: tuple[int, ...], out: Tensor, *arguments: Any, **options: Any
-) -> None:
-    """Run a kernel on out's device.
-
-    A fused multiply-add would skip the rounding of a product that the reference rounds, which
-    shows where a statistic is a full float32 number.
-    """
-    with torch.cuda.device_of(out):
-        getattr(_kernels(), kernel)[grid](out, *arguments, **options, enable_fp_fusion=False)
-
-
-def _tiles(count: int, size: int) -> int:
-    return -(-count // size)
 
 
 def _as_matrix(x: Tensor) -> Tensor:
@@ -111,14 +60,14 @@ def _fused_linear(
     writes its own float32 part, and the parts are summed in a fixed order.
     """
     matrix, out_features = _as_matrix(x), sizes[0]
-    tiles = _tiles(out_features, _FUSED_ROWS)
-    steps_each = _tiles(steps, max(1, 2 * _processors(x.device) // tiles))
-    splits = _tiles(steps, steps_each)
+    row_tiles = tiles(out_features, _FUSED_ROWS)
+    steps_each = tiles(steps, max(1, 2 * _processors(x.device) // row_tiles))
+    splits = tiles(steps, steps_each)
     dtype = x.dtype if splits == 1 else torch.float32
     out = x.new_empty((splits, matrix.shape[0], out_features), dtype=dtype)
     constants |= {"TOKENS": _FUSED_TOKENS, "ROWS": _FUSED_ROWS}
     sizes = (matrix.shape[0], *sizes, steps_each)
-    _launch(kernel, (tiles, splits), out, matrix, *packed, *sizes, **constants)
+    launch(kernel, (row_tiles, splits), out, matrix, *packed, *sizes, **constants)
     summed = out[0] if splits == 1 else out.sum(0).to(x.dtype)
     return summed.view(*x.shape[:-1], out_features)
 
@@ -130,13 +79,8 @@ def _layout(
     codes: Tensor, bits: int, group_size: int, in_features: int
 ) -> tuple[tuple[int, int, int, int], dict[str, int]]:
     """Return (out_features, in_features, groups, blocks) and the kernels' constants."""
-    sizes = codes.shape[0], in_features, _tiles(in_features, group_size), _tiles(in_features, BLOCK)
+    sizes = codes.shape[0], in_features, tiles(in_features, group_size), tiles(in_features, BLOCK)
     return sizes, {"BITS": bits, "PLANE": PLANES[bits][0], "GROUP": group_size}
-
-
-def _as_stored(*packed: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Return packed tensors as they lie on disk, which is how the kernels read them."""
-    return tuple(None if tensor is None else tensor.contiguous() for tensor in packed)
 
 
 @triton.implements("int_group_dequantize")
@@ -153,10 +97,10 @@ def int_group_dequantize(
     """Compute w = scale * q + offset in float32 and round once to `dtype`."""
     sizes, constants = _layout(codes, bits, group_size, in_features)
     out = codes.new_empty(sizes[:2], dtype=dtype)
-    packed = _as_stored(codes, codes_high, scales, offsets)
+    packed = as_stored(codes, codes_high, scales, offsets)
     constants |= {"ROWS": 4, "BLOCKS": 32}
-    grid = _tiles(sizes[0], 4), _tiles(sizes[3], 32)
-    _launch("int_group_dequantize", grid, out, *packed, *sizes, **constants)
+    grid = tiles(sizes[0], 4), tiles(sizes[3], 32)
+    launch("int_group_dequantize", grid, out, *packed, *sizes, **constants)
     return out
 
 
@@ -177,10 +121,10 @@ def int_group_linear(
         )
         return functional.linear(x, weight)
     sizes, constants = _layout(codes, bits, group_size, x.shape[-1])
-    packed = _as_stored(codes, codes_high, scales, offsets)
+    packed = as_stored(codes, codes_high, scales, offsets)
     # float32 needs registers for its operands, and a product at least 16 columns of each part.
     tile = max(1, 4 // constants["PLANE"]) if x.dtype == torch.float32 else 8
-    steps = _tiles(sizes[3], tile)
+    steps = tiles(sizes[3], tile)
     return _fused_linear("int_group_linear", x, packed, sizes, steps, BLOCKS=tile, **constants)
 
 
@@ -226,9 +170,9 @@ def int_group_grad_statistics(
     grad, x = _as_matrix(grad), _as_matrix(x)
     rows, tokens = (64, 16) if x.dtype == torch.float32 else (128, 32)
     constants |= {"ROWS": rows, "COLUMNS": 128, "TOKENS": tokens, "num_warps": 8}
-    arguments = grad, x, *_as_stored(codes, codes_high), x.shape[0], *sizes
-    grid = _tiles(sizes[0], rows), _tiles(sizes[1], 128)
-    _launch("int_group_grad_scales", grid, grad_scales, *arguments, **constants)
+    arguments = grad, x, *as_stored(codes, codes_high), x.shape[0], *sizes
+    grid = tiles(sizes[0], rows), tiles(sizes[1], 128)
+    launch("int_group_grad_scales", grid, grad_scales, *arguments, **constants)
     if units is None:
         return grad_scales, grad_offsets
     return grad_scales * units, grad_offsets * units
@@ -264,12 +208,12 @@ def codebook_quantize(weight: Tensor, codebook: str, block_size: int) -> tuple[T
     _check_block_size(block_size)
     flat = weight.reshape(-1).contiguous()
     count = flat.numel()
-    blocks = _tiles(count, block_size)
-    codes = flat.new_empty((_tiles(count, 2),), dtype=torch.uint8)
+    blocks = tiles(count, block_size)
+    codes = flat.new_empty((tiles(count, 2),), dtype=torch.uint8)
     absmax = flat.new_empty((blocks,), dtype=torch.float32)
     arguments = absmax, flat, *_bounds(codebook, flat.device), count, codes.numel()
     constants = {"BLOCK": block_size, "BLOCKS": 32}
-    _launch("codebook_quantize", (_tiles(blocks, 32),), codes, *arguments, **constants)
+    launch("codebook_quantize", (tiles(blocks, 32),), codes, *arguments, **constants)
     return codes, absmax
 
 
@@ -283,7 +227,7 @@ def _packed_codebook(
     """Return the kernels' arguments of a packed weight: its tensors among their tables."""
     dynamic = None if absmax_scale is None else _dynamic_code(codes.device)
     nested = dynamic, absmax_scale, absmax_offset
-    return _as_stored(codes, absmax, *nested, _values(codebook, codes.device))
+    return as_stored(codes, absmax, *nested, _values(codebook, codes.device))
 
 
 @triton.implements("codebook_dequantize")
@@ -304,7 +248,7 @@ def codebook_dequantize(
     packed = _packed_codebook(codes, absmax, codebook, absmax_scale, absmax_offset)
     sizes = out.numel(), codes.numel(), absmax.numel()
     constants = {"BLOCK": block_size, "NESTED": NESTED_BLOCK_SIZE, "BLOCKS": 64}
-    _launch("codebook_dequantize", (_tiles(sizes[2], 64),), out, *packed, *sizes, **constants)
+    launch("codebook_dequantize", (tiles(sizes[2], 64),), out, *packed, *sizes, **constants)
     return out
 
 
@@ -328,7 +272,7 @@ def codebook_linear(
     packed = _packed_codebook(codes, absmax, codebook, *nested)
     tile = 1 if x.dtype == torch.float32 else 4
     constants = {"BLOCK": block_size, "NESTED": NESTED_BLOCK_SIZE, "BLOCKS": tile}
-    steps = _tiles(sizes[1], tile * block_size)
+    steps = tiles(sizes[1], tile * block_size)
     return _fused_linear("codebook_linear", x, packed, sizes, steps, **constants)
 
 
@@ -357,9 +301,9 @@ def codebook_grad_input(
 def _int8_weight(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Compute w = scale[row] * code in float32 and round once to `dtype`."""
     out = codes.new_empty(codes.shape, dtype=dtype)
-    grid = _tiles(codes.shape[0], 4), _tiles(codes.shape[1], 512)
-    arguments = *_as_stored(codes, scales), *codes.shape
-    _launch("int8_dequantize", grid, out, *arguments, ROWS=4, COLUMNS=512)
+    grid = tiles(codes.shape[0], 4), tiles(codes.shape[1], 512)
+    arguments = *as_stored(codes, scales), *codes.shape
+    launch("int8_dequantize", grid, out, *arguments, ROWS=4, COLUMNS=512)
     return out
 
 
@@ -369,8 +313,8 @@ def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     if not _is_fused(x):
         return functional.linear(x, _int8_weight(codes, scales, x.dtype))
     tile = 32 if x.dtype == torch.float32 else 256
-    steps = _tiles(codes.shape[1], tile)
-    packed = _as_stored(codes, scales)
+    steps = tiles(codes.shape[1], tile)
+    packed = as_stored(codes, scales)
     return _fused_linear("int8_linear", x, packed, tuple(codes.shape), steps, COLUMNS=tile)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels; imported by `graft.kernels.triton_backend` on first use, as it needs triton.
+"""The Triton kernels; imported by `graft.kernels.triton_launch` on first use, as it needs triton.
 
 Every kernel reads the packed layout as it lies on disk (`graft.kernels.packing`). An index beyond
 the packed weight is clamped, and what it reads is multiplied with an x of zero or never written:
@@ -9,6 +9,10 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from graft.kernels.triton_move_kernels import move_offsets, move_scaled
+
+__all__ = ["move_offsets", "move_scaled"]
 
 # The interpreter truncates where it converts to bfloat16 and multiplies bfloat16 by bit pattern.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

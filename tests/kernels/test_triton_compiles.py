@@ -1,0 +1,141 @@
+"""The Triton backend without running a kernel: when it is there, and that every launch compiles."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
+from graft.formats.int8 import Int8Format
+from graft.formats.int_group import IntGroupFormat
+from graft.kernels import reference, triton_launch, triton_moves
+from graft.kernels import triton_backend as backend
+from graft.kernels.registry import backends
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def int_group(bits: int, group_size: int) -> tuple[Any, ...]:
+    """Codes, codes_high, scales, offsets, bits and group size of a random weight [4, 64]."""
+    packed = IntGroupFormat(bits=bits, group_size=group_size).pack(torch.randn(4, 64))
+    planes = packed["codes"], packed.get("codes_high")
+    return *planes, packed["scales"], packed["offsets"], bits, group_size
+
+
+def test_it_stands_before_the_reference_on_cuda_alone() -> None:
+    names = [known.name for known in backends()]
+    assert names.index("triton") < names.index("reference")
+    assert backend.triton.device_types == {"cuda"}
+    assert set(backend.triton.operations) <= set(reference.reference.operations)
+
+
+def test_it_says_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
+    why, cuda = triton_launch._why_unavailable.__wrapped__, torch.cuda
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert why() == "triton is not installed"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert "ROCm" in why()
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(cuda, "is_available", lambda: False)
+    assert why() == "no CUDA device"
+    monkeypatch.setattr(cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cuda, "get_device_capability", lambda device: (9 - 2 * device, 5))
+    monkeypatch.setattr(cuda, "device_count", lambda: 2)
+    assert why() == "needs compute capability 8.0, a GPU here has 7.5"
+    monkeypatch.setattr(cuda, "device_count", lambda: 1)
+    assert why() is None
+
+
+def test_importing_it_needs_no_triton() -> None:
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "from graft.kernels import ops, triton_launch\n"
+        "assert triton_launch._why_unavailable() == 'triton is not installed'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("block_size", [0, 1, 48])
+def test_block_sizes_are_powers_of_two(block_size: int) -> None:
+    with pytest.raises(ValueError, match=f"block_size is {block_size}"):
+        backend.codebook_quantize(torch.randn(96), "nf4", block_size)
+
+
+KINDS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "int8": "i8"}
+POINTERS = {getattr(torch, name): f"*{short}" for name, short in KINDS.items()}
+
+
+class CompiledInstead:
+    """A kernel that is compiled to machine code, which takes no GPU, where it would be launched."""
+
+    def __init__(self, function: Any, binaries: dict[str, Any]) -> None:
+        self.function, self.binaries = function, binaries
+
+    def __getitem__(self, grid: tuple[int, ...]) -> CompiledInstead:
+        return self
+
+    def __call__(self, *arguments: Any, **options: Any) -> None:
+        from triton import compile
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+
+        names, signature, constants = self.function.arg_names, {}, {}
+        values = dict(zip(names, arguments, strict=False))
+        values |= {name: options.pop(name) for name in names if name in options}
+        for name, value in values.items():
+            signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
+            if name.isupper() or value is None:
+                signature[name], constants[name] = "constexpr", value
+        source = ASTSource(self.function, signature, constexprs=constants)
+        binary = compile(source, target=GPUTarget("cuda", 80, 32), options=options)
+        self.binaries[self.function.__name__] = binary.asm
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="needs triton; pip install 'graft-llm[test]'"
+)
+def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    binaries: dict[str, Any] = {}
+    kernels = vars(triton_launch._kernels()).items()
+    compiled = {name: CompiledInstead(function, binaries) for name, function in kernels}
+    monkeypatch.setattr(triton_launch, "_kernels", lambda: SimpleNamespace(**compiled))
+    args, dtype = int_group(3, 8), torch.bfloat16
+    x, grad = torch.randn(2, 64, dtype=dtype), torch.randn(2, 4, dtype=dtype)
+    packed = CodebookFormat(double_quant=True).pack(torch.randn(2, 64))
+    nf4 = packed["codes"], packed["absmax"], "nf4", BLOCK_SIZE
+    nested = packed["absmax_scale"], packed["absmax_offset"]
+    backend.codebook_quantize(x, "nf4", BLOCK_SIZE)
+    backend.codebook_dequantize(*nf4, 2, 64, dtype, *nested)
+    backend.codebook_linear(x, *nf4, 2, *nested)
+    backend.int_group_dequantize(*args, 64, dtype)
+    backend.int_group_linear(x, *args)
+    backend.int_group_grad_statistics(grad, x, *args[:2], 3, 8, None)
+    int8 = Int8Format().pack(torch.randn(4, 64))
+    backend.int8_linear(x, **int8)
+    backend._int8_weight(**int8, dtype=dtype)
+    triton_moves.move_offsets(args[3], torch.randn(4, 8), torch.randn(4, 4), 0.7, torch.float16)
+    triton_moves.move_scaled(args[2], args[2], torch.randn(4, 8), torch.float16)
+    # Once from float64 to float16, with a scaling that is no float32.
+    assert "cvt.rn.f16.f64" in binaries["move_scaled"]["ptx"]
+    assert "0d3FE6666666666666" in binaries["move_offsets"]["ptx"]
+    assert len(binaries) == 10 and all(asm["cubin"] for asm in binaries.values())
+    # The fused products' tiles hang on the width and on x's dtype, and not every tile compiles.
+    for bits, kind in itertools.product((2, 3, 4, 8), DTYPES):
+        backend.int_group_linear(x.to(kind), *int_group(bits, 32))
+    for kind in DTYPES:
+        backend.codebook_linear(x.to(kind), *nf4, 2, *nested)
+        backend.int8_linear(x.to(kind), **int8)
+    # Contracting a product and an addition would round once where the reference rounds twice.
+    exact = [name for name in binaries if "dequant" in name or "move" in name]
+    assert len(exact) == 5 and not any("fma." in binaries[name]["ptx"] for name in exact)
