@@ -141,6 +141,7 @@ def test_a_run_from_before_scales_moved_goes_on(tiny_base, rows, tmp_path):
         ("merge_aware", {"dense_fraction": 0.375}),
         ("merge_aware", {"dense_fraction": 0.5}),
         ("merge_aware", {"bits": 2}),
+        ("merge_aware", {"dense_fraction": 0.5, "latent_dtype": "int8"}),
     ],
 )
 def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(
@@ -302,11 +303,14 @@ def test_exports_of_a_run(tiny_base, rows, tmp_path):
 def test_merge_aware_trains_as_lora_until_it_rounds(tiny_base, rows, tmp_path):
     common = {"method": "merge_aware", "bits": 2, "steps": 6, "rank": 4, "grid_rank": 0}
     losses = {}
-    for fraction in (0.0, 0.5):
-        run = tmp_path / str(fraction)
-        graft.finetune(settings(tiny_base, rows, run, dense_fraction=fraction, **common))
-        losses[fraction] = [e["loss"] for e in read_metrics(run / "metrics.jsonl") if "loss" in e]
-        report = graft.merge(run, tmp_path / f"merged-{fraction}")
+    for fraction, dtype in ((0.0, None), (0.5, None), (0.5, "int8")):
+        run = tmp_path / f"{fraction}-{dtype}"
+        config = settings(tiny_base, rows, run, dense_fraction=fraction, **common)
+        graft.finetune(dataclasses.replace(config, latent_dtype=dtype))
+        losses[fraction, dtype] = [
+            e["loss"] for e in read_metrics(run / "metrics.jsonl") if "loss" in e
+        ]
+        report = graft.merge(run, tmp_path / f"merged-{fraction}-{dtype}")
         assert report.exact and report.max_logit_difference == 0.0
         assert json.loads((run / "report.json").read_text())["bits_per_weight"] < 6
         layers = json.loads((run / "base" / "graft.json").read_text())["layers"]
@@ -314,17 +318,19 @@ def test_merge_aware_trains_as_lora_until_it_rounds(tiny_base, rows, tmp_path):
     lora = tmp_path / "lora"
     graft.finetune(settings(tiny_base, rows, lora, method="lora", steps=6, rank=4))
     dense = [e["loss"] for e in read_metrics(lora / "metrics.jsonl") if "loss" in e]
-    assert losses[0.5][:3] == dense[:3], "float32 weights stay float32"
-    assert abs(losses[0.0][0] - dense[0]) > 1e-2 * dense[0]
+    assert losses[0.5, None][:3] == dense[:3], "float32 weights stay float32"
+    assert losses[0.5, "int8"][:3] == pytest.approx(dense[:3], rel=1e-3)
+    assert abs(losses[0.0, None][0] - dense[0]) > 1e-2 * dense[0]
 
 
 def test_what_belongs_to_merge_aware_is_refused_elsewhere(tiny_base, rows, tmp_path):
-    wrong = {"method": "affine", "grid_rank": -1, "dense_fraction": 1.0}
+    wrong = {"method": "affine", "grid_rank": -1, "dense_fraction": 1.0, "latent_dtype": "int8"}
     with pytest.raises(graft.GraftError) as told:
         graft.finetune(settings(tiny_base, rows, tmp_path / "run", **wrong))
     for part in ("--grid-rank belongs to merge_aware", "--dense-fraction belongs to merge_aware"):
         assert part in str(told.value)
     assert "--grid-rank is -1" in str(told.value)
+    assert "--latent-dtype belongs to merge_aware" in str(told.value)
     assert "--dense-fraction is 1.0; expected 0 up to" in str(told.value)
     assert not (tmp_path / "run").exists()
 

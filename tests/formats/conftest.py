@@ -18,6 +18,7 @@ OPTIONS = {
         {"bits": 4, "group_size": 64, "statistics": "float32"},
         {"bits": 8, "group_size": 32},
     ],
+    "latent": [{}, {"dtype": "int8"}, {"dtype": "int8", "bits": 2, "group_size": 8}],
 }
 VARIANTS = [(name, options) for name in FORMATS for options in OPTIONS.get(name, [{}])]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graft.errors import GraftError
 from graft.formats.base import GridFormat, GridUpdate, TensorSpec, storage_bytes
+from graft.formats.int_group import IntGroupFormat
 from graft.formats.registry import FORMATS, describe_format, make_format, parse_format
 
 SHAPES = [(1, 1), (7, 5), (33, 352), (16, 160), (12, 96), (64, 172), (8, 128), (3, 63)]
@@ -30,8 +31,13 @@ def half_step(weight_format, packed: dict[str, Tensor], weight: Tensor) -> Tenso
     if weight_format.name == "int8":
         return packed["scales"].double().unsqueeze(1).expand_as(values) / 2
     if weight_format.name == "latent":
-        # The weight may have been rounded to bf16 first.
-        return half_step(weight_format.deployed, packed, weight) + values.abs() * 2**-8
+        # The weight may have been rounded to bf16, or to 8 bits, before.
+        bound = half_step(weight_format.deployed, packed, weight) + values.abs() * 2**-8
+        if weight_format.dtype == "int8":
+            kept = {"scales": packed["weight_scales"], "offsets": packed["weight_offsets"]}
+            eight = IntGroupFormat(8, weight_format.group_size)
+            bound += half_step(eight, kept, weight)
+        return bound
     if weight_format.name == "int":
         group = torch.arange(in_features) // weight_format.group_size
         step = packed["scales"].double()[:, group]

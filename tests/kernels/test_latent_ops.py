@@ -56,7 +56,9 @@ def test_latent_linear_computes_with_the_weight_that_is_merged(bits: int, group_
     weight, scales, offsets, A, B = latent(weight_format, 96)
     u, v = (torch.randn(scales.shape) * 0.1 for _ in range(2))
     x = torch.randn(5, 96)
-    y = ops.latent_linear(x, weight, scales, offsets, A, B, SCALING, u, v, bits, group_size)
+    y = ops.latent_linear(
+        x, weight, None, None, scales, offsets, A, B, SCALING, u, v, bits, group_size
+    )
     packed = {"weight": weight, "scales": scales, "offsets": offsets}
     update = GridUpdate(Scaled(u), Scaled(v), LowRank(A, B, SCALING))
     merged = weight_format.absorb(packed, update)
@@ -84,7 +86,9 @@ def test_gradients_pass_straight_through_the_roundings(bits: int, group_size: in
     u, v = (torch.randn(scales.shape) * 0.1 for _ in range(2))
     trained = [t.requires_grad_() for t in (torch.randn(5, 96), A, B, u, v)]
     x = trained[0]
-    y = ops.latent_linear(x, weight, scales, offsets, A, B, SCALING, u, v, bits, group_size)
+    y = ops.latent_linear(
+        x, weight, None, None, scales, offsets, A, B, SCALING, u, v, bits, group_size
+    )
     grad = torch.randn_like(y)
     y.backward(grad)
 
@@ -119,7 +123,11 @@ def test_opcheck() -> None:
     torch.library.opcheck(ops.latent_codes, (*grid, None, None, 1.0, 3, 32))
     torch.library.opcheck(ops.latent_grads, (torch.randn(OUT, 96), *grid, A, B, SCALING, 4, 32))
     factors = A.requires_grad_(), B.requires_grad_()
-    torch.library.opcheck(ops.latent_linear, (x, *grid, *factors, SCALING, u, v, 4, 32))
+    rest = *factors, SCALING, u, v, 4, 32
+    torch.library.opcheck(ops.latent_linear, (x, weight, None, None, *grid[1:], *rest))
+    packed = LatentFormat(dtype="int8").pack(weight.float())
+    names = "weight", "weight_scales", "weight_offsets", "scales", "offsets"
+    torch.library.opcheck(ops.latent_linear, (x, *(packed[name] for name in names), *rest))
 
 
 def test_a_grid_that_stays_is_one_that_moves_by_nothing() -> None:
@@ -128,7 +136,9 @@ def test_a_grid_that_stays_is_one_that_moves_by_nothing() -> None:
     for moves in ((None, None), [torch.zeros(scales.shape, requires_grad=True) for _ in range(2)]):
         trained = [t.detach().clone().requires_grad_() for t in (torch.ones(5, 96), A, B)]
         x, *factors = trained
-        y = ops.latent_linear(x, weight, scales, offsets, *factors, SCALING, *moves, 4, 32)
+        y = ops.latent_linear(
+            x, weight, None, None, scales, offsets, *factors, SCALING, *moves, 4, 32
+        )
         y.square().sum().backward()
         found.append([y, *(tensor.grad for tensor in trained)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -94,7 +94,7 @@ class MergeAwareAdapter(Adapter):
         packed = base.packed
         y: Tensor = latent_linear(
             x,
-            packed["weight"],
+            *weight_format.kept_operands(packed),
             packed["scales"],
             packed["offsets"],
             self.A,

@@ -64,10 +64,8 @@ def exported_formats(
 
 def _check_stored(config: TrainConfig | PlanConfig, folder: Path) -> None:
     """Raise GraftError with every option that rounds weights, which a quantised folder has not."""
-    given = {
-        name: getattr(config, name)
-        for name in ("format", "bits", "budget", "group_size", "double_quant", "solver")
-    }
+    rounding = ("format", "bits", "budget", "group_size", "double_quant", "latent_dtype", "solver")
+    given = {name: getattr(config, name) for name in rounding}
     problems = [
         f"--{name.replace('_', '-')} says how to quantise, and this folder is quantised already; "
         "drop it, or start from the unquantised model"

@@ -67,9 +67,9 @@ def format_description(
     """Return {'format': ..., options}, with the method's defaults filled in; None for dense.
 
     qlora: nf4 with double quantisation; qalora and affine: int, 4 bits, groups of 32; merge_aware:
-    latent, likewise, which keeps float32 weights where that is asked for; lora and full: the
-    weights as they are. With bits auto it is the format that memory is planned for. Raises
-    GraftError with every option that does not fit.
+    latent, likewise, which keeps float32 weights where that is asked for, if latent_dtype says
+    nothing else; lora and full: the weights as they are. With bits auto it is the format that
+    memory is planned for. Raises GraftError with every option that does not fit.
     """
     defaults = {"qlora": "nf4", **GRID_METHODS}
     name = config.format or defaults.get(method or "", "dense")
@@ -96,6 +96,10 @@ def format_description(
         problems.append("--bits auto and --budget belong together; give both or neither")
     if config.bits == "auto" and name == "latent":
         problems.append("--bits auto chooses widths of the int format; give merge_aware one width")
+    if name != "latent" and config.latent_dtype is not None:
+        problems.append(f"--latent-dtype belongs to merge_aware; the format is {name}")
+    if config.latent_dtype == "int8" and config.bits == 8:
+        problems.append("--latent-dtype int8 has no more digits than 8-bit codes; drop it")
     if name not in ("nf4", "fp4") and config.double_quant:
         problems.append(f"--double-quant belongs to nf4 and fp4; the format is {name}")
     raise_problems(problems, "format")
@@ -105,7 +109,7 @@ def format_description(
         bits, group_size = config.bits or 4, config.group_size or 32
         if name == "latent":
             # bf16 has no more digits than 8-bit codes.
-            dtype = "float32" if float32 or bits == 8 else "bfloat16"
+            dtype = config.latent_dtype or ("float32" if float32 or bits == 8 else "bfloat16")
             return {"format": name, "bits": bits, "group_size": group_size, "dtype": dtype}
         if bits == "auto":
             # Until the layers are measured: the narrowest width that fills the budget.

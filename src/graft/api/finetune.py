@@ -246,6 +246,8 @@ def _make_run_folder(run: Path, prepared: _Prepared) -> None:
         resolved["format"] = prepared.weight_format.name
         resolved |= {key: options[key] for key in ("bits", "group_size") if key in options}
         resolved |= {key: options[key] for key in ("double_quant",) if key in options}
+        if isinstance(prepared.weight_format, LatentFormat):
+            resolved["latent_dtype"] = prepared.weight_format.dtype
     if prepared.config.bits == "auto":
         resolved["bits"] = "auto"
     del resolved["resume"]

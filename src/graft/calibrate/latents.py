@@ -53,7 +53,7 @@ def round_latents(
             latent = layer.base.weight_format
             assert isinstance(latent, LatentFormat)
             targets[name] = dataclasses.replace(latent, rounds=True, dtype="float32")
-            weight = layer.base.packed["weight"].float() + _update(layer)
+            weight = layer.base.dense_weight(torch.float32) + _update(layer)
             dense = layer.base.replaced(DenseFormat("float32"), {"weight": weight})
             replace_module(model, name, dense)
         calibrate_model(model, list(layers), batches, targets, damping, on_layer, drift_share)
@@ -63,7 +63,7 @@ def round_latents(
             latent = layer.base.weight_format
             assert isinstance(latent, LatentFormat)
             weight = rounded.packed["weight"] - _update(layer)
-            packed = rounded.packed | DenseFormat(latent.dtype).pack(weight)
+            packed = rounded.packed | latent.keep(weight)
             own = dataclasses.replace(latent, rounds=True)
             replace_module(model, name, rounded.replaced(own, packed))
     if on_rounded is not None:

@@ -24,5 +24,9 @@ class FormatConfig:
     group_size: int | None = None
     """Inputs that share a scale and an offset in the int and latent formats: 8, 16, 32 (default),
     64 or 128."""
+    latent_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    """What merge_aware keeps the weight in that it rounds; the default is float32 for a float32
+    checkpoint, else bfloat16. int8, by groups, takes 9 bits per weight where bfloat16 takes 16
+    (for codes of 2 to 4 bits)."""
     double_quant: bool | None = None
     """Quantise the constants of nf4 and fp4 too; saves 0.373 bit per weight."""

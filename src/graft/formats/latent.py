@@ -15,9 +15,11 @@ from graft.formats.int_group import IntGroupFormat
 from graft.kernels import latent_ops
 from graft.kernels.weights import Weight
 
-_WITHIN = 0.47
+_WITHIN = {"int8": 0.44}
+_WITHIN_OTHERS = 0.47
 """How far a latent weight may lie from the code that a solver chose, in steps: less than half, so
-that rounding it to bf16 does not choose another."""
+that rounding it to bf16 does not choose another, nor to 8 bits over a range of 30 steps."""
+_INT8_NAMES = {"codes": "weight", "scales": "weight_scales", "offsets": "weight_offsets"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,10 @@ class LatentFormat:
     Packed tensors, for g = ceil(in_features / group_size):
 
     - weight: `dtype` [out_features, in_features];
-    - scales, offsets: float16 (or float32) [out_features, g].
+    - scales, offsets: float16 (or float32) [out_features, g];
+    - with dtype int8: weight uint8 and, as scales and offsets are, weight_scales and
+      weight_offsets, W = weight_scales * weight + weight_offsets; 9 bits per weight in groups of
+      32, where bfloat16 takes 16.
     """
 
     bits: int = 4
@@ -45,7 +50,9 @@ class LatentFormat:
     name: str = "latent"
 
     def __post_init__(self) -> None:
-        _ = self.deployed, self._dense  # which check the options
+        _ = self.deployed, self._kept  # which check the options
+        if self.dtype == "int8" and self.bits == 8:
+            raise ValueError("dtype is int8, which has no more digits than 8-bit codes")
 
     @property
     def deployed(self) -> IntGroupFormat:
@@ -53,16 +60,19 @@ class LatentFormat:
         return IntGroupFormat(self.bits, self.group_size, self.statistics)
 
     @property
-    def _dense(self) -> DenseFormat:
+    def _kept(self) -> WeightFormat:
+        """The format that W itself is kept in."""
+        if self.dtype == "int8":
+            return IntGroupFormat(8, self.group_size, self.statistics)
         return DenseFormat(self.dtype)
 
     @property
     def _computed(self) -> WeightFormat:
-        return self.deployed if self.rounds else self._dense
+        return self.deployed if self.rounds else self._kept
 
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
-        return self.deployed.options() | self._dense.options() | {"rounds": self.rounds}
+        return self.deployed.options() | {"dtype": self.dtype, "rounds": self.rounds}
 
     def groups(self, in_features: int) -> int:
         """Return the number of groups in a row."""
@@ -72,13 +82,26 @@ class LatentFormat:
         """Return every packed tensor's shape and dtype."""
         grid = self.deployed.storage(out_features, in_features)
         statistics = {name: grid[name] for name in ("scales", "offsets")}
-        return self._dense.storage(out_features, in_features) | statistics
+        if self.dtype != "int8":
+            return self._kept.storage(out_features, in_features) | statistics
+        weight = TensorSpec((out_features, in_features), torch.uint8)
+        own = {_INT8_NAMES[name]: spec for name, spec in statistics.items()}
+        return {"weight": weight} | own | statistics
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Keep the weight, and fit the grid to it as the int format does."""
-        packed = self._dense.pack(weight)
-        rounded = self.deployed.pack(packed["weight"])
-        return packed | {name: rounded[name] for name in ("scales", "offsets")}
+        kept = self.keep(weight)
+        source = weight if self.dtype == "int8" else kept["weight"]
+        rounded = self.deployed.pack(source)
+        return kept | {name: rounded[name] for name in ("scales", "offsets")}
+
+    def keep(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return W alone as it is kept, without a grid."""
+        packed = self._kept.pack(weight)
+        if self.dtype == "int8":
+            packed["codes"] = packed["codes"][:, : weight.shape[1]].contiguous()
+            return {_INT8_NAMES[name]: tensor for name, tensor in packed.items()}
+        return dict(packed)
 
     def unpack(
         self, packed: Packed, out_features: int, in_features: int, dtype: torch.dtype
@@ -99,8 +122,10 @@ class LatentFormat:
 
         One that has absorbed an update is in that format already.
         """
-        if "codes" in packed or not self.rounds:
+        if "codes" in packed:
             return packed
+        if not self.rounds:
+            return self._kept_alone(packed)
         absorbed = self.absorb(packed, GridUpdate())
         assert absorbed is not None
         return absorbed
@@ -123,7 +148,7 @@ class LatentFormat:
             return self.deployed.absorb(packed, update)
         move = update.weights
         codes, codes_high = latent_ops.latent_codes(
-            packed["weight"],
+            latent_ops.kept_weight(*self.kept_operands(packed), self.group_size),
             packed["scales"],
             packed["offsets"],
             *((None, None, 1.0) if move is None else (move.A, move.B, move.scaling)),
@@ -135,6 +160,17 @@ class LatentFormat:
         # The codes answered to the move of W; what is left is that of the grid.
         grid_alone = replace(update, weights=None)
         return self.deployed.absorb({"codes": codes, **high, **grid}, grid_alone)
+
+    def kept_operands(self, packed: Packed) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return W as the operations take it: the tensor, and its scales and offsets or None."""
+        return packed["weight"], packed.get("weight_scales"), packed.get("weight_offsets")
+
+    def _kept_alone(self, packed: Packed) -> Packed:
+        """Return W in the format that it is kept in."""
+        weight, scales, offsets = self.kept_operands(packed)
+        if scales is None or offsets is None:
+            return {"weight": weight}
+        return {"codes": latent_ops.whole_blocks(weight), "scales": scales, "offsets": offsets}
 
     # What a solver needs ---------------------------------------------------------------------
 
@@ -162,7 +198,8 @@ class LatentFormat:
         group = torch.arange(codes.shape[1], device=codes.device) // self.group_size
         scales, offsets = (grid[name].double()[:, group] for name in ("scales", "offsets"))
         steps = (values.to(scales) - offsets) / scales
-        low = torch.where(codes == 0, -torch.inf, codes - _WITHIN)
-        high = torch.where(codes == self.deployed.levels, torch.inf, codes + _WITHIN)
+        within = _WITHIN.get(self.dtype, _WITHIN_OTHERS)
+        low = torch.where(codes == 0, -torch.inf, codes - within)
+        high = torch.where(codes == self.deployed.levels, torch.inf, codes + within)
         weight = steps.clamp(low, high) * scales + offsets
-        return self._dense.pack(weight) | {name: grid[name] for name in ("scales", "offsets")}
+        return self.keep(weight) | {name: grid[name] for name in ("scales", "offsets")}

@@ -17,8 +17,8 @@ import graft.kernels.native_latent
 import graft.kernels.reference_latent  # noqa: F401  (these modules register the operations)
 from graft.kernels.affine_ops import moved_statistics
 from graft.kernels.low_rank_ops import token_product
-from graft.kernels.ops import int_group_grad_input
-from graft.kernels.packing import empty_planes
+from graft.kernels.ops import int_group_dequantize, int_group_grad_input
+from graft.kernels.packing import BLOCK, empty_planes
 from graft.kernels.registry import implementation
 from graft.kernels.weights import Latent
 
@@ -99,6 +99,22 @@ def _(
     return torch.empty_like(product), u, v
 
 
+def whole_blocks(codes: Tensor) -> Tensor:
+    """Return 8-bit codes [rows, columns] as they are packed: filled up to whole blocks."""
+    return torch.nn.functional.pad(codes, (0, -codes.shape[1] % BLOCK))
+
+
+def kept_weight(
+    weight: Tensor, weight_scales: Tensor | None, weight_offsets: Tensor | None, group_size: int
+) -> Tensor:
+    """Return a latent weight that is kept in 8 bits in float32, any other as it is."""
+    if weight_scales is None or weight_offsets is None:
+        return weight
+    packed = whole_blocks(weight), None, weight_scales, weight_offsets
+    out: Tensor = int_group_dequantize(*packed, 8, group_size, weight.shape[1], torch.float32)
+    return out
+
+
 def _moved(
     scales: Tensor, offsets: Tensor, u: Tensor | None, v: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -111,6 +127,8 @@ def _moved(
 def latent_linear(
     x: Tensor,
     weight: Tensor,
+    weight_scales: Tensor | None,
+    weight_offsets: Tensor | None,
     scales: Tensor,
     offsets: Tensor,
     A: Tensor,
@@ -125,9 +143,11 @@ def latent_linear(
 
     Differentiable in x, A, B, u and v, straight through both roundings (L4Q, arXiv 2402.04902;
     there the grid of the codes moves too, here it stays, so that the codes answer to A and B alone
-    and the grid to u and v). The weight is rounded once more in the backward pass.
+    and the grid to u and v). The weight is rounded once more in the backward pass. With scales and
+    offsets of its own it is kept in 8 bits, and multiplied out for the time of the call.
     """
-    latent = Latent(weight, scales, offsets, A, B, scaling, bits, group_size)
+    dense = kept_weight(weight, weight_scales, weight_offsets, group_size)
+    latent = Latent(dense, scales, offsets, A, B, scaling, bits, group_size)
     codes, high = implementation("latent_codes", x.device)(latent)
     moved = _moved(scales, offsets, u, v)
     compute = implementation("int_group_linear", x.device)
@@ -139,6 +159,8 @@ def latent_linear(
 def _(
     x: Tensor,
     weight: Tensor,
+    weight_scales: Tensor | None,
+    weight_offsets: Tensor | None,
     scales: Tensor,
     offsets: Tensor,
     A: Tensor,
@@ -158,20 +180,22 @@ def _latent_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _latent_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, weight, scales, offsets, A, B, u, v = ctx.saved_tensors
+    x, kept, kept_scales, kept_offsets, scales, offsets, A, B, u, v = ctx.saved_tensors
     A, B = A.detach(), B.detach()
-    latent = weight, scales, offsets, A, B, ctx.scaling, ctx.bits, ctx.group_size
+    bits, group_size = ctx.bits, ctx.group_size
+    weight = kept_weight(kept, kept_scales, kept_offsets, group_size)
+    latent = weight, scales, offsets, A, B, ctx.scaling, bits, group_size
     grad, grad_x = grad.contiguous(), None
     if ctx.needs_input_grad[0]:
         codes, high = latent_codes(*latent)
-        packed = codes, high if ctx.bits == 3 else None, *_moved(scales, offsets, u, v)
-        grad_x = int_group_grad_input(grad, *packed, ctx.bits, ctx.group_size, x.shape[-1])
+        packed = codes, high if bits == 3 else None, *_moved(scales, offsets, u, v)
+        grad_x = int_group_grad_input(grad, *packed, bits, group_size, x.shape[-1])
     grad_weight, grad_u, grad_v = latent_grads(token_product(grad, x), *latent)
     grad_A = (B.T @ grad_weight) * ctx.scaling
     grad_B = (grad_weight @ A.T) * ctx.scaling
     if u is None:
         grad_u = grad_v = None
-    return grad_x, None, None, None, grad_A, grad_B, None, grad_u, grad_v, None, None
+    return grad_x, *5 * [None], grad_A, grad_B, None, grad_u, grad_v, None, None
 
 
 latent_linear.register_autograd(_latent_backward, setup_context=_latent_save)
