@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 WHO = (
     *("peft-lora", "peft-qlora", "graft-lora", "graft-qlora", "graft-qalora", "graft-affine"),
-    *("graft-qalora-offsets", "graft-merge_aware"),
+    *("graft-qalora-offsets", "graft-merge_aware", "graft-merge_aware-int8"),
 )
 CHECKPOINTING = {"peft": ("none", "layers"), "graft": ("none", "products", "half", "layers")}
 TOKENS = {
@@ -40,7 +40,7 @@ class Case:
 
     @property
     def method(self) -> str:
-        """lora, qlora, qalora (qalora-offsets: its scales stay), affine or merge_aware."""
+        """lora, qlora, qalora (qalora-offsets: its scales stay), affine, merge_aware (-int8)."""
         return self.who.partition("-")[2]
 
     @property

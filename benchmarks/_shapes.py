@@ -19,9 +19,10 @@ BYTES_PER_WEIGHT = {
     "qalora-offsets": 5 / 8,
     "affine": 5 / 8,
     "merge_aware": 2.125,
+    "merge_aware-int8": 1.25,
 }
-"""Of the frozen layers: bf16; nf4, doubly quantised; int4 with two fp16 per group of 32; bf16
-beside those two."""
+"""Of the frozen layers: bf16; nf4, doubly quantised; int4 with two fp16 per group of 32; bf16, or
+8 bits with two fp16 of their own, beside those two."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def step_work(
         adapter_backward = 2 * adapter_forward
     else:  # dyᵀ groupsum(x) for the offsets; the scales need the whole of dyᵀ x
         adapter_backward = 2.0 * tokens * weights / GROUP_SIZE
-        if method in ("qalora", "affine", "merge_aware"):
+        if method != "qalora-offsets":
             adapter_backward += 2.0 * tokens * weights
     operations = 2.0 * tokens * (2 * (weights + head) - first) + 3.5 * attention
     operations += adapter_forward + adapter_backward

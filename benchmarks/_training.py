@@ -45,6 +45,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "qalora-offsets": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
     "affine": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
     "merge_aware": ("latent", {"bits": 4, "group_size": GROUP_SIZE}),
+    "merge_aware-int8": ("latent", {"bits": 4, "group_size": GROUP_SIZE, "dtype": "int8"}),
 }
 
 
@@ -57,9 +58,12 @@ def graft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tens
     reuse_freed_memory()
     use_own_attention(model)
     enable_checkpointing(model, cast(Checkpointing, checkpointing))
-    name, _, offsets_alone = method.partition("-")
+    name, _, variant = method.partition("-")
     config = AdapterConfig(
-        method=cast(Method, name), rank=RANK, alpha=ALPHA, grid_rank=0 if offsets_alone else None
+        method=cast(Method, name),
+        rank=RANK,
+        alpha=ALPHA,
+        grid_rank=0 if variant == "offsets" else None,
     )
     attach_adapter(model, select_targets(model, ()), config.resolved(4))
     use_own_pointwise(model)

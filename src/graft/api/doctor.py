@@ -57,6 +57,7 @@ def diagnose() -> Diagnosis:
 
 def _versions() -> dict[str, Any]:
     found = {name: _version(name) for name in _VERSIONS}
+    found["torch"] = str(torch.__version__)  # which says the build too
     system = f"{platform.system()} {platform.release()} {platform.machine()}"
     python = f"{platform.python_version()} ({sys.executable})"
     return {"graft": _version(_PACKAGE), "python": python, **found, "system": system}
