@@ -12,6 +12,7 @@ from graft.adapters.qalora import QALoraAdapter
 from graft.errors import GraftError
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
+from graft.formats.linear import FrozenLinear
 
 
 def merge_aware_layer(frozen, randomise, bits: int = 3, group_size: int = 8):
@@ -20,6 +21,11 @@ def merge_aware_layer(frozen, randomise, bits: int = 3, group_size: int = 8):
     layer = AdaptedLinear(base)
     layer.add("default", adapter)
     return base, adapter, layer
+
+
+def packed_latent(**options):
+    latent = LatentFormat(**options)
+    return latent, latent.pack(torch.randn(6, 64))
 
 
 def test_a_fresh_adapter_computes_with_the_rounded_base(frozen) -> None:
@@ -72,6 +78,14 @@ def test_a_small_update_flips_only_the_codes_that_are_near_a_boundary(frozen) ->
     codes = layer.effective_packed()["codes"]
     flipped = (codes != base.weight_format.rounded(base.packed)["codes"]).float().mean()
     assert 0 < flipped < 0.3
+
+
+def test_eight_bits_before_the_rounding_are_not_copied(frozen, randomise) -> None:
+    base = FrozenLinear(64, 6, *packed_latent(rounds=False, dtype="int8"))
+    weight = base.kernel_weight().tensors[0]
+    assert weight.data_ptr() == base.packed["weight"].data_ptr()
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(base(x), x @ base.dense_weight(torch.float32).T)
 
 
 def test_only_one_of_them_may_round_the_weight(frozen, randomise) -> None:

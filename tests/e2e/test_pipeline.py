@@ -330,7 +330,7 @@ def test_what_belongs_to_merge_aware_is_refused_elsewhere(tiny_base, rows, tmp_p
     for part in ("--grid-rank belongs to merge_aware", "--dense-fraction belongs to merge_aware"):
         assert part in str(told.value)
     assert "--grid-rank is -1" in str(told.value)
-    assert "--latent-dtype belongs to merge_aware" in str(told.value)
+    assert "--latent-dtype belongs to the latent format" in str(told.value)
     assert "--dense-fraction is 1.0; expected 0 up to" in str(told.value)
     assert not (tmp_path / "run").exists()
 

@@ -132,7 +132,11 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert len(binaries) == 10 and all(asm["cubin"] for asm in binaries.values())
     # The fused products' tiles hang on the width and on x's dtype, and not every tile compiles.
     for bits, kind in itertools.product((2, 3, 4, 8), DTYPES):
-        backend.int_group_linear(x.to(kind), *int_group(bits, 32))
+        packed_int = int_group(bits, 32)
+        backend.int_group_linear(x.to(kind), *packed_int)
+        backend.int_group_dequantize(*packed_int, 64, kind)
+        both = grad.to(kind), x.to(kind)
+        backend.int_group_grad_statistics(*both, *packed_int[:2], bits, 32, None)
     for kind in DTYPES:
         backend.codebook_linear(x.to(kind), *nf4, 2, *nested)
         backend.int8_linear(x.to(kind), **int8)

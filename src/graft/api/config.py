@@ -97,9 +97,13 @@ def format_description(
     if config.bits == "auto" and name == "latent":
         problems.append("--bits auto chooses widths of the int format; give merge_aware one width")
     if name != "latent" and config.latent_dtype is not None:
-        problems.append(f"--latent-dtype belongs to merge_aware; the format is {name}")
-    if config.latent_dtype == "int8" and config.bits == 8:
-        problems.append("--latent-dtype int8 has no more digits than 8-bit codes; drop it")
+        problems.append(
+            f"--latent-dtype belongs to the latent format, merge_aware's; the format is {name}"
+        )
+    elif config.bits == 8 and config.latent_dtype in ("bfloat16", "int8"):
+        problems.append(
+            f"--latent-dtype {config.latent_dtype} has no more digits than 8-bit codes; drop it"
+        )
     if name not in ("nf4", "fp4") and config.double_quant:
         problems.append(f"--double-quant belongs to nf4 and fp4; the format is {name}")
     raise_problems(problems, "format")

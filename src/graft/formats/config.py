@@ -26,7 +26,8 @@ class FormatConfig:
     64 or 128."""
     latent_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     """What merge_aware keeps the weight in that it rounds; the default is float32 for a float32
-    checkpoint, else bfloat16. int8, by groups, takes 9 bits per weight where bfloat16 takes 16
-    (for codes of 2 to 4 bits)."""
+    checkpoint and for 8-bit codes, else bfloat16. int8 takes 9 bits per weight in groups of 32,
+    where bfloat16 takes 16; rounding in mid-training holds a float32 copy for a while all the
+    same."""
     double_quant: bool | None = None
     """Quantise the constants of nf4 and fp4 too; saves 0.373 bit per weight."""

@@ -15,8 +15,7 @@ from graft.formats.int_group import IntGroupFormat
 from graft.kernels import latent_ops
 from graft.kernels.weights import Weight
 
-_WITHIN = {"int8": 0.44}
-_WITHIN_OTHERS = 0.47
+_WITHIN = 0.44
 """How far a latent weight may lie from the code that a solver chose, in steps: less than half, so
 that rounding it to bf16 does not choose another, nor to 8 bits over a range of 30 steps."""
 _INT8_NAMES = {"codes": "weight", "scales": "weight_scales", "offsets": "weight_offsets"}
@@ -198,8 +197,7 @@ class LatentFormat:
         group = torch.arange(codes.shape[1], device=codes.device) // self.group_size
         scales, offsets = (grid[name].double()[:, group] for name in ("scales", "offsets"))
         steps = (values.to(scales) - offsets) / scales
-        within = _WITHIN.get(self.dtype, _WITHIN_OTHERS)
-        low = torch.where(codes == 0, -torch.inf, codes - within)
-        high = torch.where(codes == self.deployed.levels, torch.inf, codes + within)
+        low = torch.where(codes == 0, -torch.inf, codes - _WITHIN)
+        high = torch.where(codes == self.deployed.levels, torch.inf, codes + _WITHIN)
         weight = steps.clamp(low, high) * scales + offsets
         return self.keep(weight) | {name: grid[name] for name in ("scales", "offsets")}

@@ -101,7 +101,9 @@ def _(
 
 def whole_blocks(codes: Tensor) -> Tensor:
     """Return 8-bit codes [rows, columns] as they are packed: filled up to whole blocks."""
-    return torch.nn.functional.pad(codes, (0, -codes.shape[1] % BLOCK))
+    missing = -codes.shape[1] % BLOCK
+    # Padding by nothing would copy, and autograd would keep the copy of every layer.
+    return torch.nn.functional.pad(codes, (0, missing)) if missing else codes
 
 
 def kept_weight(

@@ -13,6 +13,7 @@ from graft.adapters.attach import frozen_layers
 from graft.adapters.config import AdapterConfig
 from graft.errors import raise_problems
 from graft.formats.base import WeightFormat
+from graft.formats.latent import LatentFormat
 from graft.kernels import native_library
 from graft.model.checkpointing import CHECKPOINTING, Checkpointing, check_checkpointing
 from graft.model.loss import BLOCK_LOGITS, chunk_tokens
@@ -292,11 +293,15 @@ def _buffer_bytes(planned: PlannedModel, tokens: int, widest: int) -> int:
 
 def _workspace_bytes(planned: PlannedModel, counts: WeightCounts, tokens: int, widest: int) -> int:
     """Return what the layer at work needs: its buffers and, but for the native backend, a quantised
-    weight in float32 and the compute dtype.
+    weight in float32 and the compute dtype; a latent weight two float32 gradients of its size, and
+    itself in float32 where it is kept in 8 bits.
     """
     in_pieces = planned.device.type == "cpu" and native_library.why_unavailable() is None
-    dequantised = 0 if in_pieces else counts.largest_quantised * (4 + planned.dtype.itemsize)
-    return dequantised + _buffer_bytes(planned, tokens, widest)
+    bytes_each = 0 if in_pieces else 4 + planned.dtype.itemsize
+    formats = [layer.weight_format for _, layer in frozen_layers(planned.model)]
+    latent = [kept for kept in formats if isinstance(kept, LatentFormat)]
+    bytes_each += max((12 if kept.dtype == "int8" else 8 for kept in latent), default=0)
+    return bytes_each * counts.largest_quantised + _buffer_bytes(planned, tokens, widest)
 
 
 def _merging_bytes(planned: PlannedModel, counts: WeightCounts, adapter: AdapterConfig) -> int:
