@@ -47,11 +47,12 @@ def main() -> None:
         arguments.who = [who for who in arguments.who if not who.startswith("peft")]
     cases = list(product(arguments.tokens, arguments.checkpointing, arguments.who))
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
+    same = {"shape": arguments.shape, "steps": arguments.steps, "warm_up": arguments.warm_up}
     for _, case in product(range(arguments.rounds), cases):
-        names = ("tokens", "checkpointing", "who", "shape", "steps", "warm_up")
-        values = (*case, arguments.shape, arguments.steps, arguments.warm_up)
+        tokens, checkpointing, who = case
+        task = same | {"tokens": tokens, "checkpointing": checkpointing, "who": who}
         try:
-            found[case].append(run_child(__file__, dict(zip(names, values, strict=True))))
+            found[case].append(run_child(__file__, task))
             print(f"{' '.join(case)}: {_milliseconds(found[case][-1:])} ms", flush=True)
         except ChildError as error:
             print(f"failed: {' '.join(case)}: {error}", flush=True)

@@ -23,11 +23,6 @@ def merge_aware_layer(frozen, randomise, bits: int = 3, group_size: int = 8):
     return base, adapter, layer
 
 
-def packed_latent(**options):
-    latent = LatentFormat(**options)
-    return latent, latent.pack(torch.randn(6, 64))
-
-
 def test_a_fresh_adapter_computes_with_the_rounded_base(frozen) -> None:
     base, adapter, layer = merge_aware_layer(frozen, lambda adapter: adapter)
     x = torch.randn(3, 44)
@@ -80,8 +75,9 @@ def test_a_small_update_flips_only_the_codes_that_are_near_a_boundary(frozen) ->
     assert 0 < flipped < 0.3
 
 
-def test_eight_bits_before_the_rounding_are_not_copied(frozen, randomise) -> None:
-    base = FrozenLinear(64, 6, *packed_latent(rounds=False, dtype="int8"))
+def test_eight_bits_before_the_rounding_are_not_copied() -> None:
+    latent = LatentFormat(rounds=False, dtype="int8")
+    base = FrozenLinear(64, 6, latent, latent.pack(torch.randn(6, 64)))
     weight = base.kernel_weight().tensors[0]
     assert weight.data_ptr() == base.packed["weight"].data_ptr()
     x = torch.randn(3, 64)

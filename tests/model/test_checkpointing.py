@@ -29,6 +29,8 @@ from graft.model.attention import use_own_attention
 from graft.model.checkpointing import (
     CHECKPOINTING,
     Checkpointing,
+    _kind,
+    _out_features,
     _Policy,
     enable_checkpointing,
     keeps_attention,
@@ -226,6 +228,32 @@ def test_unfused_attention_that_drops_out() -> None:
     for choice in ("products", "half", "layers"):
         for name, gradient in gradients(choice).items():
             assert torch.equal(gradient, expected[name]), name
+
+
+class _Features(TorchDispatchMode):
+    """Compares what a product's shapes alone say of its outputs with the outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(_kind(func), int):
+            before: Any = SimpleNamespace()  # as torch 2.11 asks: there is no output yet
+            after: Any = SimpleNamespace(op_output=output)
+            assert _out_features(before, func, args) == _out_features(after, func, args), func
+            self.seen.add(func.name().partition(".")[0])
+        return output
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", MODELS)
+def test_outputs_have_the_features_that_their_shapes_alone_say(family: str, method: str) -> None:
+    model = adapted(family, method, "none")
+    with _Features() as features:
+        model(input_ids=batch()[0])
+    assert any(name.startswith("graft::") for name in features.seen)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
