@@ -1,12 +1,16 @@
-"""The native kernels on every instruction set that this processor has."""
+"""The native kernels on every instruction set that this processor has; operations both ways."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from graft.kernels import native_library
+from graft.kernels.operation import Operation
 
 LEVELS = {"baseline": 0, "AVX2": 1, "AVX-512": 2, "AVX-512+BF16": 3}
 
@@ -24,3 +28,29 @@ def level(request: pytest.FixtureRequest) -> Iterator[str]:
     assert native_library.instructions() == request.param
     yield request.param
     library.graft_limit(max(LEVELS.values()))
+
+
+@pytest.fixture
+def opcheck() -> Callable[..., None]:
+    """Check an operation as PyTorch knows it, and that calling it directly changes no bit."""
+
+    def check(operation: Operation, arguments: tuple[Any, ...], **options: Any) -> None:
+        torch.library.opcheck(operation.registered, arguments, **options)
+        for one, other in zip(
+            _results(operation, arguments), _results(operation.registered, arguments), strict=True
+        ):
+            torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+    return check
+
+
+def _results(call: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+    """Return the outputs of a call, and the gradients of their sum."""
+    out = call(*arguments)
+    outputs = list(out) if isinstance(out, tuple | list) else [out]
+    inputs = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    roots = [one for one in outputs if one.requires_grad]
+    if not inputs:
+        assert not roots
+        return outputs
+    return outputs + list(torch.autograd.grad(roots[0].sum(), inputs, allow_unused=True))

@@ -185,19 +185,17 @@ def test_dtypes_that_the_kernels_do_not_multiply_go_to_the_reference() -> None:
         torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-6)  # lse is float32
 
 
-def test_opcheck() -> None:
+def test_opcheck(opcheck: Callable[..., None]) -> None:
     for dtype in DTYPES:
         q, k, v = (t.requires_grad_() for t in vectors((2, 4, 2, 11, 8), dtype))
         tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-        torch.library.opcheck(attention_ops.attention, (q, k, v, 0.3), test_utils=tests)
+        opcheck(attention_ops.attention, (q, k, v, 0.3), test_utils=tests)
         out, lse = attention_ops.attention(q.detach(), k.detach(), v.detach(), 0.3)
         frozen = q.detach(), k.detach(), v.detach()
         grad = torch.randn_like(out)
-        torch.library.opcheck(
-            attention_ops.attention_backward, (grad, *frozen, out, lse, 0.3), test_utils=tests
-        )
+        opcheck(attention_ops.attention_backward, (grad, *frozen, out, lse, 0.3), test_utils=tests)
     q, k, v = (t.requires_grad_() for t in vectors((1, 2, 1, 5, 8), torch.float32))
-    torch.library.opcheck(attention_ops.attention, (q, k, v, 0.3))
+    opcheck(attention_ops.attention, (q, k, v, 0.3))
 
 
 def test_no_tokens_give_no_output() -> None:

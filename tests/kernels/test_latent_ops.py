@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -114,20 +116,20 @@ def test_gradients_pass_straight_through_the_roundings(bits: int, group_size: in
         torch.testing.assert_close(got.grad.double(), expected.grad, rtol=5e-3, atol=2e-2)
 
 
-def test_opcheck() -> None:
+def test_opcheck(opcheck: Callable[..., None]) -> None:
     weight, scales, offsets, A, B = latent(LatentFormat(), 96)
     u, v = (torch.zeros(scales.shape, requires_grad=True) for _ in range(2))
     x = torch.randn(2, 3, 96, requires_grad=True)
     grid = weight, scales, offsets
-    torch.library.opcheck(ops.latent_codes, (*grid, A, B, SCALING, 4, 32))
-    torch.library.opcheck(ops.latent_codes, (*grid, None, None, 1.0, 3, 32))
-    torch.library.opcheck(ops.latent_grads, (torch.randn(OUT, 96), *grid, A, B, SCALING, 4, 32))
+    opcheck(ops.latent_codes, (*grid, A, B, SCALING, 4, 32))
+    opcheck(ops.latent_codes, (*grid, None, None, 1.0, 3, 32))
+    opcheck(ops.latent_grads, (torch.randn(OUT, 96), *grid, A, B, SCALING, 4, 32))
     factors = A.requires_grad_(), B.requires_grad_()
     rest = *factors, SCALING, u, v, 4, 32
-    torch.library.opcheck(ops.latent_linear, (x, weight, None, None, *grid[1:], *rest))
+    opcheck(ops.latent_linear, (x, weight, None, None, *grid[1:], *rest))
     packed = LatentFormat(dtype="int8").pack(weight.float())
     names = "weight", "weight_scales", "weight_offsets", "scales", "offsets"
-    torch.library.opcheck(ops.latent_linear, (x, *(packed[name] for name in names), *rest))
+    opcheck(ops.latent_linear, (x, *(packed[name] for name in names), *rest))
 
 
 def test_a_grid_that_stays_is_one_that_moves_by_nothing() -> None:

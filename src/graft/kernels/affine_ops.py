@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 from graft.kernels.low_rank_ops import low_rank_product, move_offsets
+from graft.kernels.operation import Operation
 from graft.kernels.ops import int_group_grad_input, int_group_grad_statistics
 from graft.kernels.registry import implementation
 
 
-@custom_op("graft::move_scaled", mutates_args=())
+@Operation
 def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
     """Return stored(values + scales * moves) [out_features, groups], taken in float64."""
     compute = implementation("move_scaled", values.device)
@@ -63,7 +63,7 @@ def _output_of(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-@custom_op("graft::affine_linear", mutates_args=())
+@Operation
 def affine_linear(
     x: Tensor,
     codes: Tensor,
@@ -112,7 +112,7 @@ affine_linear.register_autograd(_affine_backward, setup_context=_affine_save)
 # QA-LoRA that moves the scales too -----------------------------------------------------------
 
 
-@custom_op("graft::qalora_grid_linear", mutates_args=())
+@Operation
 def qalora_grid_linear(
     x: Tensor,
     codes: Tensor,

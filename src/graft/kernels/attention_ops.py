@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 import graft.kernels.native_attention
 import graft.kernels.reference_attention  # noqa: F401  (these modules register the operations)
+from graft.kernels.operation import Operation
 from graft.kernels.registry import implementation
 
 
-@custom_op("graft::attention", mutates_args=())
+@Operation
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Return (out, lse): out = softmax(scale q kᵀ) v, where query i sees the keys 0 to i.
 
@@ -36,7 +36,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return q.new_empty((batch, length, heads, head_dim)), lse
 
 
-@custom_op("graft::attention_backward", mutates_args=())
+@Operation
 def attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
+from graft.kernels.operation import Operation
 from graft.kernels.reference import frozen_product
 from graft.kernels.weights import Weight, weight_of
 
@@ -33,7 +33,7 @@ def _times(weight: Weight, A: Tensor) -> Tensor:
     return torch.cat([part.to(A.dtype) @ A.T for part in _in_parts(first)])
 
 
-@custom_op("graft::dora_norms", mutates_args=())
+@Operation
 def dora_norms(
     first: Tensor,
     second: Tensor | None,

@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 import graft.kernels.native_latent
 import graft.kernels.reference_latent  # noqa: F401  (these modules register the operations)
 from graft.kernels.affine_ops import moved_statistics
 from graft.kernels.low_rank_ops import token_product
+from graft.kernels.operation import Operation
 from graft.kernels.ops import int_group_dequantize, int_group_grad_input
 from graft.kernels.packing import BLOCK, empty_planes
 from graft.kernels.registry import implementation
 from graft.kernels.weights import Latent
 
 
-@custom_op("graft::latent_codes", mutates_args=())
+@Operation
 def latent_codes(
     weight: Tensor,
     scales: Tensor,
@@ -59,7 +59,7 @@ def _(
     return codes, codes.new_empty(0) if high is None else high
 
 
-@custom_op("graft::latent_grads", mutates_args=())
+@Operation
 def latent_grads(
     product: Tensor,
     weight: Tensor,
@@ -125,7 +125,7 @@ def _moved(
     return moved_statistics(scales, offsets, u.detach(), v.detach())
 
 
-@custom_op("graft::latent_linear", mutates_args=())
+@Operation
 def latent_linear(
     x: Tensor,
     weight: Tensor,

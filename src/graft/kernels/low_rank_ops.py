@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
+from graft.kernels.operation import Operation
 from graft.kernels.ops import int_group_grad_input
 from graft.kernels.registry import implementation
 from graft.kernels.weights import Weight, weight_of
@@ -31,7 +31,7 @@ def operands(weight: Weight) -> Operands:
 # LoRA: y = x Wᵀ + hidden Bᵀ, hidden = scaling x Aᵀ ------------------------------------------------
 
 
-@custom_op("graft::lora_linear", mutates_args=())
+@Operation
 def lora_linear(
     x: Tensor,
     first: Tensor,
@@ -65,7 +65,7 @@ def _(
     return x.new_empty((*rows, B.shape[0])), x.new_empty((*rows, A.shape[0]))
 
 
-@custom_op("graft::lora_grad_input", mutates_args=())
+@Operation
 def lora_grad_input(
     grad: Tensor,
     first: Tensor,
@@ -100,7 +100,7 @@ def _(
     return grad.new_empty((*rows, A.shape[1])), grad.new_empty((*rows, A.shape[0]))
 
 
-@custom_op("graft::token_product", mutates_args=())
+@Operation
 def token_product(a: Tensor, b: Tensor) -> Tensor:
     """Return aᵀ b summed over all tokens, float32 [a's features, b's features]."""
     out: Tensor = implementation("token_product", a.device)(a, b)
@@ -138,7 +138,7 @@ lora_linear.register_autograd(_lora_backward, setup_context=_lora_save)
 # QA-LoRA: y = x Wᵀ with the offsets moved by scaling B A ----------------------------------------
 
 
-@custom_op("graft::move_offsets", mutates_args=())
+@Operation
 def move_offsets(
     offsets: Tensor, A: Tensor, B: Tensor, scaling: float, stored: torch.dtype
 ) -> Tensor:
@@ -176,7 +176,7 @@ def low_rank_product(A: Tensor, B: Tensor) -> Tensor:
     return out
 
 
-@custom_op("graft::qalora_linear", mutates_args=())
+@Operation
 def qalora_linear(
     x: Tensor,
     codes: Tensor,

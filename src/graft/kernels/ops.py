@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 import graft.kernels.backends  # noqa: F401  (registers them)
+from graft.kernels.operation import Operation
 from graft.kernels.packing import PLANES, plane_bytes
 from graft.kernels.registry import implementation
 from graft.kernels.weights import NESTED_BLOCK_SIZE
@@ -21,7 +21,7 @@ from graft.kernels.weights import NESTED_BLOCK_SIZE
 # int group: w = scale * q + offset ---------------------------------------------------------------
 
 
-@custom_op("graft::int_group_dequantize", mutates_args=())
+@Operation
 def int_group_dequantize(
     codes: Tensor,
     codes_high: Tensor | None,
@@ -52,7 +52,7 @@ def _(
     return codes.new_empty((codes.shape[0], in_features), dtype=dtype)
 
 
-@custom_op("graft::int_group_linear", mutates_args=())
+@Operation
 def int_group_linear(
     x: Tensor,
     codes: Tensor,
@@ -81,7 +81,7 @@ def _(
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-@custom_op("graft::int_group_grad_input", mutates_args=())
+@Operation
 def int_group_grad_input(
     grad: Tensor,
     codes: Tensor,
@@ -112,7 +112,7 @@ def _(
     return grad.new_empty((*grad.shape[:-1], in_features))
 
 
-@custom_op("graft::int_group_grad_statistics", mutates_args=())
+@Operation
 def int_group_grad_statistics(
     grad: Tensor,
     x: Tensor,
@@ -146,7 +146,7 @@ def _(
     return scales, offsets
 
 
-@custom_op("graft::int_group_grad_offsets", mutates_args=())
+@Operation
 def int_group_grad_offsets(grad: Tensor, x: Tensor, group_size: int) -> Tensor:
     """Return d offsets alone, float32 [out_features, groups]: dyᵀ groupsum(x)."""
     out: Tensor = implementation("int_group_grad_offsets", x.device)(grad, x, group_size)
@@ -188,7 +188,7 @@ def _int_group_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 int_group_linear.register_autograd(_int_group_backward, setup_context=_int_group_save)
 
 
-@custom_op("graft::int_group_quantize", mutates_args=())
+@Operation
 def int_group_quantize(
     weight: Tensor, bits: int, group_size: int, statistics: torch.dtype, smallest_scale: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -224,7 +224,7 @@ def _(
 # codebook (nf4, fp4): w = codebook[code] * absmax ------------------------------------------------
 
 
-@custom_op("graft::codebook_quantize", mutates_args=())
+@Operation
 def codebook_quantize(weight: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
     """Return (codes uint8 [ceil(n/2)], absmax float32 [ceil(n/block_size)]) of a weight."""
     out: tuple[Tensor, Tensor] = implementation("codebook_quantize", weight.device)(
@@ -240,7 +240,7 @@ def _(weight: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
     return codes, weight.new_empty((-(-count // block_size),), dtype=torch.float32)
 
 
-@custom_op("graft::codebook_quantize_absmax", mutates_args=())
+@Operation
 def codebook_quantize_absmax(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     """Return (codes uint8 [n], scales float32 [ceil(n/256)]) of absmax [n] - offset [1].
 
@@ -257,7 +257,7 @@ def _(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
     return absmax.new_empty(absmax.shape, dtype=torch.uint8), scales
 
 
-@custom_op("graft::codebook_dequantize", mutates_args=())
+@Operation
 def codebook_dequantize(
     codes: Tensor,
     absmax: Tensor,
@@ -294,7 +294,7 @@ def _(
     return codes.new_empty((out_features, in_features), dtype=dtype)
 
 
-@custom_op("graft::codebook_linear", mutates_args=())
+@Operation
 def codebook_linear(
     x: Tensor,
     codes: Tensor,
@@ -326,7 +326,7 @@ def _(
     return x.new_empty((*x.shape[:-1], out_features))
 
 
-@custom_op("graft::codebook_grad_input", mutates_args=())
+@Operation
 def codebook_grad_input(
     grad: Tensor,
     codes: Tensor,

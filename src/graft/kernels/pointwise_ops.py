@@ -9,14 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.library import custom_op
 
 import graft.kernels.native_pointwise
 import graft.kernels.reference_pointwise  # noqa: F401  (these modules register the operations)
+from graft.kernels.operation import Operation
 from graft.kernels.registry import implementation
 
 
-@custom_op("graft::rms_norm", mutates_args=())
+@Operation
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """Return (y, scale): y = weight * (x * scale), scale = 1 / sqrt(mean(x²) + epsilon).
 
@@ -31,7 +31,7 @@ def _(x: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-@custom_op("graft::rms_norm_backward", mutates_args=())
+@Operation
 def rms_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
     """Return dx = scale (g - h mean(g h)), where g = grad * weight and h = x * scale."""
     out: Tensor = implementation("rms_norm_backward", x.device)(grad, x, weight, scale)
@@ -57,7 +57,7 @@ def _norm_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | N
 rms_norm.register_autograd(_norm_backward, setup_context=_norm_save)
 
 
-@custom_op("graft::silu_gate", mutates_args=())
+@Operation
 def silu_gate(gate: Tensor, up: Tensor) -> Tensor:
     """Return silu(gate) * up (SwiGLU, arXiv 2002.05202, eq. 6); differentiable in both."""
     out: Tensor = implementation("silu_gate", gate.device)(gate, up)
@@ -69,7 +69,7 @@ def _(gate: Tensor, up: Tensor) -> Tensor:
     return gate.new_empty(gate.shape)
 
 
-@custom_op("graft::silu_gate_backward", mutates_args=())
+@Operation
 def silu_gate_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients of gate and up."""
     compute = implementation("silu_gate_backward", gate.device)

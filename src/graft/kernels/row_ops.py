@@ -9,15 +9,15 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
-from torch.library import custom_op
 
 import graft.kernels.backends  # noqa: F401  (registers them)
+from graft.kernels.operation import Operation
 from graft.kernels.registry import implementation
 
 # dense: the weight itself, frozen ----------------------------------------------------------------
 
 
-@custom_op("graft::dense_linear", mutates_args=())
+@Operation
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Return y = x Wᵀ for a frozen weight of x's dtype; differentiable in x."""
     out: Tensor = implementation("dense_linear", x.device)(x, weight)
@@ -29,7 +29,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
-@custom_op("graft::dense_grad_input", mutates_args=())
+@Operation
 def dense_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
     """Return dx = dy W."""
     out: Tensor = implementation("dense_grad_input", grad.device)(grad, weight)
@@ -54,7 +54,7 @@ dense_linear.register_autograd(_dense_backward, setup_context=_dense_save)
 # int8: w = scale[row] * code ---------------------------------------------------------------------
 
 
-@custom_op("graft::int8_linear", mutates_args=())
+@Operation
 def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Return y = x Wᵀ with codes int8 [out, in] and scales float32 [out]; differentiable in x."""
     out: Tensor = implementation("int8_linear", x.device)(x, codes, scales)
@@ -66,7 +66,7 @@ def _(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-@custom_op("graft::int8_grad_input", mutates_args=())
+@Operation
 def int8_grad_input(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
     """Return dx = dy W."""
     out: Tensor = implementation("int8_grad_input", grad.device)(grad, codes, scales)
