@@ -21,10 +21,18 @@ from torch import Tensor
 from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import GROUP_SIZES, IntGroupFormat
-from graft.kernels import reference, triton_launch, triton_moves
+from graft.kernels import (
+    reference,
+    reference_pointwise,
+    triton_launch,
+    triton_low_rank,
+    triton_moves,
+    triton_pointwise,
+)
 from graft.kernels import triton_backend as backend
 from graft.kernels.codebooks import quantisation_bounds
 from graft.kernels.packing import unpack_codes
+from graft.kernels.weights import Layout, Weight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = triton_launch._why_unavailable() is None and not INTERPRETED
@@ -256,6 +264,69 @@ def test_statistics_move_as_in_the_reference(stored: torch.dtype) -> None:
     values[0, 0], moves[0, 0] = 60000.0, 1e6  # overflows float16
     expected = reference.move_scaled(values, scales, moves, stored)
     assert torch.equal(triton_moves.move_scaled(values, scales, moves, stored), expected)
+
+
+# norms, gates and low ranks ----------------------------------------------------------------------
+
+
+def assert_near(ours: Any, theirs: Any) -> None:
+    """Equal but for two roundings to the dtype of numbers of this size."""
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == other.dtype
+        eps = 2 * torch.finfo(one.dtype).eps
+        torch.testing.assert_close(one, other, rtol=eps, atol=eps * other.abs().max().item())
+
+
+@where_kernels_run
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 40), (5, 300)])
+def test_norms_and_gates(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, grad, gate, up = (randn(*shape, dtype=dtype) for _ in range(4))
+    # As views lie that an adapter or a split projection hands on.
+    x, grad, gate, up = (t.mT.contiguous().mT for t in (x, grad, gate, up))
+    weight = randn(shape[-1], dtype=dtype)
+    expected = reference_pointwise.rms_norm(x, weight, 1e-5)
+    assert_near(triton_pointwise.rms_norm(x, weight, 1e-5), expected)
+    both = grad, x, weight, expected[1]
+    theirs = reference_pointwise.rms_norm_backward(*both)
+    assert_near([triton_pointwise.rms_norm_backward(*both)], [theirs])
+    assert_near([triton_pointwise.silu_gate(gate, up)], [reference_pointwise.silu_gate(gate, up)])
+    theirs = reference_pointwise.silu_gate_backward(grad, gate, up)
+    assert_near(triton_pointwise.silu_gate_backward(grad, gate, up), theirs)
+
+
+@where_kernels_run
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 4), torch.float64), ((0, 4), torch.float32)])
+def test_norms_and_gates_that_no_kernel_takes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight = randn(*shape, dtype=dtype), randn(4, dtype=dtype)
+
+    def results(of: Any) -> list[Tensor]:
+        y, scale = of.rms_norm(x, weight, 1e-5)
+        gates = of.silu_gate(x, x), *of.silu_gate_backward(x, x, x)
+        return [y, scale, of.rms_norm_backward(x, x, weight, scale), *gates]
+
+    for one, other in zip(results(triton_pointwise), results(reference_pointwise), strict=True):
+        assert torch.equal(one, other) and one.dtype == other.dtype
+
+
+@where_kernels_run
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_low_rank_products(tokens: tuple[int, ...], dtype: torch.dtype) -> None:
+    packed, nested = codebook((33, 128), "nf4", True)
+    layout = Layout("codebook", 33, 128, group_size=BLOCK_SIZE, codebook="nf4")
+    weight = Weight(layout, (*packed[:2], *nested))
+    A, B, scaling = randn(4, 128), randn(33, 4), 0.7
+    x, grad = randn(*tokens, 128, dtype=dtype), randn(*tokens, 33, dtype=dtype)
+    for name, given in (("lora_linear", x), ("lora_grad_input", grad)):
+        compute = getattr(reference, name), getattr(triton_low_rank, name)
+        exact = compute[0](given.double(), weight, A, B, scaling)
+        for one, other in zip(compute[1](given, weight, A, B, scaling), exact, strict=True):
+            assert one.dtype == dtype and one.shape == other.shape
+            assert (one - other).abs().max() <= 16 * torch.finfo(dtype).eps * other.abs().max()
+    assert_is_product(
+        triton_low_rank.token_product(grad, x).to(dtype), grad.reshape(-1, 33).T, x.reshape(-1, 128)
+    )
 
 
 # int8, and what all linears share ----------------------------------------------------------------

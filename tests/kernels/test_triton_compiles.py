@@ -17,7 +17,7 @@ from torch import Tensor
 from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels import reference, triton_launch, triton_moves
+from graft.kernels import reference, triton_launch, triton_moves, triton_pointwise
 from graft.kernels import triton_backend as backend
 from graft.kernels.registry import backends
 
@@ -93,7 +93,8 @@ class CompiledInstead:
         values = dict(zip(names, arguments, strict=False))
         values |= {name: options.pop(name) for name in names if name in options}
         for name, value in values.items():
-            signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else "i32"
+            scalar = "fp32" if isinstance(value, float) else "i32"
+            signature[name] = POINTERS[value.dtype] if isinstance(value, Tensor) else scalar
             if name.isupper() or value is None:
                 signature[name], constants[name] = "constexpr", value
         source = ASTSource(self.function, signature, constexprs=constants)
@@ -126,10 +127,13 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     backend._int8_weight(**int8, dtype=dtype)
     triton_moves.move_offsets(args[3], torch.randn(4, 8), torch.randn(4, 4), 0.7, torch.float16)
     triton_moves.move_scaled(args[2], args[2], torch.randn(4, 8), torch.float16)
+    norm = triton_pointwise.rms_norm(x, torch.ones(64, dtype=dtype), 1e-5)
+    triton_pointwise.rms_norm_backward(x, x, torch.ones(64, dtype=dtype), norm[1])
+    triton_pointwise.silu_gate_backward(grad, grad, triton_pointwise.silu_gate(grad, grad))
     # Once from float64 to float16, with a scaling that is no float32.
     assert "cvt.rn.f16.f64" in binaries["move_scaled"]["ptx"]
     assert "0d3FE6666666666666" in binaries["move_offsets"]["ptx"]
-    assert len(binaries) == 10 and all(asm["cubin"] for asm in binaries.values())
+    assert len(binaries) == 14 and all(asm["cubin"] for asm in binaries.values())
     # The fused products' tiles hang on the width and on x's dtype, and not every tile compiles.
     for bits, kind in itertools.product((2, 3, 4, 8), DTYPES):
         packed_int = int_group(bits, 32)

@@ -99,5 +99,5 @@ def test_what_is_left_alone() -> None:
 
 
 def test_nothing_is_replaced_without_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pointwise, "why_unavailable", lambda: "no compiler")
+    monkeypatch.setattr(pointwise, "has_own_pointwise", lambda device: False)
     assert use_own_pointwise(model_of("llama").requires_grad_(False)) == 0

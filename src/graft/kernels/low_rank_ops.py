@@ -128,8 +128,7 @@ def _lora_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
     else:
         grad_hidden = (grad @ B.detach().to(grad.dtype)) * ctx.scaling
     grad_A = token_product(grad_hidden, x)
-    # dB is formed as its transpose: the long side is the one that is shared out to the threads.
-    grad_B = token_product(hidden, grad).T.contiguous()
+    grad_B = token_product(grad, hidden)
     return grad_x, *5 * [None], grad_A, grad_B, None
 
 
@@ -238,7 +237,7 @@ def _qalora_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor |
     hidden = (pooled @ A.T.to(pooled.dtype)) * ctx.scaling
     grad_hidden = (grad @ B.to(grad.dtype)) * ctx.scaling
     grad_A = token_product(grad_hidden, pooled)
-    grad_B = token_product(hidden, grad).T.contiguous()
+    grad_B = token_product(grad, hidden)
     return grad_x, *6 * [None], grad_A, grad_B, None
 
 

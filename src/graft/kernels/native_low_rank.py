@@ -12,6 +12,9 @@ from graft.kernels.native import native, reads, token_count
 from graft.kernels.native_library import COMPUTE, DTYPES, LowRank, address, call, descriptor
 from graft.kernels.weights import Weight
 
+_NARROW = 128
+"""The columns of a product over tokens that are too few for the threads."""
+
 
 def _low_rank_product(
     name: str, x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float, columns: int
@@ -65,6 +68,9 @@ def token_product(a: Tensor, b: Tensor) -> Tensor:
         return reference.token_product(a, b)
     left, right = a.contiguous(), b.contiguous()
     rows, columns = a.shape[-1], b.shape[-1]
+    if columns <= _NARROW < rows:
+        # The columns are what is shared out to the threads.
+        return token_product(b, a).T.contiguous()
     if not a.numel():
         return a.new_zeros((rows, columns), dtype=torch.float32)
     out = a.new_empty((rows, columns), dtype=torch.float32)
@@ -124,4 +130,4 @@ def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dty
 @native.implements("int_group_grad_offsets")
 def int_group_grad_offsets(grad: Tensor, x: Tensor, group_size: int) -> Tensor:
     """Compute d offset[o, g] = sum over tokens of dy[o] * groupsum(x)[g]; float32."""
-    return token_product(pool(x.float(), group_size), grad.float()).T.contiguous()
+    return token_product(grad.float(), pool(x.float(), group_size))

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.library import CustomOpDef, custom_op
+from torch.library import custom_op
 
 from graft.kernels.registry import is_unwatched
 
@@ -30,7 +30,7 @@ class Operation:
     def __init__(self, compute: Callable[..., Any]) -> None:
         self.name = compute.__name__
         self.__doc__ = compute.__doc__
-        self.registered: CustomOpDef = custom_op(f"graft::{self.name}", compute, mutates_args=())
+        self.registered = custom_op(f"graft::{self.name}", compute, mutates_args=())
         """What the dispatcher knows."""
         self._compute = compute
         self._defaults = tuple(

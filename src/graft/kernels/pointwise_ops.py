@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 import graft.kernels.native_pointwise
-import graft.kernels.reference_pointwise  # noqa: F401  (these modules register the operations)
+import graft.kernels.reference_pointwise
+import graft.kernels.triton_pointwise  # noqa: F401  (these modules register the operations)
 from graft.kernels.operation import Operation
 from graft.kernels.registry import implementation
 

@@ -62,7 +62,12 @@ def backends() -> tuple[Backend, ...]:
 
 
 def implementation(operation: str, device: torch.device) -> Implementation:
-    """Return the function that computes `operation` on `device`.
+    """Return the function that computes `operation` on `device`; raises as `backend_of` does."""
+    return backend_of(operation, device).operations[operation]
+
+
+def backend_of(operation: str, device: torch.device) -> Backend:
+    """Return the backend that computes `operation` on `device`.
 
     Raises LookupError when no available backend implements it there, and says why.
     """
@@ -75,7 +80,7 @@ def implementation(operation: str, device: torch.device) -> Implementation:
         elif (reason := backend.why_unavailable()) is not None:
             reasons.append(f"{backend.name} is unavailable: {reason}")
         else:
-            return backend.operations[operation]
+            return backend
     raise LookupError(f"no backend computes {operation} on {device}: {'; '.join(reasons)}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import NamedTuple
 
 from torch import Tensor
@@ -36,6 +37,7 @@ class Layout:
         )
 
     @staticmethod
+    @cache
     def parse(text: str) -> Layout:
         """Return the layout that `text` wrote."""
         kind, rows, columns, bits, group_size, codebook = text.split("/")

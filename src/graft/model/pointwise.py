@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graft.adapters.attach import replace_module
-from graft.kernels.native_library import why_unavailable
 from graft.kernels.pointwise_ops import rms_norm, silu_gate
+from graft.kernels.registry import backend_of
 
 _NORMS = frozenset(
     """
@@ -47,6 +48,11 @@ class GatedMLP(nn.Module):
         return y
 
 
+def has_own_pointwise(device: torch.device) -> bool:
+    """Return whether there are kernels for norms and gates on a device."""
+    return backend_of("rms_norm", device).name != "reference"
+
+
 def own_norms(model: nn.Module) -> list[str]:
     """Return the names of the norms that `use_own_pointwise` would replace, were they frozen."""
     return [name for name, module in model.named_modules() if _is_one_of(module, _NORMS)]
@@ -60,13 +66,13 @@ def own_gates(model: PreTrainedModel) -> list[str]:
 
 
 def use_own_pointwise(model: PreTrainedModel) -> int:
-    """Let graft's kernels compute norms and gates on a CPU; return how many modules they take.
+    """Let graft's kernels compute norms and gates; return how many modules they take.
 
     Each is one operation, forward and backward, that keeps its inputs alone. Parameters keep their
     names. A norm whose weight trains stays as it is, and so does every module that is not listed
-    here, or a model without the native backend.
+    here, or a model on a device without kernels for it.
     """
-    if model.device.type != "cpu" or why_unavailable() is not None:
+    if not has_own_pointwise(model.device):
         return 0
     norms = [
         name for name in own_norms(model) if not model.get_parameter(f"{name}.weight").requires_grad

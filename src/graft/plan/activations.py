@@ -11,14 +11,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from graft.adapters.base import AdaptedLinear
 from graft.adapters.config import AdapterConfig
-from graft.kernels.native_library import why_unavailable
 from graft.model.checkpointing import (
     Checkpointing,
     is_wide,
     keeps_attention,
     keeps_product,
 )
-from graft.model.pointwise import own_gates, own_norms
+from graft.model.pointwise import has_own_pointwise, own_gates, own_norms
 from graft.model.targets import linear_layers, linear_shape
 
 _COMPOSED_ACTIVATIONS = {"gelu_new": 3, "gelu_fast": 3, "quick_gelu": 2}
@@ -122,7 +121,7 @@ def _setting(
 ) -> _Setting:
     config = model.config
     on_cpu = device.type == "cpu"
-    native = on_cpu and why_unavailable() is None
+    own = has_own_pointwise(device)
     norms_train = adapter.method == "full" and not adapter.targets
     heads = int(getattr(config, "num_attention_heads", 1))
     hidden = model.get_input_embeddings().get_parameter("weight").shape[1]
@@ -135,8 +134,8 @@ def _setting(
         attention_width=heads * head_dim,
         rms_norm=not any(isinstance(module, nn.LayerNorm) for module in model.modules()),
         norms_train=norms_train,
-        own_norms=native and not norms_train and bool(own_norms(model)),
-        own_gates=native and bool(own_gates(model)),
+        own_norms=own and not norms_train and bool(own_norms(model)),
+        own_gates=own and bool(own_gates(model)),
         activation=str(_first(config, "hidden_act", "activation_function", "hidden_activation")),
         unfused_attention=on_cpu and bool(_first(config, "attention_dropout", "attn_pdrop")),
         residual_dropout=bool(_first(config, "resid_pdrop", "hidden_dropout", "dropout")),

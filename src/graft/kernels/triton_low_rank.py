@@ -1,0 +1,55 @@
+"""The Triton backend's products of a low rank: cuBLAS, in as few launches as it takes.
+
+The host launches kernels slower than a GPU computes these, so a cast or a sum of its own costs as
+much as the product before it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graft.kernels import reference
+from graft.kernels.triton_launch import triton
+from graft.kernels.weights import Weight
+
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _with_update(
+    operation: str, x: Tensor, weight: Weight, down: Tensor, up: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Compute the frozen product + hidden up, and hidden = scaling x down, rounded once."""
+    matrix = _matrix(x)
+    hidden = torch.addmm(matrix.new_empty(1), matrix, down.to(x.dtype), beta=0, alpha=scaling)
+    out = reference.frozen_product(operation, x, weight)
+    out.view(-1, out.shape[-1]).addmm_(hidden, up.to(x.dtype))
+    return out, hidden.view(*x.shape[:-1], hidden.shape[-1])
+
+
+@triton.implements("lora_linear")
+def lora_linear(
+    x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Compute y = x Wᵀ + hidden Bᵀ and hidden = scaling x Aᵀ."""
+    return _with_update("linear", x, weight, A.T, B.T, scaling)
+
+
+@triton.implements("lora_grad_input")
+def lora_grad_input(
+    grad: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Compute dx = dy W + hidden A and hidden = scaling dy B."""
+    return _with_update("grad_input", grad, weight, B, A, scaling)
+
+
+@triton.implements("token_product")
+def token_product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute aᵀ b over all tokens, float32, without rounding the sums to a's dtype."""
+    if a.dtype not in _HALVES or a.dtype != b.dtype or not a.is_cuda or not a.numel():
+        return reference.token_product(a, b)
+    return torch.mm(_matrix(a).T, _matrix(b), out_dtype=torch.float32)
