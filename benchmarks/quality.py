@@ -201,7 +201,9 @@ def _ratio_to(found: Found, one: str, other: str, bits: str) -> str:
 def _ratio(found: Found, contender: str, bits: str) -> str:
     here, lora = found.get((contender, bits), {}), found.get(("lora", ""), {})
     paired = [value / lora[seed] for seed, value in here.items() if seed in lora]
-    return _cell(here) + (f" ({fmean(paired):.4f})" if paired and contender != "lora" else "")
+    return _cell(here, _seeds(found)) + (
+        f" ({fmean(paired):.4f})" if paired and contender != "lora" else ""
+    )
 
 
 def _recovered(found: Found, contender: str, bits: str) -> str:
@@ -209,16 +211,21 @@ def _recovered(found: Found, contender: str, bits: str) -> str:
     here = found.get((contender, bits), {})
     rounded, dense = found.get(("base+rtn", bits), {}), found.get(("base", ""), {})
     if not here or not bits or not rounded or not dense or contender == "base+rtn":
-        return _cell(here)
+        return _cell(here, _seeds(found))
     lost, best = fmean(rounded.values()), fmean(dense.values())
-    return f"{_cell(here)} ({(lost - fmean(here.values())) / (lost - best):.0%})"
+    return f"{_cell(here, _seeds(found))} ({(lost - fmean(here.values())) / (lost - best):.0%})"
 
 
-def _cell(here: dict[str, float]) -> str:
+def _seeds(found: Found) -> int:
+    return max(map(len, found.values()))
+
+
+def _cell(here: dict[str, float], seeds: int) -> str:
     if not here:
         return ""
     spread = f" ± {stdev(here.values()):.4f}" if len(here) > 1 else ""
-    return f"{fmean(here.values()):.4f}{spread}"
+    fewer = f", {len(here)} seeds" if 1 < len(here) < seeds else ""
+    return f"{fmean(here.values()):.4f}{spread}{fewer}"
 
 
 if __name__ == "__main__":

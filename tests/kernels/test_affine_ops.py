@@ -71,5 +71,7 @@ def test_opcheck(opcheck: Callable[..., None]) -> None:
     opcheck(ops.affine_linear, (x, *grid, 4, 32, u, v))
     factors = [torch.randn(shape, requires_grad=True) for shape in ((2, 3), (OUT, 2))]
     opcheck(ops.qalora_grid_linear, (x, *grid, 4, 32, *factors, 1.0, *factors))
+    frozen = [factor.detach() for factor in factors]
+    opcheck(ops.move_by_factors, (*grid[2:], *frozen, 1.0, *frozen))
     moves = packed["offsets"], packed["scales"], u.detach(), torch.float16
     opcheck(ops.move_scaled, moves)

@@ -258,6 +258,11 @@ def test_statistics_move_as_in_the_reference(stored: torch.dtype) -> None:
     for scaling in (1.0, 0.7):
         ours = triton_moves.move_offsets(offsets.T.contiguous().T, A, B, scaling, stored)
         assert torch.equal(ours, reference.move_offsets(offsets, A, B, scaling, stored))
+    u_A, u_B = randn(6, 40), randn(33, 6)
+    factors = offsets.abs().T.contiguous().T, offsets, A, B, 0.7, u_A, u_B
+    both = triton_moves.move_by_factors(*factors), reference.move_by_factors(*factors)
+    for ours, theirs in zip(*both, strict=True):
+        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
     # So many that some lie where rounding by way of float32 would go the other way.
     values, scales = (randn(900, 33, dtype=stored) for _ in range(2))
     moves = randn(900, 33)

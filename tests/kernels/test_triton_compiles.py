@@ -127,13 +127,16 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     backend._int8_weight(**int8, dtype=dtype)
     triton_moves.move_offsets(args[3], torch.randn(4, 8), torch.randn(4, 4), 0.7, torch.float16)
     triton_moves.move_scaled(args[2], args[2], torch.randn(4, 8), torch.float16)
+    factors = torch.randn(4, 8), torch.randn(4, 4), 0.7, torch.randn(3, 8), torch.randn(4, 3)
+    triton_moves.move_by_factors(*args[2:4], *factors)
     norm = triton_pointwise.rms_norm(x, torch.ones(64, dtype=dtype), 1e-5)
     triton_pointwise.rms_norm_backward(x, x, torch.ones(64, dtype=dtype), norm[1])
     triton_pointwise.silu_gate_backward(grad, grad, triton_pointwise.silu_gate(grad, grad))
     # Once from float64 to float16, with a scaling that is no float32.
     assert "cvt.rn.f16.f64" in binaries["move_scaled"]["ptx"]
-    assert "0d3FE6666666666666" in binaries["move_offsets"]["ptx"]
-    assert len(binaries) == 14 and all(asm["cubin"] for asm in binaries.values())
+    for name in ("move_offsets", "move_by_factors"):
+        assert "0d3FE6666666666666" in binaries[name]["ptx"]
+    assert len(binaries) == 15 and all(asm["cubin"] for asm in binaries.values())
     # The fused products' tiles hang on the width and on x's dtype, and not every tile compiles.
     for bits, kind in itertools.product((2, 3, 4, 8), DTYPES):
         packed_int = int_group(bits, 32)
@@ -146,4 +149,4 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         backend.int8_linear(x.to(kind), **int8)
     # Contracting a product and an addition would round once where the reference rounds twice.
     exact = [name for name in binaries if "dequant" in name or "move" in name]
-    assert len(exact) == 5 and not any("fma." in binaries[name]["ptx"] for name in exact)
+    assert len(exact) == 6 and not any("fma." in binaries[name]["ptx"] for name in exact)

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.kernels.low_rank_ops import low_rank_product, move_offsets
 from graft.kernels.operation import Operation
 from graft.kernels.ops import int_group_grad_input, int_group_grad_statistics
 from graft.kernels.registry import implementation
@@ -113,6 +112,23 @@ affine_linear.register_autograd(_affine_backward, setup_context=_affine_save)
 
 
 @Operation
+def move_by_factors(
+    scales: Tensor, offsets: Tensor, A: Tensor, B: Tensor, scaling: float, u_A: Tensor, u_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return scales (1 + u_B u_A), rounded as they are stored, and `move_offsets`' offsets."""
+    compute = implementation("move_by_factors", scales.device)
+    moved: tuple[Tensor, Tensor] = compute(scales, offsets, A, B, scaling, u_A, u_B)
+    return moved
+
+
+@move_by_factors.register_fake
+def _(
+    scales: Tensor, offsets: Tensor, A: Tensor, B: Tensor, scaling: float, u_A: Tensor, u_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(scales), torch.empty_like(offsets, dtype=torch.float32)
+
+
+@Operation
 def qalora_grid_linear(
     x: Tensor,
     codes: Tensor,
@@ -133,20 +149,11 @@ def qalora_grid_linear(
     statistics come from one product, and those of the factors from them. Nothing of the size of
     the statistics is kept between forward and backward.
     """
-    moved = _moved_by_factors(scales, offsets, A, B, scaling, u_A, u_B)
+    factors = A, B, scaling, u_A, u_B
+    moved = implementation("move_by_factors", x.device)(scales, offsets, *factors)
     compute = implementation("int_group_linear", x.device)
     y: Tensor = compute(x, codes, codes_high, *moved, bits, group_size)
     return y
-
-
-def _moved_by_factors(
-    scales: Tensor, offsets: Tensor, A: Tensor, B: Tensor, scaling: float, u_A: Tensor, u_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the moved statistics, rounded as they are stored, as a merge moves them."""
-    return (
-        move_scaled(scales, scales, low_rank_product(u_A, u_B), scales.dtype),
-        move_offsets(offsets, A, B, scaling, offsets.dtype),
-    )
 
 
 qalora_grid_linear.register_fake(_output_of)
@@ -163,7 +170,7 @@ def _qalora_grid_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad, options = grad.contiguous(), (ctx.bits, ctx.group_size)
     grad_x = None
     if ctx.needs_input_grad[0]:
-        moved = _moved_by_factors(scales, offsets, A, B, ctx.scaling, u_A, u_B)
+        moved = move_by_factors(scales, offsets, A, B, ctx.scaling, u_A, u_B)
         grad_x = int_group_grad_input(grad, codes, codes_high, *moved, *options, x.shape[-1])
     d_scales, d_offsets = int_group_grad_statistics(grad, x, codes, codes_high, *options, None)
     d_u, d_offsets = d_scales * scales, d_offsets * ctx.scaling

@@ -369,6 +369,23 @@ def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dty
     return round_once(values.double() + scales.double() * moves, stored)
 
 
+@reference.implements("move_by_factors")
+def move_by_factors(
+    scales: Tensor, offsets: Tensor, A: Tensor, B: Tensor, scaling: float, u_A: Tensor, u_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute scales (1 + u_B u_A) and offsets + scaling B A by whatever moves them on the device.
+
+    Each is rounded as it is stored, the offsets are handed out as float32.
+    """
+    move, move_in_units = (
+        implementation(name, scales.device) for name in ("move_offsets", "move_scaled")
+    )
+    nothing = u_A.new_zeros(u_B.shape[0], u_A.shape[1])
+    u = move(nothing, u_A, u_B, 1.0, torch.float32)
+    moved_scales = move_in_units(scales, scales, u, scales.dtype)
+    return moved_scales, move(offsets, A, B, scaling, offsets.dtype)
+
+
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
     """Round float64 to the nearest float16 or float32; torch itself goes by way of float32."""
     nearest = values.float()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from graft.kernels.triton_move_kernels import move_offsets, move_scaled
+from graft.kernels.triton_move_kernels import move_by_factors, move_offsets, move_scaled
 from graft.kernels.triton_pointwise_kernels import (
     rms_norm,
     rms_norm_backward,
@@ -20,6 +20,7 @@ from graft.kernels.triton_pointwise_kernels import (
 from graft.kernels.triton_rounding import INTERPRETED, rounded
 
 __all__ = [
+    "move_by_factors",
     "move_offsets",
     "move_scaled",
     "rms_norm",

@@ -28,6 +28,26 @@ def move_offsets(
     return out
 
 
+@triton.implements("move_by_factors")
+def move_by_factors(
+    scales: Tensor, offsets: Tensor, A: Tensor, B: Tensor, scaling: float, u_A: Tensor, u_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute the scales moved by u_B u_A and the offsets moved by scaling B A in one launch."""
+    stored, factors = {scales.dtype, offsets.dtype}, (A, B, u_A, u_B)
+    if not stored <= set(_STATISTICS) or any(factor.dtype != torch.float32 for factor in factors):
+        return reference.move_by_factors(scales, offsets, A, B, scaling, u_A, u_B)
+    out_features, groups = scales.shape
+    moved_scales = scales.new_empty(scales.shape)
+    moved_offsets = offsets.new_empty(offsets.shape, dtype=torch.float32)
+    sizes = out_features, groups, A.shape[0], u_A.shape[0]
+    half = offsets.dtype == torch.float16
+    constants = {"SCALING": scaling, "HALF": half, "ROWS": 16, "GROUPS": 32}
+    arguments = moved_offsets, *as_stored(scales, offsets, *factors), *sizes
+    grid = tiles(out_features, 16), tiles(groups, 32)
+    launch("move_by_factors", grid, moved_scales, *arguments, **constants)
+    return moved_scales, moved_offsets
+
+
 @triton.implements("move_scaled")
 def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
     """Compute values + scales * moves in float64, rounded once to the stored dtype."""
