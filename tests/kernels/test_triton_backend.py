@@ -1,83 +1,54 @@
-"""The Triton kernels against the reference backend, on a GPU or in Triton's interpreter.
-
-The interpreter is chosen when triton is first imported, and other libraries import it too. So
-without a GPU the tests of what the kernels compute run in a process of their own, which
-`test_the_kernels_in_the_interpreter` starts with TRITON_INTERPRET=1.
-"""
+"""The Triton kernels against the reference backend, on a GPU or in Triton's interpreter."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from triton_testing import (
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    ON_GPU,
+    TOKENS,
+    assert_is_product,
+    codebook,
+    collected,
+    needs_triton,
+    randn,
+    where_kernels_run,
+)
 
-from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
+from graft.formats.codebook import BLOCK_SIZE
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import GROUP_SIZES, IntGroupFormat
-from graft.kernels import (
-    reference,
-    reference_pointwise,
-    triton_launch,
-    triton_low_rank,
-    triton_moves,
-    triton_pointwise,
-)
+from graft.kernels import reference, triton_launch
 from graft.kernels import triton_backend as backend
 from graft.kernels.codebooks import quantisation_bounds
 from graft.kernels.packing import unpack_codes
-from graft.kernels.weights import Layout, Weight
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-ON_GPU = triton_launch._why_unavailable() is None and not INTERPRETED
-DEVICE = "cuda" if ON_GPU else "cpu"
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-TOKENS = [(1,), (3, 1), (17,)]
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="needs triton; pip install 'graft-llm[test]'"
-)
-
-if INTERPRETED:  # a process without the suite's conftest
-    torch.set_num_threads(1)
-
-    @pytest.fixture(autouse=True)
-    def _seed() -> None:
-        torch.manual_seed(0)
-
-
-def collected(condition: bool) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    def mark(test: Callable[..., None]) -> Callable[..., None]:
-        test.__test__ = condition  # type: ignore[attr-defined]
-        return test
-
-    return mark
-
-
-where_kernels_run = collected(INTERPRETED or ON_GPU)
-where_the_suite_runs = collected(not INTERPRETED)
 
 
 @collected(not INTERPRETED and not ON_GPU)
 @needs_triton
 def test_the_kernels_in_the_interpreter() -> None:
+    here = Path(__file__).parent
+    plugins = ["--noconftest", "-p", "no:cacheprovider", "-p", "triton_testing"]
+    paths = os.pathsep.join([str(here), *filter(None, [os.environ.get("PYTHONPATH")])])
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
+        [sys.executable, "-m", "pytest", *plugins, __file__, here / "test_triton_parts.py"],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths},
         capture_output=True,
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "skipped" not in result.stdout
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape).to(DEVICE, dtype)
 
 
 def int_group(shape: tuple[int, int], bits: int, group_size: int, statistics: str) -> tuple:
@@ -91,22 +62,6 @@ def int_group(shape: tuple[int, int], bits: int, group_size: int, statistics: st
     }
     planes = packed["codes"], packed.get("codes_high")
     return *planes, packed["scales"], packed["offsets"], bits, group_size
-
-
-def codebook(shape: tuple[int, int], name: str, double: bool) -> tuple[tuple, tuple]:
-    """(Codes, absmax, codebook and block size) and (absmax_scale, absmax_offset) of a weight."""
-    packed = CodebookFormat(name=name, double_quant=double).pack(randn(*shape))
-    nested = packed.get("absmax_scale"), packed.get("absmax_offset")
-    return (packed["codes"], packed["absmax"], name, BLOCK_SIZE), nested
-
-
-def assert_is_product(y: Tensor, a: Tensor, b: Tensor) -> None:
-    """y = a b up to float32 sums in any order and one rounding to y's dtype."""
-    a, b = a.double(), b.double()
-    bound = a.shape[-1] * 2.0**-24 * (a.abs() @ b.abs())
-    kind, exact = torch.finfo(y.dtype), a @ b
-    bound += kind.eps * exact.abs().clamp(min=kind.smallest_normal)
-    assert ((y - exact).abs() <= bound).all()
 
 
 @pytest.fixture
@@ -244,94 +199,6 @@ def test_codebook_products(
         assert launches[0][0] == ("codebook_linear" if fused else "codebook_dequantize")
         grad_x = backend.codebook_grad_input(grad, *packed, shape[1], *nested)
         assert_is_product(grad_x, grad, weight)
-
-
-# statistics that move ----------------------------------------------------------------------------
-
-
-@where_kernels_run
-@pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")  # the interpreter's NumPy
-@pytest.mark.parametrize("stored", [torch.float16, torch.float32])
-def test_statistics_move_as_in_the_reference(stored: torch.dtype) -> None:
-    offsets, A, B = randn(33, 40, dtype=stored), randn(4, 40), randn(33, 4)
-    A[:, :4] *= 1e-7  # sums that float16 holds as subnormal numbers
-    for scaling in (1.0, 0.7):
-        ours = triton_moves.move_offsets(offsets.T.contiguous().T, A, B, scaling, stored)
-        assert torch.equal(ours, reference.move_offsets(offsets, A, B, scaling, stored))
-    u_A, u_B = randn(6, 40), randn(33, 6)
-    factors = offsets.abs().T.contiguous().T, offsets, A, B, 0.7, u_A, u_B
-    both = triton_moves.move_by_factors(*factors), reference.move_by_factors(*factors)
-    for ours, theirs in zip(*both, strict=True):
-        assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
-    # So many that some lie where rounding by way of float32 would go the other way.
-    values, scales = (randn(900, 33, dtype=stored) for _ in range(2))
-    moves = randn(900, 33)
-    values[0, 0], moves[0, 0] = 60000.0, 1e6  # overflows float16
-    expected = reference.move_scaled(values, scales, moves, stored)
-    assert torch.equal(triton_moves.move_scaled(values, scales, moves, stored), expected)
-
-
-# norms, gates and low ranks ----------------------------------------------------------------------
-
-
-def assert_near(ours: Any, theirs: Any) -> None:
-    """Equal but for two roundings to the dtype of numbers of this size."""
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.dtype == other.dtype
-        eps = 2 * torch.finfo(one.dtype).eps
-        torch.testing.assert_close(one, other, rtol=eps, atol=eps * other.abs().max().item())
-
-
-@where_kernels_run
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1), (2, 3, 40), (5, 300)])
-def test_norms_and_gates(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    x, grad, gate, up = (randn(*shape, dtype=dtype) for _ in range(4))
-    # As views lie that an adapter or a split projection hands on.
-    x, grad, gate, up = (t.mT.contiguous().mT for t in (x, grad, gate, up))
-    weight = randn(shape[-1], dtype=dtype)
-    expected = reference_pointwise.rms_norm(x, weight, 1e-5)
-    assert_near(triton_pointwise.rms_norm(x, weight, 1e-5), expected)
-    both = grad, x, weight, expected[1]
-    theirs = reference_pointwise.rms_norm_backward(*both)
-    assert_near([triton_pointwise.rms_norm_backward(*both)], [theirs])
-    assert_near([triton_pointwise.silu_gate(gate, up)], [reference_pointwise.silu_gate(gate, up)])
-    theirs = reference_pointwise.silu_gate_backward(grad, gate, up)
-    assert_near(triton_pointwise.silu_gate_backward(grad, gate, up), theirs)
-
-
-@where_kernels_run
-@pytest.mark.parametrize(("shape", "dtype"), [((3, 4), torch.float64), ((0, 4), torch.float32)])
-def test_norms_and_gates_that_no_kernel_takes(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    x, weight = randn(*shape, dtype=dtype), randn(4, dtype=dtype)
-
-    def results(of: Any) -> list[Tensor]:
-        y, scale = of.rms_norm(x, weight, 1e-5)
-        gates = of.silu_gate(x, x), *of.silu_gate_backward(x, x, x)
-        return [y, scale, of.rms_norm_backward(x, x, weight, scale), *gates]
-
-    for one, other in zip(results(triton_pointwise), results(reference_pointwise), strict=True):
-        assert torch.equal(one, other) and one.dtype == other.dtype
-
-
-@where_kernels_run
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", TOKENS)
-def test_low_rank_products(tokens: tuple[int, ...], dtype: torch.dtype) -> None:
-    packed, nested = codebook((33, 128), "nf4", True)
-    layout = Layout("codebook", 33, 128, group_size=BLOCK_SIZE, codebook="nf4")
-    weight = Weight(layout, (*packed[:2], *nested))
-    A, B, scaling = randn(4, 128), randn(33, 4), 0.7
-    x, grad = randn(*tokens, 128, dtype=dtype), randn(*tokens, 33, dtype=dtype)
-    for name, given in (("lora_linear", x), ("lora_grad_input", grad)):
-        compute = getattr(reference, name), getattr(triton_low_rank, name)
-        exact = compute[0](given.double(), weight, A, B, scaling)
-        for one, other in zip(compute[1](given, weight, A, B, scaling), exact, strict=True):
-            assert one.dtype == dtype and one.shape == other.shape
-            assert (one - other).abs().max() <= 16 * torch.finfo(dtype).eps * other.abs().max()
-    assert_is_product(
-        triton_low_rank.token_product(grad, x).to(dtype), grad.reshape(-1, 33).T, x.reshape(-1, 128)
-    )
 
 
 # int8, and what all linears share ----------------------------------------------------------------

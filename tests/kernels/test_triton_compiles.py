@@ -17,9 +17,16 @@ from torch import Tensor
 from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels import reference, triton_launch, triton_moves, triton_pointwise
+from graft.kernels import (
+    reference,
+    triton_latent,
+    triton_launch,
+    triton_moves,
+    triton_pointwise,
+)
 from graft.kernels import triton_backend as backend
 from graft.kernels.registry import backends
+from graft.kernels.weights import Latent
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -132,11 +139,16 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     norm = triton_pointwise.rms_norm(x, torch.ones(64, dtype=dtype), 1e-5)
     triton_pointwise.rms_norm_backward(x, x, torch.ones(64, dtype=dtype), norm[1])
     triton_pointwise.silu_gate_backward(grad, grad, triton_pointwise.silu_gate(grad, grad))
+    update = torch.ones(3, 64), torch.ones(4, 3)
+    for bits, pair in ((2, update), (3, update), (4, update), (8, (None, None))):
+        grid = torch.randn(4, 64, dtype=dtype), *int_group(bits, 32)[2:4]
+        triton_latent.latent_codes(Latent(*grid, *pair, 0.7, bits, 32))
+        triton_latent.latent_grads(torch.randn(4, 64), Latent(*grid, *pair, 0.7, bits, 32))
     # Once from float64 to float16, with a scaling that is no float32.
     assert "cvt.rn.f16.f64" in binaries["move_scaled"]["ptx"]
     for name in ("move_offsets", "move_by_factors"):
         assert "0d3FE6666666666666" in binaries[name]["ptx"]
-    assert len(binaries) == 15 and all(asm["cubin"] for asm in binaries.values())
+    assert len(binaries) == 17 and all(asm["cubin"] for asm in binaries.values())
     # The fused products' tiles hang on the width and on x's dtype, and not every tile compiles.
     for bits, kind in itertools.product((2, 3, 4, 8), DTYPES):
         packed_int = int_group(bits, 32)
@@ -148,5 +160,7 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         backend.codebook_linear(x.to(kind), *nf4, 2, *nested)
         backend.int8_linear(x.to(kind), **int8)
     # Contracting a product and an addition would round once where the reference rounds twice.
-    exact = [name for name in binaries if "dequant" in name or "move" in name]
-    assert len(exact) == 6 and not any("fma." in binaries[name]["ptx"] for name in exact)
+    exact = [
+        name for name in binaries if any(word in name for word in ("dequant", "move", "latent"))
+    ]
+    assert len(exact) == 8 and not any("fma." in binaries[name]["ptx"] for name in exact)

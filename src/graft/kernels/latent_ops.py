@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 import graft.kernels.native_latent
-import graft.kernels.reference_latent  # noqa: F401  (these modules register the operations)
+import graft.kernels.reference_latent
+import graft.kernels.triton_latent  # noqa: F401  (these modules register the operations)
 from graft.kernels.affine_ops import moved_statistics
 from graft.kernels.low_rank_ops import token_product
 from graft.kernels.operation import Operation

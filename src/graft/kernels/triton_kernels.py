@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from graft.kernels.triton_latent_kernels import latent_codes, latent_grads
 from graft.kernels.triton_move_kernels import move_by_factors, move_offsets, move_scaled
 from graft.kernels.triton_pointwise_kernels import (
     rms_norm,
@@ -19,15 +20,8 @@ from graft.kernels.triton_pointwise_kernels import (
 )
 from graft.kernels.triton_rounding import INTERPRETED, rounded
 
-__all__ = [
-    "move_by_factors",
-    "move_offsets",
-    "move_scaled",
-    "rms_norm",
-    "rms_norm_backward",
-    "silu_gate",
-    "silu_gate_backward",
-]
+__all__ = ["latent_codes", "latent_grads", "move_by_factors", "move_offsets", "move_scaled"]
+__all__ += ["rms_norm", "rms_norm_backward", "silu_gate", "silu_gate_backward"]
 
 
 @triton.jit
