@@ -91,6 +91,18 @@ def test_products_equal_float64(
         assert_near(native_low_rank.token_product(grad, x), grad64.T @ x64, dtype)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "columns"), [(300, 5), (129, 128), (300, 129), (5, 300)])
+def test_products_over_tokens_of_every_proportion(
+    level: str, rows: int, columns: int, dtype: torch.dtype
+) -> None:
+    a, b = torch.randn(2, 9, rows).to(dtype), torch.randn(2, columns, 9).to(dtype).mT
+    exact = a.double().reshape(-1, rows).T @ b.double().reshape(-1, columns)
+    product = native_low_rank.token_product(a, b)
+    assert product.is_contiguous() and product.dtype == torch.float32
+    assert_near(product, exact, dtype)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_statistics_gradients_and_pooling(

@@ -62,8 +62,16 @@ def test_a_mode_sees_the_operation_and_its_gradient() -> None:
     assert "graft.dense_grad_input.default" in seen.names
 
 
-def test_tracing_sees_the_operation() -> None:
-    graph = make_fx(lambda x: dense_linear(x, W))(X).graph
+def test_a_mode_of_python_s_functions_sees_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = calls_of(dense_linear, monkeypatch)
+    with torch.device("cpu"):
+        dense_linear(X, W)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("pre_dispatch", [False, True])
+def test_tracing_sees_the_operation(pre_dispatch: bool) -> None:
+    graph = make_fx(lambda x: dense_linear(x, W), pre_dispatch=pre_dispatch)(X).graph
     assert torch.ops.graft.dense_linear.default in [node.target for node in graph.nodes]
 
 
@@ -115,6 +123,11 @@ def test_arguments_left_out_have_their_defaults() -> None:
     ops.codebook_linear(x, codes, absmax, "nf4", 8, 5).sum().backward()
     weight = ops.codebook_dequantize(codes, absmax, "nf4", 8, 5, 8, torch.float32)
     torch.testing.assert_close(x.grad, weight.sum(0).expand(3, 8))
+
+
+def test_missing_arguments_are_python_s_own_error() -> None:
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'weight'"):
+        dense_linear(X.clone().requires_grad_())
 
 
 def test_an_output_can_be_changed_in_place() -> None:

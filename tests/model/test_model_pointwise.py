@@ -99,5 +99,6 @@ def test_what_is_left_alone() -> None:
 
 
 def test_nothing_is_replaced_without_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not pointwise.has_own_pointwise(torch.device("meta"))
     monkeypatch.setattr(pointwise, "has_own_pointwise", lambda device: False)
     assert use_own_pointwise(model_of("llama").requires_grad_(False)) == 0

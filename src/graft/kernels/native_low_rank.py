@@ -66,11 +66,11 @@ def token_product(a: Tensor, b: Tensor) -> Tensor:
     """Compute aᵀ b over all tokens, float32."""
     if a.dtype not in COMPUTE or b.dtype != a.dtype:
         return reference.token_product(a, b)
-    left, right = a.contiguous(), b.contiguous()
     rows, columns = a.shape[-1], b.shape[-1]
     if columns <= _NARROW < rows:
         # The columns are what is shared out to the threads.
         return token_product(b, a).T.contiguous()
+    left, right = a.contiguous(), b.contiguous()
     if not a.numel():
         return a.new_zeros((rows, columns), dtype=torch.float32)
     out = a.new_empty((rows, columns), dtype=torch.float32)

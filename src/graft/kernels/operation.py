@@ -33,9 +33,10 @@ class Operation:
         self.registered = custom_op(f"graft::{self.name}", compute, mutates_args=())
         """What the dispatcher knows."""
         self._compute = compute
-        self._defaults = tuple(
-            parameter.default for parameter in inspect.signature(compute).parameters.values()
-        )
+        parameters = inspect.signature(compute).parameters.values()
+        defaults = (parameter.default for parameter in parameters)
+        self._defaults = tuple(one for one in defaults if one is not inspect.Parameter.empty)
+        self._required = len(parameters) - len(self._defaults)
         self._node: type[torch.autograd.Function] | None = None
 
     def register_fake(self, fake: Fake) -> Fake:
@@ -67,4 +68,5 @@ class Operation:
         if self._node is None:
             # The dispatcher says so when a gradient is asked for.
             return self.registered(*arguments)
-        return self._node.apply(*arguments, *self._defaults[len(arguments) :])
+        given = max(0, len(arguments) - self._required)
+        return self._node.apply(*arguments, *self._defaults[given:])

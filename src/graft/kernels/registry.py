@@ -95,6 +95,8 @@ def is_unwatched(x: torch.Tensor) -> bool:
         and x.device.type != "meta"
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_dispatch_stack() == 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
+        and torch._C._len_torch_function_stack() == 0
         and torch._C._functorch.maybe_current_level() is None
         and torch._C._get_tracing_state() is None
     )

@@ -23,11 +23,12 @@ def _matrix(x: Tensor) -> Tensor:
 def _with_update(
     operation: str, x: Tensor, weight: Weight, down: Tensor, up: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Compute the frozen product + hidden up, and hidden = scaling x down, rounded once."""
+    """Compute the frozen product + hidden up; hidden = scaling x down is rounded once."""
     matrix = _matrix(x)
     hidden = torch.addmm(matrix.new_empty(1), matrix, down.to(x.dtype), beta=0, alpha=scaling)
     out = reference.frozen_product(operation, x, weight)
-    out.view(-1, out.shape[-1]).addmm_(hidden, up.to(x.dtype))
+    # In place, which autocast leaves alone: the dtype is the product's, whatever that is.
+    out.view(-1, out.shape[-1]).addmm_(hidden.to(out.dtype), up.to(out.dtype))
     return out, hidden.view(*x.shape[:-1], hidden.shape[-1])
 
 
