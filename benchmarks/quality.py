@@ -182,9 +182,8 @@ def _returns(task: str, found: Found) -> bool:
 
 def _order(found: Found, bits: str) -> str:
     """Return the trained methods from the best to the worst, ties marked."""
-    scored = [found[name, bits] for name in TRAINED if (name, bits) in found]
-    names = [name for name in TRAINED if (name, bits) in found]
-    ranked = sorted(zip(names, scored, strict=True), key=lambda pair: fmean(pair[1].values()))
+    scored = [(name, found[name, bits]) for name in TRAINED if (name, bits) in found]
+    ranked = sorted(scored, key=lambda pair: fmean(pair[1].values()))
     text = ranked[0][0] if ranked else ""
     for (_, better), (name, worse) in pairwise(ranked):
         gap = fmean(worse.values()) - fmean(better.values())

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from graft.formats.base import Packed, WeightFormat
-from graft.kernels.reference import frozen_product
-from graft.kernels.registry import runs_directly
 from graft.kernels.weights import Weight
 
 
@@ -69,9 +67,6 @@ class FrozenLinear(nn.Module):
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         """Return the layer's output with other packed tensors in place of its own."""
-        if runs_directly(x):
-            weight = self.weight_format.kernel_weight(packed, self.out_features, self.in_features)
-            return self.add_bias(frozen_product("linear", x, weight))
         return self.add_bias(self.weight_format.linear(x, packed, self.out_features))
 
     def add_bias(self, y: Tensor) -> Tensor:

@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from torch.library import custom_op
 
-from graft.kernels.registry import is_unwatched
-
 Fake = Callable[..., Any]
 _PLAIN = frozenset(
     (torch.Tensor, torch.nn.Parameter, torch.dtype, type(None), int, float, bool, str)
@@ -61,7 +59,7 @@ class Operation:
 
     def __call__(self, *arguments: Any) -> Any:
         """Compute, and note what the gradient needs where one will be asked for."""
-        if not is_unwatched(arguments[0]) or not _PLAIN.issuperset(map(type, arguments)):
+        if not _unwatched(arguments):
             return self.registered(*arguments)
         if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             return self._compute(*arguments)
@@ -70,3 +68,20 @@ class Operation:
             return self.registered(*arguments)
         given = max(0, len(arguments) - self._required)
         return self._node.apply(*arguments, *self._defaults[given:])
+
+
+def _unwatched(arguments: tuple[Any, ...]) -> bool:
+    """Return whether nobody but autograd looks on: no tracing, no transform and no mode.
+
+    The first argument is a tensor of PyTorch's own then, with numbers in it.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and _PLAIN.issuperset(map(type, arguments))
+        and arguments[0].device.type != "meta"
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
+        and torch._C._len_torch_function_stack() == 0
+        and torch._C._functorch.maybe_current_level() is None
+        and torch._C._get_tracing_state() is None
+    )

@@ -82,29 +82,3 @@ def backend_of(operation: str, device: torch.device) -> Backend:
         else:
             return backend
     raise LookupError(f"no backend computes {operation} on {device}: {'; '.join(reasons)}")
-
-
-def is_unwatched(x: torch.Tensor) -> bool:
-    """Return whether an operation on x may be computed without PyTorch's dispatcher.
-
-    That is so where nobody but autograd looks on: no tracing, transform or mode, and x a tensor of
-    PyTorch's own with numbers in it.
-    """
-    return (
-        type(x) in (torch.Tensor, torch.nn.Parameter)
-        and x.device.type != "meta"
-        and not torch.compiler.is_compiling()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None
-        and torch._C._get_tracing_state() is None
-    )
-
-
-def runs_directly(x: torch.Tensor) -> bool:
-    """Return whether an operation on x may call its implementation: nobody watches, nor autograd.
-
-    The dispatcher takes longer than a product with one token.
-    """
-    return not torch.is_grad_enabled() and is_unwatched(x)

@@ -21,22 +21,16 @@ from graft.kernels import reference
 from graft.kernels.codebooks import codebook as codebook_values
 from graft.kernels.codebooks import dynamic_code, quantisation_bounds
 from graft.kernels.packing import BLOCK, PLANES
-from graft.kernels.triton_launch import as_stored, launch, tiles, triton
+from graft.kernels.triton_launch import DTYPES, as_matrix, as_stored, launch, tiles, triton
 from graft.kernels.weights import NESTED_BLOCK_SIZE
 
 _FUSED_TOKENS = 16
 """A product with at most so many tokens is fused: one tile of the tensor cores."""
 _FUSED_ROWS = 32
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-"""What the kernels multiply; anything else (float64) is dequantised and left to PyTorch."""
-
-
-def _as_matrix(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1]).contiguous()
 
 
 def _is_fused(x: Tensor) -> bool:
-    return x.dtype in _DTYPES and 0 < x.numel() // x.shape[-1] <= _FUSED_TOKENS
+    return x.dtype in DTYPES and 0 < x.numel() // x.shape[-1] <= _FUSED_TOKENS
 
 
 @cache
@@ -59,7 +53,7 @@ def _fused_linear(
     Where the rows alone do not fill the GPU, a row's tiles are shared out in splits. Each split
     writes its own float32 part, and the parts are summed in a fixed order.
     """
-    matrix, out_features = _as_matrix(x), sizes[0]
+    matrix, out_features = as_matrix(x), sizes[0]
     row_tiles = tiles(out_features, _FUSED_ROWS)
     steps_each = tiles(steps, max(1, 2 * _processors(x.device) // row_tiles))
     splits = tiles(steps, steps_each)
@@ -160,14 +154,14 @@ def int_group_grad_statistics(
 
     The product [out_features, in_features] stays in registers, a tile at a time, in float32.
     """
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         packed = codes, codes_high, bits, group_size, units
         both: tuple[Tensor, Tensor] = reference.int_group_grad_statistics(grad, x, *packed)
         return both
     grad_offsets = reference.int_group_grad_offsets(grad, x, group_size)
     sizes, constants = _layout(codes, bits, group_size, x.shape[-1])
     grad_scales = x.new_empty((sizes[0], sizes[2]), dtype=torch.float32)
-    grad, x = _as_matrix(grad), _as_matrix(x)
+    grad, x = as_matrix(grad), as_matrix(x)
     rows, tokens = (64, 16) if x.dtype == torch.float32 else (128, 32)
     constants |= {"ROWS": rows, "COLUMNS": 128, "TOKENS": tokens, "num_warps": 8}
     arguments = grad, x, *as_stored(codes, codes_high), x.shape[0], *sizes

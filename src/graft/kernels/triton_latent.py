@@ -9,19 +9,17 @@ from torch import Tensor
 
 from graft.kernels import reference_latent as reference
 from graft.kernels.packing import BLOCK, PLANES, empty_planes
-from graft.kernels.triton_launch import as_stored, launch, tiles, triton
+from graft.kernels.triton_launch import DTYPES, STATISTICS, as_stored, launch, tiles, triton
 from graft.kernels.weights import Latent
 
-_KEPT = (torch.bfloat16, torch.float16, torch.float32)
-_STATISTICS = (torch.float16, torch.float32)
 _COLUMNS = 128
 """Of a tile of the gradients: the largest group."""
 
 
 def _computes(latent: Latent) -> bool:
-    stored = {latent.scales.dtype, latent.offsets.dtype} <= set(_STATISTICS)
+    stored = {latent.scales.dtype, latent.offsets.dtype} <= set(STATISTICS)
     update = latent.A is None or latent.A.dtype == torch.float32
-    return latent.weight.dtype in _KEPT and stored and update
+    return latent.weight.dtype in DTYPES and stored and update
 
 
 def _operands(latent: Latent) -> tuple[tuple[Tensor | None, ...], int, dict[str, Any]]:

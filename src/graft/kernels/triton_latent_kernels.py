@@ -29,10 +29,9 @@ def latent_codes_of(
 ):
     """Return round((W + SCALING B A - offset) / scale), -1 or LARGEST + 1 where off the grid."""
     there = column < in_features
-    mask = (row >= 0) & there
-    value = tl.load(weight_ptr + row * in_features + column, mask=mask, other=0.0).to(tl.float32)
+    value = tl.load(weight_ptr + row * in_features + column, mask=there, other=0.0).to(tl.float32)
     if UPDATE:
-        update = value * 0.0
+        update = tl.zeros_like(value)
         for index in range(rank):
             a = tl.load(a_ptr + index * in_features + column, mask=there, other=0.0)
             update += tl.load(b_ptr + row * rank + index) * a

@@ -57,6 +57,17 @@ def launch(
         getattr(_kernels(), kernel)[grid](out, *arguments, **options, enable_fp_fusion=False)
 
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""What the kernels multiply; anything else (float64) is left to PyTorch."""
+STATISTICS = (torch.float16, torch.float32)
+"""What scales and offsets are stored in."""
+
+
+def as_matrix(x: Tensor) -> Tensor:
+    """Return x [..., features] as the contiguous matrix [tokens, features]."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
 def tiles(count: int, size: int) -> int:
     """Return how many tiles of that size hold the count."""
     return -(-count // size)

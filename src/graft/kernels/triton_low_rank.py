@@ -10,21 +10,17 @@ import torch
 from torch import Tensor
 
 from graft.kernels import reference
-from graft.kernels.triton_launch import triton
+from graft.kernels.triton_launch import as_matrix, triton
 from graft.kernels.weights import Weight
 
 _HALVES = (torch.bfloat16, torch.float16)
-
-
-def _matrix(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _with_update(
     operation: str, x: Tensor, weight: Weight, down: Tensor, up: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Compute the frozen product + hidden up; hidden = scaling x down is rounded once."""
-    matrix = _matrix(x)
+    matrix = as_matrix(x)
     hidden = torch.addmm(matrix.new_empty(1), matrix, down.to(x.dtype), beta=0, alpha=scaling)
     out = reference.frozen_product(operation, x, weight)
     # In place, which autocast leaves alone: the dtype is the product's, whatever that is.
@@ -53,4 +49,4 @@ def token_product(a: Tensor, b: Tensor) -> Tensor:
     """Compute aᵀ b over all tokens, float32, without rounding the sums to a's dtype."""
     if a.dtype not in _HALVES or a.dtype != b.dtype or not a.is_cuda or not a.numel():
         return reference.token_product(a, b)
-    return torch.mm(_matrix(a).T, _matrix(b), out_dtype=torch.float32)
+    return torch.mm(as_matrix(a).T, as_matrix(b), out_dtype=torch.float32)

@@ -20,17 +20,6 @@ def low_rank_sum(
 
 
 @triton.jit
-def store_moved(
-    out_ptr, offsets_ptr, index, mask, update, SCALING: tl.constexpr, HALF: tl.constexpr
-):
-    """Write offsets + SCALING update, rounded once to float16 if HALF, as float32."""
-    moved = tl.load(offsets_ptr + index, mask=mask, other=0.0).to(tl.float64) + update * SCALING
-    if HALF:
-        moved = moved.to(tl.float16)
-    tl.store(out_ptr + index, moved.to(tl.float32), mask=mask)
-
-
-@triton.jit
 def move_offsets(
     out_ptr,
     offsets_ptr,
@@ -50,7 +39,10 @@ def move_offsets(
     update = low_rank_sum(a_ptr, b_ptr, row, group, out_features, groups, rank, ROWS, GROUPS)
     index = row[:, None] * groups + group[None, :]
     mask = (row < out_features)[:, None] & (group < groups)[None, :]
-    store_moved(out_ptr, offsets_ptr, index, mask, update, SCALING, HALF)
+    moved = tl.load(offsets_ptr + index, mask=mask, other=0.0).to(tl.float64) + update * SCALING
+    if HALF:
+        moved = moved.to(tl.float16)
+    tl.store(out_ptr + index, moved.to(tl.float32), mask=mask)
 
 
 @triton.jit
@@ -82,8 +74,19 @@ def move_by_factors(
     scales = tl.load(scales_ptr + index, mask=mask, other=0.0).to(tl.float64)
     scales = (scales + scales * u).to(moved_scales_ptr.dtype.element_ty)
     tl.store(moved_scales_ptr + index, scales, mask=mask)
-    update = low_rank_sum(a_ptr, b_ptr, row, group, out_features, groups, rank, ROWS, GROUPS)
-    store_moved(moved_offsets_ptr, offsets_ptr, index, mask, update, SCALING, HALF)
+    move_offsets(
+        moved_offsets_ptr,
+        offsets_ptr,
+        a_ptr,
+        b_ptr,
+        out_features,
+        groups,
+        rank,
+        SCALING,
+        HALF,
+        ROWS,
+        GROUPS,
+    )
 
 
 @triton.jit

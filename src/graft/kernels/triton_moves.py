@@ -6,10 +6,7 @@ import torch
 from torch import Tensor
 
 from graft.kernels import reference
-from graft.kernels.triton_launch import as_stored, launch, tiles, triton
-
-_STATISTICS = (torch.float16, torch.float32)
-"""What scales and offsets are stored in."""
+from graft.kernels.triton_launch import STATISTICS, as_stored, launch, tiles, triton
 
 
 @triton.implements("move_offsets")
@@ -17,7 +14,7 @@ def move_offsets(
     offsets: Tensor, A: Tensor, B: Tensor, scaling: float, stored: torch.dtype
 ) -> Tensor:
     """Compute stored(offsets + scaling B A) in float64, as float32 [out_features, groups]."""
-    if stored not in _STATISTICS or A.dtype != torch.float32:
+    if stored not in STATISTICS or A.dtype != torch.float32:
         return reference.move_offsets(offsets, A, B, scaling, stored)
     (rank, groups), out_features = A.shape, B.shape[0]
     out = offsets.new_empty((out_features, groups), dtype=torch.float32)
@@ -34,7 +31,7 @@ def move_by_factors(
 ) -> tuple[Tensor, Tensor]:
     """Compute the scales moved by u_B u_A and the offsets moved by scaling B A in one launch."""
     stored, factors = {scales.dtype, offsets.dtype}, (A, B, u_A, u_B)
-    if not stored <= set(_STATISTICS) or any(factor.dtype != torch.float32 for factor in factors):
+    if not stored <= set(STATISTICS) or any(factor.dtype != torch.float32 for factor in factors):
         return reference.move_by_factors(scales, offsets, A, B, scaling, u_A, u_B)
     out_features, groups = scales.shape
     moved_scales = scales.new_empty(scales.shape)
@@ -51,7 +48,7 @@ def move_by_factors(
 @triton.implements("move_scaled")
 def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
     """Compute values + scales * moves in float64, rounded once to the stored dtype."""
-    if stored not in _STATISTICS:
+    if stored not in STATISTICS:
         return reference.move_scaled(values, scales, moves, stored)
     out = values.new_empty(values.shape, dtype=stored)
     arguments = *as_stored(values, scales, moves), out.numel()

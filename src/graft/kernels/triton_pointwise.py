@@ -6,16 +6,15 @@ import torch
 from torch import Tensor
 
 from graft.kernels import reference_pointwise as reference
-from graft.kernels.triton_launch import launch, tiles, triton
+from graft.kernels.triton_launch import DTYPES, launch, tiles, triton
 
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LONGEST_ROW = 1 << 14
 """Features of the longest row that a program's registers hold."""
 _SIZE = 1024
 
 
 def _computes(first: Tensor, *others: Tensor) -> bool:
-    return first.dtype in _DTYPES and all(other.dtype == first.dtype for other in others)
+    return first.dtype in DTYPES and all(other.dtype == first.dtype for other in others)
 
 
 def _row_size(features: int) -> dict[str, int]:
