@@ -62,7 +62,7 @@ class BuildKernels(build_ext):
 setup(
     ext_modules=[
         Extension(
-            "graft.kernels._native",
+            "graft.kernels.backend._native",
             sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
             depends=[
                 str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc").glob(pattern)

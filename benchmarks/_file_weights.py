@@ -44,7 +44,7 @@ def largest_difference(ours: Weights, theirs: Weights) -> float:
 def _gguf(path: Path, config: Any) -> Iterator[tuple[str, Tensor]]:
     import gguf
 
-    from graft.model.gguf_layout import gguf_names, rotary_heads, rows_from_gguf
+    from graft.model.gguf.layout import gguf_names, rotary_heads, rows_from_gguf
 
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     parts = ("self_attn", ("q_proj", "k_proj", "v_proj", "o_proj"))

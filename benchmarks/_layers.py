@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from graft.formats.base import WeightFormat, storage_bytes
-from graft.formats.linear import FrozenLinear
 from graft.formats.registry import make_format
+from graft.layers.frozen import FrozenLinear
 
 NF4: WeightFormat = make_format("nf4", {"double_quant": True})
 INT4: WeightFormat = make_format("int", {"bits": 4, "group_size": 32})

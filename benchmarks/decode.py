@@ -141,8 +141,8 @@ def _bandwidth(megabytes: int = 512) -> float:
 
 
 def _graft(folder: Path, threads: int) -> Callable[[int], int]:
-    from graft.model.decode import Decoder, why_not_native
     from graft.model.load import load_model
+    from graft.model.running.decode import Decoder, why_not_native
 
     model = load_model(str(folder), dtype="bfloat16", device="cpu").model
     reason = why_not_native(model, 1024)

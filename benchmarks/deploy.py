@@ -24,7 +24,7 @@ from _common import as_text, e2e_rows, shared, write_csv, write_jsonl
 
 import graft
 from graft.adapters.attach import frozen_layers
-from graft.model.gguf_layout import gguf_names, rotary_heads, rows_from_gguf
+from graft.model.gguf.layout import gguf_names, rotary_heads, rows_from_gguf
 
 HELD_OUT_LINES = 200
 PROMPTS = 20

@@ -287,11 +287,11 @@ def _measure(
     from graft.adapters.attach import adapter_parameters, attach_adapter, frozen_layers
     from graft.adapters.config import AdapterConfig
     from graft.data.encode import Example
-    from graft.model.checkpointing import enable_checkpointing
     from graft.model.load import load_model
-    from graft.model.memory import reuse_freed_memory
-    from graft.model.pointwise import use_own_pointwise
-    from graft.model.prefetch import prefetch_layers
+    from graft.model.running.checkpointing import enable_checkpointing
+    from graft.model.running.memory import reuse_freed_memory
+    from graft.model.running.pointwise import use_own_pointwise
+    from graft.model.running.prefetch import prefetch_layers
     from graft.model.targets import select_targets
     from graft.plan.memory import free_bytes
     from graft.train.config import LoopConfig

@@ -19,7 +19,7 @@ from pathlib import Path
 from _common import as_text, e2e_rows, shared, write_csv, write_jsonl
 
 import graft
-from graft.api.report import RunReport
+from graft.api.run.report import RunReport
 
 METHODS = ("lora", "qlora", "qalora", "affine", "merge_aware")
 BOUNDS = {"lora": 1.45, "qlora": 1.46, "qalora": 1.56, "affine": 1.54}

@@ -262,7 +262,7 @@ def _target(key: Key, found: dict[Key, Summary]) -> tuple[float, str] | None:
     elif operation == "quantise":
         add(1 / QUANTISE_SPEEDUP, "bitsandbytes")
     elif setting == "tuned":
-        # So graft's commands run (`graft.model.memory`), whatever the peer's process does.
+        # So graft's commands run (`graft.model.running.memory`), whatever the peer's process does.
         for which, speedup in DEQUANTISE_SPEEDUP.items():
             add(1 / speedup, "bitsandbytes", which)
     return min(targets, default=None)

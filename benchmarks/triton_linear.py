@@ -25,7 +25,8 @@ from torch.nn import functional
 from graft.formats.base import WeightFormat
 from graft.formats.codebook import CodebookFormat
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels import reference, triton_backend
+from graft.kernels.frozen import reference
+from graft.kernels.frozen import triton as triton_backend
 
 SIZE = 4096
 COPIES = 20  # 160 MB in 4 bits, 640 MB in bf16: more than any GPU's cache

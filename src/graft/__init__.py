@@ -19,8 +19,6 @@ from graft.errors import GraftError
 
 if TYPE_CHECKING:
     from graft.api.adopt import adopt
-    from graft.api.compare.config import CompareConfig
-    from graft.api.compare.run import compare
     from graft.api.config import QuantizeConfig, TrainConfig
     from graft.api.convert import convert_model
     from graft.api.evaluate import evaluate_model, generate
@@ -30,13 +28,15 @@ if TYPE_CHECKING:
     from graft.api.merge import merge
     from graft.api.quantize import quantize
     from graft.api.verify import verify
+    from graft.compare.config import CompareConfig
+    from graft.compare.run import compare
 
 _HOME = {
-    "CompareConfig": "graft.api.compare.config",
+    "CompareConfig": "graft.compare.config",
     "QuantizeConfig": "graft.api.config",
     "TrainConfig": "graft.api.config",
     "adopt": "graft.api.adopt",
-    "compare": "graft.api.compare.run",
+    "compare": "graft.compare.run",
     "convert_model": "graft.api.convert",
     "evaluate_model": "graft.api.evaluate",
     "export_model": "graft.api.export",

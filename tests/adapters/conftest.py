@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from graft.formats.base import WeightFormat
-from graft.formats.linear import FrozenLinear
+from graft.layers.frozen import FrozenLinear
 
 
 @pytest.fixture

@@ -12,15 +12,15 @@ from graft.adapters.attach import adapted_layer, attach_adapter
 from graft.adapters.base import AdaptedLinear
 from graft.adapters.config import AdapterConfig
 from graft.adapters.dora import DoraAdapter
-from graft.adapters.loftq import LoftQ, start_adapters
 from graft.adapters.lora import LoraAdapter
 from graft.adapters.merge import merge
 from graft.adapters.qalora import QALoraAdapter
+from graft.adapters.starts.loftq import LoftQ, start_adapters
 from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
-from graft.formats.linear import FrozenLinear
+from graft.layers.frozen import FrozenLinear
 
 FORMATS = [
     DenseFormat(),

@@ -16,7 +16,7 @@ from graft.errors import GraftError
 from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels.packing import unpack_codes
+from graft.kernels.packed.planes import unpack_codes
 
 GRIDS = [(2, 8), (3, 8), (4, 32), (8, 32)]
 

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from graft.adapters.attach import adapted_layer, attach_adapter
 from graft.adapters.config import AdapterConfig
-from graft.adapters.loftq import LoftQ, loftq, start_adapters, truncated_svd
 from graft.adapters.merge import merge
+from graft.adapters.starts.loftq import LoftQ, loftq, start_adapters, truncated_svd
 from graft.formats.dense import DenseFormat
-from graft.formats.linear import FrozenLinear
 from graft.formats.registry import make_format
+from graft.layers.frozen import FrozenLinear
 
 FORMATS = [
     ("nf4", {"double_quant": True}),

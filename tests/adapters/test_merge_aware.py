@@ -12,7 +12,7 @@ from graft.adapters.qalora import QALoraAdapter
 from graft.errors import GraftError
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
-from graft.formats.linear import FrozenLinear
+from graft.layers.frozen import FrozenLinear
 
 
 def merge_aware_layer(frozen, randomise, bits: int = 3, group_size: int = 8):

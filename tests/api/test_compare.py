@@ -9,23 +9,23 @@ from pathlib import Path
 
 import pytest
 
-import graft.api.compare.run as comparing
-from graft.api.compare.config import CompareConfig
-from graft.api.compare.contenders import (
+import graft.compare.run as comparing
+from graft.api.config import QuantizeConfig
+from graft.api.evaluate import evaluate_model
+from graft.api.finetune import finetune
+from graft.api.merge import merge
+from graft.api.quantize import quantize
+from graft.api.run.folder import load_any
+from graft.cli.main import main
+from graft.compare.config import CompareConfig
+from graft.compare.contenders import (
     Contender,
     entries,
     learning_rates,
     parse_contenders,
     trainings,
 )
-from graft.api.compare.run import Comparison, compare
-from graft.api.config import QuantizeConfig
-from graft.api.evaluate import evaluate_model
-from graft.api.finetune import finetune
-from graft.api.merge import merge
-from graft.api.quantize import quantize
-from graft.api.run_folder import load_any
-from graft.cli.main import main
+from graft.compare.run import Comparison, compare
 from graft.errors import GraftError
 
 
@@ -97,7 +97,7 @@ def configured(tiny_base: Path, rows: Path, out: Path, **changes: object) -> Com
 def _no_plots() -> Iterator[None]:
     """Leave out the PNG of each run: it takes longer than to train these models."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("graft.api.report.plot_loss", lambda history, path, title: None)
+        patch.setattr("graft.api.run.report.plot_loss", lambda history, path, title: None)
         yield
 
 
@@ -360,7 +360,7 @@ def test_rows_without_prompts_are_not_continued(tiny_base: Path, tmp_path: Path)
 def test_the_last_answer_of_a_conversation_is_the_reference(
     tiny_base: Path, tmp_path: Path
 ) -> None:
-    from graft.api.compare.prepare import prepare
+    from graft.compare.prepare import prepare
 
     turns = [("user", "red"), ("assistant", "lamp"), ("user", "blue"), ("assistant", "chair")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}

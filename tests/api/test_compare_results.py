@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from graft.api.compare.charts import Point, bars, scatter
-from graft.api.compare.page import PageContent, render_page
-from graft.api.compare.prepare import Prompt
-from graft.api.compare.results import Result, Spread, row_as_dict, summarise, training_rows
+from graft.compare.charts import Point, bars, scatter
+from graft.compare.page import PageContent, render_page
+from graft.compare.prepare import Prompt
+from graft.compare.results import Result, Spread, row_as_dict, summarise, training_rows
 
 
 def result(contender: str, seed: int | None, perplexity: float | None, **more: object) -> Result:

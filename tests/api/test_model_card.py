@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import graft
-from graft.api.run_folder import fingerprint_weights
+from graft.api.run.folder import fingerprint_weights
 from graft.cli.main import main
 
 BASE = ("name", "hub_id", "fingerprint", "license")

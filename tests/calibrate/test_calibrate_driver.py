@@ -18,8 +18,8 @@ from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
-from graft.formats.linear import FrozenLinear
-from graft.kernels.packing import unpack_codes
+from graft.kernels.packed.planes import unpack_codes
+from graft.layers.frozen import FrozenLinear
 from graft.model.load import load_model
 from graft.model.targets import freeze_layers, select_targets
 

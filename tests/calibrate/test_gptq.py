@@ -16,9 +16,9 @@ from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
 from graft.formats.registry import make_format
-from graft.kernels import ops
-from graft.kernels.codebooks import codebook
-from graft.kernels.packing import unpack_codes
+from graft.kernels.frozen import ops
+from graft.kernels.packed.codebooks import codebook
+from graft.kernels.packed.planes import unpack_codes
 
 DAMPING = 0.01
 

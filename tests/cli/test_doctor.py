@@ -13,9 +13,9 @@ import torch
 from graft.api import doctor
 from graft.api.doctor import diagnose
 from graft.cli.main import main
-from graft.kernels import native_library
-from graft.kernels.native import native
-from graft.kernels.registry import backends, implementation
+from graft.kernels.backend import native_library
+from graft.kernels.backend.registry import backends, implementation
+from graft.kernels.frozen.native import native
 
 SECTIONS = ["versions", "kernels", "processor", "memory", "gpu", "extras"]
 

@@ -20,8 +20,8 @@ from graft.convert.integers import unpack_words
 from graft.errors import GraftError
 from graft.export.layers import side_by_side
 from graft.formats.int_group import IntGroupFormat
-from graft.formats.linear import FrozenLinear
-from graft.kernels.packing import unpack_codes
+from graft.kernels.packed.planes import unpack_codes
+from graft.layers.frozen import FrozenLinear
 
 LAYER = "model.layers.0.mlp.gate_proj"
 EMBEDDING = "model.embed_tokens"

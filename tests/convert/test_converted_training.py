@@ -13,7 +13,7 @@ from foreign import awq_layer, foreign_folder, gptq_layer, nf4_layer
 import graft
 from graft.adapters.attach import frozen_layers
 from graft.errors import GraftError
-from graft.kernels.packing import unpack_codes
+from graft.kernels.packed.planes import unpack_codes
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from graft.data.encode import EncodedData, Example, encode_prompt, encode_rows, mask_preview
-from graft.data.files import read_records
 from graft.data.rows import Row, Rows
+from graft.data.sources.files import read_records
 from graft.errors import GraftError
 
 CHATML = (

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from graft.data.files import fingerprint, read_records
+from graft.data.sources.files import fingerprint, read_records
 from graft.errors import GraftError
 
 ROWS = [

@@ -24,7 +24,7 @@ from graft.evaluate.generate import generate_text
 from graft.evaluate.loss import evaluate_loss
 from graft.formats.registry import make_format
 from graft.model.load import LoadedModel, load_model
-from graft.model.loss import target_loss
+from graft.model.running.loss import target_loss
 from graft.model.targets import freeze_layers, select_targets
 
 CASES = {

@@ -8,7 +8,7 @@ import pytest
 
 import graft
 from graft.api import finetune
-from graft.model.prefetch import LayerPrefetch
+from graft.model.running.prefetch import LayerPrefetch
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ahead on Linux only")

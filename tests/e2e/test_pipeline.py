@@ -17,7 +17,7 @@ from graft.adapters.attach import adapter_parameters, attach_adapter, frozen_lay
 from graft.adapters.config import AdapterConfig
 from graft.data.config import DataConfig
 from graft.data.load import load_train_and_eval
-from graft.model.gguf_layout import gguf_names, rotary_heads, rows_from_gguf
+from graft.model.gguf.layout import gguf_names, rotary_heads, rows_from_gguf
 from graft.model.load import load_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.train.config import LoopConfig

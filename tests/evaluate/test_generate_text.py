@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from graft.errors import GraftError
 from graft.evaluate import generate as module
 from graft.evaluate.generate import decodes_natively, generate_text
-from graft.kernels.native_library import why_unavailable
+from graft.kernels.backend.native_library import why_unavailable
 from graft.model.load import LoadedModel, load_model
 
 PROMPT = [40, 41, 42, 43]

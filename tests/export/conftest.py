@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 
 from graft.adapters.attach import replace_module
 from graft.formats.base import WeightFormat
-from graft.formats.linear import FrozenLinear
+from graft.layers.frozen import FrozenLinear
 
 TEXT = "the cat sat on the mat, and the rat ate 12 of the 345 hats that he had there. " * 3
 

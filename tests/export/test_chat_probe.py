@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from graft.data.render import DEFAULT_CHAT_TEMPLATE, render_prompt
 from graft.errors import GraftError
-from graft.export.chat_probe import chat_joints, checked_template, conversation, render_chat
+from graft.export.ollama.chat_probe import chat_joints, checked_template, conversation, render_chat
 
 CHATML = (
     "{% for m in messages %}"

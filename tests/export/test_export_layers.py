@@ -8,8 +8,8 @@ import torch
 from graft.errors import GraftError
 from graft.export.layers import require_finite, scales, side_by_side, zero_points
 from graft.formats.int_group import IntGroupFormat
-from graft.formats.linear import FrozenLinear
-from graft.kernels.packing import pack_codes
+from graft.kernels.packed.planes import pack_codes
+from graft.layers.frozen import FrozenLinear
 
 ROWS = 3
 

@@ -18,10 +18,10 @@ from transformers import (
 
 from graft.adapters.attach import frozen_layers, replace_module
 from graft.errors import GraftError
-from graft.export.gguf_export import check_gguf, check_gguf_plan, export_gguf
+from graft.export.gguf.write import check_gguf, check_gguf_plan, export_gguf
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
-from graft.model.gguf_load import load_gguf_model
+from graft.model.gguf.load import load_gguf_model
 from graft.model.targets import freeze_layers, select_targets
 
 SIZES = {

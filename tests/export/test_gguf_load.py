@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from graft.errors import GraftError
-from graft.export.gguf_export import export_gguf
+from graft.export.gguf.write import export_gguf
 from graft.formats.int_group import IntGroupFormat
-from graft.formats.linear import FrozenLinear
-from graft.model.gguf_file import read_gguf
-from graft.model.gguf_load import load_gguf_model
+from graft.layers.frozen import FrozenLinear
+from graft.model.gguf.file import read_gguf
+from graft.model.gguf.load import load_gguf_model
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft.export.go_template import go_text, render_go
+from graft.export.ollama.go_template import go_text, render_go
 
 
 @given(text=st.text(st.sampled_from('a{}" \n\t\r\\\u200b\xa0é🎉\U000e0001'), max_size=30))

@@ -12,7 +12,7 @@ from transformers import GPT2Config, PhiConfig
 from graft.adapters.attach import attach_adapter, frozen_layers
 from graft.adapters.config import AdapterConfig
 from graft.errors import GraftError
-from graft.export.mlx_export import check_mlx, check_mlx_plan, export_mlx
+from graft.export.mlx.write import check_mlx, check_mlx_plan, export_mlx
 from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat

@@ -15,9 +15,9 @@ from graft.api.config import TrainConfig
 from graft.api.export import check_exports
 from graft.data.render import DEFAULT_CHAT_TEMPLATE, render_prompt
 from graft.errors import GraftError
-from graft.export.chat_probe import conversation, render_chat
-from graft.export.go_template import render_go
-from graft.export.ollama_export import export_ollama, modelfile, ollama_prompt
+from graft.export.ollama.chat_probe import conversation, render_chat
+from graft.export.ollama.go_template import render_go
+from graft.export.ollama.write import export_ollama, modelfile, ollama_prompt
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.model.load import LoadedModel

@@ -8,8 +8,8 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig
 
 from graft.errors import GraftError
-from graft.export.gguf_export import check_gguf
-from graft.export.tokenizer_gguf import add_tokenizer_metadata, convert_tokenizer
+from graft.export.gguf.tokenizer import add_tokenizer_metadata, convert_tokenizer
+from graft.export.gguf.write import check_gguf
 from graft.formats.int_group import IntGroupFormat
 
 LLAMA3 = (

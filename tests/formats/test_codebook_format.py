@@ -7,7 +7,7 @@ from torch import Tensor
 from graft.formats.base import storage_bytes
 from graft.formats.codebook import CodebookFormat
 from graft.formats.registry import make_format
-from graft.kernels.codebooks import codebook, dynamic_code
+from graft.kernels.packed.codebooks import codebook, dynamic_code
 
 
 def plain_weight(packed: dict[str, Tensor], name: str, shape: tuple[int, int]) -> Tensor:

@@ -7,8 +7,8 @@ import torch
 
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
-from graft.formats.linear import FrozenLinear
 from graft.formats.registry import make_format
+from graft.layers.frozen import FrozenLinear
 
 
 def frozen(weight_format, out_features=6, in_features=44, bias=True) -> FrozenLinear:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from graft.kernels import native_library
-from graft.kernels.operation import Operation
+from graft.kernels.backend import native_library
+from graft.kernels.backend.operation import Operation
 
 LEVELS = {"baseline": 0, "AVX2": 1, "AVX-512": 2, "AVX-512+BF16": 3}
 

@@ -9,8 +9,8 @@ import torch
 
 from graft.formats.base import GridUpdate, LowRank, Scaled
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels import affine_ops as ops
-from graft.kernels.low_rank_ops import low_rank_product
+from graft.kernels.low_rank.ops import low_rank_product
+from graft.kernels.moves import ops
 
 OUT, IN = 22, 96
 

@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from graft.kernels import attention_ops, native_attention, native_library, reference_attention
+from graft.kernels.attention import native as native_attention
+from graft.kernels.attention import ops as attention_ops
+from graft.kernels.attention import reference as reference_attention
+from graft.kernels.backend import native_library
 
 DTYPES = [torch.float32, torch.bfloat16]
 NATIVE = pytest.mark.skipif(

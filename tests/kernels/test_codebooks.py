@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graft.kernels.codebooks import (
+from graft.kernels.packed.codebooks import (
     CODEBOOK_NAMES,
     codebook,
     dynamic_code,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from graft.kernels import ops
-from graft.kernels.packing import pack_codes
+from graft.kernels.frozen import ops
+from graft.kernels.packed.planes import pack_codes
 
 
 def dense_weight(codes: Tensor, scales: Tensor, offsets: Tensor, group_size: int) -> Tensor:

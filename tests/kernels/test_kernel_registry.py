@@ -3,18 +3,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graft.kernels import (
-    affine_ops,
-    attention_ops,
-    latent_ops,
-    low_rank_ops,
-    ops,
-    pointwise_ops,
-    registry,
-    row_ops,
-)
-from graft.kernels.operation import Operation
-from graft.kernels.registry import Backend, backends, implementation, register_backend
+from graft.kernels.attention import ops as attention_ops
+from graft.kernels.backend import registry
+from graft.kernels.backend.operation import Operation
+from graft.kernels.backend.registry import Backend, backends, implementation, register_backend
+from graft.kernels.frozen import ops, row_ops
+from graft.kernels.latent import ops as latent_ops
+from graft.kernels.low_rank import ops as low_rank_ops
+from graft.kernels.moves import ops as affine_ops
+from graft.kernels.pointwise import ops as pointwise_ops
 
 CPU = torch.device("cpu")
 

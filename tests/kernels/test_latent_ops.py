@@ -10,10 +10,11 @@ from torch import Tensor
 
 from graft.formats.base import GridUpdate, LowRank, Scaled
 from graft.formats.latent import LatentFormat
-from graft.kernels import latent_ops as ops
-from graft.kernels import native_latent, reference_latent
-from graft.kernels.packing import unpack_codes
-from graft.kernels.weights import Latent
+from graft.kernels.latent import native as native_latent
+from graft.kernels.latent import ops
+from graft.kernels.latent import reference as reference_latent
+from graft.kernels.packed.planes import unpack_codes
+from graft.kernels.packed.weight import Latent
 
 OUT, RANK, SCALING = 22, 3, 0.75
 GRIDS = [(2, 8), (3, 32), (4, 32), (8, 64)]

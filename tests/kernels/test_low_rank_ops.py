@@ -13,7 +13,7 @@ from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels import low_rank_ops as ops
+from graft.kernels.low_rank import ops
 
 OUT, IN, RANK, SCALING = 22, 96, 3, 0.75
 FORMATS: list[WeightFormat] = [

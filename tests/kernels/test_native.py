@@ -11,8 +11,10 @@ from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels import native, native_library, native_low_rank, reference
-from graft.kernels.weights import Weight
+from graft.kernels.backend import native_library
+from graft.kernels.frozen import native, reference
+from graft.kernels.low_rank import native as native_low_rank
+from graft.kernels.packed.weight import Weight
 
 pytestmark = pytest.mark.skipif(
     native_library.why_unavailable() is not None,

@@ -14,9 +14,9 @@ from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels import native_library
-from graft.kernels.native_decoding import DecoderLayer, DecoderWeights, NativeDecoder, Projection
-from graft.kernels.weights import Layout, Weight
+from graft.kernels.backend import native_library
+from graft.kernels.decoding.native import DecoderLayer, DecoderWeights, NativeDecoder, Projection
+from graft.kernels.packed.weight import Layout, Weight
 
 pytestmark = pytest.mark.skipif(
     native_library.why_unavailable() is not None,

@@ -9,10 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from graft.kernels import ops
-from graft.kernels.affine_ops import move_scaled
-from graft.kernels.operation import Operation
-from graft.kernels.row_ops import dense_linear
+from graft.kernels.backend.operation import Operation
+from graft.kernels.frozen import ops
+from graft.kernels.frozen.row_ops import dense_linear
+from graft.kernels.moves.ops import move_scaled
 
 X, W = torch.randn(3, 8), torch.randn(5, 8)
 

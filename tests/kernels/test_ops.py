@@ -12,8 +12,8 @@ from torch import Tensor
 from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels import ops, row_ops
-from graft.kernels.operation import Operation
+from graft.kernels.backend.operation import Operation
+from graft.kernels.frozen import ops, row_ops
 
 OUT, IN = 6, 45  # a short last group, a straddling block, an odd count of codes
 

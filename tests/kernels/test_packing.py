@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from graft.kernels.packing import PLANES, pack_codes, plane_bytes, unpack_codes
+from graft.kernels.packed.planes import PLANES, pack_codes, plane_bytes, unpack_codes
 
 COLUMNS = [1, 5, 31, 32, 33, 64, 96, 172, 352]
 

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from graft.kernels import native_library, native_pointwise, reference_pointwise
-from graft.kernels import pointwise_ops as ops
+from graft.kernels.backend import native_library
+from graft.kernels.pointwise import native as native_pointwise
+from graft.kernels.pointwise import ops
+from graft.kernels.pointwise import reference as reference_pointwise
 
 NATIVE = native_library.why_unavailable() is None
 BACKENDS: dict[str, int | None] = {"reference": None, "baseline": 0, "AVX2": 1, "AVX-512": 2}

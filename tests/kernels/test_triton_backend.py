@@ -29,10 +29,11 @@ from triton_testing import (
 from graft.formats.codebook import BLOCK_SIZE
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import GROUP_SIZES, IntGroupFormat
-from graft.kernels import reference, triton_launch
-from graft.kernels import triton_backend as backend
-from graft.kernels.codebooks import quantisation_bounds
-from graft.kernels.packing import unpack_codes
+from graft.kernels.backend import triton_launch
+from graft.kernels.frozen import reference
+from graft.kernels.frozen import triton as backend
+from graft.kernels.packed.codebooks import quantisation_bounds
+from graft.kernels.packed.planes import unpack_codes
 
 
 @collected(not INTERPRETED and not ON_GPU)

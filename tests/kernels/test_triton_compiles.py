@@ -17,16 +17,14 @@ from torch import Tensor
 from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels import (
-    reference,
-    triton_latent,
-    triton_launch,
-    triton_moves,
-    triton_pointwise,
-)
-from graft.kernels import triton_backend as backend
-from graft.kernels.registry import backends
-from graft.kernels.weights import Latent
+from graft.kernels.backend import triton_launch
+from graft.kernels.backend.registry import backends
+from graft.kernels.frozen import reference
+from graft.kernels.frozen import triton as backend
+from graft.kernels.latent import triton as triton_latent
+from graft.kernels.moves import triton as triton_moves
+from graft.kernels.packed.weight import Latent
+from graft.kernels.pointwise import triton as triton_pointwise
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -66,7 +64,8 @@ def test_it_says_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_importing_it_needs_no_triton() -> None:
     code = (
         "import sys; sys.modules['triton'] = None\n"
-        "from graft.kernels import ops, triton_launch\n"
+        "from graft.kernels.backend import triton_launch\n"
+        "from graft.kernels.frozen import ops\n"
         "assert triton_launch._why_unavailable() == 'triton is not installed'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

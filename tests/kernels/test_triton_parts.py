@@ -19,16 +19,14 @@ from triton_testing import (
 
 from graft.formats.codebook import BLOCK_SIZE
 from graft.formats.latent import LatentFormat
-from graft.kernels import (
-    reference,
-    reference_latent,
-    reference_pointwise,
-    triton_latent,
-    triton_low_rank,
-    triton_moves,
-    triton_pointwise,
-)
-from graft.kernels.weights import Latent, Layout, Weight
+from graft.kernels.frozen import reference
+from graft.kernels.latent import reference as reference_latent
+from graft.kernels.latent import triton as triton_latent
+from graft.kernels.low_rank import triton as triton_low_rank
+from graft.kernels.moves import triton as triton_moves
+from graft.kernels.packed.weight import Latent, Layout, Weight
+from graft.kernels.pointwise import reference as reference_pointwise
+from graft.kernels.pointwise import triton as triton_pointwise
 
 # statistics that move ----------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
-from graft.kernels import triton_launch
+from graft.kernels.backend import triton_launch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = triton_launch._why_unavailable() is None and not INTERPRETED

@@ -13,8 +13,8 @@ from graft.adapters.merge import merge
 from graft.calibrate.gptq import gptq_pack, output_error
 from graft.errors import GraftError
 from graft.formats.base import GridFormat
-from graft.formats.linear import FrozenLinear
 from graft.formats.registry import FORMATS, make_format
+from graft.layers.frozen import FrozenLinear
 
 OPTIONS = {
     "nf4": [{}, {"double_quant": True}],

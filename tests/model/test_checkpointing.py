@@ -24,9 +24,9 @@ from graft.adapters.config import AdapterConfig
 from graft.errors import GraftError
 from graft.formats.base import WeightFormat
 from graft.formats.registry import make_format
-from graft.kernels import native_library
-from graft.model.attention import use_own_attention
-from graft.model.checkpointing import (
+from graft.kernels.backend import native_library
+from graft.model.running.attention import use_own_attention
+from graft.model.running.checkpointing import (
     CHECKPOINTING,
     Checkpointing,
     _kind,
@@ -36,7 +36,7 @@ from graft.model.checkpointing import (
     keeps_attention,
     keeps_product,
 )
-from graft.model.loss import target_loss
+from graft.model.running.loss import target_loss
 from graft.model.targets import freeze_layers, select_targets
 
 HIDDEN, LAYERS, LENGTH = 64, 3, 21

@@ -15,9 +15,9 @@ from graft.adapters.attach import adapter_parameters, attach_adapter
 from graft.adapters.config import AdapterConfig
 from graft.formats.base import WeightFormat
 from graft.formats.registry import make_format
-from graft.kernels.native_library import why_unavailable
-from graft.model.decode import Decoder, why_not_native
+from graft.kernels.backend.native_library import why_unavailable
 from graft.model.load import LoadedModel, load_model
+from graft.model.running.decode import Decoder, why_not_native
 from graft.model.targets import freeze_layers, select_targets
 
 needs_library = pytest.mark.skipif(

@@ -21,8 +21,8 @@ from transformers import (
 import graft
 from graft.adapters.attach import adapter_parameters, attach_adapter
 from graft.adapters.config import AdapterConfig
-from graft.kernels import native_library
-from graft.model.attention import FAMILIES, NAME, use_own_attention
+from graft.kernels.backend import native_library
+from graft.model.running.attention import FAMILIES, NAME, use_own_attention
 from graft.model.targets import freeze_layers, select_targets
 
 pytestmark = pytest.mark.skipif(
@@ -194,7 +194,7 @@ def test_models_that_must_stay_as_they_are() -> None:
 
 
 def test_without_a_native_backend_models_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graft.model.attention.why_unavailable", lambda: "no compiler")
+    monkeypatch.setattr("graft.model.running.attention.why_unavailable", lambda: "no compiler")
     assert not use_own_attention(model_of("llama"))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from graft.model.memory import forget_peak, peak_bytes
+from graft.model.running.memory import forget_peak, peak_bytes
 
 CPU = torch.device("cpu")
 

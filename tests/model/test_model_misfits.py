@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graft.errors import GraftError
+from graft.files import read_json
 from graft.formats.registry import make_format
 from graft.model.load import find_folder, load_model
 from graft.model.save import save_model
-from graft.model.weights import WeightFiles, read_json
+from graft.model.weight_files import WeightFiles
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

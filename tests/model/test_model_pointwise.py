@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from graft.kernels import native_library
-from graft.model import pointwise
-from graft.model.pointwise import GatedMLP, RMSNorm, own_gates, own_norms, use_own_pointwise
+from graft.kernels.backend import native_library
+from graft.model.running import pointwise
+from graft.model.running.pointwise import GatedMLP, RMSNorm, own_gates, own_norms, use_own_pointwise
 
 pytestmark = pytest.mark.skipif(
     native_library.why_unavailable() is not None,

@@ -19,11 +19,12 @@ from graft.adapters.attach import attach_adapter, frozen_layers
 from graft.adapters.config import AdapterConfig
 from graft.adapters.merge import merge_adapters
 from graft.errors import GraftError
+from graft.files import new_folder, write_json
 from graft.formats.base import storage_bytes
 from graft.formats.registry import describe_format, make_format
 from graft.model import save
 from graft.model.load import FORMAT_VERSION, load_model
-from graft.model.save import new_folder, save_model, write_json
+from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
 
 FORMATS = [

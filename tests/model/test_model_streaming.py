@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from graft.formats.registry import make_format
 from graft.model.load import load_model
-from graft.model.memory import peak_bytes, resident_bytes
-from graft.model.weights import WeightFiles
+from graft.model.running.memory import peak_bytes, resident_bytes
+from graft.model.weight_files import WeightFiles
 
 LINUX = pytest.mark.skipif(
     not Path("/proc/self/clear_refs").exists(), reason="reads the peak from Linux's /proc"

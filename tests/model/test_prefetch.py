@@ -21,11 +21,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from graft.adapters.attach import adapter_parameters, attach_adapter
 from graft.adapters.config import AdapterConfig
 from graft.formats.registry import make_format
-from graft.model import prefetch
-from graft.model.checkpointing import CHECKPOINTING, Checkpointing, enable_checkpointing
 from graft.model.load import load_model
-from graft.model.loss import target_loss
-from graft.model.prefetch import LayerPrefetch, prefetch_layers
+from graft.model.running import prefetch
+from graft.model.running.checkpointing import CHECKPOINTING, Checkpointing, enable_checkpointing
+from graft.model.running.loss import target_loss
+from graft.model.running.prefetch import LayerPrefetch, prefetch_layers
 from graft.model.save import save_model
 from graft.model.targets import select_targets
 

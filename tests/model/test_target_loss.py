@@ -26,7 +26,7 @@ from transformers import (
 
 from graft.adapters.attach import attach_adapter
 from graft.adapters.config import AdapterConfig
-from graft.model.loss import IGNORED, _cross_entropy, _splits, chunk_tokens, target_loss
+from graft.model.running.loss import IGNORED, _cross_entropy, _splits, chunk_tokens, target_loss
 from graft.model.targets import freeze_layers
 
 
@@ -175,8 +175,8 @@ def assert_as_full_logits(model: nn.Module) -> None:
 
 @pytest.fixture
 def chunks_of_seven(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graft.model.loss.chunk_tokens", lambda vocabulary: 7)
-    monkeypatch.setattr("graft.model.loss.BLOCK_LOGITS", 3 * 50)
+    monkeypatch.setattr("graft.model.running.loss.chunk_tokens", lambda vocabulary: 7)
+    monkeypatch.setattr("graft.model.running.loss.BLOCK_LOGITS", 3 * 50)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -19,7 +19,7 @@ from graft.adapters.attach import frozen_layers
 from graft.formats.registry import make_format
 from graft.model.load import load_model
 from graft.model.save import save_model
-from graft.model.weights import WeightFiles
+from graft.model.weight_files import WeightFiles
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's /proc")
 FORMATS = [("nf4", {"double_quant": True}), ("int", {"bits": 3}), ("int8", {})]

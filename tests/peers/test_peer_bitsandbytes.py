@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.formats.registry import make_format
-from graft.kernels.codebooks import codebook, dynamic_code
+from graft.kernels.packed.codebooks import codebook, dynamic_code
 
 logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
 functional = pytest.importorskip(

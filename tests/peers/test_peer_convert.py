@@ -29,8 +29,8 @@ from transformers import (
 
 import graft
 from graft.adapters.attach import frozen_layers
-from graft.export.gguf_export import export_gguf
-from graft.kernels.packing import PLANES, unpack_codes
+from graft.export.gguf.write import export_gguf
+from graft.kernels.packed.planes import PLANES, unpack_codes
 from graft.model.load import load_model
 
 IDS = torch.arange(60).reshape(2, 30) + 5

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from graft.adapters.attach import frozen_layers
-from graft.export.onnx_export import export_onnx
-from graft.export.openvino_export import export_openvino
+from graft.export.onnx.write import export_onnx
+from graft.export.openvino.write import export_openvino
 from graft.formats.int_group import IntGroupFormat
-from graft.model.gguf_layout import head_dim
+from graft.model.gguf.layout import head_dim
 from graft.model.load import load_model
 
 RUNTIMES = ("onnx", "openvino")

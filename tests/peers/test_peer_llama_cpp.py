@@ -21,7 +21,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from graft.adapters.attach import frozen_layers, replace_module
-from graft.export.gguf_export import export_gguf
+from graft.export.gguf.write import export_gguf
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.model.load import load_model

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from graft.adapters.attach import frozen_layers
-from graft.export.mlx_export import export_mlx
+from graft.export.mlx.write import export_mlx
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels.packing import PLANES, unpack_codes
+from graft.kernels.packed.planes import PLANES, unpack_codes
 from graft.model.load import load_model
 
 mx = pytest.importorskip("mlx.core", reason="needs mlx: make test-peers installs it")

@@ -23,7 +23,7 @@ from graft.adapters.config import AdapterConfig
 from graft.formats.registry import make_format
 from graft.model.adapter_files import load_adapter, save_adapter
 from graft.model.load import load_model
-from graft.model.loss import target_loss
+from graft.model.running.loss import target_loss
 from graft.model.targets import freeze_layers, select_targets
 
 peft = pytest.importorskip("peft", reason="needs peft: make test-peers installs it")

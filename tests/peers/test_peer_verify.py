@@ -16,13 +16,13 @@ import graft
 import graft.api.verify as verifying
 from graft.api.events import Events
 from graft.api.export import merge_for_export
-from graft.api.run_folder import load_any
+from graft.api.run.folder import load_any
 from graft.cli.main import main
 from graft.data.encode import encode_prompt
 from graft.data.render import DEFAULT_CHAT_TEMPLATE
-from graft.export.chat_probe import render_chat
-from graft.export.go_template import render_go
-from graft.export.ollama_export import export_ollama
+from graft.export.ollama.chat_probe import render_chat
+from graft.export.ollama.go_template import render_go
+from graft.export.ollama.write import export_ollama
 from graft.export.runtimes import PACKAGES
 
 TARGETS = ("gguf", "mlx", "onnx", "openvino", "hf")

@@ -10,10 +10,10 @@ from torch.utils.checkpoint import _VersionWrapper
 from graft.adapters.attach import attach_adapter
 from graft.adapters.config import AdapterConfig
 from graft.formats.registry import make_format
-from graft.model import checkpointing as checkpointing_module
-from graft.model.checkpointing import CHECKPOINTING, enable_checkpointing
 from graft.model.load import load_model
-from graft.model.pointwise import use_own_pointwise
+from graft.model.running import checkpointing as checkpointing_module
+from graft.model.running.checkpointing import CHECKPOINTING, enable_checkpointing
+from graft.model.running.pointwise import use_own_pointwise
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan.activations import Activations, plan_activations
 from graft.plan.skeleton import plan_model

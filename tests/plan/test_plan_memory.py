@@ -16,8 +16,8 @@ from graft.adapters.config import AdapterConfig
 from graft.errors import GraftError
 from graft.formats.dense import DenseFormat
 from graft.formats.registry import make_format
-from graft.model.checkpointing import CHECKPOINTING
 from graft.model.load import load_model
+from graft.model.running.checkpointing import CHECKPOINTING
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan.memory import (

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from graft.adapters.base import Adapter, per_input, scaled_codes
 from graft.formats.base import GridUpdate, Packed, Scaled
 from graft.formats.int_group import IntGroupFormat
-from graft.formats.linear import FrozenLinear
-from graft.kernels.affine_ops import affine_linear
+from graft.kernels.moves.ops import affine_linear
+from graft.layers.frozen import FrozenLinear
 
 
 class AffineAdapter(Adapter):

@@ -17,7 +17,7 @@ from graft.adapters.qalora import QALoraAdapter
 from graft.errors import GraftError, did_you_mean, raise_problems
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
-from graft.formats.linear import FrozenLinear
+from graft.layers.frozen import FrozenLinear
 
 
 def make_adapter(layer: FrozenLinear, config: AdapterConfig) -> Adapter:

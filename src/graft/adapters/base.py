@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graft.errors import GraftError
 from graft.formats.base import GridUpdate, Packed
-from graft.formats.linear import FrozenLinear
+from graft.layers.frozen import FrozenLinear
 
 
 def lora_scaling(rank: int, alpha: float | None, rslora: bool) -> float:

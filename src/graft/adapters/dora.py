@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graft.adapters.lora import LoraAdapter
-from graft.formats.linear import FrozenLinear
-from graft.kernels.dora_ops import dora_norms, row_squares
-from graft.kernels.low_rank_ops import Operands, lora_linear, operands
+from graft.kernels.low_rank.ops import Operands, lora_linear, operands
+from graft.kernels.low_rank.row_norms import dora_norms, row_squares
+from graft.layers.frozen import FrozenLinear
 
 _TINY = torch.finfo(torch.float32).tiny
 """Stands for the norm of a row of zeros, which stays 0 whatever it is divided by."""

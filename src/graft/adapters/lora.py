@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from graft.adapters.base import Adapter, lora_scaling
-from graft.formats.linear import FrozenLinear
-from graft.kernels.low_rank_ops import lora_linear, operands
+from graft.kernels.low_rank.ops import lora_linear, operands
+from graft.layers.frozen import FrozenLinear
 
 
 class LoraAdapter(Adapter):

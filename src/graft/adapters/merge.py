@@ -12,7 +12,7 @@ from graft.adapters.attach import adapted_layers, replace_module
 from graft.adapters.base import AdaptedLinear
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
-from graft.formats.linear import FrozenLinear
+from graft.layers.frozen import FrozenLinear
 
 
 @dataclass(frozen=True)

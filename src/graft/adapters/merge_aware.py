@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from graft.adapters.base import Adapter, lora_scaling, low_rank_moves
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled
 from graft.formats.latent import LatentFormat
-from graft.formats.linear import FrozenLinear
-from graft.kernels.latent_ops import latent_linear
-from graft.kernels.low_rank_ops import lora_linear, low_rank_product, operands
+from graft.kernels.latent.ops import latent_linear
+from graft.kernels.low_rank.ops import lora_linear, low_rank_product, operands
+from graft.layers.frozen import FrozenLinear
 
 GRID_PARAMETERS = ("u_A", "u_B", "v_A", "v_B")
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from graft.adapters.base import Adapter, lora_scaling, low_rank_moves, scaled_codes
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled
 from graft.formats.int_group import IntGroupFormat
-from graft.formats.linear import FrozenLinear
-from graft.kernels.affine_ops import qalora_grid_linear
-from graft.kernels.low_rank_ops import low_rank_product, qalora_linear
+from graft.kernels.low_rank.ops import low_rank_product, qalora_linear
+from graft.kernels.moves.ops import qalora_grid_linear
+from graft.layers.frozen import FrozenLinear
 
 
 class QALoraAdapter(Adapter):

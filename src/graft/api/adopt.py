@@ -13,10 +13,8 @@ from transformers import PreTrainedModel
 from graft.adapters.attach import adapted_layers, adapter_parameters
 from graft.adapters.config import method_in_words
 from graft.api.config import TrainConfig, as_plain
-from graft.api.config_file import write_yaml
 from graft.api.events import Events
-from graft.api.report import base_facts, stored_bits_per_weight, versions
-from graft.api.run_folder import (
+from graft.api.run.folder import (
     ADAPTER,
     BASE,
     CONFIG,
@@ -25,16 +23,17 @@ from graft.api.run_folder import (
     write_base_reference,
     write_prompt_style,
 )
+from graft.api.run.report import base_facts, stored_bits_per_weight, versions
 from graft.errors import GraftError, Problems
+from graft.files import new_folder, read_json, write_json, write_yaml
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.registry import parse_format
 from graft.model.adapter_files import OWN_CONFIG, load_adapter, save_adapter
 from graft.model.load import build_skeleton, find_folder, load_model, read_config, read_tokenizer
 from graft.model.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
-from graft.model.save import new_folder, save_model, write_json
+from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
-from graft.model.weights import read_json
 from graft.plan.skeleton import freeze_on_meta, stored_formats
 
 AdoptedFormat = Literal["nf4", "fp4", "int8"]

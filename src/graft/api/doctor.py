@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import graft.kernels.backends  # noqa: F401  (registers them)
-from graft.kernels.native_library import instructions
-from graft.kernels.registry import Backend, backends
+from graft.kernels.backend.native_library import instructions
+from graft.kernels.backend.registry import Backend, backends
 from graft.model.devices import computes_bfloat16
 
 Diagnosis = dict[str, dict[str, Any]]

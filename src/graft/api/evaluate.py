@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from graft.api.run_folder import PromptStyle, load_any, prompt_style
+from graft.api.run.folder import PromptStyle, load_any, prompt_style
 from graft.data.config import DataConfig
 from graft.data.encode import encode_prompt
 from graft.data.load import load_examples, resolve_max_length

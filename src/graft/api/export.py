@@ -12,28 +12,28 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from graft.adapters.attach import adapted_layers, adapter_names, frozen_layers, replace_module
 from graft.adapters.config import Init
-from graft.api.card import weights_in_words, write_card
 from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.merge import MergeReport, check_biases, merge_loaded
-from graft.api.run_folder import PromptStyle, is_run, load_any, prompt_style, read_run_config
+from graft.api.run.card import weights_in_words, write_card
+from graft.api.run.folder import PromptStyle, is_run, load_any, prompt_style, read_run_config
 from graft.data.rows import RowKind
 from graft.errors import GraftError, raise_problems
 from graft.export.card import card_path
 from graft.export.config import ExportTarget
-from graft.export.gguf_export import check_gguf_plan, export_gguf
-from graft.export.gguf_plan import Unquantised
-from graft.export.mlx_export import check_mlx_plan, export_mlx
-from graft.export.ollama_export import export_ollama, ollama_prompt
-from graft.export.onnx_export import check_onnx_plan, export_onnx
-from graft.export.openvino_export import check_openvino_plan, export_openvino
-from graft.export.tokenizer_gguf import convert_tokenizer
+from graft.export.gguf.tensors import Unquantised
+from graft.export.gguf.tokenizer import convert_tokenizer
+from graft.export.gguf.write import check_gguf_plan, export_gguf
+from graft.export.mlx.write import check_mlx_plan, export_mlx
+from graft.export.ollama.write import export_ollama, ollama_prompt
+from graft.export.onnx.write import check_onnx_plan, export_onnx
+from graft.export.openvino.write import check_openvino_plan, export_openvino
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.model.adapter_files import save_adapter
 from graft.model.load import LoadedModel
-from graft.model.memory import reuse_freed_memory
+from graft.model.running.memory import reuse_freed_memory
 from graft.model.save import save_plain_model
 
 

@@ -14,8 +14,7 @@ import torch
 from torch import nn
 
 from graft.adapters.attach import adapter_parameters, attach_adapter, code_widths
-from graft.adapters.loftq import LoftQ
-from graft.api.base_format import base_format, exported_formats
+from graft.adapters.starts.loftq import LoftQ
 from graft.api.config import (
     WIDTHS,
     TrainConfig,
@@ -24,13 +23,12 @@ from graft.api.config import (
     check_train_config,
     chosen_solver,
 )
-from graft.api.config_file import write_yaml
 from graft.api.events import Events
 from graft.api.export import check_bias_exports, check_exports, export_model
 from graft.api.loftq_start import chosen_loftq, start_from_loftq
 from graft.api.quantize import load_quantised
-from graft.api.report import RunReport, make_report, stored_bits_per_weight, write_report
-from graft.api.run_folder import (
+from graft.api.run.base import base_format, exported_formats
+from graft.api.run.folder import (
     ADAPTER,
     BASE,
     BASE_REFERENCE,
@@ -45,6 +43,7 @@ from graft.api.run_folder import (
     write_base_reference,
     write_prompt_style,
 )
+from graft.api.run.report import RunReport, make_report, stored_bits_per_weight, write_report
 from graft.calibrate.driver import drift_share
 from graft.calibrate.latents import let_grid_wait, round_latents
 from graft.data.encode import EncodedData
@@ -52,15 +51,16 @@ from graft.data.load import load_train_and_eval
 from graft.data.rows import RowKind
 from graft.errors import GraftError, Problems, raise_problems
 from graft.evaluate.loss import evaluate_loss
+from graft.files import write_yaml
 from graft.formats.base import WeightFormat
 from graft.formats.latent import LatentFormat
 from graft.model.adapter_files import save_adapter
-from graft.model.attention import use_own_attention
-from graft.model.checkpointing import check_checkpointing, enable_checkpointing
 from graft.model.load import LoadedModel, build_skeleton, find_folder, read_config, read_tokenizer
-from graft.model.memory import reuse_freed_memory
-from graft.model.pointwise import use_own_pointwise
-from graft.model.prefetch import prefetch_layers
+from graft.model.running.attention import use_own_attention
+from graft.model.running.checkpointing import check_checkpointing, enable_checkpointing
+from graft.model.running.memory import reuse_freed_memory
+from graft.model.running.pointwise import use_own_pointwise
+from graft.model.running.prefetch import prefetch_layers
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan.memory import MemoryPlan, free_bytes, plan_memory

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from graft.api.run_folder import load_any
+from graft.api.run.folder import load_any
 
 
 def load(

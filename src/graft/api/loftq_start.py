@@ -6,10 +6,10 @@ import shutil
 from pathlib import Path
 
 from graft.adapters.base import lora_scaling
-from graft.adapters.loftq import LoftQ, start_adapters
+from graft.adapters.starts.loftq import LoftQ, start_adapters
 from graft.api.config import TrainConfig
 from graft.api.events import Events
-from graft.api.run_folder import BASE, START
+from graft.api.run.folder import BASE, START
 from graft.model.adapter_files import save_adapter
 from graft.model.load import LoadedModel
 

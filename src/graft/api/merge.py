@@ -19,15 +19,16 @@ from graft.adapters.attach import (
 )
 from graft.adapters.merge import merge_adapters
 from graft.api.events import Events
-from graft.api.run_folder import MODEL, START, is_run, load_any, read_run_config
+from graft.api.run.folder import MODEL, START, is_run, load_any, read_run_config
 from graft.errors import GraftError
+from graft.files import write_json
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
-from graft.formats.linear import FrozenLinear
+from graft.layers.frozen import FrozenLinear
 from graft.model.adapter_files import load_adapter
 from graft.model.load import LoadedModel, load_model
-from graft.model.save import save_model, write_json
+from graft.model.save import save_model
 from graft.model.targets import freeze_layers
 
 Into = Literal["trained", "original"]

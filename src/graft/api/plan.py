@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from graft.api.base_format import base_format
 from graft.api.config import PlanConfig, calibrating_rows
+from graft.api.run.base import base_format
 from graft.model.load import read_config
 from graft.plan.memory import MemoryPlan, plan_memory
 from graft.plan.skeleton import config_folder

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graft.adapters.loftq import LoftQ
+from graft.adapters.starts.loftq import LoftQ
 from graft.api.config import WIDTHS, QuantizeConfig, check_solver, chosen_solver, format_description
 from graft.api.events import Events
 from graft.calibrate.config import CALIBRATED, Solver

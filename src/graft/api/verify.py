@@ -15,7 +15,7 @@ from torch import Tensor
 
 from graft.api.events import Events
 from graft.api.export import bytes_on_disk, export_model, merge_for_export
-from graft.api.run_folder import is_run, load_any, read_run_config
+from graft.api.run.folder import is_run, load_any, read_run_config
 from graft.data.config import DataConfig
 from graft.data.encode import Example
 from graft.data.load import load_examples, load_train_and_eval, resolve_max_length
@@ -24,8 +24,8 @@ from graft.evaluate.fidelity import Fidelity, FidelitySum
 from graft.export.card import card_path
 from graft.export.config import ExportTarget
 from graft.export.runtimes import Runtime, start, target_of
+from graft.files import write_json
 from graft.model.load import LoadedModel, build_skeleton
-from graft.model.save import write_json
 
 ROWS, TOKENS = 40, 128
 """Held-out rows that are scored, and tokens of each."""

@@ -15,7 +15,7 @@ from graft.calibrate.gptq import HessianSum, gptq_pack, made_up, output_error, r
 from graft.errors import GraftError, raise_problems
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
-from graft.formats.linear import FrozenLinear
+from graft.layers.frozen import FrozenLinear
 
 _QEP_SHARE = 0.5
 """Share of the drift that solver qep makes up for, as its authors chose it."""

@@ -9,7 +9,7 @@ from graft.errors import GraftError
 from graft.formats.base import WeightFormat
 from graft.formats.grid_fit import grouped, nearest, pieces
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels.reference import round_once
+from graft.kernels.frozen.reference import round_once
 
 NORM = 0.7
 ROUNDS = 20

@@ -15,7 +15,7 @@ from graft.calibrate.driver import calibrate_model
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.latent import LatentFormat
-from graft.formats.linear import FrozenLinear
+from graft.layers.frozen import FrozenLinear
 
 
 def let_grid_wait(model: nn.Module) -> None:

@@ -16,7 +16,7 @@ from graft.calibrate.gptq import HessianSum, output_error
 from graft.errors import GraftError
 from graft.formats.base import storage_bytes
 from graft.formats.int_group import IntGroupFormat
-from graft.formats.linear import FrozenLinear
+from graft.layers.frozen import FrozenLinear
 
 _MOST_UNITS = 1 << 16
 """Steps that the budget is divided into at most; sizes are rounded up to whole steps."""

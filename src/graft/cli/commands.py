@@ -171,7 +171,8 @@ def _settings_of_resumed_run(words: Sequence[str]) -> dict[str, object]:
     words = [part for word in words for part in word.split("=", 1)]
     if "--resume" not in words or "--out" not in words[:-1]:
         return {}
-    from graft.api.config_file import checked_settings, read_yaml
+    from graft.api.settings import checked_settings
+    from graft.files import read_yaml
 
     stored = Path(words[words.index("--out") + 1]) / "config.yaml"
     return checked_settings(read_yaml(stored), TrainConfig, str(stored)) if stored.is_file() else {}
@@ -214,7 +215,7 @@ def evaluate(words: Sequence[str]) -> None:
     """Graft eval RUN_OR_MODEL --data D [--json]."""
     arguments = parse(EvalArguments, words, "eval", EvalArguments.__doc__ or "")
     from graft.api.evaluate import evaluate_model
-    from graft.api.run_folder import load_any
+    from graft.api.run.folder import load_any
 
     loaded = load_any(arguments.model, arguments.dtype, arguments.device, arguments.tokenizer)
     result = evaluate_model(
@@ -239,7 +240,7 @@ def generate(words: Sequence[str]) -> None:
     """Graft generate RUN_OR_MODEL --prompt TEXT."""
     arguments = parse(GenerateArguments, words, "generate", GenerateArguments.__doc__ or "")
     from graft.api.evaluate import generate as run
-    from graft.api.run_folder import load_any, prompt_style
+    from graft.api.run.folder import load_any, prompt_style
 
     loaded = load_any(arguments.model, tokenizer=arguments.tokenizer)
     run(
@@ -258,7 +259,7 @@ def chat(words: Sequence[str]) -> None:
     """Graft chat RUN_OR_MODEL."""
     arguments = parse(ChatArguments, words, "chat", ChatArguments.__doc__ or "")
     from graft.api.evaluate import generate as run
-    from graft.api.run_folder import load_any, prompt_style
+    from graft.api.run.folder import load_any, prompt_style
 
     loaded = load_any(arguments.model)
     style = prompt_style(Path(arguments.model))

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from graft.api.compare.config import CompareConfig
+from graft.compare.config import CompareConfig
 from graft.errors import GraftError
 
 if TYPE_CHECKING:
-    from graft.api.compare.results import Column, Result, Row
+    from graft.compare.results import Column, Result, Row
 
 DEMO_STEPS = 160
 _FIRST = "deployed model"
@@ -42,9 +42,9 @@ def demo_settings(words: Sequence[str]) -> dict[str, Any]:
 
 def show_comparison(config: CompareConfig) -> None:
     """Compare, print the table and the files; raises GraftError when a contender failed."""
-    from graft.api.compare.results import COSTS, SCORES, with_figures
-    from graft.api.compare.run import compare
     from graft.cli.progress import TerminalEvents
+    from graft.compare.results import COSTS, SCORES, with_figures
+    from graft.compare.run import compare
 
     with TerminalEvents(Console(stderr=True)) as events:
         result = compare(config, events)

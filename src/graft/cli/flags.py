@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import tyro
 
-from graft.api.config_file import checked_settings, read_yaml
+from graft.api.settings import checked_settings
 from graft.errors import GraftError, did_you_mean, raise_problems
+from graft.files import read_yaml
 
 Config = TypeVar("Config")
 

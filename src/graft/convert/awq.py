@@ -21,7 +21,7 @@ from graft.convert.source import QuantisedLayer, Source
 from graft.errors import GraftError, raise_problems
 from graft.formats.base import Packed
 from graft.formats.int_group import IntGroupFormat
-from graft.model.weights import WeightFiles
+from graft.model.weight_files import WeightFiles
 
 _PARTS = ("qweight", "qzeros", "scales")
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)

@@ -20,9 +20,9 @@ from graft.errors import GraftError, raise_problems
 from graft.formats.base import Packed
 from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
 from graft.formats.int8 import Int8Format
-from graft.kernels.codebooks import CODEBOOK_NAMES, codebook, dynamic_code
-from graft.kernels.weights import NESTED_BLOCK_SIZE
-from graft.model.weights import WeightFiles
+from graft.kernels.packed.codebooks import CODEBOOK_NAMES, codebook, dynamic_code
+from graft.kernels.packed.weight import NESTED_BLOCK_SIZE
+from graft.model.weight_files import WeightFiles
 
 _STATE = ".weight.quant_state.bitsandbytes__"
 _INT8_PARTS = ("weight", "SCB", "weight_format")

@@ -16,7 +16,7 @@ from graft.convert.pickled import pickled_source
 from graft.convert.source import Source
 from graft.errors import GraftError
 from graft.model.load import QUANTISATION_FILE, find_folder
-from graft.model.weights import PICKLES
+from graft.model.weight_files import PICKLES
 
 _BY_METHOD: dict[str | None, Callable[[ForeignFolder], Source]] = {
     "gptq": gptq_source,

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from graft.convert.source import PlainTensor
 from graft.errors import GraftError
+from graft.files import read_json
 from graft.model.load import build_skeleton, parse_config
-from graft.model.weights import INDEX_FILE, SINGLE_FILE, WeightFiles, read_json
+from graft.model.weight_files import INDEX_FILE, SINGLE_FILE, WeightFiles
 
 WORDS = (torch.int32, torch.uint32)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)

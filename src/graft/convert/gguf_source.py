@@ -27,11 +27,11 @@ from graft.convert.source import PlainTensor, QuantisedLayer, ReadLayer, Source
 from graft.errors import GraftError, raise_problems
 from graft.formats.base import Packed
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels.packing import BLOCK, unpack_codes
-from graft.model.gguf_config import gguf_config
-from graft.model.gguf_file import FLOATS, GgufFile, GgufTensor, read_gguf
-from graft.model.gguf_layout import rotary_heads, rows_from_gguf
-from graft.model.gguf_load import gguf_places
+from graft.kernels.packed.planes import BLOCK, unpack_codes
+from graft.model.gguf.config import gguf_config
+from graft.model.gguf.file import FLOATS, GgufFile, GgufTensor, read_gguf
+from graft.model.gguf.layout import rotary_heads, rows_from_gguf
+from graft.model.gguf.load import gguf_places
 from graft.model.load import build_skeleton
 from graft.model.targets import linear_layers
 

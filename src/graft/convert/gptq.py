@@ -31,7 +31,7 @@ from graft.convert.source import QuantisedLayer, Source
 from graft.errors import GraftError
 from graft.formats.base import Packed
 from graft.formats.int_group import IntGroupFormat
-from graft.model.weights import WeightFiles
+from graft.model.weight_files import WeightFiles
 
 _LAYOUTS = ("gptq", "gptq_v2")
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")

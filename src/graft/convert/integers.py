@@ -11,8 +11,8 @@ from torch import Tensor
 from graft.errors import GraftError
 from graft.formats.base import Packed
 from graft.formats.int_group import GROUP_SIZES, SMALLEST_SCALE, IntGroupFormat
-from graft.kernels.packing import PLANES
-from graft.kernels.reference import round_once
+from graft.kernels.frozen.reference import round_once
+from graft.kernels.packed.planes import PLANES
 
 BITS = tuple(PLANES)
 

@@ -22,7 +22,7 @@ from graft.convert.source import QuantisedLayer, Source
 from graft.errors import GraftError
 from graft.formats.base import Packed
 from graft.formats.int_group import IntGroupFormat
-from graft.model.weights import WeightFiles
+from graft.model.weight_files import WeightFiles
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "granite", "smollm3")
 """Whose modules and weights mlx-lm takes from Transformers unchanged."""

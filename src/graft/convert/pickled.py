@@ -17,7 +17,7 @@ from torch import Tensor
 from graft.convert.folder import ForeignFolder
 from graft.convert.source import PlainTensor, Source
 from graft.errors import GraftError
-from graft.model.weights import PICKLES, indexed_files
+from graft.model.weight_files import PICKLES, indexed_files
 
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"

@@ -16,13 +16,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from graft.convert.source import PlainTensor, QuantisedLayer, Source
 from graft.errors import GraftError, Problems, raise_problems
+from graft.files import new_folder
 from graft.formats.base import WeightFormat, storage_bytes
 from graft.formats.registry import describe_format
 from graft.model.load import LoadedModel
-from graft.model.save import new_folder, write_model_files, write_quantisation
+from graft.model.save import write_model_files, write_quantisation
 from graft.model.targets import linear_layers, linear_shape
 from graft.model.tensor_file import WRITABLE, FileTensor, OnTensor, write_tensor_file
-from graft.model.weights import SINGLE_FILE
+from graft.model.weight_files import SINGLE_FILE
 
 _ADVICE = 20
 """Problems that are listed; thousands of layers may share one."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from graft.data.files import Record, read_records
+from graft.data.sources.files import Record, read_records
 from graft.errors import GraftError, raise_problems
 
 RowKind = Literal["text", "prompt", "instruction", "messages"]

@@ -16,7 +16,7 @@ from graft.api.export import export_model
 from graft.api.finetune import finetune
 from graft.api.merge import merge
 from graft.api.quantize import quantize
-from graft.api.run_folder import PromptStyle, load_any
+from graft.api.run.folder import PromptStyle, load_any
 from graft.errors import GraftError
 from graft.evaluate.scores import attribute_coverage
 from graft.model.load import LoadedModel

@@ -16,7 +16,7 @@ from transformers import (
 from transformers.generation.streamers import TextStreamer
 
 from graft.errors import GraftError
-from graft.model.decode import Decoder, why_not_native
+from graft.model.running.decode import Decoder, why_not_native
 
 OnText = Callable[[str], None]
 
@@ -52,8 +52,8 @@ def generate_text(
     """Return the continuation of a tokenised prompt; temperature 0 is greedy.
 
     Generation ends at the end-of-sequence token, after max_new_tokens, or where the model's
-    position limit ends. A model that `graft.model.decode` knows is decoded by it, any other by
-    transformers. Raises GraftError when the prompt leaves no room.
+    position limit ends. A model that `graft.model.running.decode` knows is decoded by it, any
+    other by transformers. Raises GraftError when the prompt leaves no room.
     """
     limit = getattr(model.config, "max_position_embeddings", None)
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt_ids))

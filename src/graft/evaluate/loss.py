@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from graft.data.batches import batch_in_order, collate
 from graft.data.encode import Example
-from graft.model.loss import target_loss
+from graft.model.running.loss import target_loss
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 
 from graft.export.layers import Architecture, activation, require_finite
 from graft.formats.int_group import IntGroupFormat
-from graft.formats.linear import FrozenLinear
-from graft.model.gguf_layout import head_dim
+from graft.layers.frozen import FrozenLinear
+from graft.model.gguf.layout import head_dim
 
 Node = Any
 """A value in the graph of whatever runtime."""

@@ -15,8 +15,8 @@ from graft.errors import GraftError
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
-from graft.formats.linear import FrozenLinear
-from graft.kernels.packing import PLANES, unpack_codes
+from graft.kernels.packed.planes import PLANES, unpack_codes
+from graft.layers.frozen import FrozenLinear
 
 _CACHED = 1 << 18
 """Bytes of codes that are moved at a time, with room for a few temporaries in a core's cache."""

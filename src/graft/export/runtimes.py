@@ -14,10 +14,10 @@ from torch import Tensor
 
 from graft.errors import GraftError
 from graft.export.config import ExportTarget
-from graft.export.ollama_export import GGUF_FILE, MODELFILE
-from graft.model.gguf_layout import head_dim
+from graft.export.ollama.write import GGUF_FILE, MODELFILE
+from graft.files import read_json
+from graft.model.gguf.layout import head_dim
 from graft.model.load import load_model, read_config, read_tokenizer
-from graft.model.weights import read_json
 
 PACKAGES: dict[ExportTarget, tuple[str, str]] = {
     "gguf": ("llama_cpp", "llama-cpp-python"),

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from graft.kernels.weights import Weight
+from graft.kernels.packed.weight import Weight
 
 Packed = Mapping[str, Tensor]
 """The tensors that hold one frozen weight: codes, scales, offsets, absmax ..."""

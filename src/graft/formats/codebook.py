@@ -10,9 +10,9 @@ from torch import Tensor
 
 from graft.formats.base import GridUpdate, Packed, TensorSpec
 from graft.formats.grid_fit import fit_absmax
-from graft.kernels import ops
-from graft.kernels.codebooks import CODEBOOK_NAMES, codebook, quantisation_bounds
-from graft.kernels.weights import NESTED_BLOCK_SIZE, Layout, Weight, plain_absmax
+from graft.kernels.frozen import ops
+from graft.kernels.packed.codebooks import CODEBOOK_NAMES, codebook, quantisation_bounds
+from graft.kernels.packed.weight import NESTED_BLOCK_SIZE, Layout, Weight, plain_absmax
 
 BLOCK_SIZE = 64
 

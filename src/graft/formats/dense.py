@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from graft.formats.base import GridUpdate, Packed, TensorSpec
-from graft.kernels import row_ops
-from graft.kernels.weights import Layout, Weight
+from graft.kernels.frozen import row_ops
+from graft.kernels.packed.weight import Layout, Weight
 
 _DTYPES = {
     "float32": torch.float32,

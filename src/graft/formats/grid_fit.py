@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graft.kernels.reference import fit_groups, round_once
+from graft.kernels.frozen.reference import fit_groups, round_once
 
 ROUNDS = 10
 """Rounds of the alternating fit; the error of nearly every group has settled by then."""

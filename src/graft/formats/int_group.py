@@ -11,10 +11,12 @@ from torch import Tensor
 from graft.errors import GraftError
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled, TensorSpec
 from graft.formats.grid_fit import fit_affine, refit_affine
-from graft.kernels import affine_ops, low_rank_ops, ops
-from graft.kernels.packing import PLANES, pack_codes, plane_bytes
-from graft.kernels.reference import nearest_codes, round_once
-from graft.kernels.weights import Layout, Weight
+from graft.kernels.frozen import ops
+from graft.kernels.frozen.reference import nearest_codes, round_once
+from graft.kernels.low_rank import ops as low_rank_ops
+from graft.kernels.moves import ops as affine_ops
+from graft.kernels.packed.planes import PLANES, pack_codes, plane_bytes
+from graft.kernels.packed.weight import Layout, Weight
 
 GROUP_SIZES = (8, 16, 32, 64, 128)
 _STATISTICS = {"float16": torch.float16, "float32": torch.float32}
@@ -52,8 +54,8 @@ class IntGroupFormat:
 
     Packed tensors, for g = ceil(in_features / group_size):
 
-    - codes: uint8 [out_features, bytes], and for 3 bits also codes_high; `graft.kernels.packing`
-      says which code lies where;
+    - codes: uint8 [out_features, bytes], and for 3 bits also codes_high;
+      `graft.kernels.packed.planes` says which code lies where;
     - scales, offsets: float16 (or float32) [out_features, g].
     """
 

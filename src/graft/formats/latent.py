@@ -12,8 +12,8 @@ from graft.errors import GraftError
 from graft.formats.base import GridUpdate, Packed, TensorSpec, WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels import latent_ops
-from graft.kernels.weights import Weight
+from graft.kernels.latent import ops as latent_ops
+from graft.kernels.packed.weight import Weight
 
 _WITHIN = 0.44
 """How far a latent weight may lie from the code that a solver chose, in steps: less than half, so

@@ -22,10 +22,11 @@ from graft.adapters.lora import LoraAdapter
 from graft.adapters.merge_aware import GRID_PARAMETERS, MergeAwareAdapter
 from graft.adapters.qalora import QALoraAdapter
 from graft.errors import GraftError, raise_problems
+from graft.files import new_folder, read_json, write_json
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
-from graft.formats.linear import FrozenLinear
+from graft.layers.frozen import FrozenLinear
 from graft.model.peft_files import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,
@@ -37,8 +38,8 @@ from graft.model.peft_files import (
     peft_scaling,
     split_peft_key,
 )
-from graft.model.save import new_folder, save_tensors, write_json
-from graft.model.weights import WeightFiles, read_json
+from graft.model.save import save_tensors
+from graft.model.weight_files import WeightFiles
 
 OWN_CONFIG = "graft_adapter.json"
 OWN_VERSION = 1

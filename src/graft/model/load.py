@@ -25,11 +25,12 @@ from transformers import (
 
 from graft.adapters.attach import replace_module
 from graft.errors import GraftError, raise_problems
+from graft.files import read_json
 from graft.formats.base import Packed, WeightFormat
 from graft.formats.registry import parse_format
 from graft.model.devices import resolve_device, resolve_dtype
 from graft.model.targets import frozen_linear, linear_layers, linear_shape, select_targets
-from graft.model.weights import WeightFiles, read_json
+from graft.model.weight_files import WeightFiles
 
 QUANTISATION_FILE = "graft.json"
 _NO_TOKENIZER = (ValueError, KeyError, OSError, ImportError)

@@ -16,7 +16,7 @@ from graft.adapters.dora import DoraAdapter
 from graft.adapters.lora import LoraAdapter
 from graft.adapters.qalora import QALoraAdapter
 from graft.errors import GraftError
-from graft.formats.linear import FrozenLinear
+from graft.layers.frozen import FrozenLinear
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"

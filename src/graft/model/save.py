@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,42 +15,13 @@ from transformers import PreTrainedModel
 
 from graft.adapters.attach import adapted_layers, frozen_layers
 from graft.errors import GraftError
+from graft.files import new_folder, replacing, write_json
 from graft.formats.dense import DenseFormat
-from graft.formats.linear import FrozenLinear
 from graft.formats.registry import describe_format
+from graft.layers.frozen import FrozenLinear
 from graft.model.load import CONFIG_MARKER, FORMAT_VERSION, QUANTISATION_FILE, LoadedModel
 from graft.model.tensor_file import FileTensor, OnTensor, write_tensor_file
-from graft.model.weights import SINGLE_FILE
-
-
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder that becomes `path` when the block ends, and vanishes if it fails.
-
-    Raises GraftError when `path` exists with something in it or cannot be written.
-    """
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise GraftError(f"{path} exists already; choose another name or remove it")
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        yield temporary
-        if path.exists():
-            path.rmdir()
-        os.replace(temporary, path)
-    except OSError as error:
-        raise GraftError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def write_json(path: Path, value: object) -> None:
-    """Write a JSON file to a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+from graft.model.weight_files import SINGLE_FILE
 
 
 def save_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype | None = None) -> None:
@@ -142,14 +109,13 @@ def write_quantisation(
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file to a temporary name, then rename."""
-    temporary = path.with_name(path.name + ".part")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry only: the order of several is random, and equal weights should give equal files.
     try:
-        save_file(plain, temporary, metadata={"format": "pt"})
+        with replacing(path) as temporary:
+            save_file(plain, temporary, metadata={"format": "pt"})
     except SafetensorError as error:
         raise GraftError(f"{path} cannot be written: {error}") from error
-    os.replace(temporary, path)
 
 
 def named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

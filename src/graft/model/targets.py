@@ -15,7 +15,7 @@ from graft.adapters.base import AdaptedLinear
 from graft.errors import raise_problems
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
-from graft.formats.linear import FrozenLinear
+from graft.layers.frozen import FrozenLinear
 
 _LINEAR = (nn.Linear, Conv1D, FrozenLinear, AdaptedLinear)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graft.errors import GraftError
+from graft.files import replacing
 
 _CODES = {
     torch.float64: "F64",
@@ -68,23 +67,16 @@ def write_tensors(
     on_tensor is called after each with (tensors written, all tensors). Raises GraftError when the
     file cannot be written.
     """
-    temporary = path.with_name(path.name + ".part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(header)
-            places = zip(tensors, starts(tensors, alignment), strict=True)
-            for done, (tensor, start) in enumerate(places, start=1):
-                file.seek(len(header) + start)
-                data = tensor.make().detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                assert data.numel() == tensor.bytes, tensor.name
-                file.write(data.numpy().data)
-                if on_tensor is not None:
-                    on_tensor(done, len(tensors))
-        os.replace(temporary, path)
-    except OSError as error:
-        raise GraftError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        places = zip(tensors, starts(tensors, alignment), strict=True)
+        for done, (tensor, start) in enumerate(places, start=1):
+            file.seek(len(header) + start)
+            data = tensor.make().detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            assert data.numel() == tensor.bytes, tensor.name
+            file.write(data.numpy().data)
+            if on_tensor is not None:
+                on_tensor(done, len(tensors))
 
 
 def starts(tensors: Sequence[FileTensor], alignment: int = 1) -> list[int]:

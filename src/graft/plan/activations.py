@@ -11,13 +11,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from graft.adapters.base import AdaptedLinear
 from graft.adapters.config import AdapterConfig
-from graft.model.checkpointing import (
+from graft.model.running.checkpointing import (
     Checkpointing,
     is_wide,
     keeps_attention,
     keeps_product,
 )
-from graft.model.pointwise import has_own_pointwise, own_gates, own_norms
+from graft.model.running.pointwise import has_own_pointwise, own_gates, own_norms
 from graft.model.targets import linear_layers, linear_shape
 
 _COMPOSED_ACTIVATIONS = {"gelu_new": 3, "gelu_fast": 3, "quick_gelu": 2}
@@ -66,7 +66,7 @@ class _Setting:
     rms_norm: bool
     norms_train: bool
     own_norms: bool
-    """One operation each (`graft.model.pointwise`), which keeps its input alone."""
+    """One operation each (`graft.model.running.pointwise`), which keeps its input alone."""
     own_gates: bool
     activation: str
     unfused_attention: bool
@@ -94,7 +94,7 @@ def plan_activations(
     one float32 a head and no scores. Models that drop out attention weights keep three matrices of
     scores on the CPU. To this come the adapters' own copies. With checkpointing, all this is there
     for one layer at a time, the one that is being recomputed; every layer keeps its input and, of
-    its products and its attention, the outputs that `graft.model.checkpointing` names.
+    its products and its attention, the outputs that `graft.model.running.checkpointing` names.
     """
     setting = _setting(model, adapter, dtype, device, sequence_length)
     tokens = batch_size * sequence_length

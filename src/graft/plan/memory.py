@@ -14,9 +14,9 @@ from graft.adapters.config import AdapterConfig
 from graft.errors import raise_problems
 from graft.formats.base import WeightFormat
 from graft.formats.latent import LatentFormat
-from graft.kernels import native_library
-from graft.model.checkpointing import CHECKPOINTING, Checkpointing, check_checkpointing
-from graft.model.loss import BLOCK_LOGITS, chunk_tokens
+from graft.kernels.backend import native_library
+from graft.model.running.checkpointing import CHECKPOINTING, Checkpointing, check_checkpointing
+from graft.model.running.loss import BLOCK_LOGITS, chunk_tokens
 from graft.plan.activations import plan_activations
 from graft.plan.skeleton import PlannedModel, WeightCounts, count_weights, plan_model
 

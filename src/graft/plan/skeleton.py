@@ -13,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from graft.adapters.attach import adapted_layers, attach_adapter, frozen_layers, replace_module
 from graft.adapters.config import AdapterConfig
 from graft.errors import GraftError
+from graft.files import read_json
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.registry import parse_format
@@ -20,7 +21,6 @@ from graft.model.devices import resolve_device, resolve_dtype
 from graft.model.load import QUANTISATION_FILE, build_skeleton, find_folder, read_config
 from graft.model.save import named_tensors
 from graft.model.targets import frozen_linear, linear_shape, select_targets
-from graft.model.weights import read_json
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from graft.errors import GraftError, raise_problems
-from graft.model.save import new_folder, save_tensors, write_json
-from graft.model.weights import WeightFiles, read_json
+from graft.files import new_folder, read_json, write_json
+from graft.model.save import save_tensors
+from graft.model.weight_files import WeightFiles
 
 CHECKPOINT_VERSION = 1
 KEPT = 2

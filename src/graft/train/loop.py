@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graft.data.batches import Batch, BatchSampler, collate
+from graft.data.batches import IGNORED, Batch, BatchSampler, collate
 from graft.data.encode import Example
 from graft.errors import GraftError
-from graft.model.loss import target_loss
-from graft.model.memory import resident_bytes
+from graft.files import write_text
+from graft.model.running.loss import target_loss
+from graft.model.running.memory import resident_bytes
 from graft.train.checkpoint import Position, checkpoints, load_checkpoint, save_checkpoint
 from graft.train.config import LoopConfig
 from graft.train.health import check_gradients, raise_not_finite
@@ -129,7 +130,7 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         batches = [self._next_batch() for _ in range(self.config.grad_accum)]
-        targets = sum(int((batch.labels[:, 1:] != -100).sum()) for batch in batches)
+        targets = sum(int((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches)
         loss = 0.0
         for batch in batches:
             batch_loss = self._loss(batch)
@@ -197,9 +198,7 @@ class _Loop:
         kept = [
             entry for entry in read_metrics(self.metrics_file) if entry["step"] <= position.step
         ]
-        temporary = self.metrics_file.with_suffix(".part")
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        temporary.replace(self.metrics_file)
+        write_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
         for entry in kept:
             self.last |= entry
         return position.step

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import GraftError
+from graft.files import replacing
 
 
 def plot_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:
@@ -52,9 +53,8 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None
     bottom.set_xlabel("step")
     bottom.grid(alpha=0.3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    figure.savefig(temporary, dpi=120, format="png")
-    temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=120, format="png")
 
 
 def smoothed(values: Sequence[float], weight: float = 0.9) -> list[float]:

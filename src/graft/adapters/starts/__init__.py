@@ -1,0 +1,1 @@
+"""How an adapter begins, and what that asks of its base."""

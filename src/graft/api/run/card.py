@@ -1,0 +1,190 @@
+"""What is known of an exported model, put together for its card."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from graft.adapters.attach import frozen_layers
+from graft.adapters.config import method_in_words
+from graft.api.config import TrainConfig
+from graft.api.merge import MergeReport
+from graft.api.run.folder import (
+    REPORT,
+    fingerprint_weights,
+    is_run,
+    prompt_style,
+    read_run_config,
+)
+from graft.export.card import CARD, CardFacts, card_path, license_of, model_card
+from graft.files import read_json, write_text
+from graft.formats.int_group import IntGroupFormat
+from graft.model.load import LoadedModel
+
+_VERSIONS = ("graft-llm", "torch", "transformers")
+
+
+def weights_in_words(loaded: LoadedModel) -> str:
+    """Return how many layers are in which format, as in '35 layers: nf4'."""
+    formats = (layer.weight_format.deployed for _, layer in frozen_layers(loaded.model))
+    counts = Counter(
+        f"{one.bits}-bit integers in groups of {one.group_size}"
+        if isinstance(one, IntGroupFormat)
+        else one.name
+        for one in formats
+    )
+    return "; ".join(f"{count} layers: {words}" for words, count in counts.items())
+
+
+def write_card(
+    source: Path,
+    target: str,
+    exported: Path,
+    base: Path,
+    weights: str,
+    merged: MergeReport | None,
+    license: str | None,
+    notes: Sequence[str],
+) -> None:
+    """Write the card of what was exported from a run or a model folder.
+
+    base: the folder that the model was loaded from. weights: `weights_in_words` of the model before
+    it was written. license: instead of that which the base's card names. Raises GraftError when the
+    card cannot be written.
+    """
+    run = is_run(source)
+    config = read_run_config(source) if run else None
+    report = read_json(source / REPORT) if run and (source / REPORT).is_file() else {}
+    if run:
+        hub_id, fingerprint = report.get("base_hub_id"), report.get("base_fingerprint")
+        base_license = report.get("base_license") or {}
+    else:
+        hub_id = None if source.exists() else source.as_posix()
+        fingerprint, base_license = fingerprint_weights(base), license_of(base / CARD)
+    name = str(report.get("base_name") or Path(config.model if config else source).absolute().name)
+    trained_as = method_in_words(config.method, config.dora) if config else None
+    tags = ["graft", *([config.method] if config else []), *([target] if target != "hf" else [])]
+    facts = CardFacts(
+        target=target,
+        file=exported.name,
+        title=name if config is None else f"{name}, fine-tuned with {trained_as}",
+        base_model=hub_id,
+        license=base_license if license is None else {"license": license},
+        tags=tags,
+        tables={
+            "Base" if run else "Model": _known(
+                {"name": hub_id or name, "fingerprint of its weights": fingerprint}
+            ),
+            "Data": _data(config, report) if config else {},
+            "Training": _training(source, config, report) if config else {},
+            "Scores on held-out rows, of the trained model itself": _scores(report),
+            "This file": {"trained beside": weights}
+            if target == "peft"
+            else _file(weights, merged, run),
+        },
+        notes=() if target == "peft" else notes,  # peft's names a folder of this machine
+    )
+    write_text(card_path(exported, target), model_card(facts))
+
+
+def _data(config: TrainConfig, report: Mapping[str, Any]) -> dict[str, str]:
+    held_out = _count(report.get("held_out_rows"))
+    other = None if config.eval_data is None else _file_name(config.eval_data)
+    share = f"{held_out}, a share of the same file" if held_out else None
+    return _known(
+        {
+            "file": _file_name(config.data),
+            "SHA-256": report.get("data_fingerprint"),
+            "rows": _count(report.get("training_rows")),
+            "tokens": _count(report.get("training_tokens")),
+            "held-out file": other,
+            "SHA-256 of that": report.get("held_out_fingerprint"),
+            "held-out rows": held_out if other else share,
+        }
+    )
+
+
+def _file_name(path: str) -> str:
+    """Return a path's last part, whichever system wrote it."""
+    return path.replace("\\", "/").rpartition("/")[2]
+
+
+def _training(source: Path, config: TrainConfig, report: Mapping[str, Any]) -> dict[str, str]:
+    if "adopted_from" in report:
+        return _adoption(config, report)
+    style = prompt_style(source)
+    versions = report.get("versions") or {}
+    batch = config.batch_size * config.grad_accum
+    every = "all" if config.method == "full" else "every linear layer but the output head"
+    return _known(
+        {
+            "method": method_in_words(config.method, config.dora),
+            "format": config.format,
+            "bits, group size": f"{config.bits}, {config.group_size}" if config.bits else None,
+            "rank": config.rank if config.method not in ("affine", "full") else None,
+            "rank of the moves of the grid": config.grid_rank or None,
+            "start": config.init if config.init != "default" else None,
+            "rounded by": config.solver if config.format else None,
+            "layers": ", ".join(config.targets) or every,
+            "rows": style.kind,
+            "between prompt and answer": repr(style.separator) if style.kind == "prompt" else None,
+            "steps, rows in each": f"{report['steps']}, {batch}" if "steps" in report else None,
+            "peak learning rate": f"{config.learning_rate:.3g}" if config.learning_rate else None,
+            "seed": config.seed,
+            "trained parameters": _count(report.get("trainable_parameters")),
+            "trained with": ", ".join(
+                f"{one} {versions[one]}" for one in _VERSIONS if one in versions
+            ),
+        }
+    )
+
+
+def _adoption(config: TrainConfig, report: Mapping[str, Any]) -> dict[str, str]:
+    """Return what is known of an adapter that graft did not train."""
+    peft = f"PEFT {report['peft_version']}" if report.get("peft_version") else "PEFT"
+    return _known(
+        {
+            "method": method_in_words(config.method, config.dora),
+            "trained with": f"{peft}; graft brought the adapter in and did not train it",
+            "SHA-256 of the adapter": report.get("adapter_sha256"),
+            "layers": report.get("layers"),
+            "ranks": " ".join(map(str, report.get("ranks", []))),
+            "trained parameters": _count(report.get("parameters")),
+        }
+    )
+
+
+def _scores(report: Mapping[str, Any]) -> dict[str, str]:
+    before, after = report.get("eval_loss_before"), report.get("eval_loss")
+    if before is None or after is None:
+        return {}
+    return {
+        "loss before, after (nats per token)": f"{before:.4f}, {after:.4f}",
+        "perplexity before, after": f"{math.exp(before):.4f}, {math.exp(after):.4f}",
+    }
+
+
+def _file(weights: str, merged: MergeReport | None, run: bool) -> dict[str, str]:
+    found = {"weights": weights or None}
+    if merged is not None:
+        found["merge"] = (
+            f"{merged.layers} layers: exact, every merged weight is the one that was trained"
+            if merged.exact
+            else f"{merged.layers} layers: in the worst one the error is "
+            f"{merged.worst_relative_error:.1e} of the update (root mean square)"
+        )
+    if run:
+        found["check"] = "graft verify RUN FILE runs it and compares it with the trained model"
+    return _known(found)
+
+
+def _count(number: int | None) -> str | None:
+    return None if number is None else f"{number:,}"
+
+
+def _known(rows: Mapping[str, object]) -> dict[str, str]:
+    """Return the rows that have a value, as text."""
+    return {name: str(value) for name, value in rows.items() if value not in (None, "")}

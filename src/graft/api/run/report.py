@@ -1,0 +1,189 @@
+"""The report of a run: report.json for programs, report.md and a plot for people."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from graft.adapters.attach import frozen_layers
+from graft.adapters.config import method_in_words
+from graft.api.config import TrainConfig
+from graft.api.run.folder import fingerprint_weights
+from graft.data.encode import EncodedData
+from graft.data.sources.files import fingerprint
+from graft.export.card import CARD, license_of
+from graft.files import write_json, write_text
+from graft.formats.base import storage_bytes
+from graft.model.running.memory import peak_bytes
+from graft.plan.memory import MemoryPlan
+from graft.train.loop import Metrics
+from graft.train.plots import plot_loss
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run gave and what it cost."""
+
+    method: str
+    dora: bool
+    model: str
+    base_name: str
+    base_hub_id: str | None
+    base_fingerprint: str
+    """See `fingerprint_weights`."""
+    base_license: dict[str, str]
+    """As the base's own model card names it; empty where none does."""
+    steps: int
+    learning_rate: float
+    loss: float
+    """Training loss of the last step, nats per target token."""
+    eval_loss: float
+    eval_loss_before: float
+    perplexity: float
+    seconds: float
+    tokens_per_second: float
+    """Tokens computed per second of training steps, padding included."""
+    peak_memory_bytes: int
+    planned_memory_bytes: int
+    init: str
+    """How the adapter started: default or loftq."""
+    checkpointing: str
+    """What the layers kept for the backward pass, and why."""
+    trainable_parameters: int
+    total_parameters: int
+    bits_per_weight: float | None
+    """Of the quantised or adapted layers."""
+    training_rows: int
+    training_tokens: int
+    """Tokens of the training rows, after cutting."""
+    held_out_rows: int
+    data_fingerprint: str
+    held_out_fingerprint: str | None
+    """None where a share of the training file was held out."""
+    versions: dict[str, str]
+
+
+def base_facts(model: str, folder: Path) -> dict[str, Any]:
+    """Return what a model card says of a base: its name or hub id, fingerprint, and licence."""
+    return {
+        "base_name": Path(model).absolute().name,
+        "base_hub_id": None if Path(model).is_dir() else model,
+        "base_fingerprint": fingerprint_weights(folder),
+        "base_license": license_of(folder / CARD),
+    }
+
+
+def make_report(
+    *,
+    run: Path,
+    config: TrainConfig,
+    base: Path,
+    model: nn.Module,
+    metrics: Metrics,
+    plan: MemoryPlan,
+    training: EncodedData,
+    held_out: EncodedData,
+    steps: int,
+    learning_rate: float,
+    trainable: int,
+    seconds: float,
+    bits_per_weight: float | None,
+) -> RunReport:
+    """Put the report together from what the run measured; `base` is the base model's folder."""
+    from graft.train.loop import read_metrics
+
+    history = read_metrics(run / "metrics.jsonl")
+    timed = [entry for entry in history if "step_seconds" in entry]
+    spent = sum(entry["step_seconds"] for entry in timed)
+    tokens = sum(entry["tokens_per_second"] * entry["step_seconds"] for entry in timed)
+    return RunReport(
+        method=config.method,
+        dora=config.dora,
+        model=config.model,
+        **base_facts(config.model, base),
+        steps=steps,
+        learning_rate=learning_rate,
+        loss=float(metrics["loss"]),
+        eval_loss=float(metrics["eval_loss"]),
+        eval_loss_before=next(entry["eval_loss"] for entry in history if "eval_loss" in entry),
+        perplexity=float(metrics["perplexity"]),
+        seconds=seconds,
+        tokens_per_second=tokens / spent,
+        peak_memory_bytes=peak_bytes(next(model.parameters()).device),
+        planned_memory_bytes=plan.peak_bytes,
+        init=config.init,
+        checkpointing=plan.checkpointing_reason,
+        trainable_parameters=trainable,
+        total_parameters=plan.total_parameters,
+        bits_per_weight=bits_per_weight,
+        training_rows=len(training.examples),
+        training_tokens=training.total_tokens,
+        held_out_rows=len(held_out.examples),
+        data_fingerprint=fingerprint(config.data),
+        held_out_fingerprint=None if config.eval_data is None else fingerprint(config.eval_data),
+        versions=versions(),
+    )
+
+
+def stored_bits_per_weight(model: nn.Module) -> float | None:
+    """Return the bits per weight of the frozen layers as they are deployed; None: there are none.
+
+    Constants are included, and what only a training needs beside them is not.
+    """
+    layers = [layer for _, layer in frozen_layers(model)]
+    weights = sum(layer.in_features * layer.out_features for layer in layers)
+    stored = sum(
+        storage_bytes(layer.weight_format.deployed, layer.out_features, layer.in_features)
+        for layer in layers
+    )
+    return 8 * stored / weights if weights else None
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result hangs on."""
+    names = ("graft-llm", "torch", "transformers", "safetensors", "tokenizers", "gguf")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def write_report(run: Path, report: RunReport, history: Sequence[dict[str, Any]]) -> None:
+    """Write report.json, report.md and plots/loss.png into the run's folder."""
+    write_json(run / "report.json", asdict(report))
+    title = f"{_described(report)}, {report.steps} steps"
+    plot_loss(history, run / "plots" / "loss.png", title)
+    write_text(run / "report.md", _markdown(report))
+
+
+def _described(report: RunReport) -> str:
+    """Return what was trained on what, in words."""
+    return f"{method_in_words(report.method, report.dora)} on {Path(report.model).name}"
+
+
+def _markdown(report: RunReport) -> str:
+    bits = "-" if report.bits_per_weight is None else f"{report.bits_per_weight:.3f}"
+    rows = {
+        "held-out loss (nats per token)": f"{report.eval_loss_before:.4f} → {report.eval_loss:.4f}",
+        "held-out perplexity": f"{report.perplexity:.4f}",
+        "last training loss": f"{report.loss:.4f}",
+        "steps, peak learning rate": f"{report.steps}, {report.learning_rate:.3g}",
+        "rows (training, held out)": f"{report.training_rows}, {report.held_out_rows}",
+        "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,}",
+        "bits per weight of the adapted layers": bits,
+        "time": f"{report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s",
+        "peak memory (planned)": f"{report.peak_memory_bytes / 2**20:,.0f} MiB "
+        f"({report.planned_memory_bytes / 2**20:,.0f} MiB)",
+        "checkpointing": report.checkpointing,
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    versions_line = ", ".join(f"{name} {number}" for name, number in report.versions.items())
+    return (
+        f"# {_described(report)}\n\n"
+        f"| | |\n|---|---|\n{table}\n\n![loss](plots/loss.png)\n\n"
+        f"Base: `{report.model}`. Data: SHA-256 {report.data_fingerprint[:16]}…\n\n"
+        f"Versions: {versions_line}.\n"
+    )

@@ -1,0 +1,227 @@
+"""Which tensors a GGUF file holds: each layer's name, type and bytes, or why it cannot be held."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from graft.adapters.base import AdaptedLinear
+from graft.errors import GraftError
+from graft.export.layers import require_finite
+from graft.formats.base import WeightFormat
+from graft.formats.dense import DenseFormat
+from graft.formats.int_group import IntGroupFormat
+from graft.layers.frozen import FrozenLinear
+from graft.model.gguf.layout import (
+    Q4_1_BLOCK,
+    encode_q4_1,
+    gguf_names,
+    rope_factors,
+    row_order,
+)
+
+Unquantised = Literal["F32", "F16", "BF16"]
+
+_FLOATS = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """A tensor of the file; `make` computes its bytes (uint8) and the largest rounding in it."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: GGMLQuantizationType
+    make: Callable[[], tuple[Tensor, float]]
+
+    @property
+    def byte_shape(self) -> tuple[int, ...]:
+        """Shape of the data as bytes: rows stay, columns become bytes."""
+        return quant_shape_to_byte_shape(self.shape, self.type)
+
+    @property
+    def bytes(self) -> int:
+        """Size of the data."""
+        return math.prod(self.byte_shape)
+
+
+@dataclass
+class TensorPlan:
+    """All tensors of the file and what is worth telling about them."""
+
+    tensors: list[PlannedTensor] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    float32_layers: list[str] = field(default_factory=list)
+    """Layers in the int format whose rows are no multiple of 32: their exact weights go to F32."""
+    dense_layers: list[str] = field(default_factory=list)
+    """Quantised layers that GGUF cannot hold as they are, written unquantised as was asked."""
+
+
+def format_problems(weight_format: WeightFormat, dense: bool = False) -> list[str]:
+    """Return every reason why a weight format cannot be written exactly.
+
+    `dense` allows formats other than dense and int to be written unquantised.
+    """
+    if isinstance(weight_format, DenseFormat):
+        return []
+    if not isinstance(weight_format, IntGroupFormat):
+        if dense:
+            return []
+        return [
+            f"format {weight_format.name!r} has no counterpart in GGUF; merge into a dense model "
+            "first, or quantise the base with --format int"
+        ]
+    problems = []
+    if weight_format.bits not in (2, 3, 4):
+        problems.append(f"bits is {weight_format.bits}; GGUF's Q4_1 holds 2, 3 or 4 (--bits 4)")
+    if weight_format.group_size % Q4_1_BLOCK:
+        problems.append(
+            f"group_size is {weight_format.group_size}; GGUF's Q4_1 holds multiples of 32 "
+            "(--group-size 32)"
+        )
+    if weight_format.statistics != "float16":
+        problems.append(
+            f"statistics is {weight_format.statistics!r}; GGUF's Q4_1 holds scales and offsets in "
+            "float16 only; quantise with the default statistics"
+        )
+    return problems
+
+
+def plan_tensors(model: PreTrainedModel, unquantised: Unquantised, dense: bool) -> TensorPlan:
+    """Return the tensors of the whole model, and every reason why some cannot be written."""
+    plan = TensorPlan()
+    gguf_name = gguf_names(model.config)
+    kind = GGMLQuantizationType[unquantised]
+    adapted = [name for name, part in model.named_modules() if isinstance(part, AdaptedLinear)]
+    if adapted:
+        plan.problems.append(
+            f"adapters are still attached to {len(adapted)} layers ({adapted[0]} ...); merge first"
+        )
+    inside = tuple(f"{name}." for name in adapted)
+    for name, module in model.named_modules():
+        parameters = dict(module.named_parameters(recurse=False))
+        if not parameters or name.startswith(inside) or _is_tied_head(model, module):
+            continue
+        target = gguf_name(name)
+        known = isinstance(module, FrozenLinear) or set(parameters) <= {"weight", "bias"}
+        if target is None or not known:
+            plan.problems.append(
+                f"{name}: {type(module).__name__} with {', '.join(parameters)} has no place in a "
+                f"GGUF of {model.config.model_type}; export as a folder instead (--to hf)"
+            )
+            continue
+        order = row_order(name, model.config)
+        if model.config.model_type == "gemma" and target.endswith("norm"):
+            # Gemma multiplies by 1 + weight, llama.cpp by what is in the file.
+            norm = parameters["weight"].detach().float() + 1.0
+            _plan_float(plan, f"{target}.weight", norm, None, GGMLQuantizationType.F32)
+            continue
+        _plan_weight(plan, name, f"{target}.weight", module, order, kind, dense)
+        if parameters.get("bias") is not None:
+            # llama.cpp adds biases in float32.
+            _plan_float(plan, f"{target}.bias", parameters["bias"], order, GGMLQuantizationType.F32)
+    factors = rope_factors(model.config)
+    if factors is not None:
+        _plan_float(plan, "rope_freqs.weight", factors, None, GGMLQuantizationType.F32)
+    return plan
+
+
+def _is_tied_head(model: PreTrainedModel, module: nn.Module) -> bool:
+    """Return whether llama.cpp takes the embeddings in its place; a bias it would not take."""
+    embedding = model.get_input_embeddings()
+    return (
+        module is model.get_output_embeddings()
+        and isinstance(module, nn.Linear)
+        and module.bias is None
+        and isinstance(embedding, nn.Embedding)
+        and module.weight is embedding.weight
+    )
+
+
+def _plan_weight(
+    plan: TensorPlan,
+    name: str,
+    target: str,
+    module: nn.Module,
+    order: Tensor | None,
+    kind: GGMLQuantizationType,
+    dense: bool,
+) -> None:
+    if not isinstance(module, FrozenLinear):
+        stored = module.get_parameter("weight")
+        weight = stored.T if isinstance(module, Conv1D) else stored
+        # llama.cpp wants vectors (the norms) in float32.
+        _plan_float(
+            plan, target, weight, order, kind if weight.dim() > 1 else GGMLQuantizationType.F32
+        )
+        return
+    problems = format_problems(module.weight_format, dense)
+    if problems:
+        plan.problems += [f"{name}: {problem}" for problem in problems]
+        return
+    if isinstance(module.weight_format, IntGroupFormat):
+        if module.in_features % Q4_1_BLOCK == 0:
+            _plan_q4_1(plan, target, module, order)
+            return
+        plan.float32_layers.append(name)
+        kind = GGMLQuantizationType.F32
+    elif not isinstance(module.weight_format, DenseFormat):
+        plan.dense_layers.append(name)
+    _plan_float(plan, target, module, order, kind)
+
+
+def _plan_q4_1(plan: TensorPlan, target: str, layer: FrozenLinear, order: Tensor | None) -> None:
+    weight_format = layer.weight_format
+    assert isinstance(weight_format, IntGroupFormat)
+
+    def make() -> tuple[Tensor, float]:
+        packed = {name: tensor.detach().cpu() for name, tensor in layer.packed.items()}
+        for name in ("scales", "offsets"):
+            require_finite(target, packed[name])
+        blocks = encode_q4_1(weight_format, packed, layer.in_features)
+        return (blocks if order is None else blocks[order]), 0.0
+
+    shape = (layer.out_features, layer.in_features)
+    plan.tensors.append(PlannedTensor(target, shape, GGMLQuantizationType.Q4_1, make))
+
+
+def _plan_float(
+    plan: TensorPlan,
+    target: str,
+    source: Tensor | FrozenLinear,
+    order: Tensor | None,
+    kind: GGMLQuantizationType,
+) -> None:
+    def make() -> tuple[Tensor, float]:
+        weight = source.dense_weight() if isinstance(source, FrozenLinear) else source
+        weight = weight.detach().cpu()
+        require_finite(target, weight)
+        written = weight.to(_FLOATS[kind])
+        rounding = 0.0
+        if written.dtype not in (weight.dtype, torch.float32):
+            rounding = float((written.float() - weight).abs().max())
+        if not math.isfinite(rounding):
+            raise GraftError(
+                f"{target}: its largest weight, {float(weight.abs().max()):.4g}, does not fit "
+                f"{kind.name}; write the unquantised tensors as BF16 or F32"
+            )
+        written = written if order is None else written[order]
+        return written.contiguous().view(torch.uint8), rounding
+
+    if isinstance(source, FrozenLinear):
+        shape: tuple[int, ...] = (source.out_features, source.in_features)
+    else:
+        shape = tuple(source.shape)
+    plan.tensors.append(PlannedTensor(target, shape, kind, make))

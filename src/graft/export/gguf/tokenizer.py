@@ -1,0 +1,191 @@
+"""A Hugging Face BPE tokenizer as GGUF metadata, so that llama.cpp cuts text into the same ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import gguf
+from gguf import TokenType
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from graft.errors import GraftError, raise_problems
+from graft.export.gguf.tokenizer_kind import TokenizerKind, recognise, scores_by_merge
+
+_BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+
+
+@dataclass(frozen=True)
+class GgufTokenizer:
+    """A tokenizer in GGUF's terms: `merges` for byte-level BPE, `scores` for the other kind."""
+
+    kind: TokenizerKind
+    tokens: tuple[str, ...]
+    types: tuple[TokenType, ...]
+    merges: tuple[str, ...]
+    scores: tuple[float, ...]
+    special_ids: Mapping[str, int]
+    """Ids of bos, eos, unk and pad, as far as there are."""
+    add_bos: bool
+    add_eos: bool
+    chat_template: str | dict[str, str] | None
+    notes: tuple[str, ...]
+    """What llama.cpp does differently with rare texts."""
+
+
+def convert_tokenizer(
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig
+) -> GgufTokenizer:
+    """Return the tokenizer in GGUF's terms, one token for each of the model's embeddings.
+
+    Raises GraftError that says what was found when llama.cpp has no tokenizer that cuts alike.
+    """
+    if not tokenizer.is_fast:
+        raise GraftError(
+            f"tokenizer: {type(tokenizer).__name__} has no tokenizer.json; GGUF export reads that "
+            "file: save the tokenizer as a fast one first"
+        )
+    backend = tokenizer.backend_tokenizer
+    spec: dict[str, Any] = json.loads(backend.to_str())
+    kind, problems = recognise(spec)
+    raise_problems(problems, "tokenizer")
+    assert kind is not None
+    added = {entry["id"]: entry for entry in spec["added_tokens"]}
+    vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+    special_ids = _special_ids(tokenizer, config)
+    types = {
+        index: _token_type(kind, token, added.get(index), index == special_ids.get("unk"))
+        for token, index in vocabulary.items()
+    }
+    merges: list[list[str]] = spec["model"]["merges"]
+    ordinary = {t: i for t, i in vocabulary.items() if types[i] is TokenType.NORMAL}
+    scores, score_problems = scores_by_merge(ordinary, merges)
+    sentencepiece = kind.model == "llama"
+    if sentencepiece:
+        problems += score_problems
+    add_bos, add_eos, affix_problems = _affixes(tokenizer, special_ids)
+    problems += _vocabulary_problems(vocabulary, config.vocab_size, sentencepiece)
+    raise_problems(problems + affix_problems, "tokenizer")
+    texts = {index: token for token, index in vocabulary.items()}
+    ids = range(config.vocab_size)
+    return GgufTokenizer(
+        kind=kind,
+        tokens=tuple(texts.get(index, f"[PAD{index}]") for index in ids),
+        types=tuple(types.get(index, TokenType.UNUSED) for index in ids),
+        merges=() if sentencepiece else tuple(" ".join(pair) for pair in merges),
+        scores=tuple(scores.get(index, 0.0) for index in ids) if sentencepiece else (),
+        special_ids=special_ids,
+        add_bos=add_bos,
+        add_eos=add_eos,
+        chat_template=tokenizer.chat_template,
+        notes=kind.notes + _stripping_notes(spec["added_tokens"]),
+    )
+
+
+def _vocabulary_problems(
+    vocabulary: Mapping[str, int], embeddings: int, sentencepiece: bool
+) -> list[str]:
+    problems = []
+    beyond = [token for token, index in vocabulary.items() if index >= embeddings]
+    if beyond:
+        problems.append(
+            f"{len(beyond)} tokens ({beyond[0]!r} ...) lie beyond the model's {embeddings} "
+            "embeddings; use the tokenizer that belongs to the model"
+        )
+    missing = [token for token in _BYTE_TOKENS if token not in vocabulary]
+    if sentencepiece and missing:
+        problems.append(f"{len(missing)} byte tokens are missing ({missing[0]} ...)")
+    return problems
+
+
+def add_tokenizer_metadata(writer: gguf.GGUFWriter, tokenizer: GgufTokenizer) -> None:
+    """Write the tokenizer's keys."""
+    writer.add_tokenizer_model(tokenizer.kind.model)
+    writer.add_tokenizer_pre(tokenizer.kind.pre)
+    writer.add_token_list(tokenizer.tokens)
+    writer.add_token_types([int(kind) for kind in tokenizer.types])
+    if tokenizer.kind.model == "llama":
+        writer.add_token_scores(tokenizer.scores)
+        writer.add_add_space_prefix(tokenizer.kind.add_space_prefix)
+    else:
+        writer.add_token_merges(tokenizer.merges)
+    for name, index in tokenizer.special_ids.items():
+        writer.add_uint32(_SPECIAL_KEYS[name], index)
+    writer.add_add_bos_token(tokenizer.add_bos)
+    writer.add_add_eos_token(tokenizer.add_eos)
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        writer.add_chat_template([{"name": n, "template": t} for n, t in template.items()])
+    elif template:
+        writer.add_chat_template(template)
+
+
+_SPECIAL_KEYS = {
+    "bos": gguf.Keys.Tokenizer.BOS_ID,
+    "eos": gguf.Keys.Tokenizer.EOS_ID,
+    "unk": gguf.Keys.Tokenizer.UNK_ID,
+    "pad": gguf.Keys.Tokenizer.PAD_ID,
+}
+
+
+def _special_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> dict[str, int]:
+    eos = config.eos_token_id
+    found = {
+        "bos": _first(tokenizer.bos_token_id, config.bos_token_id),
+        "eos": _first(tokenizer.eos_token_id, eos[0] if isinstance(eos, list) else eos),
+        "unk": tokenizer.unk_token_id,
+        "pad": _first(tokenizer.pad_token_id, config.pad_token_id),
+    }
+    return {name: index for name, index in found.items() if index is not None and index >= 0}
+
+
+def _first(*ids: int | None) -> int | None:
+    return next((index for index in ids if index is not None), None)
+
+
+def _token_type(
+    kind: TokenizerKind, token: str, added: dict[str, Any] | None, unknown: bool
+) -> TokenType:
+    if kind.model == "llama" and unknown:
+        return TokenType.UNKNOWN
+    if kind.model == "llama" and token in _BYTE_TOKENS:
+        return TokenType.BYTE
+    if added is None:
+        return TokenType.NORMAL
+    return TokenType.CONTROL if added["special"] else TokenType.USER_DEFINED
+
+
+def _affixes(
+    tokenizer: PreTrainedTokenizerBase, special_ids: Mapping[str, int]
+) -> tuple[bool, bool, list[str]]:
+    """Return whether the tokenizer puts BOS before and EOS after a text."""
+    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
+    starts = range(len(whole) - len(plain) + 1)
+    start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
+    before, after = whole[:start], whole[start + len(plain) :]
+    problems = []
+    for ids, name in ((before, "bos"), (after, "eos")):
+        if ids and ids != [special_ids.get(name)]:
+            problems.append(
+                f"it puts the ids {ids} {'before' if name == 'bos' else 'after'} a text; GGUF can "
+                f"only say that {name.upper()} (id {special_ids.get(name)}) is put there: change "
+                "the tokenizer's post-processor"
+            )
+    return bool(before), bool(after), problems
+
+
+def _stripping_notes(added: Iterable[dict[str, Any]]) -> tuple[str, ...]:
+    greedy = [
+        entry["content"]
+        for entry in added
+        if entry["lstrip"] or entry["rstrip"] or entry["single_word"]
+    ]
+    if not greedy:
+        return ()
+    return (
+        f"added tokens {', '.join(map(repr, greedy[:4]))} swallow the spaces around them or match "
+        "whole words only (lstrip, rstrip, single_word); in llama.cpp they do not",
+    )

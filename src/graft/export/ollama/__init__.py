@@ -1,0 +1,1 @@
+"""A GGUF file and a Modelfile, for Ollama."""

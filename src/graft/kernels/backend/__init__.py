@@ -1,0 +1,1 @@
+"""What every family of operations shares: declaration, registry, the native library, Triton."""

@@ -1,0 +1,171 @@
+"""A whole decoder of the Llama family in one call of the native library for each token.
+
+What surrounds the products costs as much as they do when there is one token: Python, PyTorch's
+dispatcher, the start of parallel work. Here the decoder is described to the library once, as C
+structs that point at the model's own tensors, and the threads meet only between its stages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.kernels.backend.native_library import (
+    DTYPES,
+    PackedWeight,
+    address,
+    call,
+    descriptor,
+)
+from graft.kernels.packed.weight import Weight
+
+STRIDE = 64
+"""A head's cached rows are filled up with zeros to a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """y = x Wᵀ + bias."""
+
+    weight: Weight
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """The weights of a layer, in the order of graft_decoder_layer."""
+
+    attention_norm: Tensor
+    mlp_norm: Tensor
+    query: Projection
+    key: Projection
+    value: Projection
+    out: Projection
+    gate: Projection
+    up: Projection
+    down: Projection
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """A decoder with RMSNorm, rotary positions and SiLU that computes in `dtype`.
+
+    h += out(attention(norm(h))); h += down(silu(gate(norm(h))) * up(norm(h))); logits =
+    head(norm(h)). `cosines` and `sines` [positions, head_dim] turn the two halves of a head against
+    each other; as many positions can be decoded.
+    """
+
+    dtype: torch.dtype
+    layers: tuple[DecoderLayer, ...]
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    epsilon: float
+    attention_scaling: float
+    embedding: Weight
+    norm: Tensor
+    head: Projection
+    cosines: Tensor
+    sines: Tensor
+
+
+_int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+_PARTS = tuple(field.name for field in fields(DecoderLayer))
+
+
+class _Projection(ctypes.Structure):
+    _fields_ = [("weight", PackedWeight), ("bias", _pointer)]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [
+        *((name, _pointer if name.endswith("norm") else _Projection) for name in _PARTS),
+        *((name, _pointer) for name in ("keys", "values")),
+    ]
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = [
+        *((name, _int) for name in ("dtype", "layers", "hidden", "intermediate", "heads")),
+        *((name, _int) for name in ("key_value_heads", "head_dim", "capacity")),
+        *((name, _float) for name in ("epsilon", "attention_scaling")),
+        ("layer", ctypes.POINTER(_Layer)),
+        ("embedding", PackedWeight),
+        ("norm", _pointer),
+        ("head", _Projection),
+        *((name, _pointer) for name in ("cosines", "sines")),
+    ]
+
+
+class NativeDecoder:
+    """Computes the logits of one token after another, with a cache of keys and values."""
+
+    def __init__(self, weights: DecoderWeights) -> None:
+        self._alive: list[Any] = []
+        capacity, count = len(weights.cosines), len(weights.layers)
+        stride = -(-weights.head_dim // STRIDE) * STRIDE
+        shape = (count, 2, weights.key_value_heads, capacity, stride)
+        self._cache = torch.zeros(shape, dtype=weights.dtype)
+        self._layers = (_Layer * count)()
+        for place, layer, cache in zip(self._layers, weights.layers, self._cache, strict=True):
+            for name in _PARTS:
+                part = getattr(layer, name)
+                held = (
+                    self._projection(part) if isinstance(part, Projection) else self._floats(part)
+                )
+                setattr(place, name, held)
+            place.keys, place.values = address(cache[0]), address(cache[1])
+        self._struct = _Decoder(
+            dtype=DTYPES[weights.dtype],
+            layers=count,
+            hidden=weights.embedding.layout.in_features,
+            intermediate=weights.layers[0].gate.weight.layout.out_features,
+            heads=weights.heads,
+            key_value_heads=weights.key_value_heads,
+            head_dim=weights.head_dim,
+            capacity=capacity,
+            epsilon=weights.epsilon,
+            attention_scaling=weights.attention_scaling,
+            layer=self._layers,
+            embedding=self._weight(weights.embedding),
+            norm=self._floats(weights.norm),
+            head=self._projection(weights.head),
+            cosines=self._floats(weights.cosines),
+            sines=self._floats(weights.sines),
+        )
+        self.capacity, self.head_dim = capacity, weights.head_dim
+        self.vocabulary = weights.head.weight.layout.out_features
+
+    def remember(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Fill a layer's cache from position 0 on; [key_value_heads, positions, head_dim] each."""
+        for room, new in zip(self._cache[layer], (keys, values), strict=True):
+            room[:, : new.shape[1], : self.head_dim] = new
+
+    def next_logits(self, token: int, position: int) -> Tensor:
+        """Return the logits float32 [vocabulary] after a token, whose keys and values are cached.
+
+        Raises IndexError when the token is not in the vocabulary or the position not in the cache.
+        """
+        if not (0 <= token < self._struct.embedding.rows and 0 <= position < self.capacity):
+            raise IndexError(f"token {token} at position {position} of {self.capacity}")
+        logits = torch.empty(self.vocabulary)
+        call("next_logits", ctypes.byref(self._struct), token, position, address(logits))
+        return logits
+
+    def _weight(self, weight: Weight) -> PackedWeight:
+        struct, alive = descriptor(weight)
+        self._alive.append(alive)
+        return struct
+
+    def _projection(self, projection: Projection) -> _Projection:
+        bias = None if projection.bias is None else self._floats(projection.bias)
+        return _Projection(self._weight(projection.weight), bias)
+
+    def _floats(self, tensor: Tensor) -> int:
+        floats = tensor.detach().float().contiguous()
+        self._alive.append(floats)
+        return floats.data_ptr()

@@ -1,0 +1,1 @@
+"""Products with a frozen weight of any kind, and its rounding."""

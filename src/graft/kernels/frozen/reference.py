@@ -1,0 +1,398 @@
+"""The reference backend: plain PyTorch on any device, the oracle for every other backend."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from graft.kernels.backend.registry import Backend, implementation, register_backend
+from graft.kernels.packed.codebooks import codebook as codebook_values
+from graft.kernels.packed.codebooks import dynamic_code_table, quantisation_bounds
+from graft.kernels.packed.planes import pack_codes, unpack_codes
+from graft.kernels.packed.weight import NESTED_BLOCK_SIZE, Weight, plain_absmax
+
+reference = register_backend(Backend(name="reference", priority=0))
+
+
+def _planes(codes: Tensor, codes_high: Tensor | None) -> tuple[Tensor, ...]:
+    return (codes,) if codes_high is None else (codes, codes_high)
+
+
+def _in_groups(matrix: Tensor, group_size: int) -> Tensor:
+    """View [rows, columns] as [rows, groups, group_size]; a short last group is filled with 0."""
+    short = -matrix.shape[-1] % group_size
+    out: Tensor = functional.pad(matrix, (0, short)).unflatten(-1, (-1, group_size))
+    return out
+
+
+@reference.implements("int_group_dequantize")
+def int_group_dequantize(
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Compute w = scale * q + offset in float32 and round once to `dtype`."""
+    values = unpack_codes(_planes(codes, codes_high), bits, in_features)
+    grouped = _in_groups(values, group_size).to(torch.float32)
+    # code * scale is exact in float32 (8 bits times fp16's 11), so mul_ then add_ rounds once.
+    grouped.mul_(scales.unsqueeze(-1).float()).add_(offsets.unsqueeze(-1).float())
+    return grouped.flatten(-2)[:, :in_features].to(dtype).contiguous()
+
+
+@reference.implements("int_group_linear")
+def int_group_linear(
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+) -> Tensor:
+    """Compute y = x Wᵀ with the dequantised weight."""
+    weight = int_group_dequantize(
+        codes, codes_high, scales, offsets, bits, group_size, x.shape[-1], x.dtype
+    )
+    return functional.linear(x, weight)
+
+
+@reference.implements("int_group_grad_input")
+def int_group_grad_input(
+    grad: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+    in_features: int,
+) -> Tensor:
+    """Compute dx = dy W."""
+    weight = int_group_dequantize(
+        codes, codes_high, scales, offsets, bits, group_size, in_features, grad.dtype
+    )
+    out: Tensor = grad @ weight
+    return out
+
+
+@reference.implements("int_group_grad_statistics")
+def int_group_grad_statistics(
+    grad: Tensor,
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    bits: int,
+    group_size: int,
+    units: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Compute d scale[o, g] = sum over j in g of (dyᵀ x)[o, j] * q[o, j], and d offset; float32."""
+    in_features = x.shape[-1]
+    product = (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, in_features)).float()
+    values = unpack_codes(_planes(codes, codes_high), bits, in_features)
+    grad_scales = _in_groups(product.mul_(values), group_size).sum(-1)
+    grad_offsets = int_group_grad_offsets(grad, x, group_size)
+    if units is None:
+        return grad_scales, grad_offsets
+    return grad_scales * units, grad_offsets * units
+
+
+@reference.implements("int_group_grad_offsets")
+def int_group_grad_offsets(grad: Tensor, x: Tensor, group_size: int) -> Tensor:
+    """Compute d offset[o, g] = sum over tokens of dy[o] * groupsum(x)[g]; float32."""
+    pooled = _in_groups(x.reshape(-1, x.shape[-1]), group_size).sum(-1, dtype=torch.float32)
+    return grad.reshape(-1, grad.shape[-1]).float().T @ pooled
+
+
+@reference.implements("int_group_quantize")
+def int_group_quantize(
+    weight: Tensor, bits: int, group_size: int, statistics: torch.dtype, smallest_scale: float
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    """Round to nearest between each group's minimum and maximum."""
+    pieces = []
+    # Row pieces keep the float32 temporaries small beside the weight.
+    for rows in weight.split(max(1, (1 << 22) // weight.shape[1])):
+        values = rows.float()
+        scales, offsets = fit_groups(values, bits, group_size, statistics, smallest_scale)
+        grouped = _in_groups(values, group_size)
+        codes = nearest_codes(grouped, scales.float()[..., None], offsets.float()[..., None], bits)
+        codes = codes.flatten(-2)[:, : values.shape[1]]
+        planes = pack_codes(codes, bits)
+        pieces.append((planes[0], planes[1] if len(planes) > 1 else None, scales, offsets))
+    if len(pieces) == 1:
+        return pieces[0]
+    low, high, all_scales, all_offsets = zip(*pieces, strict=True)
+    codes_high = None if high[0] is None else torch.cat(high)
+    return torch.cat(low), codes_high, torch.cat(all_scales), torch.cat(all_offsets)
+
+
+def fit_groups(
+    weight: Tensor, bits: int, group_size: int, statistics: torch.dtype, smallest_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return scales and offsets [rows, groups] from each group's minimum and maximum.
+
+    The filler of a short last group repeats the row's last weight, which moves neither.
+    """
+    short = -weight.shape[1] % group_size
+    if short:
+        weight = torch.cat([weight, weight[:, -1:].expand(-1, short)], dim=1)
+    low, high = weight.unflatten(-1, (-1, group_size)).aminmax(dim=-1)
+    offsets = low.to(statistics)
+    # From the rounded offset to the maximum, so that the maximum stays representable.
+    scales = ((high - offsets.float()) / ((1 << bits) - 1)).clamp_(min=smallest_scale)
+    return scales.to(statistics), offsets
+
+
+def nearest_codes(values: Tensor, scales: Tensor, offsets: Tensor, bits: int) -> Tensor:
+    """Return the codes uint8 of the grid points nearest to the values."""
+    codes = ((values - offsets) / scales).round_().clamp_(0, (1 << bits) - 1)
+    return codes.to(torch.uint8)
+
+
+@reference.implements("codebook_quantize")
+def codebook_quantize(weight: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
+    """Quantise the flattened weight block by block to the nearest codebook value.
+
+    The details follow bitsandbytes so that codes and absmax are equal bit for bit: float32
+    throughout, a full block multiplies by the reciprocal of its absmax, a short last block divides.
+    """
+    flat = weight.reshape(-1)
+    # Pieces keep the temporaries small beside the weight; each holds whole blocks and bytes.
+    pieces = flat.split(2 * block_size * _PIECE_BLOCKS)
+    quantised = [_quantize_piece(piece.float(), codebook, block_size) for piece in pieces]
+    codes, absmax = zip(*quantised, strict=True)
+    return torch.cat(codes), torch.cat(absmax)
+
+
+_PIECE_BLOCKS = 1 << 14
+
+
+def _quantize_piece(flat: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
+    full = flat.numel() // block_size * block_size
+    blocks = flat[:full].view(-1, block_size)
+    absmax = blocks.abs().amax(-1)
+    normalised = [(blocks * (1.0 / absmax.clamp(min=1e-38)).unsqueeze(-1)).view(-1)]
+    if full < flat.numel():
+        tail = flat[full:]
+        tail_absmax = tail.abs().max().clamp(min=1e-38)
+        absmax = torch.cat([absmax, tail_absmax.view(1)])
+        normalised.append(tail / tail_absmax)
+    if flat.numel() % 2:
+        normalised.append(flat.new_zeros(1))
+    bounds, code_of_rank = quantisation_bounds(codebook)
+    values = torch.cat(normalised).clamp_(-1, 1)
+    ranks = torch.bucketize(values, bounds.to(flat.device), out_int32=True)
+    quantised = code_of_rank.to(flat.device).index_select(0, ranks)
+    return (quantised[::2] << 4) | quantised[1::2], absmax
+
+
+@reference.implements("codebook_quantize_absmax")
+def codebook_quantize_absmax(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Round absmax - offset to 8-bit dynamic codes in blocks of 256."""
+    centred = absmax - offset
+    short = -centred.numel() % NESTED_BLOCK_SIZE
+    blocks = functional.pad(centred, (0, short)).view(-1, NESTED_BLOCK_SIZE)
+    scales = blocks.abs().amax(-1)
+    # The clamp keeps the reciprocal finite; a denormal scale occurs when all weights are zero.
+    normalised = blocks * (1.0 / scales.clamp(min=3e-39)).unsqueeze(-1)
+    # bitsandbytes' CPU kernel rounds through a table of 65,536 entries; so do we.
+    index = ((normalised + 1.0) * 32767.5 + 0.5).floor().clamp(0, 65535).int().view(-1)
+    codes = dynamic_code_table().to(absmax.device).index_select(0, index)
+    # Any code stands for 0 where the scale is 0; bitsandbytes writes code 0 there.
+    codes = torch.where(scales.unsqueeze(-1) > 0, codes.view_as(blocks), 0).view(-1)
+    return codes[: absmax.numel()].clone(), scales
+
+
+@reference.implements("codebook_dequantize")
+def codebook_dequantize(
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """Compute w = codebook[code] * absmax of its block in float32 and round once to `dtype`."""
+    absmax = plain_absmax(absmax, absmax_scale, absmax_offset)
+    count = out_features * in_features
+    table = codebook_values(codebook).to(codes.device)
+    pairs = torch.cartesian_prod(table, table)  # both values of a byte, high nibble first
+    values = pairs.index_select(0, codes.int()).view(-1)
+    values = functional.pad(values, (0, absmax.numel() * block_size - values.numel()))
+    values = values.view(-1, block_size).mul_(absmax.unsqueeze(-1)).view(-1)
+    weight = values[:count].to(dtype)
+    return (weight if weight.numel() == values.numel() else weight.clone()).view(
+        out_features, in_features
+    )
+
+
+@reference.implements("codebook_linear")
+def codebook_linear(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    out_features: int,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """Compute y = x Wᵀ with the dequantised weight."""
+    shape, nested = (out_features, x.shape[-1]), (absmax_scale, absmax_offset)
+    weight = codebook_dequantize(codes, absmax, codebook, block_size, *shape, x.dtype, *nested)
+    return functional.linear(x, weight)
+
+
+@reference.implements("codebook_grad_input")
+def codebook_grad_input(
+    grad: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    codebook: str,
+    block_size: int,
+    in_features: int,
+    absmax_scale: Tensor | None = None,
+    absmax_offset: Tensor | None = None,
+) -> Tensor:
+    """Compute dx = dy W."""
+    shape, nested = (grad.shape[-1], in_features), (absmax_scale, absmax_offset)
+    weight = codebook_dequantize(codes, absmax, codebook, block_size, *shape, grad.dtype, *nested)
+    out: Tensor = grad @ weight
+    return out
+
+
+@reference.implements("dense_linear")
+def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Compute y = x Wᵀ."""
+    return functional.linear(x, weight)
+
+
+@reference.implements("dense_grad_input")
+def dense_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
+    """Compute dx = dy W."""
+    out: Tensor = grad @ weight
+    return out
+
+
+@reference.implements("int8_linear")
+def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Compute y = x Wᵀ with w = scale[row] * code."""
+    return functional.linear(x, _int8_weight(codes, scales, x.dtype))
+
+
+@reference.implements("int8_grad_input")
+def int8_grad_input(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
+    """Compute dx = dy W."""
+    return grad @ _int8_weight(codes, scales, grad.dtype)
+
+
+def _int8_weight(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    return (codes.float() * scales.unsqueeze(-1)).to(dtype)
+
+
+# Low-rank updates: compositions of whatever computes the parts on the device ----------------------
+
+
+def frozen_product(operation: str, x: Tensor, weight: Weight) -> Tensor:
+    """Compute x Wᵀ ('linear') or x W ('grad_input') for a weight of any kind, on any backend."""
+    layout, tensors = weight.layout, weight.tensors
+    compute = implementation(f"{layout.kind}_{operation}", x.device)
+    forward = operation == "linear"
+    if layout.kind == "codebook":
+        codes, absmax, scale, offset = tensors
+        features = layout.out_features if forward else layout.in_features
+        block = layout.codebook, layout.group_size
+        out: Tensor = compute(x, codes, absmax, *block, features, scale, offset)
+    elif layout.kind == "int_group":
+        options = (layout.bits, layout.group_size) + (() if forward else (layout.in_features,))
+        out = compute(x, *tensors, *options)
+    elif layout.kind == "dense":
+        out = compute(x, *(tensor.to(x.dtype) for tensor in tensors if tensor is not None))
+    else:
+        out = compute(x, *tensors)
+    return out
+
+
+@reference.implements("lora_linear")
+def lora_linear(
+    x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Compute y = x Wᵀ + hidden Bᵀ and hidden = scaling x Aᵀ."""
+    hidden = functional.linear(x, A.to(x.dtype)) * scaling
+    return frozen_product("linear", x, weight) + functional.linear(hidden, B.to(x.dtype)), hidden
+
+
+@reference.implements("lora_grad_input")
+def lora_grad_input(
+    grad: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Compute dx = dy W + hidden A and hidden = scaling dy B."""
+    hidden = (grad @ B.to(grad.dtype)) * scaling
+    return frozen_product("grad_input", grad, weight) + hidden @ A.to(grad.dtype), hidden
+
+
+@reference.implements("token_product")
+def token_product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute aᵀ b over all tokens, float32."""
+    return (a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])).float()
+
+
+@reference.implements("pool")
+def pool(x: Tensor, group_size: int) -> Tensor:
+    """Compute the sums over groups of neighbouring features, in float32, rounded to x's dtype."""
+    short = -x.shape[-1] % group_size
+    groups = functional.pad(x, (0, short)).unflatten(-1, (-1, group_size))
+    pooled: Tensor = groups.sum(-1, dtype=torch.float32)
+    return pooled.to(x.dtype)
+
+
+@reference.implements("move_offsets")
+def move_offsets(
+    offsets: Tensor, A: Tensor, B: Tensor, scaling: float, stored: torch.dtype
+) -> Tensor:
+    """Compute stored(offsets + scaling B A) in float64, as float32 [out_features, groups]."""
+    update = (B.double() @ A.double()) * scaling
+    return round_once(offsets.double() + update, stored).float()
+
+
+@reference.implements("move_scaled")
+def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
+    """Compute values + scales * moves in float64, rounded once to the stored dtype."""
+    return round_once(values.double() + scales.double() * moves, stored)
+
+
+@reference.implements("move_by_factors")
+def move_by_factors(
+    scales: Tensor, offsets: Tensor, A: Tensor, B: Tensor, scaling: float, u_A: Tensor, u_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute scales (1 + u_B u_A) and offsets + scaling B A by whatever moves them on the device.
+
+    Each is rounded as it is stored, the offsets are handed out as float32.
+    """
+    move, move_in_units = (
+        implementation(name, scales.device) for name in ("move_offsets", "move_scaled")
+    )
+    nothing = u_A.new_zeros(u_B.shape[0], u_A.shape[1])
+    u = move(nothing, u_A, u_B, 1.0, torch.float32)
+    moved_scales = move_in_units(scales, scales, u, scales.dtype)
+    return moved_scales, move(offsets, A, B, scaling, offsets.dtype)
+
+
+def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float64 to the nearest float16 or float32; torch itself goes by way of float32."""
+    nearest = values.float()
+    if dtype != torch.float16:
+        return nearest
+    # Toward zero, with an odd last bit where that loses something: no tie arises that was none.
+    too_far = nearest.double().abs() > values.abs()
+    near_zero = torch.where(too_far, nearest.nextafter(torch.zeros_like(nearest)), nearest)
+    inexact = (near_zero.double() != values).int()
+    return (near_zero.view(torch.int32) | inexact).view(torch.float32).half()

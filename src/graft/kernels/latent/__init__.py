@@ -1,0 +1,1 @@
+"""A latent weight that is rounded anew for each update."""

@@ -1,0 +1,1 @@
+"""A frozen weight and its low-rank update in one operation."""

@@ -1,0 +1,133 @@
+"""The native CPU backend of the operations of adapted layers."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from graft.kernels.backend.native_library import COMPUTE, DTYPES, LowRank, address, call, descriptor
+from graft.kernels.frozen import reference
+from graft.kernels.frozen.native import native, reads, token_count
+from graft.kernels.packed.weight import Weight
+
+_NARROW = 128
+"""The columns of a product over tokens that are too few for the threads."""
+
+
+def _low_rank_product(
+    name: str, x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float, columns: int
+) -> tuple[Tensor, Tensor]:
+    matrix = x.contiguous()
+    down, up = A.to(x.dtype).contiguous(), B.to(x.dtype).contiguous()
+    out = x.new_empty((*x.shape[:-1], columns))
+    hidden = x.new_empty((*x.shape[:-1], A.shape[0]))
+    if not x.numel():
+        return out, hidden
+    low_rank = LowRank(A.shape[0], scaling, address(down), address(up))
+    struct, alive = descriptor(weight)
+    where = ctypes.byref(struct), ctypes.byref(low_rank)
+    call(
+        name,
+        *where,
+        DTYPES[x.dtype],
+        address(matrix),
+        token_count(x),
+        address(out),
+        address(hidden),
+    )
+    del alive
+    return out, hidden
+
+
+@native.implements("lora_linear")
+def lora_linear(
+    x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Compute y = x Wᵀ + hidden Bᵀ and hidden = scaling x Aᵀ in one pass over W."""
+    if not reads(x, weight):
+        return reference.lora_linear(x, weight, A, B, scaling)
+    return _low_rank_product("linear", x, weight, A, B, scaling, weight.layout.out_features)
+
+
+@native.implements("lora_grad_input")
+def lora_grad_input(
+    grad: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Compute dx = dy W + hidden A and hidden = scaling dy B in one pass over W."""
+    if not reads(grad, weight):
+        return reference.lora_grad_input(grad, weight, A, B, scaling)
+    return _low_rank_product("grad_input", grad, weight, A, B, scaling, weight.layout.in_features)
+
+
+@native.implements("token_product")
+def token_product(a: Tensor, b: Tensor) -> Tensor:
+    """Compute aᵀ b over all tokens, float32."""
+    if a.dtype not in COMPUTE or b.dtype != a.dtype:
+        return reference.token_product(a, b)
+    rows, columns = a.shape[-1], b.shape[-1]
+    if columns <= _NARROW < rows:
+        # The columns are what is shared out to the threads.
+        return token_product(b, a).T.contiguous()
+    left, right = a.contiguous(), b.contiguous()
+    if not a.numel():
+        return a.new_zeros((rows, columns), dtype=torch.float32)
+    out = a.new_empty((rows, columns), dtype=torch.float32)
+    sizes = address(left), rows, address(right), columns, token_count(a)
+    call("token_product", DTYPES[a.dtype], *sizes, address(out))
+    return out
+
+
+@native.implements("pool")
+def pool(x: Tensor, group_size: int) -> Tensor:
+    """Compute the sums over groups of neighbouring features, in float32, rounded to x's dtype."""
+    if x.dtype not in COMPUTE:
+        return reference.pool(x, group_size)
+    matrix = x.contiguous()
+    out = x.new_empty((*x.shape[:-1], -(-x.shape[-1] // group_size)))
+    sizes = token_count(x), x.shape[-1], group_size
+    call("pool", DTYPES[x.dtype], address(matrix), *sizes, address(out))
+    return out
+
+
+@native.implements("move_offsets")
+def move_offsets(
+    offsets: Tensor, A: Tensor, B: Tensor, scaling: float, stored: torch.dtype
+) -> Tensor:
+    """Compute stored(offsets + scaling B A) in float64, as float32 [out_features, groups]."""
+    if stored not in (torch.float32, torch.float16) or A.dtype != torch.float32:
+        return reference.move_offsets(offsets, A, B, scaling, stored)
+    # Offsets that an adapter has moved come as float32 but hold numbers of the stored dtype.
+    start, down, up = offsets.to(stored).contiguous(), A.contiguous(), B.contiguous()
+    out = torch.empty_like(start, dtype=torch.float32)
+    sizes = (*offsets.shape, A.shape[0])
+    call(
+        "move_offsets",
+        DTYPES[stored],
+        address(start),
+        address(up),
+        address(down),
+        *sizes,
+        scaling,
+        address(out),
+    )
+    return out
+
+
+@native.implements("move_scaled")
+def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
+    """Compute values + scales * moves in float64, rounded once to the stored dtype."""
+    if stored not in (torch.float32, torch.float16) or moves.dtype != torch.float32:
+        return reference.move_scaled(values, scales, moves, stored)
+    start, units, steps = values.to(stored).contiguous(), scales.to(stored).contiguous(), moves
+    out = torch.empty_like(start)
+    operands = address(start), address(units), address(steps.contiguous())
+    call("move_scaled", DTYPES[stored], *operands, out.numel(), address(out))
+    return out
+
+
+@native.implements("int_group_grad_offsets")
+def int_group_grad_offsets(grad: Tensor, x: Tensor, group_size: int) -> Tensor:
+    """Compute d offset[o, g] = sum over tokens of dy[o] * groupsum(x)[g]; float32."""
+    return token_product(grad.float(), pool(x.float(), group_size))

@@ -1,0 +1,1 @@
+"""Scales and offsets that move: affine tuning and QA-LoRA."""

@@ -1,0 +1,181 @@
+"""The operations of grids that move in units of their own scales: affine tuning and QA-LoRA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graft.kernels.backend.operation import Operation
+from graft.kernels.backend.registry import implementation
+from graft.kernels.frozen.ops import int_group_grad_input, int_group_grad_statistics
+
+
+@Operation
+def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
+    """Return stored(values + scales * moves) [out_features, groups], taken in float64."""
+    compute = implementation("move_scaled", values.device)
+    out: Tensor = compute(values, scales, moves, stored)
+    return out
+
+
+@move_scaled.register_fake
+def _(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
+    return torch.empty_like(values, dtype=stored)
+
+
+class _MoveThrough(torch.autograd.Function):
+    """`move_scaled`, handed out as float32, whose gradient would not fit into float16."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype
+    ) -> Tensor:
+        ctx.save_for_backward(scales)
+        moved: Tensor = move_scaled(values, scales, moves, stored)
+        return moved.float()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, None, Tensor, None]:
+        return None, None, grads[0] * ctx.saved_tensors[0], None
+
+
+def moved_through(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
+    """Return `move_scaled` as float32, differentiable in the moves past the rounding."""
+    moved: Tensor = _MoveThrough.apply(values, scales, moves, stored)  # type: ignore[no-untyped-call]
+    return moved
+
+
+def moved_statistics(
+    scales: Tensor, offsets: Tensor, u: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return scales + scales u and offsets + scales v, rounded as they are stored."""
+    return (
+        move_scaled(scales, scales, u, scales.dtype),
+        move_scaled(offsets, scales, v, offsets.dtype),
+    )
+
+
+def _output_of(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+    """Return an output of the right shape, without computing it."""
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+@Operation
+def affine_linear(
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+    u: Tensor,
+    v: Tensor,
+) -> Tensor:
+    """Return y = x Wᵀ, W on the grid moved by u and v; differentiable in x, u and v.
+
+    The statistics move as a merge moves them, and once more in the backward pass, where
+    du = scales * d scales' and dv = scales * d offsets' (straight through the rounding) come from
+    one product.
+    """
+    moved = moved_statistics(scales, offsets, u, v)
+    compute = implementation("int_group_linear", x.device)
+    y: Tensor = compute(x, codes, codes_high, *moved, bits, group_size)
+    return y
+
+
+affine_linear.register_fake(_output_of)
+
+
+def _affine_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *packed, ctx.bits, ctx.group_size, u, v = inputs
+    ctx.save_for_backward(x, *packed, u, v)
+
+
+def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, codes, codes_high, scales, offsets, u, v = ctx.saved_tensors
+    grad, options = grad.contiguous(), (ctx.bits, ctx.group_size)
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        moved = moved_statistics(scales, offsets, u.detach(), v.detach())
+        grad_x = int_group_grad_input(grad, codes, codes_high, *moved, *options, x.shape[-1])
+    both = int_group_grad_statistics(grad, x, codes, codes_high, *options, scales)
+    return grad_x, *6 * [None], *both
+
+
+affine_linear.register_autograd(_affine_backward, setup_context=_affine_save)
+
+
+# QA-LoRA that moves the scales too -----------------------------------------------------------
+
+
+@Operation
+def move_by_factors(
+    scales: Tensor, offsets: Tensor, A: Tensor, B: Tensor, scaling: float, u_A: Tensor, u_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return scales (1 + u_B u_A), rounded as they are stored, and `move_offsets`' offsets."""
+    compute = implementation("move_by_factors", scales.device)
+    moved: tuple[Tensor, Tensor] = compute(scales, offsets, A, B, scaling, u_A, u_B)
+    return moved
+
+
+@move_by_factors.register_fake
+def _(
+    scales: Tensor, offsets: Tensor, A: Tensor, B: Tensor, scaling: float, u_A: Tensor, u_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(scales), torch.empty_like(offsets, dtype=torch.float32)
+
+
+@Operation
+def qalora_grid_linear(
+    x: Tensor,
+    codes: Tensor,
+    codes_high: Tensor | None,
+    scales: Tensor,
+    offsets: Tensor,
+    bits: int,
+    group_size: int,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    u_A: Tensor,
+    u_B: Tensor,
+) -> Tensor:
+    """Return y = x Wᵀ, W with offsets + scaling B A and scales (1 + u_B u_A).
+
+    Differentiable in x and the four factors, straight through the rounding: the gradients of both
+    statistics come from one product, and those of the factors from them. Nothing of the size of
+    the statistics is kept between forward and backward.
+    """
+    factors = A, B, scaling, u_A, u_B
+    moved = implementation("move_by_factors", x.device)(scales, offsets, *factors)
+    compute = implementation("int_group_linear", x.device)
+    y: Tensor = compute(x, codes, codes_high, *moved, bits, group_size)
+    return y
+
+
+qalora_grid_linear.register_fake(_output_of)
+
+
+def _qalora_grid_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *packed, ctx.bits, ctx.group_size, A, B, ctx.scaling, u_A, u_B = inputs
+    ctx.save_for_backward(x, *packed, A, B, u_A, u_B)
+
+
+def _qalora_grid_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    x, codes, codes_high, scales, offsets, *factors = ctx.saved_tensors
+    A, B, u_A, u_B = (factor.detach() for factor in factors)
+    grad, options = grad.contiguous(), (ctx.bits, ctx.group_size)
+    grad_x = None
+    if ctx.needs_input_grad[0]:
+        moved = move_by_factors(scales, offsets, A, B, ctx.scaling, u_A, u_B)
+        grad_x = int_group_grad_input(grad, codes, codes_high, *moved, *options, x.shape[-1])
+    d_scales, d_offsets = int_group_grad_statistics(grad, x, codes, codes_high, *options, None)
+    d_u, d_offsets = d_scales * scales, d_offsets * ctx.scaling
+    d_A, d_B = B.T @ d_offsets, d_offsets @ A.T
+    return grad_x, *6 * [None], d_A, d_B, None, u_B.T @ d_u, d_u @ u_A.T
+
+
+qalora_grid_linear.register_autograd(_qalora_grid_backward, setup_context=_qalora_grid_save)

@@ -1,0 +1,1 @@
+"""Packed weights as the kernels see them: codes in planes, codebooks, layouts."""

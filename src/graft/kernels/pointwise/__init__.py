@@ -1,0 +1,1 @@
+"""What lies between a decoder's products: norms and gates."""

@@ -1,0 +1,1 @@
+"""The modules whose weights are frozen: what they hold, and what stands in their place."""

@@ -1,0 +1,99 @@
+"""A linear layer whose weight is frozen in a weight format."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from graft.formats.base import Packed, WeightFormat
+from graft.kernels.packed.weight import Weight
+
+
+class FrozenLinear(nn.Module):
+    """y = x Wᵀ + bias, with W in a weight format and nothing trainable.
+
+    The packed tensors are parameters (not buffers) with requires_grad False, under the names that
+    the format's `storage` gives them: they shard, save and memory-map like any other parameter.
+
+    `transposed` says that the layer stands for one that stores W as [in_features, out_features]
+    (GPT-2's Conv1D); the packed weight is [out_features, in_features] either way.
+    """
+
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        weight_format: WeightFormat,
+        packed: Packed,
+        bias: Tensor | None = None,
+        transposed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.weight_format = weight_format
+        self.transposed = transposed
+        self._check(packed)
+        for name, tensor in packed.items():
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+        self._packed_names = tuple(packed)
+        frozen_bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self.register_parameter("bias", frozen_bias)
+
+    def _check(self, packed: Packed) -> None:
+        specs = self.weight_format.storage(self.out_features, self.in_features)
+        found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in packed.items()}
+        expected = {name: (spec.shape, spec.dtype) for name, spec in specs.items()}
+        if found != expected:
+            raise ValueError(
+                f"packed tensors of {self.weight_format.name} are {found}; expected {expected}"
+            )
+
+    @property
+    def packed(self) -> dict[str, Tensor]:
+        """The packed tensors by name."""
+        return {name: self.get_parameter(name) for name in self._packed_names}
+
+    @property
+    def storage_bytes(self) -> int:
+        """Bytes of the packed weight, without the bias."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.packed.values())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x Wᵀ + bias in x's dtype; x [..., in_features]."""
+        return self.linear(x, self.packed)
+
+    def linear(self, x: Tensor, packed: Packed) -> Tensor:
+        """Return the layer's output with other packed tensors in place of its own."""
+        return self.add_bias(self.weight_format.linear(x, packed, self.out_features))
+
+    def add_bias(self, y: Tensor) -> Tensor:
+        """Return y + bias, if there is one."""
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def kernel_weight(self) -> Weight:
+        """Return the packed weight as the kernels see it."""
+        return self.weight_format.kernel_weight(self.packed, self.out_features, self.in_features)
+
+    def dense_weight(
+        self, dtype: torch.dtype = torch.float32, packed: Packed | None = None
+    ) -> Tensor:
+        """Return the weight [out_features, in_features] that the packed tensors stand for."""
+        tensors = self.packed if packed is None else packed
+        return self.weight_format.unpack(tensors, self.out_features, self.in_features, dtype)
+
+    def replaced(self, weight_format: WeightFormat, packed: Packed) -> FrozenLinear:
+        """Return a new layer with another weight and this layer's shape and bias."""
+        return FrozenLinear(
+            self.in_features, self.out_features, weight_format, packed, self.bias, self.transposed
+        )
+
+    def extra_repr(self) -> str:
+        """Return what print(model) shows."""
+        options = ", ".join(f"{key}={value}" for key, value in self.weight_format.options().items())
+        return (
+            f"{self.in_features}, {self.out_features}, {self.weight_format.name}({options}), "
+            f"bias={self.bias is not None}"
+        )

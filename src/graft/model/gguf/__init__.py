@@ -1,0 +1,1 @@
+"""GGUF files: reading them, and the layout that the export shares."""

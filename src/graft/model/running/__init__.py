@@ -1,0 +1,1 @@
+"""How a model computes here: attention, norms, loss, checkpointing, decoding, memory."""

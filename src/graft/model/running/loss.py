@@ -1,0 +1,252 @@
+"""The loss, computed by one function for training and for evaluation, in chunks of tokens."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from graft.data.batches import IGNORED
+
+CHUNK_BYTES = 32 * 2**20
+"""Of a chunk's logits in float32, as long as the chunk has between 128 and 512 tokens."""
+
+BLOCK_LOGITS = 2**18
+"""Logits whose softmax a CPU computes at once: small enough to stay in the core's own cache."""
+
+_found_to_split: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+"""What `_splits` found out about each model."""
+
+
+def target_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    """Return (sum of -log p over the targets in nats, number of targets).
+
+    input_ids, labels: int64 [batch, length]; labels[b, t] is the token that position t - 1 must
+    predict, or -100 where nothing is asked. Rows are padded on the right, which a causal model does
+    not see, so there is no attention mask. Softmax is in float32, over the targets' rows only.
+
+    The logits are computed chunk by chunk, each together with its gradient, so that there are never
+    more of them than a chunk has. A model whose logits are no function of each position's last
+    hidden state is run as a whole.
+    """
+    asked = functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+    targets = labels.roll(-1, dims=1)[asked]
+    if _splits(model, input_ids):
+        (output,), _ = _run(model, input_ids, torch.zeros_like(input_ids[0, :1]))
+        loss = _chunked_loss(_Head(model, output), output["last_hidden_state"], asked, targets)
+    else:
+        loss = _whole_loss(model, input_ids, asked, targets)
+    return loss, targets.numel()
+
+
+def chunk_tokens(vocabulary: int) -> int:
+    """Return the most tokens whose logits are computed at once."""
+    return min(512, max(128, CHUNK_BYTES // (4 * vocabulary)))
+
+
+class _Head:
+    """The model's own way from the last hidden states to the logits, whatever it does there.
+
+    It is a shallow copy of the model with a body that has run already and returns what it is given.
+    Calling it takes hidden states [tokens, hidden] to logits [tokens, vocabulary], by way of
+    `output`, which it makes its own.
+    """
+
+    def __init__(self, model: PreTrainedModel, output: ModelOutput) -> None:
+        self.vocabulary: int = model.config.get_text_config().vocab_size
+        self._output = output
+        body = copy.copy(model.base_model)
+        body.forward = lambda *args, **kwargs: output
+        self._model = copy.copy(model)
+        self._model._modules = {**model._modules, model.base_model_prefix: body}
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self._output["last_hidden_state"] = hidden[None]
+        ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
+        logits: Tensor = self._model.forward(input_ids=ids, use_cache=False).logits[0]
+        return logits
+
+    def trained(self) -> list[nn.Parameter]:
+        """Return what trains in the head, weights that it shares with the embeddings included."""
+        body = self._model.base_model
+        parts = [module for module in self._model.children() if module is not body]
+        found = [*self._model.parameters(recurse=False), *nn.ModuleList(parts).parameters()]
+        return [parameter for parameter in found if parameter.requires_grad]
+
+
+def _run(
+    model: PreTrainedModel, input_ids: Tensor, positions: Tensor
+) -> tuple[list[ModelOutput], Tensor]:
+    """Run the model; return its body's outputs and the logits of these positions of each row."""
+    caught: list[ModelOutput] = []
+    hook = model.base_model.register_forward_hook(
+        lambda module, inputs, output: caught.append(output)
+    )
+    try:
+        out = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions)
+    finally:
+        hook.remove()
+    return caught, out.logits
+
+
+def _splits(model: PreTrainedModel, input_ids: Tensor) -> bool:
+    """Return whether `_Head` gives the model's logits, bit for bit.
+
+    The first call for a model takes a few tokens through it to find out; nothing is changed.
+    """
+    if model not in _found_to_split:
+        possible = model.base_model_prefix in model._modules and _takes_positions(model)
+        _found_to_split[model] = possible and _agrees(model, input_ids[:1, :4])
+    return _found_to_split[model]
+
+
+def _takes_positions(model: PreTrainedModel) -> bool:
+    return "logits_to_keep" in inspect.signature(model.forward).parameters
+
+
+def _agrees(model: PreTrainedModel, input_ids: Tensor) -> bool:
+    with torch.no_grad(), _evaluating(model):
+        outputs, logits = _run(model, input_ids, torch.arange(input_ids.shape[1]).to(input_ids))
+        if len(outputs) != 1 or not isinstance(outputs[0], ModelOutput):
+            return False
+        hidden = outputs[0].get("last_hidden_state")
+        return hidden is not None and torch.equal(_Head(model, outputs[0])(hidden[0]), logits[0])
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode; then each module back in its own."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _whole_loss(
+    model: PreTrainedModel, input_ids: Tensor, asked: Tensor, targets: Tensor
+) -> Tensor:
+    """Return the loss from logits that are there at once, of no more positions than need be."""
+    kept = asked.any(dim=0)
+    kept[0] = True  # no model is asked for no logits at all
+    if _takes_positions(model):
+        positions = kept.nonzero().squeeze(1)
+        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions).logits
+        logits = logits[asked[:, positions]]
+    else:
+        logits = model(input_ids=input_ids, use_cache=False).logits[asked]
+    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+def _chunked_loss(head: _Head, hidden: Tensor, asked: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of the asked positions, bool [batch, length], of the hidden states."""
+    rows, positions = hidden.flatten(0, 1), asked.flatten().nonzero().squeeze(1)
+    trained = head.trained() if torch.is_grad_enabled() else []
+    loss: Tensor = _ChunkedLoss.apply(rows, positions, targets, head, *trained)
+    return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The sum of -log softmax(head(hidden[position]))[target], with its gradient found at once.
+
+    With p = softmax(logits), d logits = p - onehot(target); one backward pass through the head
+    takes it to the hidden states and to what trains in the head. What is kept for the backward pass
+    are these gradients alone: the hidden states' in their dtype, the head's in float32.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, positions: Tensor, targets: Tensor, head: _Head, *trained: Tensor
+    ) -> Tensor:
+        leaves = (hidden, *trained)
+        gradients: list[Tensor | None] = [None] * len(leaves)
+        gradients[0] = torch.zeros_like(hidden) if hidden.requires_grad else None
+        losses = torch.empty(len(targets), device=hidden.device)
+        buffer: Tensor | None = None  # all chunks share it: a fresh one costs its page faults
+        for part in _parts(len(targets), chunk_tokens(head.vocabulary)):
+            rows = hidden[positions[part]].requires_grad_(hidden.requires_grad)
+            with torch.set_grad_enabled(any(leaf.requires_grad for leaf in leaves)):
+                logits = head(rows)
+            if logits.requires_grad:
+                buffer = torch.empty_like(logits) if buffer is None else buffer[: len(rows)]
+                _cross_entropy(logits.detach(), targets[part], losses[part], buffer)
+                _add_gradients(gradients, positions[part], (rows, *trained), logits, buffer)
+            else:
+                _cross_entropy(logits, targets[part], losses[part], None)
+            del logits  # before the next chunk's are there
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = [leaf.dtype for leaf in leaves]
+        return losses.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [
+            None if gradient is None else (gradient * grad).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return scaled[0], None, None, None, *scaled[1:]
+
+
+def _parts(count: int, most: int) -> Iterator[slice]:
+    """Yield slices of 0..count of about the same length, none longer than `most`."""
+    step = -(-count // max(1, -(-count // most))) or 1
+    for begin in range(0, count, step):
+        yield slice(begin, begin + step)
+
+
+def _cross_entropy(
+    logits: Tensor, targets: Tensor, losses: Tensor, gradient: Tensor | None
+) -> None:
+    """Write -log softmax(logits)[target] to `losses`, softmax(logits) - onehot to `gradient`.
+
+    logits, gradient: [tokens, vocabulary]; losses: float32 [tokens]. Computed in float32.
+    """
+    tokens, vocabulary = logits.shape
+    most = max(1, BLOCK_LOGITS // vocabulary) if logits.device.type == "cpu" else tokens
+    for part in _parts(tokens, most):
+        scores, target = logits[part].float(), targets[part, None]
+        probabilities = scores.softmax(dim=-1)
+        # The largest probability is exp(0) over the sum of the exponentials.
+        log_sum = scores.amax(dim=-1) - probabilities.amax(dim=-1).log()
+        losses[part] = log_sum - scores.gather(1, target).squeeze(1)
+        if gradient is not None:
+            minus_one = torch.full_like(target, -1, dtype=torch.float32)
+            gradient[part] = probabilities.scatter_add_(1, target, minus_one)
+
+
+def _add_gradients(
+    gradients: list[Tensor | None],
+    positions: Tensor,
+    leaves: tuple[Tensor, ...],
+    logits: Tensor,
+    outward: Tensor,
+) -> None:
+    """Take the logits' gradient `outward` to the leaves: the rows at `positions`, then the head."""
+    wanted = [i for i, leaf in enumerate(leaves) if leaf.requires_grad]
+    found = torch.autograd.grad(logits, [leaves[i] for i in wanted], outward, allow_unused=True)
+    for i, gradient in zip(wanted, found, strict=True):
+        total = gradients[i]
+        if gradient is None:
+            continue
+        if total is None:
+            total = gradient.new_zeros(
+                gradient.shape, dtype=torch.promote_types(gradient.dtype, torch.float32)
+            )
+            gradients[i] = total
+        if i == 0:
+            total[positions] = gradient
+        else:
+            total += gradient

@@ -1,0 +1,204 @@
+"""Reading the tensors of a model folder one at a time, memory-mapped."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from graft.errors import GraftError, raise_problems
+from graft.files import read_json
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+_LENGTH_BYTES = 8
+"""A safetensors file begins with the length of its header, a little-endian integer of 64 bits."""
+
+_MAP_FLAGS = mmap.MAP_PRIVATE
+if sys.platform == "linux":
+    # MAP_NORESERVE: else Linux refuses to map a file that is larger than the memory, since a
+    # private mapping could be written all over.
+    _MAP_FLAGS |= 0x4000
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """Where a tensor lies."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    """Its first byte in the file."""
+    bytes: int
+
+
+class WeightFiles:
+    """The safetensors files of a folder as one mapping from tensor name to tensor.
+
+    Raises GraftError when there are none, when a file is damaged, or when only pickled weights are
+    there (those can run code when they are loaded, so graft never does).
+    """
+
+    def __init__(self, folder: Path, single_file: str | None = None) -> None:
+        self.folder = folder
+        self._mapped: dict[str, mmap.mmap] = {}
+        self._entries: dict[str, _Entry] = {}
+        for file in [single_file] if single_file else _weight_files(folder):
+            self._entries |= self._read_header(file)
+
+    def __enter__(self) -> WeightFiles:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._mapped.clear()  # each mapping lives on in the tensors that were read from it
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._entries)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return a tensor's shape without reading its data."""
+        return self._entries[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return a tensor's dtype without reading its data; raises GraftError for exotic ones."""
+        code = self._entries[name].dtype
+        if code not in _DTYPES:
+            raise GraftError(f"{self.folder}: tensor {name} has dtype {code}, which is not read")
+        return _DTYPES[code]
+
+    def read(self, name: str) -> torch.Tensor:
+        """Return a tensor, memory-mapped on the CPU: its pages are read when they are touched.
+
+        Writing to it changes this process's copy of the page, not the file. A tensor whose place
+        in the file is no multiple of its dtype's size is a copy in memory.
+        """
+        entry = self._entries[name]
+        if entry.file not in self._mapped:
+            self._mapped[entry.file] = self._map(entry.file)
+        return self._view(name, self._mapped[entry.file], entry.begin)
+
+    def read_once(self, name: str) -> torch.Tensor:
+        """Return a tensor whose pages leave memory with it.
+
+        A mapping that stays open keeps what was read of it resident; this one is the tensor's own.
+        """
+        entry = self._entries[name]
+        if not entry.bytes:
+            return self.read(name)
+        before = entry.begin % mmap.ALLOCATIONGRANULARITY
+        mapped = self._map(entry.file, entry.begin - before, before + entry.bytes)
+        return self._view(name, mapped, before)
+
+    def source_dtype(self) -> torch.dtype:
+        """Return the dtype that most of the floating tensors have."""
+        counts: dict[torch.dtype, int] = {}
+        for name in self:
+            dtype = self.dtype(name)
+            if dtype.is_floating_point:
+                counts[dtype] = counts.get(dtype, 0) + 1
+        return max(counts, key=lambda dtype: counts[dtype], default=torch.float32)
+
+    def _view(self, name: str, mapped: mmap.mmap, begin: int) -> torch.Tensor:
+        dtype, shape = self.dtype(name), self.shape(name)
+        count = self._entries[name].bytes // dtype.itemsize
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        tensor = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin).view(shape)
+        return tensor.clone() if begin % dtype.itemsize else tensor
+
+    def _read_header(self, file: str) -> dict[str, _Entry]:
+        path = self.folder / file
+        try:
+            # safetensors checks the whole header: that it is one, and that the tensors fill the
+            # file without gaps.
+            with safe_open(path, framework="numpy") as handle:
+                names = list(handle.keys())  # noqa: SIM118  (not a dict)
+            with path.open("rb") as opened:
+                length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+                header = json.loads(opened.read(length))
+        except (SafetensorError, OSError) as error:
+            raise GraftError(
+                f"{path} is no readable safetensors file: {error}; "
+                "it may be truncated: copy or download it again"
+            ) from error
+        entries = {}
+        for name in names:
+            begin, end = header[name]["data_offsets"]
+            place = _LENGTH_BYTES + length + begin, end - begin
+            shape = tuple(header[name]["shape"])
+            entries[name] = _Entry(file, header[name]["dtype"], shape, *place)
+        return entries
+
+    def _map(self, file: str, begin: int = 0, length: int = 0) -> mmap.mmap:
+        path = self.folder / file
+        try:
+            with path.open("rb") as opened:
+                access = mmap.PROT_READ | mmap.PROT_WRITE
+                return mmap.mmap(opened.fileno(), length, _MAP_FLAGS, access, offset=begin)
+        except OSError as error:
+            raise GraftError(f"{path} cannot be mapped into memory: {error.strerror}") from error
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / INDEX_FILE).is_file():
+        return indexed_files(folder / INDEX_FILE)
+    if (folder / SINGLE_FILE).is_file():
+        return [SINGLE_FILE]
+    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+    if pickles:
+        raise GraftError(
+            f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code "
+            f"when loaded; bring them in safely with: graft convert {folder} --out NEW_FOLDER"
+        )
+    raise GraftError(f"{folder} has no {SINGLE_FILE} (and no {INDEX_FILE})")
+
+
+def indexed_files(index: Path) -> list[str]:
+    """Return the names of the weight files that an index lists, all of them in its folder.
+
+    Raises GraftError when it lists none, or one that is not there.
+    """
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise GraftError(f"{index} has no weight_map; download it again")
+    files = sorted({str(file) for file in weight_map.values()})
+    problems = [
+        f"{file} is named there but not in the folder; download it again"
+        for file in files
+        if Path(file).name != file or not (index.parent / file).is_file()
+    ]
+    raise_problems(problems, str(index))
+    return files
