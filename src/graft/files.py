@@ -22,12 +22,13 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(path.name + ".part")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        try:
+            yield temporary
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     except OSError as error:
         raise GraftError(_unwritable(path, error)) from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextmanager
