@@ -14,7 +14,7 @@ from graft.adapters.attach import (
     remove_adapter,
     replace_module,
 )
-from graft.adapters.base import AdaptedLinear
+from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.config import AdapterConfig
 from graft.errors import GraftError
 from graft.formats.codebook import CodebookFormat

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from graft.adapters.affine import AffineAdapter
-from graft.adapters.base import AdaptedLinear
+from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.qalora import QALoraAdapter
 from graft.errors import GraftError
 from graft.formats.codebook import CodebookFormat

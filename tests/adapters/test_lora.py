@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from graft.adapters.base import AdaptedLinear, lora_scaling
+from graft.adapters.adapted import AdaptedLinear
+from graft.adapters.base import lora_scaling
 from graft.adapters.lora import LoraAdapter
 from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat

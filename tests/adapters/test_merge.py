@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from graft.adapters.affine import AffineAdapter
-from graft.adapters.base import AdaptedLinear
+from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.lora import LoraAdapter
 from graft.adapters.merge import merge, merge_adapters
 from graft.adapters.qalora import QALoraAdapter

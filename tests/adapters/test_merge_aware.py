@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graft.adapters.base import AdaptedLinear
+from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.merge import merge
 from graft.adapters.merge_aware import MergeAwareAdapter
 from graft.adapters.qalora import QALoraAdapter

@@ -7,16 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import nn
 
-from graft.adapters.affine import AffineAdapter
-from graft.adapters.base import AdaptedLinear, Adapter
-from graft.adapters.config import GRID_METHODS, AdapterConfig
-from graft.adapters.dora import DoraAdapter
-from graft.adapters.lora import LoraAdapter
-from graft.adapters.merge_aware import MergeAwareAdapter
-from graft.adapters.qalora import QALoraAdapter
+from graft.adapters.adapted import AdaptedLinear
+from graft.adapters.base import Adapter
+from graft.adapters.config import AdapterConfig
+from graft.adapters.registry import method_of
 from graft.errors import GraftError, did_you_mean, raise_problems
-from graft.formats.int_group import IntGroupFormat
-from graft.formats.latent import LatentFormat
 from graft.layers.frozen import FrozenLinear
 
 
@@ -25,56 +20,10 @@ def make_adapter(layer: FrozenLinear, config: AdapterConfig) -> Adapter:
 
     Raises GraftError when the layer's format cannot take that adapter.
     """
-    device = next(layer.parameters()).device
-    if config.method in ("lora", "qlora"):
-        if config.dora:
-            return DoraAdapter(
-                layer, config.update_rank, config.alpha, config.rslora, config.dropout
-            )
-        return LoraAdapter(
-            layer.in_features,
-            layer.out_features,
-            config.update_rank,
-            config.alpha,
-            config.rslora,
-            config.dropout,
-            config.adapter_bias,
-            device,
-        )
-    weight_format, needed = layer.weight_format, GRID_METHODS.get(config.method)
-    if needed is not None and weight_format.name != needed:
-        raise GraftError(
-            f"method {config.method!r} needs weights in the {needed} format, found "
-            f"{weight_format.name!r}; quantise the base with --format {needed}"
-        )
-    if config.method == "merge_aware":
-        assert isinstance(weight_format, LatentFormat)
-        return MergeAwareAdapter(
-            layer.in_features,
-            layer.out_features,
-            weight_format.groups(layer.in_features),
-            config.update_rank,
-            config.alpha,
-            config.rslora,
-            config.grid_rank or 0,
-            device,
-        )
-    if config.method == "qalora":
-        assert isinstance(weight_format, IntGroupFormat)
-        return QALoraAdapter(
-            layer.in_features,
-            layer.out_features,
-            weight_format.group_size,
-            config.update_rank,
-            config.alpha,
-            config.rslora,
-            config.grid_rank or 0,
-            device,
-        )
-    if config.method == "affine":
-        assert isinstance(weight_format, IntGroupFormat)
-        return AffineAdapter(layer.out_features, weight_format.groups(layer.in_features), device)
-    raise GraftError(f"method {config.method!r} attaches no adapter")
+    kind = method_of(config).adapter
+    if kind is None:
+        raise GraftError(f"method {config.method!r} attaches no adapter")
+    return kind.from_layer(layer, config)
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
@@ -189,9 +138,6 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, torch.nn.Parame
 
 def code_widths(model: nn.Module, parameters: Iterable[str]) -> dict[str, int]:
     """Return the width of the codes that each parameter moves, without those that move none."""
-    bits = {
-        name: layer.base.weight_format.deployed.options().get("bits")
-        for name, layer in adapted_layers(model)
-    }
+    bits = {name: layer.base.weight_format.deployed.bits for name, layer in adapted_layers(model)}
     widths = {name: bits.get(name.rpartition(".")[0]) for name in parameters}
     return {name: width for name, width in widths.items() if width is not None}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Annotated, Self
 
-Method = Literal["lora", "qlora", "qalora", "affine", "merge_aware", "full"]
-Init = Literal["default", "loftq"]
+from graft.adapters.registry import METHODS, method_of
+from graft.adapters.starts.registry import STARTS
 
-GRID_METHODS: dict[str, str] = {"qalora": "int", "affine": "int", "merge_aware": "latent"}
-"""Methods that merge exactly into weights of the int format, and the format that they train on."""
+MethodName = Annotated[str, METHODS]
+Init = Annotated[str, STARTS]
 
 
 def method_in_words(method: str, dora: bool) -> str:
@@ -22,10 +21,8 @@ def method_in_words(method: str, dora: bool) -> str:
 class AdapterConfig:
     """The adapter that a run trains."""
 
-    method: Method = "qalora"
-    """lora: on the weights as they are; qlora: LoRA on 4-bit NormalFloat; qalora: group-pooled LoRA
-    and moves of the scales, which merge exactly into INT4; affine: scales and offsets of INT4;
-    merge_aware: LoRA inside the rounding to INT4, and its scales and offsets; full: all weights."""
+    method: MethodName = "qalora"
+    """How it is trained."""
     rank: int | None = None
     """Rank of the low-rank update (not of affine and full); 16, or 14 for merge_aware where its
     grid trains too, so that it has no more trained parameters. qalora's ends at the number of
@@ -42,8 +39,7 @@ class AdapterConfig:
     """Train the length of each row of the weight beside its low-rank update, which then turns the
     rows alone (DoRA, arXiv 2402.09353; lora and qlora only)."""
     init: Init = "default"
-    """How the adapter starts. default: as no update at all; loftq: as the low-rank part of what
-    rounding takes from the weights (arXiv 2310.08659; lora and qlora on quantised weights)."""
+    """How the adapter starts."""
     loftq_rounds: int = 5
     """Times that loftq rounds the weights and fits the adapter to the rest in turn."""
     dense_fraction: float | None = None
@@ -63,21 +59,5 @@ class AdapterConfig:
         return self.rank or 16
 
     def resolved(self, bits: int | None) -> Self:
-        """Return the configuration with the defaults of a method on codes of `bits` filled in.
-
-        The wider the codes, the less there is to learn inside the rounding, and the more time and
-        rank the update is given.
-        """
-        if self.method == "qalora":
-            grid_rank = self.update_rank if self.grid_rank is None else self.grid_rank
-            return dataclasses.replace(self, rank=self.update_rank, grid_rank=grid_rank)
-        if self.method != "merge_aware" or bits is None:
-            return dataclasses.replace(self, rank=self.update_rank)
-        grid_rank = int(bits == 2) if self.grid_rank is None else self.grid_rank
-        dense = {2: 0.5, 3: 0.7}.get(bits, 0.99)
-        return dataclasses.replace(
-            self,
-            rank=self.rank or (14 if grid_rank else 16),
-            grid_rank=grid_rank,
-            dense_fraction=dense if self.dense_fraction is None else self.dense_fraction,
-        )
+        """Return the configuration with the defaults of its method on codes of `bits` filled in."""
+        return method_of(self).resolved(self, bits)

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Self
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graft.adapters.lora import LoraAdapter
+from graft.adapters.adapted import AdaptedLinear
+from graft.adapters.base import StoredAdapter
+from graft.adapters.config import AdapterConfig
+from graft.adapters.lora import Lora, LoraAdapter, QLora
+from graft.adapters.method import Kept
+from graft.errors import GraftError
 from graft.kernels.low_rank.ops import Operands, lora_linear, operands
 from graft.kernels.low_rank.row_norms import dora_norms, row_squares
 from graft.layers.frozen import FrozenLinear
@@ -47,6 +56,27 @@ class DoraAdapter(LoraAdapter):
         self.register_buffer("squares", squares, persistent=False)
         self.magnitude = nn.Parameter(squares.sqrt())
         self._kept: tuple[list[tuple[int, int]], Tensor] | None = None
+
+    @classmethod
+    def from_layer(cls, layer: FrozenLinear, config: AdapterConfig) -> Self:
+        """Return a fresh adapter, which changes nothing yet."""
+        return cls(layer, config.update_rank, config.alpha, config.rslora, config.dropout)
+
+    @classmethod
+    def from_stored(cls, layer: FrozenLinear, stored: StoredAdapter) -> Self:
+        """Return the adapter of PEFT's files."""
+        if "magnitude" not in stored.tensors:
+            raise GraftError("lora_magnitude_vector is missing")
+        adapter: Self = super().from_stored(layer, stored)
+        return adapter
+
+    @classmethod
+    def _blank(cls, layer: FrozenLinear, rank: int, dropout: float, bias: bool) -> Self:
+        return cls(layer, rank, dropout=dropout)
+
+    def started(self, base: FrozenLinear) -> None:
+        """Let the magnitudes be the rows' norms with A and B, so that they change nothing."""
+        self.magnitude.copy_(self.norms(base))
 
     def norms(self, base: FrozenLinear) -> Tensor:
         """Return |W + s B A| of each row, float32 [out_features], without a gradient."""
@@ -98,3 +128,60 @@ class DoraAdapter(LoraAdapter):
         moved = super().delta(base).add_(weight)
         lengths = torch.linalg.vector_norm(moved, dim=1).clamp_min(_TINY)
         return moved.mul_((self.magnitude.double() / lengths)[:, None]).sub_(weight)
+
+    def peft_settings(self, as_lora: bool) -> dict[str, Any]:
+        """Return LoRA's, and that it is DoRA."""
+        return {**super().peft_settings(as_lora), "use_dora": True}
+
+
+class _WithDora:
+    """What `--dora` changes in a method that adds LoRA to its weights."""
+
+    adapter = DoraAdapter
+    takes = frozenset({"dropout", "adapter_bias", "dora", "init"})
+
+    def title(self, config: AdapterConfig) -> str:
+        """Return the method in words."""
+        return f"{config.method} with DoRA" if config.dora else config.method
+
+    def problems(self, config: AdapterConfig) -> list[str]:
+        """Return which of its options contradict each other."""
+        if not config.adapter_bias:
+            return []
+        return [
+            "--dora and --adapter-bias: the magnitudes scale the weight alone, and PEFT reads no "
+            "DoRA with a bias; drop one of them"
+        ]
+
+    def kept(self, layer: AdaptedLinear, config: AdapterConfig, dtype: torch.dtype) -> Kept:
+        """Return LoRA's, the output before it is scaled, and the factors."""
+        out_features, rank = layer.base.out_features, config.update_rank
+        fused = Kept((out_features + rank,), True, rank + out_features, 4 * out_features)
+        if not config.dropout:
+            return fused
+        # W times what is dropped is another product, beside a copy of the input and the mask.
+        return replace(
+            fused,
+            keeps_input=False,
+            products=(out_features, *fused.products),
+            per_token=fused.per_token + 2 * layer.base.in_features,
+        )
+
+    def reads(self, own: str | None, peft: Mapping[str, Any]) -> bool:
+        """Return whether PEFT's files hold a DoRA."""
+        return own in (None, DoraAdapter.method) and bool(peft.get("use_dora"))
+
+
+class Dora(_WithDora, Lora):
+    """DoRA on the weights as they are."""
+
+    name = "dora"
+
+
+class QDora(_WithDora, QLora):
+    """DoRA on 4-bit NormalFloat."""
+
+    name = "qdora"
+
+
+DORA, QDORA = Dora(), QDora()

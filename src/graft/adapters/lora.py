@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from graft.adapters.base import Adapter, lora_scaling
+from graft.adapters.adapted import AdaptedLinear
+from graft.adapters.base import Adapter, StoredAdapter, fill, lora_scaling, low_rank_start
+from graft.adapters.config import AdapterConfig
+from graft.adapters.method import Kept, Method
+from graft.errors import GraftError
 from graft.kernels.low_rank.ops import lora_linear, operands
 from graft.layers.frozen import FrozenLinear
 
@@ -23,6 +28,7 @@ class LoraAdapter(Adapter):
     """
 
     method = "lora"
+    scaling: float
     bias: Tensor | None
 
     def __init__(
@@ -40,13 +46,41 @@ class LoraAdapter(Adapter):
         self.rank = rank
         self.scaling = lora_scaling(rank, alpha, rslora)
         self.dropout = dropout
-        self.A = nn.Parameter(torch.empty(rank, in_features, device=device))
-        self.B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+        self.A, self.B = low_rank_start(rank, in_features, out_features, device)
         self.register_parameter(
             "bias", nn.Parameter(torch.zeros(out_features, device=device)) if bias else None
         )
-        bound = 1 / math.sqrt(in_features)
-        nn.init.uniform_(self.A, -bound, bound)
+
+    @classmethod
+    def from_layer(cls, layer: FrozenLinear, config: AdapterConfig) -> Self:
+        """Return a fresh adapter, which changes nothing yet."""
+        return cls(
+            layer.in_features,
+            layer.out_features,
+            config.update_rank,
+            config.alpha,
+            config.rslora,
+            config.dropout,
+            config.adapter_bias,
+            next(layer.parameters()).device,
+        )
+
+    @classmethod
+    def from_stored(cls, layer: FrozenLinear, stored: StoredAdapter) -> Self:
+        """Return the adapter of PEFT's files."""
+        rank = low_rank(stored)
+        dropout = float(stored.peft.get("lora_dropout") or 0.0)
+        adapter = cls._blank(layer, rank, dropout, "bias" in stored.tensors)
+        adapter.scaling = scaling_of(stored)
+        fill(adapter, stored.tensors)
+        return adapter
+
+    @classmethod
+    def _blank(cls, layer: FrozenLinear, rank: int, dropout: float, bias: bool) -> Self:
+        return cls(layer.in_features, layer.out_features, rank, dropout=dropout, bias=bias)
+
+    def started(self, base: FrozenLinear) -> None:
+        """Take note that A and B were set to a start, not trained."""
 
     def added_output(self, x: Tensor, base: FrozenLinear) -> Tensor:
         """Return s (B A x + b) in x's dtype."""
@@ -70,3 +104,73 @@ class LoraAdapter(Adapter):
     def delta_bias(self) -> Tensor | None:
         """Return s b, float64 [out_features], or None."""
         return None if self.bias is None else self.bias.double() * self.scaling
+
+    def lora_tensors(self, base: FrozenLinear, as_lora: bool) -> dict[str, Tensor]:
+        """Return A, B and what else it has."""
+        return dict(self.named_parameters())
+
+    def peft_settings(self, as_lora: bool) -> dict[str, Any]:
+        """Return dropout and bias."""
+        return {"lora_dropout": self.dropout, "lora_bias": self.bias is not None}
+
+
+def low_rank(stored: StoredAdapter) -> int:
+    """Return the rank of a stored low-rank update; raises GraftError when it has none."""
+    if "A" not in stored.tensors or "B" not in stored.tensors:
+        raise GraftError("lora_A or lora_B is missing")
+    return stored.tensors["A"].shape[0]
+
+
+def scaling_of(stored: StoredAdapter, peft_factor: float = 1.0) -> float:
+    """Return the scaling: exactly, where the file says it, else PEFT's times a factor."""
+    if stored.scaling is not None:
+        return stored.scaling
+    assert stored.peft_scaling is not None, "a file of PEFT's has one"
+    return stored.peft_scaling * peft_factor
+
+
+class Lora(Method):
+    """LoRA on the weights as they are, or in a format that was asked for."""
+
+    name = "lora"
+    adapter = LoraAdapter
+    takes = frozenset({"dropout", "adapter_bias", "dora", "init"})
+
+    def kept(self, layer: AdaptedLinear, config: AdapterConfig, dtype: torch.dtype) -> Kept:
+        """Return the input and A x; with dropout a copy of the input and the mask instead."""
+        out_features, rank = layer.base.out_features, config.update_rank
+        if not config.dropout:
+            return Kept((out_features + rank,), per_token=rank)
+        # A and B as it computes.
+        numbers = sum(p.numel() for p in layer.adapters.parameters())
+        copies = numbers * dtype.itemsize if dtype != torch.float32 else 0
+        return Kept(
+            (out_features, rank), False, rank + 2 * layer.base.in_features, constant_bytes=copies
+        )
+
+    def reads(self, own: str | None, peft: Mapping[str, Any]) -> bool:
+        """Return whether files hold a plain LoRA, which is what PEFT's hold by default."""
+        special = peft.get("use_dora") or peft.get("use_qalora")
+        return own == LoraAdapter.method or (own is None and not special)
+
+    def peft_problem(self, config: AdapterConfig) -> str | None:
+        """Return None: it is PEFT's own."""
+        return None
+
+
+class QLora(Lora):
+    """LoRA on 4-bit NormalFloat with doubly quantised constants (arXiv 2305.14314)."""
+
+    name = "qlora"
+    default_format = "nf4"
+    double_quant = True
+    deploys_into_original = True
+
+    def format_problem(self, name: str) -> str | None:
+        """Return why it cannot train on weights of that format."""
+        if name == "dense":
+            return "method qlora needs quantised weights; train with lora, or drop --format"
+        return None
+
+
+LORA, QLORA = Lora(), QLora()

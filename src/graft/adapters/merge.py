@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
+from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.attach import adapted_layers, replace_module
-from graft.adapters.base import AdaptedLinear
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.layers.frozen import FrozenLinear

@@ -2,35 +2,59 @@
 
 from __future__ import annotations
 
-import math
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.base import Adapter, lora_scaling, low_rank_moves
-from graft.formats.base import GridUpdate, LowRank, Packed, Scaled
+from graft.adapters.attach import adapted_layers
+from graft.adapters.base import (
+    Adapter,
+    StoredAdapter,
+    fill,
+    lora_scaling,
+    low_rank_moves,
+    low_rank_start,
+    require_format,
+)
+from graft.adapters.config import AdapterConfig
+from graft.adapters.lora import low_rank, scaling_of
+from graft.adapters.method import Config, Method
+from graft.adapters.rates import grid_rate, low_rank_rate
+from graft.errors import GraftError
+from graft.formats.base import GridUpdate, LowRank, Packed, Scaled, WeightFormat
+from graft.formats.choice import latent_described
+from graft.formats.config import FormatConfig
+from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
-from graft.kernels.latent.ops import latent_linear
 from graft.kernels.low_rank.ops import lora_linear, low_rank_product, operands
 from graft.layers.frozen import FrozenLinear
 
-GRID_PARAMETERS = ("u_A", "u_B", "v_A", "v_B")
+_GRID_PARAMETERS = ("u_A", "u_B", "v_A", "v_B")
 
 
 class MergeAwareAdapter(Adapter):
-    """w = scale (1 + u) round((W + s B A - offset) / scale) + offset + scale v, s = alpha/rank.
+    """w = round(W + s B A) to a grid, s = alpha/rank; W is the latent weight.
+
+    On int: w = scale (1 + u) round((W + s B A - offset) / scale) + offset + scale v.
 
     A: float32 [rank, in_features], random as LoRA's; B: float32 [out_features, rank], zero;
     u = u_B u_A and v = v_B v_A [out_features, groups], of rank grid_rank at most (0: the grid
     stays), u_B and v_B zero. A low-rank update flips codes, as in L4Q (arXiv
     2402.04902), and the grid moves in units of its own scales, as in affine tuning. What is trained
-    is the int weight itself: the forward computes with the very codes, scales and offsets that a
+    is the quantised weight itself: the forward computes with the very codes and statistics that a
     merge keeps. It needs a base in the latent format.
 
     Before the base is rounded it is LoRA: x Wᵀ + s (x Aᵀ) Bᵀ.
     """
 
     method = "merge_aware"
+    scaling: float
+    moves_grid = True
+    needed_format = "latent"
+    own_names = ("A", "B", *_GRID_PARAMETERS)
 
     def __init__(
         self,
@@ -46,15 +70,38 @@ class MergeAwareAdapter(Adapter):
         super().__init__()
         self.rank = rank
         self.scaling = lora_scaling(rank, alpha, rslora)
-        self.A = nn.Parameter(torch.empty(rank, in_features, device=device))
-        self.B = nn.Parameter(torch.zeros(out_features, rank, device=device))
-        bound = 1 / math.sqrt(in_features)
-        nn.init.uniform_(self.A, -bound, bound)
+        self.A, self.B = low_rank_start(rank, in_features, out_features, device)
         self.grid_rank = min(grid_rank, groups)
         if self.grid_rank:
             sizes = self.grid_rank, out_features, groups, device
             self.u_A, self.u_B = low_rank_moves(*sizes)
             self.v_A, self.v_B = low_rank_moves(*sizes)
+
+    @classmethod
+    def from_layer(cls, layer: FrozenLinear, config: AdapterConfig) -> Self:
+        """Return a fresh adapter, which changes nothing yet."""
+        grid_rank = config.grid_rank or 0
+        return cls(
+            layer.in_features,
+            layer.out_features,
+            _groups(layer, grid_rank, cls),
+            config.update_rank,
+            config.alpha,
+            config.rslora,
+            grid_rank,
+            next(layer.parameters()).device,
+        )
+
+    @classmethod
+    def from_stored(cls, layer: FrozenLinear, stored: StoredAdapter) -> Self:
+        """Return the adapter of a file of our own form."""
+        moves = stored.tensors.get("u_A")
+        grid_rank = 0 if moves is None else moves.shape[0]
+        sizes = layer.in_features, layer.out_features, _groups(layer, grid_rank, cls)
+        adapter = cls(*sizes, low_rank(stored), grid_rank=grid_rank)
+        adapter.scaling = scaling_of(stored)
+        fill(adapter, stored.tensors)
+        return adapter
 
     def grid_update(self, packed: Packed) -> GridUpdate:
         """Return weights += s B A, scales += scale u, offsets += scale v."""
@@ -64,23 +111,27 @@ class MergeAwareAdapter(Adapter):
             return GridUpdate(weights=weights)
         return GridUpdate(scales=Scaled(u), offsets=Scaled(v), weights=weights)
 
-    def update(self) -> Tensor:
+    def dense_update(self) -> Tensor:
         """Return s B A, float32 [out_features, in_features]."""
         return ((self.B.double() @ self.A.double()) * self.scaling).float()
 
-    def grid_parameters(self) -> list[nn.Parameter]:
-        """Return what moves the grid."""
-        return [self.get_parameter(name) for name in GRID_PARAMETERS if self.grid_rank]
+    def let_grid_train(self, trains: bool) -> None:
+        """Let what moves the grid train, or wait."""
+        for parameter in self._grid_parameters():
+            parameter.requires_grad_(trains)
+
+    def _grid_parameters(self) -> list[nn.Parameter]:
+        return [self.get_parameter(name) for name in _GRID_PARAMETERS if self.grid_rank]
 
     def _moves(self) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """Return u and v, float32 [out_features, groups], or nothing for a grid that stays."""
         if not self.grid_rank:
             return None, None
-        u_A, u_B, v_A, v_B = self.grid_parameters()
+        u_A, u_B, v_A, v_B = self._grid_parameters()
         return low_rank_product(u_A, u_B), low_rank_product(v_A, v_B)
 
     def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
-        """Return x W'ᵀ, W' the int weight that a merge keeps, with gradients of all that trains.
+        """Return x W'ᵀ, W' the weight that a merge keeps, with gradients of all that trains.
 
         On a base that is not rounded yet it is LoRA, and the grid gets no gradient.
         """
@@ -91,24 +142,101 @@ class MergeAwareAdapter(Adapter):
             weight = operands(base.kernel_weight())
             out: Tensor = lora_linear(x, *weight, self.A, self.B, self.scaling)[0]
             return out
-        packed = base.packed
-        y: Tensor = latent_linear(
-            x,
-            *weight_format.kept_operands(packed),
-            packed["scales"],
-            packed["offsets"],
-            self.A,
-            self.B,
-            self.scaling,
-            *self._moves(),
-            weight_format.bits,
-            weight_format.group_size,
-        )
-        return y
+        update = LowRank(self.A, self.B, self.scaling)
+        return weight_format.latent_linear(x, base.packed, update, *self._moves())
 
     def delta(self, base: FrozenLinear) -> Tensor:
-        """Return the int weight after the update minus the one before, float64 [out, in]."""
+        """Return the rounded weight after the update minus that before, float64 [out, in]."""
         with torch.no_grad():
             moved = base.weight_format.absorb(base.packed, self.grid_update(base.packed))
             after = base.dense_weight(torch.float32, moved).double()
             return after - base.dense_weight(torch.float32).double()
+
+
+def _groups(layer: FrozenLinear, grid_rank: int, adapter: type[Adapter]) -> int:
+    """Return the groups of a row whose scales and offsets could move; 0 where the grid stays."""
+    grid = require_format(layer, LatentFormat, adapter).grid
+    if isinstance(grid, IntGroupFormat):
+        return grid.groups(layer.in_features)
+    if grid_rank:
+        raise GraftError(
+            f"--grid-rank {grid_rank}: {grid.name} weights have no offsets that could move; give 0"
+        )
+    return 0
+
+
+class MergeAware(Method):
+    """LoRA inside the rounding of the very grid that is deployed."""
+
+    name = "merge_aware"
+    adapter = MergeAwareAdapter
+    takes = frozenset({"grid_rank", "dense_fraction"})
+    default_format = "int"
+    rounds_itself = True
+    merges_exactly = True
+
+    def resolved(self, config: Config, bits: int | None) -> Config:
+        """Return the configuration with its defaults filled in.
+
+        The wider the codes, the less there is to learn inside the rounding, and the more time and
+        rank the update is given.
+        """
+        if bits is None:
+            return super().resolved(config, bits)
+        grid_rank = int(bits == 2) if config.grid_rank is None else config.grid_rank
+        dense = {2: 0.5, 3: 0.7}.get(bits, 0.99)
+        return dataclasses.replace(
+            config,
+            rank=config.rank or (14 if grid_rank else 16),
+            grid_rank=grid_rank,
+            dense_fraction=dense if config.dense_fraction is None else config.dense_fraction,
+        )
+
+    def weight_format(self, settings: FormatConfig, float32: bool) -> dict[str, Any]:
+        """Return the latent format over the grid that --format names; see `Method`."""
+        return latent_described(settings, float32=float32)
+
+    def default_solver(self, bits: int | str | None) -> str:
+        """Return qep: it ends near where it starts, so it rounds as well as can be."""
+        return "qep"
+
+    def make_trainable(
+        self, model: nn.Module, targets: Sequence[str], config: AdapterConfig
+    ) -> dict[str, nn.Parameter]:
+        """Attach the adapters; a grid waits where the base is not rounded yet, and has none."""
+        trained = super().make_trainable(model, targets, config)
+        for _, layer in adapted_layers(model):
+            latent = layer.base.weight_format
+            if isinstance(latent, LatentFormat) and not latent.rounds:
+                for adapter in layer.active_adapters():
+                    adapter.let_grid_train(False)
+        return trained
+
+    def dense_steps(self, config: AdapterConfig, steps: int) -> int:
+        """Return how many steps train as LoRA.
+
+        What is deployed has been trained as it is: one step at least is inside the rounding.
+        """
+        return min(round(steps * (config.dense_fraction or 0.0)), steps - 1)
+
+    def rounds_in_training(self, config: AdapterConfig) -> bool:
+        """Return whether some steps train as LoRA first; None stands for a default above 0."""
+        return config.dense_fraction != 0
+
+    def training_format(self, weight_format: WeightFormat, dense_steps: int) -> WeightFormat:
+        """Return the latent format, which does not round while steps train as LoRA."""
+        assert isinstance(weight_format, LatentFormat)
+        return dataclasses.replace(weight_format, rounds=dense_steps == 0)
+
+    def rate_factors(
+        self, config: AdapterConfig, hidden_size: int, bits: Mapping[str, int]
+    ) -> dict[str, float]:
+        """Return what gives moves of the grid a grid's rate, in proportion to LoRA's default.
+
+        Not more at more bits, where the codes move as finely.
+        """
+        factor = grid_rate(hidden_size) / low_rank_rate(config, hidden_size)
+        return {name: factor for name in bits if name.endswith((".u_B", ".v_B"))}
+
+
+MERGE_AWARE = MergeAware()

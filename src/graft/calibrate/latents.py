@@ -8,23 +8,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.attach import adapted_layers, replace_module
-from graft.adapters.base import AdaptedLinear
-from graft.adapters.merge_aware import MergeAwareAdapter
 from graft.calibrate.driver import calibrate_model
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.latent import LatentFormat
 from graft.layers.frozen import FrozenLinear
-
-
-def let_grid_wait(model: nn.Module) -> None:
-    """Train no grid on a base that is not rounded yet, and which has none to train."""
-    for _, layer in adapted_layers(model):
-        latent = layer.base.weight_format
-        if isinstance(latent, LatentFormat) and not latent.rounds:
-            for parameter in _grid_parameters(layer):
-                parameter.requires_grad_(False)
 
 
 def round_latents(
@@ -35,7 +25,7 @@ def round_latents(
     on_layer: Callable[[int, int], None] | None = None,
     on_rounded: Callable[[], None] | None = None,
 ) -> None:
-    """Round the latent weights of a model that merge_aware has trained densely so far.
+    """Round the latent weights of a model whose low-rank updates have trained densely so far.
 
     GPTQ, or qep with a `drift_share` (see `calibrate_model`), rounds W + s B A, layer by layer on
     the batches, to codes and a grid. The new latent
@@ -73,16 +63,10 @@ def round_latents(
         assert isinstance(rounded, FrozenLinear)
         layer.base = rounded
         replace_module(model, name, layer)
-        for parameter in _grid_parameters(layer):
-            parameter.requires_grad_(True)
+        for adapter in layer.active_adapters():
+            adapter.let_grid_train(True)
 
 
 def _update(layer: AdaptedLinear) -> Tensor:
     (adapter,) = layer.active_adapters()
-    assert isinstance(adapter, MergeAwareAdapter)
-    return adapter.update()
-
-
-def _grid_parameters(layer: AdaptedLinear) -> list[nn.Parameter]:
-    adapters = [one for one in layer.active_adapters() if isinstance(one, MergeAwareAdapter)]
-    return [parameter for adapter in adapters for parameter in adapter.grid_parameters()]
+    return adapter.dense_update()

@@ -71,6 +71,11 @@ class WeightFormat(Protocol):
         ...
 
     @property
+    def bits(self) -> int | None:
+        """Bits per code; None for weights that have none."""
+        ...
+
+    @property
     def deployed(self) -> WeightFormat:
         """The format of what `absorb` returns and a merge keeps: itself, but for the latent one."""
         ...

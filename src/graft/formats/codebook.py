@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from graft.formats.base import GridUpdate, Packed, TensorSpec
+from graft.formats.entry import FormatEntry
 from graft.formats.grid_fit import fit_absmax
+from graft.formats.latent_grid import ReferenceLatent
 from graft.kernels.frozen import ops
 from graft.kernels.packed.codebooks import CODEBOOK_NAMES, codebook, quantisation_bounds
 from graft.kernels.packed.weight import NESTED_BLOCK_SIZE, Layout, Weight, plain_absmax
 
 BLOCK_SIZE = 64
+_WITHIN = 0.88
+"""How far a latent weight may lie from the code that a solver chose, as a share of the way to the
+next code's range, so that rounding it to bf16 does not choose another."""
 
 
 @dataclass(frozen=True)
-class CodebookFormat:
+class CodebookFormat(ReferenceLatent):
     """w = codebook[code] * absmax of its block of 64 (QLoRA, arXiv 2305.14314, equations 3-6).
 
     Blocks run over the flattened weight, so they straddle rows when in_features is no multiple of
@@ -43,6 +49,16 @@ class CodebookFormat:
     def deployed(self) -> CodebookFormat:
         """Itself."""
         return self
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        return 4
+
+    @property
+    def group_size(self) -> int:
+        """Weights that share a constant."""
+        return BLOCK_SIZE
 
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
@@ -124,12 +140,51 @@ class CodebookFormat:
         self, codes: Tensor, grid: Packed, values: Tensor | None = None
     ) -> dict[str, Tensor]:
         """Pack codes uint8 [out_features, in_features] and the grid's absmax."""
+        return {"codes": self._in_pairs(codes), **self.pack_grid(grid)}
+
+    def _in_pairs(self, codes: Tensor) -> Tensor:
+        """Return codes two a byte, the earlier one in the high nibble."""
         flat = codes.reshape(-1)
         if flat.numel() % 2:
             filler = (codebook(self.name) == 0).nonzero()[0].to(flat)
             flat = torch.cat([flat, filler])
-        packed = (flat[::2] << 4) | flat[1::2]
-        return {"codes": packed, **self._pack_absmax(grid["absmax"])}
+        return (flat[::2] << 4) | flat[1::2]
+
+    # What training inside the rounding needs -------------------------------------------------
+
+    def pack_grid(self, grid: Packed) -> dict[str, Tensor]:
+        """Return the constants as they are stored."""
+        return self._pack_absmax(grid["absmax"])
+
+    def keep_within(self, values: Tensor, codes: Tensor, grid: Packed) -> Tensor:
+        """Return the values, each moved into the range that rounds to its code; float64."""
+        absmax = _per_weight(grid["stored_absmax"], values.shape).double()
+        bounds, code_of_rank = (one.to(codes.device) for one in quantisation_bounds(self.name))
+        rank = code_of_rank.long().argsort()[codes.long()]
+        middle = codebook(self.name).to(codes.device)[codes.long()].double()
+        infinite = bounds.new_tensor([torch.inf])
+        ends = torch.cat([-infinite, bounds, infinite]).double()
+        low, high = (middle + (ends[rank + side] - middle) * _WITHIN for side in (0, 1))
+        return (values.double() / absmax).clamp(low, high) * absmax
+
+    def round_to(self, weight: Tensor, grid: Packed) -> dict[str, Tensor]:
+        """Return the packed weight nearest to a weight, with the constants as they are."""
+        bounds, code_of_rank = (one.to(weight.device) for one in quantisation_bounds(self.name))
+        codes = code_of_rank[torch.bucketize(self._in_units(weight, grid), bounds)]
+        return {**grid, "codes": self._in_pairs(codes)}
+
+    def reaches(self, weight: Tensor, grid: Packed) -> Tensor:
+        """Return which elements lie between the ends of the codebook, or half a step beyond."""
+        values = codebook(self.name).sort().values.tolist()
+        low = values[0] - (values[1] - values[0]) / 2
+        high = values[-1] + (values[-1] - values[-2]) / 2
+        steps = self._in_units(weight, grid)
+        return (steps >= low) & (steps <= high)
+
+    def _in_units(self, weight: Tensor, grid: Packed) -> Tensor:
+        """Return a weight in units of its blocks' constants, float32 [out, in]."""
+        absmax = plain_absmax(grid["absmax"], *self._nested(grid))
+        return weight / _per_weight(absmax, weight.shape)
 
     # Statistics ------------------------------------------------------------------------------
 
@@ -142,3 +197,13 @@ class CodebookFormat:
 
     def _nested(self, packed: Packed) -> tuple[Tensor | None, Tensor | None]:
         return packed.get("absmax_scale"), packed.get("absmax_offset")
+
+
+def _per_weight(absmax: Tensor, shape: torch.Size) -> Tensor:
+    """Return each weight's own constant, never zero, for a weight of that shape."""
+    return absmax.clamp(min=1e-38).repeat_interleave(BLOCK_SIZE)[: shape.numel()].view(shape)
+
+
+_SETTINGS = {"double_quant": "double_quant"}
+NF4 = FormatEntry(partial(CodebookFormat, "nf4"), _SETTINGS)
+FP4 = FormatEntry(partial(CodebookFormat, "fp4"), _SETTINGS)

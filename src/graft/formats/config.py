@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-FormatName = Literal["dense", "nf4", "fp4", "int8", "int", "latent"]
+from graft.formats.registry import FORMATS
+
+FormatName = Annotated[str, FORMATS]
+WIDTHS = (2, 3, 4, 8)
+"""Bits per code of integers; what --bits auto chooses from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -13,8 +17,8 @@ class FormatConfig:
     """The storage of the frozen weights; None means the default of the method."""
 
     format: FormatName | None = None
-    """dense, nf4, fp4, int8, int (group-wise integers with float offsets), or latent (int, rounded
-    anew from the weight, which is kept beside it: for merge_aware)."""
+    """How the frozen weights are stored; for merge_aware the grid that they are rounded to: int (or
+    latent, which says the same), nf4 or fp4."""
     bits: int | Literal["auto"] | None = None
     """Bits per code of the int and latent formats: 2, 3, 4 (default) or 8; auto gives each layer
     its own width, by how much rounding it moves the loss on calibration text, within --budget."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.formats.base import GridUpdate, Packed, TensorSpec
+from graft.formats.entry import FormatEntry
 from graft.kernels.frozen import row_ops
 from graft.kernels.packed.weight import Layout, Weight
 
@@ -34,6 +35,11 @@ class DenseFormat:
     def torch_dtype(self) -> torch.dtype:
         """The stored dtype."""
         return _DTYPES[self.dtype]
+
+    @property
+    def bits(self) -> None:
+        """None: it has no codes."""
+        return None
 
     @property
     def deployed(self) -> DenseFormat:
@@ -70,3 +76,6 @@ class DenseFormat:
     def absorb(self, packed: Packed, update: GridUpdate) -> dict[str, Tensor] | None:
         """Return None: a dense weight has no grid."""
         return None
+
+
+DENSE = FormatEntry(DenseFormat)

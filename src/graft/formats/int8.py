@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.formats.base import GridUpdate, Packed, TensorSpec
+from graft.formats.entry import FormatEntry
 from graft.kernels.frozen import row_ops
 from graft.kernels.packed.weight import Layout, Weight
 
@@ -21,6 +22,11 @@ class Int8Format:
     """
 
     name: str = "int8"
+
+    @property
+    def bits(self) -> int:
+        """Bits per code."""
+        return 8
 
     @property
     def deployed(self) -> Int8Format:
@@ -65,3 +71,6 @@ class Int8Format:
     def absorb(self, packed: Packed, update: GridUpdate) -> dict[str, Tensor] | None:
         """Return None: one scale per row cannot take up a low-rank update."""
         return None
+
+
+INT8 = FormatEntry(Int8Format)

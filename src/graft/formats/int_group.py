@@ -10,9 +10,12 @@ from torch import Tensor
 
 from graft.errors import GraftError
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled, TensorSpec
+from graft.formats.entry import FormatEntry
 from graft.formats.grid_fit import fit_affine, refit_affine
+from graft.formats.latent_grid import Kept
 from graft.kernels.frozen import ops
 from graft.kernels.frozen.reference import nearest_codes, round_once
+from graft.kernels.latent import ops as latent_ops
 from graft.kernels.low_rank import ops as low_rank_ops
 from graft.kernels.moves import ops as affine_ops
 from graft.kernels.packed.planes import PLANES, pack_codes, plane_bytes
@@ -20,6 +23,9 @@ from graft.kernels.packed.weight import Layout, Weight
 
 GROUP_SIZES = (8, 16, 32, 64, 128)
 _STATISTICS = {"float16": torch.float16, "float32": torch.float32}
+_WITHIN = 0.44
+"""How far a latent weight may lie from the code that a solver chose, in steps: less than half, so
+that rounding it to bf16 does not choose another, nor to 8 bits over a range of 30 steps."""
 SMALLEST_SCALE = 2.0**-20
 """Keeps a constant group's scale a positive fp16 number, so that no reader divides by zero."""
 
@@ -214,6 +220,51 @@ class IntGroupFormat:
         planes = dict(zip(("codes", "codes_high"), pack_codes(codes, self.bits), strict=False))
         return planes | {"scales": grid["scales"], "offsets": grid["offsets"]}
 
+    # What training inside the rounding needs -------------------------------------------------
+
+    def pack_grid(self, grid: Packed) -> dict[str, Tensor]:
+        """Return scales and offsets as they are stored."""
+        return {name: grid[name] for name in ("scales", "offsets")}
+
+    def keep_within(self, values: Tensor, codes: Tensor, grid: Packed) -> Tensor:
+        """Return the values, each moved into the range that rounds to its code; float64."""
+        group = torch.arange(codes.shape[1], device=codes.device) // self.group_size
+        scales, offsets = (grid[name].double()[:, group] for name in ("scales", "offsets"))
+        steps = (values.to(scales) - offsets) / scales
+        low = torch.where(codes == 0, -torch.inf, codes - _WITHIN)
+        high = torch.where(codes == self.levels, torch.inf, codes + _WITHIN)
+        return steps.clamp(low, high) * scales + offsets
+
+    def round_latent(self, kept: Kept, grid: Packed, update: LowRank | None) -> dict[str, Tensor]:
+        """Return round((W + update - offset) / scale) in 0 to 2^bits - 1, in float32, packed."""
+        codes, codes_high = latent_ops.latent_codes(
+            latent_ops.kept_weight(*kept, self.group_size),
+            grid["scales"],
+            grid["offsets"],
+            *((None, None, 1.0) if update is None else (update.A, update.B, update.scaling)),
+            self.bits,
+            self.group_size,
+        )
+        high = {"codes_high": codes_high} if self.bits == 3 else {}
+        return {"codes": codes, **high, **self.pack_grid(grid)}
+
+    def latent_linear(
+        self,
+        x: Tensor,
+        kept: Kept,
+        grid: Packed,
+        update: LowRank,
+        u: Tensor | None,
+        v: Tensor | None,
+    ) -> Tensor:
+        """Return y = x Wᵀ for the rounded weight, in one operation."""
+        statistics, low_rank = (grid["scales"], grid["offsets"]), (update.A, update.B)
+        options = self.bits, self.group_size
+        y: Tensor = latent_ops.latent_linear(
+            x, *kept, *statistics, *low_rank, update.scaling, u, v, *options
+        )
+        return y
+
 
 def _check_finite(scales: Tensor, offsets: Tensor, statistics: str) -> None:
     if not (scales.isfinite().all() and offsets.isfinite().all()):
@@ -222,3 +273,6 @@ def _check_finite(scales: Tensor, offsets: Tensor, statistics: str) -> None:
             f"infinity or values that {statistics} cannot hold; mend the model, or leave "
             "this layer unquantised"
         )
+
+
+INT = FormatEntry(IntGroupFormat, {"bits": "bits", "budget": "budget", "group_size": "group_size"})

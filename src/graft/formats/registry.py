@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from graft.errors import GraftError, did_you_mean
-from graft.formats.base import WeightFormat
-from graft.formats.codebook import CodebookFormat
-from graft.formats.dense import DenseFormat
-from graft.formats.int8 import Int8Format
-from graft.formats.int_group import IntGroupFormat
-from graft.formats.latent import LatentFormat
+from graft.entries import Entries, Listed
+from graft.errors import GraftError
 
-FORMATS: dict[str, Callable[..., WeightFormat]] = {
-    "dense": DenseFormat,
-    "nf4": lambda **options: CodebookFormat(name="nf4", **options),
-    "fp4": lambda **options: CodebookFormat(name="fp4", **options),
-    "int8": Int8Format,
-    "int": IntGroupFormat,
-    "latent": LatentFormat,
-}
+if TYPE_CHECKING:
+    from graft.formats.base import WeightFormat
+    from graft.formats.entry import FormatEntry
+
+FORMATS: Entries[FormatEntry] = Entries(
+    "weight format",
+    {
+        "dense": Listed("graft.formats.dense:DENSE", "the weights as they are"),
+        "nf4": Listed("graft.formats.codebook:NF4", "4-bit NormalFloat, blocks of 64"),
+        "fp4": Listed("graft.formats.codebook:FP4", "4-bit floats, blocks of 64"),
+        "int8": Listed("graft.formats.int8:INT8", "8 bits, one scale per output row"),
+        "int": Listed("graft.formats.int_group:INT", "group-wise integers with float offsets"),
+        "latent": Listed(
+            "graft.formats.latent:LATENT", "int, rounded anew from the weight kept beside it"
+        ),
+    },
+)
 
 
 def make_format(name: str, options: Mapping[str, Any] | None = None) -> WeightFormat:
@@ -28,10 +32,8 @@ def make_format(name: str, options: Mapping[str, Any] | None = None) -> WeightFo
 
     Raises GraftError for an unknown name or for options that the format refuses.
     """
-    if name not in FORMATS:
-        raise GraftError(f"unknown weight format {name!r}{did_you_mean(name, FORMATS)}")
     try:
-        return FORMATS[name](**(options or {}))
+        return FORMATS[name].make(**(options or {}))
     except (TypeError, ValueError) as error:
         raise GraftError(f"weight format {name!r}: {error}") from error
 
@@ -45,3 +47,9 @@ def parse_format(description: Mapping[str, Any]) -> WeightFormat:
     """Return the format that `describe_format` described."""
     options = {key: value for key, value in description.items() if key != "format"}
     return make_format(description["format"], options)
+
+
+def settings_of(weight_format: WeightFormat) -> dict[str, Any]:
+    """Return the fields of `FormatConfig` that ask for a format."""
+    entry = FORMATS[weight_format.name]
+    return entry.as_settings(weight_format, entry.settings)

@@ -12,9 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from graft.adapters.base import Adapter
-from graft.adapters.dora import DoraAdapter
-from graft.adapters.lora import LoraAdapter
-from graft.adapters.qalora import QALoraAdapter
 from graft.errors import GraftError
 from graft.layers.frozen import FrozenLinear
 
@@ -68,26 +65,25 @@ def foreign_tensor(key: str) -> str:
 
 def peft_config(
     layers: Mapping[str, tuple[FrozenLinear, Adapter]], base: str, as_lora: bool
-) -> dict[str, Any]:
-    """Return adapter_config.json of low-rank adapters by layer; raises GraftError for mixed ones.
+) -> dict[str, Any] | None:
+    """Return adapter_config.json of low-rank adapters by layer; None where PEFT cannot hold them.
 
-    as_lora: their tensors are written as those of an ordinary LoRA.
+    It has one group size for all layers. as_lora: their tensors are written as those of an ordinary
+    LoRA. Raises GraftError for kinds of adapters that neither PEFT nor our own form can mix.
     """
     first_base, first = next(iter(layers.values()))
-    assert isinstance(first, (LoraAdapter, QALoraAdapter))
-    dora = isinstance(first, DoraAdapter)
-    if any(isinstance(adapter, DoraAdapter) != dora for _, adapter in layers.values()):
+    settings = first.peft_settings(as_lora)
+    others = [adapter.peft_settings(as_lora) for _, adapter in layers.values()]
+    if len({bool(one.get("use_dora")) for one in others}) > 1:
         raise GraftError("some of its layers are DoRA's and some are not, which PEFT cannot hold")
-    grouped = isinstance(first, QALoraAdapter) and not as_lora
-    alphas, ranks = {}, {}
-    for layer_name, (base_layer, adapter) in layers.items():
-        assert isinstance(adapter, (LoraAdapter, QALoraAdapter))
-        factor = 1.0
-        if grouped and isinstance(adapter, QALoraAdapter):
-            factor = peft_pool_factor(base_layer.in_features, adapter.group_size)
-        alphas[layer_name] = adapter.scaling * adapter.rank / factor
-        ranks[layer_name] = adapter.rank
-    alpha, rank = next(iter(alphas.values())), first.rank
+    if len({one.get("qalora_group_size") for one in others}) > 1 and not as_lora:
+        return None
+    ranks = {name: adapter.get_parameter("A").shape[0] for name, (_, adapter) in layers.items()}
+    alphas: dict[str, float] = {
+        name: adapter.scaling * ranks[name] / adapter.peft_factor(base_layer, as_lora)
+        for name, (base_layer, adapter) in layers.items()
+    }
+    alpha, rank = next(iter(alphas.values())), next(iter(ranks.values()))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -98,21 +94,16 @@ def peft_config(
         "rank_pattern": {name: r for name, r in ranks.items() if r != rank},
         "alpha_pattern": {name: a for name, a in alphas.items() if a != alpha},
         "use_rslora": False,
-        "use_dora": dora,
-        "lora_dropout": getattr(first, "dropout", 0.0),
-        "lora_bias": isinstance(first, LoraAdapter) and first.bias is not None,
+        "use_dora": False,
+        "lora_dropout": 0.0,
+        "lora_bias": False,
         "bias": "none",
         "fan_in_fan_out": first_base.transposed,
         "target_modules": list(layers),
         "init_lora_weights": True,
-        "use_qalora": grouped,
-        "qalora_group_size": first.group_size if isinstance(first, QALoraAdapter) else 16,
-    }
-
-
-def peft_pool_factor(in_features: int, group_size: int) -> float:
-    """Return PEFT's QA-LoRA input over ours: mean * groups = sum * (groups / group_size)."""
-    return (in_features // group_size) / group_size
+        "use_qalora": False,
+        "qalora_group_size": 16,
+    } | settings
 
 
 def peft_problems(config: Mapping[str, Any]) -> list[str]:

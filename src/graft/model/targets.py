@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.attach import replace_module
-from graft.adapters.base import AdaptedLinear
 from graft.errors import raise_problems
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from graft.adapters.base import AdaptedLinear
+from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.config import AdapterConfig
 from graft.model.running.checkpointing import (
     Checkpointing,

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from graft.adapters.attach import adapted_layers
-from graft.adapters.dora import DoraAdapter
+from graft.adapters.base import lora_scaling
+from graft.adapters.config import AdapterConfig
 from graft.adapters.lora import LoraAdapter
+from graft.adapters.starts.base import Packer, Start
 from graft.formats.base import Packed, WeightFormat
 
 _OVERSAMPLING = 8
@@ -117,8 +119,7 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
 def start_adapters(model: nn.Module, starts: dict[str, LoftQStart], name: str = "default") -> None:
     """Set the named LoRA adapter of every layer in `starts` to its start.
 
-    What goes beyond the sides of a small layer stays as it was drawn. DoRA's magnitudes start as
-    the rows' norms with that update, so that they change nothing.
+    What goes beyond the sides of a small layer stays as it was drawn.
     """
     with torch.no_grad():
         for layer_name, layer in adapted_layers(model):
@@ -127,5 +128,57 @@ def start_adapters(model: nn.Module, starts: dict[str, LoftQStart], name: str = 
                 assert isinstance(adapter, LoraAdapter)
                 adapter.A[: len(start.A)] = start.A.to(adapter.A)
                 adapter.B[:, : len(start.A)] = start.B.to(adapter.B)
-                if isinstance(adapter, DoraAdapter):
-                    adapter.magnitude.copy_(adapter.norms(layer.base))
+                adapter.started(layer.base)
+
+
+class _LoftQStart(Start):
+    name = "loftq"
+    changes_base = True
+
+    def problems(
+        self,
+        config: AdapterConfig,
+        *,
+        adds_low_rank: bool,
+        quantises: bool,
+        solver: str | None,
+    ) -> list[str]:
+        problems = []
+        if not adds_low_rank:
+            problems.append(
+                "--init loftq starts a low-rank update beside the weights; method "
+                f"{config.method} has none. Drop it, or use qlora"
+            )
+        elif not quantises:
+            problems.append(
+                f"--init loftq makes up for rounding, and method {config.method} without --format "
+                "rounds nothing; give --format, or use qlora"
+            )
+        if solver is not None:
+            problems.append(
+                "--init loftq rounds each weight several times while it is read, and --solver "
+                f"{solver} needs the whole model; use rtn or hqq"
+            )
+        return problems
+
+    def packer(self, config: AdapterConfig) -> LoftQ:
+        scaling = lora_scaling(config.update_rank, config.alpha, config.rslora)
+        return LoftQ(config.update_rank, scaling, config.loftq_rounds)
+
+    def begin(self, model: nn.Module, packer: Packer | None, name: str = "default") -> str:
+        assert isinstance(packer, LoftQ)
+        start_adapters(model, packer.starts, name)
+        return (
+            f"loftq: with the adapter's start the weights' squared error is {packer.left():.2f} "
+            "times that of rounding alone"
+        )
+
+    def export_note(self, base: str) -> str:
+        return (
+            f"started as loftq: it makes up for the rounding of the quantised base in {base}, and "
+            "belongs on those weights (dequantised: export the base with --to hf), not on the "
+            "original ones"
+        )
+
+
+LOFTQ = _LoftQStart()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from graft.adapters.base import AdaptedLinear
+from graft.adapters.adapted import AdaptedLinear
 from graft.errors import GraftError
 from graft.export.layers import require_finite
 from graft.formats.base import WeightFormat

@@ -18,7 +18,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from graft.adapters.base import AdaptedLinear
+from graft.adapters.adapted import AdaptedLinear
 from graft.kernels.backend.native_library import COMPUTE, why_unavailable
 from graft.kernels.decoding.native import DecoderLayer, DecoderWeights, NativeDecoder, Projection
 from graft.kernels.packed.weight import Layout, Weight

@@ -1,0 +1,85 @@
+"""The layer that carries adapters by name."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from graft.adapters.base import Adapter
+from graft.errors import GraftError
+from graft.layers.frozen import FrozenLinear
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen layer with named adapters, of which any number is active at a time.
+
+    y = linear(x; packed moved by the active grid adapters) + sum of the active additive outputs.
+    With no active adapter the layer computes exactly what its base computes.
+    """
+
+    def __init__(self, base: FrozenLinear) -> None:
+        super().__init__()
+        self.base = base
+        self.adapters = nn.ModuleDict()
+        self.active: tuple[str, ...] = ()
+
+    def add(self, name: str, adapter: Adapter) -> None:
+        """Add an adapter under a new name and activate it; raises GraftError if it is taken."""
+        if name in self.adapters:
+            raise GraftError(f"an adapter named {name!r} is already there; remove it first")
+        self.adapters[name] = adapter
+        self.active = (*self.active, name)
+
+    def adapter(self, name: str) -> Adapter:
+        """Return the adapter of that name."""
+        adapter = self.adapters[name]
+        assert isinstance(adapter, Adapter)
+        return adapter
+
+    def active_adapters(self) -> list[Adapter]:
+        """Return the active adapters in the order in which they were activated."""
+        return [self.adapter(name) for name in self.active]
+
+    def moves_grid_only(self) -> bool:
+        """Return whether all active adapters move the grid, so that a merge loses nothing."""
+        return all(adapter.moves_grid for adapter in self.active_adapters())
+
+    def effective_packed(self) -> dict[str, Tensor]:
+        """Return the base's packed tensors moved by the active grid adapters.
+
+        This one function feeds the forward and the merge, so merging changes no number.
+        """
+        packed = self.base.packed
+        for adapter in self.active_adapters():
+            if adapter.moves_grid:
+                absorbed = self.base.weight_format.absorb(packed, adapter.grid_update(packed))
+                if absorbed is None:
+                    raise GraftError(
+                        f"{self.base.weight_format.name} weights cannot absorb a {adapter.method} "
+                        "update; quantise the base to the int format"
+                    )
+                packed = absorbed
+        return packed
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the adapted layer's output in x's dtype; x [..., in_features]."""
+        if len(self.active) == 1:
+            fused = self.adapter(self.active[0]).fused_output(x, self.base)
+            if fused is not None:
+                return self.base.add_bias(fused)
+        y = self.base.linear(x, self.effective_packed())
+        for adapter in self.active_adapters():
+            added = adapter.added_output(x, self.base)
+            if added is not None:
+                y = y + added
+        return y
+
+    def effective_weight(self) -> Tensor:
+        """Return the dense weight that the forward stands for; float64 [out, in], detached."""
+        with torch.no_grad():
+            packed = self.effective_packed()
+            weight = self.base.dense_weight(torch.float32, packed).double()
+            for adapter in self.active_adapters():
+                if not adapter.moves_grid:
+                    weight += adapter.delta(self.base)
+        return weight
