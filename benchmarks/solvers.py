@@ -20,7 +20,8 @@ import torch
 from _common import shared, write_csv
 from torch import Tensor
 
-from graft.calibrate.gptq import HessianSum, gptq_pack, output_error
+from graft.calibrate.gptq import gptq_pack
+from graft.calibrate.hessian import HessianSum, output_error
 from graft.calibrate.hqq import hqq_pack
 from graft.formats.base import Packed, WeightFormat
 from graft.formats.registry import make_format

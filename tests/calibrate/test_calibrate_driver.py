@@ -12,7 +12,9 @@ from torch.nn import functional
 
 from graft.adapters.attach import replace_module
 from graft.calibrate.driver import calibrate_model, stages
-from graft.calibrate.gptq import HessianSum, gptq_pack
+from graft.calibrate.gptq import GPTQ, gptq_pack
+from graft.calibrate.hessian import HessianSum
+from graft.calibrate.qep import QEP, Qep
 from graft.errors import GraftError
 from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat
@@ -90,7 +92,9 @@ def test_each_stage_is_calibrated_on_the_rounded_stages_before_it(
     model, twin = TinyDecoder(), TinyDecoder()
     twin.load_state_dict(model.state_dict())
     wanted = [f"layers.{index}.{kind}" for index in layers for kind in ("up", "down")]
-    reports = calibrate_model(model, wanted, batches, weight_format, damping=0.02)
+    reports = calibrate_model(
+        model, dict.fromkeys(wanted, weight_format), batches, GPTQ, damping=0.02
+    )
     assert list(reports) == wanted
     for index in layers:
         names = [f"layers.{index}.up", f"layers.{index}.down"]
@@ -107,8 +111,8 @@ def test_each_stage_is_calibrated_on_the_rounded_stages_before_it(
             nearest = layer.replaced(weight_format, weight_format.pack(layer.dense_weight()))
             lost = [layer.dense_weight() - q.dense_weight() for q in (rounded, nearest)]
             gptq, rtn = (((d.double() @ hessian.value) * d.double()).sum().item() for d in lost)
-            assert reports[name].gptq == pytest.approx(gptq, rel=1e-6)
-            assert reports[name].rtn == pytest.approx(rtn, rel=1e-6)
+            assert reports[name].error == pytest.approx(gptq, rel=1e-6)
+            assert reports[name].nearest_error == pytest.approx(rtn, rel=1e-6)
             assert reports[name].tokens == 2 * 30 + 4 * 11
 
 
@@ -118,7 +122,7 @@ def test_weights_make_up_for_the_rounded_layers_before_them(layers, batches) -> 
     for other in (twin, dense):
         other.load_state_dict(model.state_dict())
     wanted = [f"layers.{index}.{kind}" for index in layers for kind in ("up", "down")]
-    calibrate_model(model, wanted, batches, FORMAT, damping=0.02, drift_share=0.5)
+    calibrate_model(model, dict.fromkeys(wanted, FORMAT), batches, QEP, damping=0.02)
     for index in layers:
         names = [f"layers.{index}.up", f"layers.{index}.down"]
         seen = {
@@ -167,15 +171,19 @@ def test_making_up_brings_the_outputs_nearer(batches) -> None:
         many = [torch.randint(0, 50, (40, 30))]
         with torch.no_grad():
             expected = model(many[0])
-        calibrate_model(model, layer_names(4), many, IntGroupFormat(2, 8), drift_share=share)
+        calibrate_model(
+            model, dict.fromkeys(layer_names(4), IntGroupFormat(2, 8)), many, Qep(share)
+        )
         with torch.no_grad():
             lost[share] = (model(many[0]) - expected).pow(2).mean().item()
     assert lost[0.5] < 0.9 * lost[0.0]
 
 
 def test_gptq_costs_less_than_round_to_nearest_over_the_model(batches) -> None:
-    reports = calibrate_model(TinyDecoder(), layer_names(), batches, FORMAT).values()
-    assert sum(report.gptq for report in reports) < sum(report.rtn for report in reports)
+    reports = calibrate_model(
+        TinyDecoder(), dict.fromkeys(layer_names(), FORMAT), batches, GPTQ
+    ).values()
+    assert sum(report.error for report in reports) < sum(report.nearest_error for report in reports)
 
 
 def test_progress_order_mode_and_hooks(batches) -> None:
@@ -184,7 +192,11 @@ def test_progress_order_mode_and_hooks(batches) -> None:
     seen: list[tuple[int, int]] = []
     names = ["lm_head", *reversed(layer_names())]
     reports = calibrate_model(
-        model, names, batches, FORMAT, on_layer=lambda done, total: seen.append((done, total))
+        model,
+        dict.fromkeys(names, FORMAT),
+        batches,
+        GPTQ,
+        on_layer=lambda done, total: seen.append((done, total)),
     )
     assert seen == [(done, 7) for done in range(1, 8)]
     assert list(reports) == [*layer_names(), "lm_head"]
@@ -202,7 +214,7 @@ def test_progress_order_mode_and_hooks(batches) -> None:
 def test_unnamed_layers_stay_dense(batches) -> None:
     model = TinyDecoder()
     before = model.layers[1].up
-    calibrate_model(model, ["layers.0.up", "layers.2.down"], batches, FORMAT)
+    calibrate_model(model, dict.fromkeys(["layers.0.up", "layers.2.down"], FORMAT), batches, GPTQ)
     assert model.layers[1].up is before
     assert model.layers[2].down.weight_format == FORMAT
     assert isinstance(model.layers[2].up.weight_format, DenseFormat)
@@ -231,8 +243,9 @@ def test_all_problems_are_told_before_anything_changes() -> None:
     packed = FORMAT.pack(model.layers[0].up.dense_weight())
     replace_module(model, "layers.0.up", model.layers[0].up.replaced(FORMAT, packed))
     kept = dict(model.named_modules())
+    names = ["layers.0.up", "embed", "nope", "layers.1.up"]
     with pytest.raises(GraftError) as caught:
-        calibrate_model(model, ["layers.0.up", "embed", "nope", "layers.1.up"], [], FORMAT)
+        calibrate_model(model, dict.fromkeys(names, FORMAT), [], GPTQ)
     message = str(caught.value)
     assert "4 problems" in message
     for part in (
@@ -248,7 +261,7 @@ def test_all_problems_are_told_before_anything_changes() -> None:
 def test_a_format_without_a_grid_is_refused_first(batches) -> None:
     model = TinyDecoder()
     with pytest.raises(GraftError, match="need a format with a grid"):
-        calibrate_model(model, layer_names(), batches, Int8Format())
+        calibrate_model(model, dict.fromkeys(layer_names(), Int8Format()), batches, GPTQ)
     assert model.forwards == 0
 
 
@@ -257,7 +270,7 @@ def test_a_bad_hessian_names_the_layer(batches) -> None:
     with torch.no_grad():
         model.layers[1].up.bias.fill_(torch.nan)
     with pytest.raises(GraftError, match=r"^layers\.1\.down: the Hessian"):
-        calibrate_model(model, layer_names(), batches, FORMAT)
+        calibrate_model(model, dict.fromkeys(layer_names(), FORMAT), batches, GPTQ)
 
 
 def test_a_transformers_llama(batches) -> None:
@@ -283,7 +296,9 @@ def test_a_transformers_llama(batches) -> None:
     ran: list[nn.Module] = []
     for layer in model.model.layers:
         layer.register_forward_pre_hook(lambda module, _: ran.append(module))
-    reports = calibrate_model(model, names, batches, IntGroupFormat(bits=8, group_size=8))
+    reports = calibrate_model(
+        model, dict.fromkeys(names, IntGroupFormat(bits=8, group_size=8)), batches, GPTQ
+    )
     first, last = model.model.layers
     assert [ran.count(first), ran.count(last)] == [3 * len(batches), 2 * len(batches)]
     assert len(reports) == 14
@@ -304,5 +319,9 @@ def test_half_the_error_of_round_to_nearest_on_a_real_model(
     texts = [row.get("text") or row["prompt"] + "\n" + row["completion"] for row in rows]
     ids = [loaded.tokenizer(text, truncation=True, max_length=256).input_ids for text in texts]
     batches = [torch.tensor([row]) for row in ids]
-    reports = calibrate_model(loaded.model, names, batches, IntGroupFormat(bits=3)).values()
-    assert sum(report.gptq for report in reports) <= 0.5 * sum(report.rtn for report in reports)
+    reports = calibrate_model(
+        loaded.model, dict.fromkeys(names, IntGroupFormat(bits=3)), batches, GPTQ
+    ).values()
+    assert sum(report.error for report in reports) <= 0.5 * sum(
+        report.nearest_error for report in reports
+    )

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from graft.api.config import TrainConfig, check_train_config, chosen_solver
 from graft.calibrate.config import SolverConfig
-from graft.calibrate.gptq import HessianSum, gptq_pack, output_error
+from graft.calibrate.gptq import gptq_pack
+from graft.calibrate.hessian import HessianSum, output_error
 from graft.errors import GraftError
 from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat

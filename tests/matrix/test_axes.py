@@ -10,7 +10,8 @@ import torch
 from graft.adapters.attach import adapted_layer, attach_adapter
 from graft.adapters.config import AdapterConfig, Method
 from graft.adapters.merge import merge
-from graft.calibrate.gptq import gptq_pack, output_error
+from graft.calibrate.gptq import gptq_pack
+from graft.calibrate.hessian import output_error
 from graft.errors import GraftError
 from graft.formats.base import GridFormat
 from graft.formats.registry import FORMATS, make_format

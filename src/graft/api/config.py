@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from graft.adapters.config import GRID_METHODS, AdapterConfig
-from graft.calibrate.config import CALIBRATED, Solver, SolverConfig
+from graft.calibrate.config import SolverConfig
+from graft.calibrate.registry import SOLVERS
 from graft.data.config import DataConfig
 from graft.errors import raise_problems
 from graft.export.config import ExportTarget
@@ -129,7 +130,7 @@ def format_description(
 
 def chosen_solver(
     config: SolverConfig, method: str | None = None, bits: int | str | None = None
-) -> Solver:
+) -> str:
     """Return the solver, with the default of the method on codes of `bits` filled in."""
     return config.solver or default_solver(method, bits)
 
@@ -140,11 +141,11 @@ def calibrating_rows(config: SolverConfig, method: str | None, bits: int | str |
     merge_aware rounds by qep in mid-training, whatever its base began with; bits auto measures
     the layers of the dense model.
     """
-    calibrated = chosen_solver(config, method, bits) in CALIBRATED or method == "merge_aware"
+    calibrated = SOLVERS[chosen_solver(config, method, bits)].needs_text or method == "merge_aware"
     return config.calibration_rows if calibrated or bits == "auto" else 0
 
 
-def default_solver(method: str | None, bits: int | str | None = None) -> Solver:
+def default_solver(method: str | None, bits: int | str | None = None) -> str:
     """Return the solver of a method's base: a calibrated one where what codes lose stays lost.
 
     merge_aware ends near where it starts, so it rounds as well as can be. The fewer bits, the less
@@ -156,16 +157,13 @@ def default_solver(method: str | None, bits: int | str | None = None) -> Solver:
     return "gptq" if bits in NARROW and method in GRID_METHODS else "rtn"
 
 
-def check_solver(solver: Solver, description: dict[str, Any] | None) -> None:
+def check_solver(solver: str, description: dict[str, Any] | None) -> None:
     """Raise GraftError when a solver cannot round to the format of that description."""
-    name = "dense" if description is None else description["format"]
-    problem = None
-    if solver != "rtn" and name == "dense":
-        problem = "there is nothing to quantise; give --format, or drop it"
-    elif solver in CALIBRATED and name == "int8":
-        problem = f"it rounds to a grid (int, nf4, fp4), which {name} has not; use rtn"
-    elif solver == "hqq" and name != "int":
-        problem = f"it fits the offsets of the int format; {name} has none. Give --format int"
+    from graft.formats.registry import make_format  # torch, which a configuration does without
+
+    # What a format offers a solver does not depend on its options, which may be wrong themselves.
+    weight_format = None if description is None else make_format(description["format"])
+    problem = SOLVERS[solver].problem(weight_format)
     raise_problems([] if problem is None else [problem], f"--solver {solver}")
 
 
@@ -195,9 +193,11 @@ def check_train_config(config: TrainConfig) -> None:
     if config.dense_fraction is not None and config.method != "merge_aware":
         problems.append(f"--dense-fraction belongs to merge_aware, not to {config.method}; drop it")
     rounded_later = config.method == "merge_aware" and config.dense_fraction != 0
-    if rounded_later and config.solver not in (None, *CALIBRATED):
+    solver = None if config.solver is None else SOLVERS[config.solver]
+    if rounded_later and solver is not None and not solver.needs_text:
+        calibrated = " or ".join(name for name in SOLVERS if SOLVERS[name].needs_text)
         problems.append(
-            f"--solver {config.solver}: merge_aware rounds in mid-training, by gptq or qep; give "
+            f"--solver {config.solver}: merge_aware rounds in mid-training, by {calibrated}; give "
             "one of them, or --dense-fraction 0 to round before training"
         )
     if config.grid_rank is not None and config.method not in ("merge_aware", "qalora"):
@@ -256,7 +256,7 @@ def _loftq_problems(config: TrainConfig) -> list[str]:
             "--init loftq makes up for rounding, and method lora without --format rounds nothing; "
             "give --format, or use qlora"
         )
-    if config.solver in CALIBRATED:
+    if config.solver is not None and SOLVERS[config.solver].needs_model:
         problems.append(
             "--init loftq rounds each weight several times while it is read, and --solver "
             f"{config.solver} needs the whole model; use rtn or hqq"

@@ -26,7 +26,7 @@ from graft.api.config import (
 from graft.api.events import Events
 from graft.api.export import check_bias_exports, check_exports, export_model
 from graft.api.loftq_start import chosen_loftq, start_from_loftq
-from graft.api.quantize import load_quantised
+from graft.api.quantize import Rounding, load_quantised
 from graft.api.run.base import base_format, exported_formats
 from graft.api.run.folder import (
     ADAPTER,
@@ -44,8 +44,8 @@ from graft.api.run.folder import (
     write_prompt_style,
 )
 from graft.api.run.report import RunReport, make_report, stored_bits_per_weight, write_report
-from graft.calibrate.driver import drift_share
 from graft.calibrate.latents import let_grid_wait, round_latents
+from graft.calibrate.registry import SOLVERS
 from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
 from graft.data.rows import RowKind
@@ -267,24 +267,28 @@ def _load_base(prepared: _Prepared, run: Path, loftq: LoftQ | None, events: Even
         shutil.rmtree(run / BASE, ignore_errors=True)  # rounded after the step that is resumed from
     if config.resume and ((run / BASE).is_dir() or (run / BASE_REFERENCE).is_file()):
         return load_run_base(run, config, _dtype_name(config), config.device)
-    loaded = load_quantised(
-        str(prepared.folder),
-        prepared.weight_format,
+    solver = "rtn" if prepared.dense_steps else chosen_solver(config, config.method, config.bits)
+    rounding = Rounding(
+        weight_format=prepared.weight_format,
+        solver=solver,
         targets=config.targets,
-        dtype=_dtype_name(config),
-        device=config.device,
-        trust_remote_code=config.trust_remote_code,
-        solver="rtn" if prepared.dense_steps else chosen_solver(config, config.method, config.bits),
         calibration=prepared.training.examples[: config.calibration_rows],
         damping=config.damping,
-        events=events,
-        loftq=loftq,
+        start=None if loftq is None else loftq.pack,
         budget=config.budget,
         widths=[
             bits
             for bits in WIDTHS
             if bits != 8 or not {"gguf", "ollama", "onnx"} & {*config.export}
         ],
+    )
+    loaded = load_quantised(
+        str(prepared.folder),
+        rounding,
+        dtype=_dtype_name(config),
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        events=events,
     )
     if prepared.weight_format is None:
         write_base_reference(run, prepared.folder)
@@ -363,7 +367,7 @@ def _rounding(
                 loaded.model,
                 [torch.tensor([row.input_ids]) for row in rows],
                 prepared.config.damping,
-                drift_share(chosen_solver(prepared.config, "merge_aware")),
+                SOLVERS[chosen_solver(prepared.config, "merge_aware")],
                 lambda done, total: events.progress("rounding", done, total),
                 lambda: save_model(loaded, run / BASE),
             )

@@ -2,125 +2,150 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from graft.adapters.starts.loftq import LoftQ
 from graft.api.config import WIDTHS, QuantizeConfig, check_solver, chosen_solver, format_description
 from graft.api.events import Events
-from graft.calibrate.config import CALIBRATED, Solver
-from graft.calibrate.driver import calibrate_model, drift_share
-from graft.calibrate.hqq import hqq_pack
+from graft.calibrate.registry import SOLVERS
 from graft.calibrate.widths import choose_widths
 from graft.data.config import DataConfig
 from graft.data.encode import Example
 from graft.data.load import load_examples, resolve_max_length
 from graft.errors import GraftError
 from graft.formats.base import Packed, WeightFormat
-from graft.formats.int_group import IntGroupFormat
-from graft.formats.registry import parse_format
-from graft.model.load import LoadedModel, PackLayer, load_model
+from graft.formats.registry import describe_format, parse_format
+from graft.model.load import (
+    LoadedModel,
+    PackLayer,
+    find_folder,
+    load_model,
+    read_config,
+    read_tokenizer,
+)
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
+
+PackAround = Callable[[str, Tensor, WeightFormat, Callable[[Tensor], Packed]], Packed]
+"""Rounds the weight of the named layer to a format, given how the solver rounds a weight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rounding:
+    """How the weights of a base are rounded."""
+
+    weight_format: WeightFormat | None
+    """None leaves them as they are."""
+    solver: str = "rtn"
+    targets: Sequence[str] = ()
+    """As `select_targets` takes them."""
+    calibration: Sequence[Example] = ()
+    """The text that a solver may look at."""
+    damping: float = 0.01
+    start: PackAround | None = None
+    """What rounds each layer together with the start of its adapter."""
+    budget: float | None = None
+    """Bits per weight; each layer then gets a width of its own."""
+    widths: Sequence[int] = WIDTHS
+    """The widths that a budget is spent on."""
+
+    @property
+    def batches(self) -> list[Tensor]:
+        """The calibration text, input_ids int64 [1, tokens] by row."""
+        return [torch.tensor([example.input_ids]) for example in self.calibration]
 
 
 def load_quantised(
     model: str,
-    weight_format: WeightFormat | None,
+    rounding: Rounding,
     *,
-    targets: Sequence[str],
     dtype: str,
     device: str,
     trust_remote_code: bool,
-    solver: Solver,
-    calibration: Sequence[Example],
-    damping: float,
     events: Events,
-    loftq: LoftQ | None = None,
-    budget: float | None = None,
-    widths: Sequence[int] = WIDTHS,
 ) -> LoadedModel:
     """Load a base model with its target layers in a weight format; see `load_model`.
 
-    rtn and hqq round each weight while it is read; gptq and qep load the whole model first and
-    quantise it layer by layer on the calibration rows. With `loftq` each layer is rounded together
-    with the start of its adapter. With a `budget` of bits per weight the model is first read as it
-    is, to choose a width out of `widths` for each layer.
+    A solver that needs the whole model is given it dense, with the calibration rows; any other
+    rounds each weight while it is read. With a `budget` the model is first read as it is, to choose
+    a width for each layer.
     """
-    formats: WeightFormat | Mapping[str, WeightFormat] | None = weight_format
-    batches = [torch.tensor([example.input_ids]) for example in calibration]
-    if budget is not None:
-        assert isinstance(weight_format, IntGroupFormat)
-        dense = load_model(model, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-        names = select_targets(dense.model, targets)
-        freeze_layers(dense.model, names)
-        candidates = [dataclasses.replace(weight_format, bits=bits) for bits in widths]
-        formats = choose_widths(
-            dense.model,
-            names,
-            batches,
-            candidates,
-            budget,
-            lambda done, total: events.progress("choosing widths", done, total),
+    solver = SOLVERS[rounding.solver]
+
+    def load(
+        weight_format: WeightFormat | Mapping[str, WeightFormat] | None,
+        pack: PackLayer | None = None,
+        heard: Callable[[int, int], None] | None = None,
+    ) -> LoadedModel:
+        return load_model(
+            model,
+            weight_format=weight_format,
+            targets=rounding.targets,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            pack=pack,
+            on_tensor=heard,
         )
-        del dense
-        events.note(_widths_note(formats))
-    at_once = None if solver in CALIBRATED else formats
-    loaded = load_model(
-        model,
-        weight_format=at_once,
-        targets=targets,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=trust_remote_code,
-        pack=_rounding(solver, loftq),
-        on_tensor=lambda done, total: events.progress("reading the model", done, total),
+
+    def reading(done: int, total: int) -> None:
+        events.progress("reading the model", done, total)
+
+    formats: WeightFormat | Mapping[str, WeightFormat] | None = rounding.weight_format
+    if rounding.budget is not None:
+        formats = _chosen_widths(load(None), rounding, rounding.budget, events)
+    if formats is None or not solver.needs_model:
+        return load(formats, _packing(rounding), reading)
+    loaded = load(None, heard=reading)
+    names = select_targets(loaded.model, rounding.targets)
+    freeze_layers(loaded.model, names)
+    note = solver.round_model(
+        loaded.model,
+        formats if isinstance(formats, Mapping) else dict.fromkeys(names, formats),
+        rounding.batches,
+        rounding.damping,
+        lambda done, total: events.progress(rounding.solver, done, total),
     )
-    if formats is not None and solver in CALIBRATED:
-        names = select_targets(loaded.model, targets)
-        freeze_layers(loaded.model, names)
-        reports = calibrate_model(
-            loaded.model,
-            names,
-            batches,
-            formats,
-            damping,
-            lambda done, total: events.progress(solver, done, total),
-            drift_share(solver),
-        )
-        gptq = sum(report.gptq for report in reports.values())
-        rtn = sum(report.rtn for report in reports.values())
-        events.note(
-            f"{solver} on {len(batches)} rows: squared output error {gptq / rtn:.2f} times "
-            "that of rounding to nearest"
-        )
+    if note is not None:
+        events.note(note)
     return loaded
 
 
-def _widths_note(formats: Mapping[str, IntGroupFormat]) -> str:
-    counts = Counter(chosen.bits for chosen in formats.values())
-    return "widths: " + ", ".join(
-        f"{counts[bits]} layers of {bits} bits" for bits in sorted(counts)
+def _chosen_widths(
+    dense: LoadedModel, rounding: Rounding, budget: float, events: Events
+) -> dict[str, WeightFormat]:
+    """Return the format of each layer: the one of the rounding, in one of its widths."""
+    assert rounding.weight_format is not None
+    names = select_targets(dense.model, rounding.targets)
+    freeze_layers(dense.model, names)
+    description = describe_format(rounding.weight_format)
+    candidates = {parse_format(description | {"bits": bits}): bits for bits in rounding.widths}
+    formats = choose_widths(
+        dense.model,
+        names,
+        rounding.batches,
+        list(candidates),
+        budget,
+        lambda done, total: events.progress("choosing widths", done, total),
     )
+    counts = Counter(candidates[chosen] for chosen in formats.values())
+    words = ", ".join(f"{counts[bits]} layers of {bits} bits" for bits in sorted(counts))
+    events.note(f"widths: {words}")
+    return formats
 
 
-def _rounding(solver: Solver, loftq: LoftQ | None) -> PackLayer:
+def _packing(rounding: Rounding) -> PackLayer:
     """Return how the weight of one layer is rounded by itself."""
-
-    def alone(weight: Tensor, weight_format: WeightFormat) -> Packed:
-        if solver == "hqq":
-            return hqq_pack(weight, weight_format)
-        return weight_format.pack(weight)
-
-    if loftq is None:
-        return lambda _, weight, weight_format: alone(weight, weight_format)
-    return lambda name, weight, weight_format: loftq.pack(
-        name, weight, weight_format, lambda moved: alone(moved, weight_format)
+    solver, start = SOLVERS[rounding.solver], rounding.start
+    if start is None:
+        return lambda _, weight, weight_format: solver.pack(weight, weight_format)
+    return lambda name, weight, weight_format: start(
+        name, weight, weight_format, lambda moved: solver.pack(moved, weight_format)
     )
 
 
@@ -135,40 +160,40 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
         raise GraftError("--format says nothing to quantise to; give nf4, fp4, int8 or int")
     solver = chosen_solver(config)
     check_solver(solver, description)
-    measured = f"--solver {solver}" if solver in CALIBRATED else "--bits auto"
-    if config.data is None and (solver in CALIBRATED or config.bits == "auto"):
+    reads_text = SOLVERS[solver].needs_text
+    if config.data is None and (reads_text or config.bits == "auto"):
+        measured = f"--solver {solver}" if reads_text else "--bits auto"
         raise GraftError(f"{measured} needs --data, whose text calibrates it")
     out = Path(config.out)
     if out.exists():
         raise GraftError(f"{out} exists already; choose another name or remove it")
+    rounding = Rounding(
+        weight_format=parse_format(description),
+        solver=solver,
+        targets=config.targets,
+        calibration=_calibration(config) if reads_text or config.bits == "auto" else (),
+        damping=config.damping,
+        budget=config.budget,
+    )
     loaded = load_quantised(
         config.model,
-        parse_format(description),
-        targets=config.targets,
+        rounding,
         dtype=config.dtype,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
-        solver=solver,
-        calibration=_calibration(config),
-        damping=config.damping,
         events=events,
-        budget=config.budget,
     )
     save_model(loaded, out)
     return out
 
 
 def _calibration(config: QuantizeConfig) -> list[Example]:
-    if config.data is None or (chosen_solver(config) not in CALIBRATED and config.bits != "auto"):
-        return []
-    from graft.model.load import find_folder, read_config, read_tokenizer
-
+    assert config.data is not None
     folder = find_folder(config.model)
     model_config = read_config(folder, config.trust_remote_code)
-    data = DataConfig(data=config.data, max_length=config.calibration_length, eos=False)
     limit = getattr(model_config, "max_position_embeddings", None)
-    if limit is not None and config.calibration_length > limit:
-        data = DataConfig(data=config.data, max_length=limit, eos=False)
+    length = min(config.calibration_length, limit or config.calibration_length)
+    settings = DataConfig(data=config.data, max_length=length, eos=False)
     tokenizer = read_tokenizer(folder, config.trust_remote_code)
-    encoded = load_examples(config.data, tokenizer, data, resolve_max_length(data, limit))
+    encoded = load_examples(config.data, tokenizer, settings, resolve_max_length(settings, limit))
     return encoded.examples[: config.calibration_rows]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graft.calibrate.gptq import HessianSum
+from graft.calibrate.hessian import HessianSum
 
 Collectors = Sequence[tuple[nn.Module, HessianSum]]
 """Linear layers of a stage, each with the sum that its inputs are added to."""

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated
 
-Solver = Literal["rtn", "gptq", "qep", "hqq"]
-
-CALIBRATED: tuple[Solver, ...] = ("gptq", "qep")
-"""Solvers that look at text, and need the whole model in memory."""
+from graft.calibrate.registry import SOLVERS
 
 
 @dataclass(frozen=True, kw_only=True)
 class SolverConfig:
     """The solver that rounds the base model's weights, and what it may look at."""
 
-    solver: Solver | None = None
+    solver: Annotated[str, SOLVERS] | None = None
     """rtn: round each weight to the nearest value, data-free; gptq: round column by column and let
     the columns that follow make up for the error on calibration text (arXiv 2210.17323); qep: gptq,
     but each weight first makes up for half of what rounding the layers before has done to its

@@ -1,29 +1,22 @@
-"""GPTQ over a whole model: decoder layer by decoder layer, each on the rounded ones before it."""
+"""Calibrated solvers over a model: layer by layer, each on the rounded ones before it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from graft.adapters.attach import replace_module
+from graft.calibrate.base import OnLayer, Solver, frozen_layer
 from graft.calibrate.chain import StageChain
-from graft.calibrate.config import Solver
-from graft.calibrate.gptq import HessianSum, gptq_pack, made_up, output_error, require_grid
+from graft.calibrate.hessian import HessianSum, output_error
 from graft.errors import GraftError, raise_problems
-from graft.formats.base import WeightFormat
+from graft.formats.base import Packed, WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.layers.frozen import FrozenLinear
-
-_QEP_SHARE = 0.5
-"""Share of the drift that solver qep makes up for, as its authors chose it."""
-
-
-def drift_share(solver: Solver) -> float:
-    """Return the share of the drift that a calibrated solver makes up for; gptq as published, 0."""
-    return _QEP_SHARE if solver == "qep" else 0.0
 
 
 @dataclass(frozen=True)
@@ -33,24 +26,62 @@ class LayerReport:
     W is the weight that was rounded, with what it makes up for.
     """
 
-    gptq: float
+    error: float
     """trace((W - Q) H (W - Q)ᵀ) of the codes that were kept."""
-    rtn: float
+    nearest_error: float
     """The same of round to nearest, for comparison."""
     tokens: int
     """Inputs that the layer saw; with none, GPTQ rounds to the nearest value of its grid."""
 
 
+class Calibrated(Solver, ABC):
+    """A solver that rounds each layer on the inputs that it gets behind the rounded layers before.
+
+    An entry says how it rounds one weight on the sum of its inputs (`pack_on`).
+    """
+
+    needs_text = True
+    needs_model = True
+    counts_drift: bool = False
+    """Whether the sums are to know how far the inputs have moved since nothing was rounded."""
+
+    def wanted(self, weight: Tensor, inputs: HessianSum, damping: float) -> Tensor:
+        """Return the weight whose outputs the rounded one is to come near; the weight itself."""
+        return weight
+
+    @abstractmethod
+    def pack_on(
+        self, weight: Tensor, inputs: HessianSum, weight_format: WeightFormat, damping: float
+    ) -> Packed:
+        """Round a weight float32 [out_features, in_features] on its inputs."""
+
+    def round_model(
+        self,
+        model: nn.Module,
+        formats: Mapping[str, WeightFormat],
+        batches: Sequence[Tensor],
+        damping: float,
+        on_layer: OnLayer | None = None,
+    ) -> str | None:
+        """Round as `calibrate_model` does; return how the error compares with that of nearest."""
+        reports = calibrate_model(model, formats, batches, self, damping, on_layer).values()
+        error = sum(report.error for report in reports)
+        nearest = sum(report.nearest_error for report in reports)
+        return (
+            f"{self.name} on {len(batches)} rows: squared output error {error / nearest:.2f} times "
+            "that of rounding to nearest"
+        )
+
+
 def calibrate_model(
     model: nn.Module,
-    layer_names: Sequence[str],
+    formats: Mapping[str, WeightFormat],
     batches: Sequence[Tensor],
-    weight_format: WeightFormat | Mapping[str, WeightFormat],
+    solver: Calibrated,
     damping: float = 0.01,
-    on_layer: Callable[[int, int], None] | None = None,
-    drift_share: float = 0.0,
+    on_layer: OnLayer | None = None,
 ) -> dict[str, LayerReport]:
-    """Replace the named dense frozen layers by GPTQ-rounded ones and report each one's error.
+    """Replace dense frozen layers by rounded ones in the formats and report each one's error.
 
     One decoder layer's targets are one stage. A stage's Hessians come from forward passes in
     which all stages before it are rounded already. The hidden states between two decoder layers
@@ -58,41 +89,37 @@ def calibrate_model(
     of one hidden state per token. A stage whose input is not the output of the stage before (the
     head, or a layer behind one that is not quantised) runs the model from its start instead.
 
-    With a `drift_share` each weight first makes up for that share of what rounding the stages
-    before it has done to its inputs (`made_up`), at the price of a fourth forward pass and of
-    another hidden state per token. GPTQ as it was published has none.
+    A solver that counts the drift of the inputs takes a fourth forward pass and another hidden
+    state per token.
 
-    weight_format: one for all, or one by layer name.
+    formats: by layer name.
     batches: input_ids int64 [rows, tokens], without padding: every position counts.
     on_layer(done, total) is called after each layer.
 
     Raises GraftError, before anything is changed, when a name is no dense frozen layer, when there
-    is nothing to calibrate on, or when the format has no grid.
+    is nothing to calibrate on, or when the solver cannot round to a format.
     """
-    formats = (
-        weight_format
-        if isinstance(weight_format, Mapping)
-        else dict.fromkeys(layer_names, weight_format)
-    )
-    for chosen in formats.values():
-        require_grid(chosen)
-    problems = [problem for name in layer_names if (problem := _unfit(model, name))]
+    problems = [
+        problem
+        for weight_format in dict.fromkeys(formats.values())
+        if (problem := solver.problem(weight_format))
+    ]
+    problems += [problem for name in formats if (problem := _unfit(model, name))]
     if not any(batch.numel() for batch in batches):
         problems.append("no calibration tokens; give --data with at least one row")
     raise_problems(problems, "cannot calibrate")
     reports: dict[str, LayerReport] = {}
     was_training = model.training
     model.eval()
-    grouped = stages(model, layer_names)
-    chain = StageChain(model, list(grouped), batches, drift=drift_share > 0)
+    grouped = stages(model, list(formats))
+    chain = StageChain(model, list(grouped), batches, drift=solver.counts_drift)
     for stage, names in grouped.items():
-        hessians = {name: _hessian_sum(_frozen(model, name)) for name in names}
-        chain.run(stage, [(_frozen(model, name), hessians[name]) for name in names])
+        sums = {name: _hessian_sum(frozen_layer(model, name)) for name in names}
+        chain.run(stage, [(frozen_layer(model, name), sums[name]) for name in names])
         for name in names:
-            settings = formats[name], damping, drift_share
-            reports[name] = _quantise(model, name, hessians.pop(name), *settings)
+            reports[name] = _quantise(model, name, sums.pop(name), formats[name], solver, damping)
             if on_layer is not None:
-                on_layer(len(reports), len(layer_names))
+                on_layer(len(reports), len(formats))
     model.train(was_training)
     return reports
 
@@ -126,12 +153,6 @@ def _unfit(model: nn.Module, name: str) -> str | None:
     return None
 
 
-def _frozen(model: nn.Module, name: str) -> FrozenLinear:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, FrozenLinear)
-    return layer
-
-
 def _hessian_sum(layer: FrozenLinear) -> HessianSum:
     return HessianSum(layer.in_features, next(layer.parameters()).device)
 
@@ -140,24 +161,22 @@ def _hessian_sum(layer: FrozenLinear) -> HessianSum:
 def _quantise(
     model: nn.Module,
     name: str,
-    hessian: HessianSum,
+    inputs: HessianSum,
     weight_format: WeightFormat,
+    solver: Calibrated,
     damping: float,
-    drift_share: float,
 ) -> LayerReport:
-    layer = _frozen(model, name)
-    weight = layer.dense_weight(torch.float32)
+    layer = frozen_layer(model, name)
     try:
-        if drift_share:
-            weight = made_up(weight, hessian, drift_share, damping)
-        packed = gptq_pack(weight, hessian.value, weight_format, damping)
+        weight = solver.wanted(layer.dense_weight(torch.float32), inputs, damping)
+        packed = solver.pack_on(weight, inputs, weight_format, damping)
     except GraftError as error:
         raise GraftError(f"{name}: {error}") from error
     rounded = layer.replaced(weight_format, packed)
     replace_module(model, name, rounded)
     nearest = layer.replaced(weight_format, weight_format.pack(weight))
     return LayerReport(
-        gptq=output_error(weight, rounded.dense_weight(torch.float32), hessian.value),
-        rtn=output_error(weight, nearest.dense_weight(torch.float32), hessian.value),
-        tokens=hessian.tokens,
+        error=output_error(weight, rounded.dense_weight(torch.float32), inputs.value),
+        nearest_error=output_error(weight, nearest.dense_weight(torch.float32), inputs.value),
+        tokens=inputs.tokens,
     )

@@ -5,15 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from graft.calibrate.base import Solver
 from graft.errors import GraftError
-from graft.formats.base import WeightFormat
+from graft.formats.base import OffsetGridFormat, Packed, WeightFormat
 from graft.formats.grid_fit import grouped, nearest, pieces
-from graft.formats.int_group import IntGroupFormat
 from graft.kernels.frozen.reference import round_once
 
 NORM = 0.7
 ROUNDS = 20
 BETA, BETA_GROWTH = 10.0, 1.01
+
+
+class Hqq(Solver):
+    """Round to nearest on offsets that are fitted to each weight by itself; see `hqq_pack`."""
+
+    name = "hqq"
+
+    def problem(self, weight_format: WeightFormat | None) -> str | None:
+        """Return why it cannot round to a format: one without offsets of its own to fit."""
+        if weight_format is None or isinstance(weight_format, OffsetGridFormat):
+            return super().problem(weight_format)
+        name = weight_format.name
+        return f"it fits the offsets of the int format; {name} has none. Give --format int"
+
+    def pack(self, weight: Tensor, weight_format: WeightFormat) -> Packed:
+        """Round a weight by itself."""
+        return hqq_pack(weight, weight_format)
 
 
 def hqq_pack(weight: Tensor, weight_format: WeightFormat) -> dict[str, Tensor]:
@@ -32,30 +49,25 @@ def hqq_pack(weight: Tensor, weight_format: WeightFormat) -> dict[str, Tensor]:
     being the first.
 
     weight [out_features, in_features]; float64, rounded to the stored dtype in every round.
-    Raises GraftError for another format than int.
+    Raises GraftError for a format without such offsets.
     """
-    integers = require_int(weight_format)
-    packed = integers.pack(weight)
+    if not isinstance(weight_format, OffsetGridFormat):
+        raise GraftError(
+            f"solver 'hqq' fits the offsets of the int format, found {weight_format.name!r}; give "
+            "--format int, or --solver rtn"
+        )
+    bits, group_size = weight_format.bits, weight_format.group_size
+    packed = weight_format.pack(weight)
     offsets = packed["offsets"].clone()
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     for rows in pieces(*weight.shape):
         scale = packed["scales"][rows].double()
         columns = torch.ones(weight.shape[1], dtype=torch.float64, device=weight.device)
-        w, inside = grouped(weight[rows].double(), columns, integers.group_size)
-        offset = _fit_offsets(w, inside, scale, offsets[rows], integers.bits)
-        q = nearest(w, scale, offset.double(), integers.bits).flatten(1)
+        w, inside = grouped(weight[rows].double(), columns, group_size)
+        offset = _fit_offsets(w, inside, scale, offsets[rows], bits)
+        q = nearest(w, scale, offset.double(), bits).flatten(1)
         offsets[rows], codes[rows] = offset, q[:, : weight.shape[1]].to(torch.uint8)
-    return integers.pack_codes(codes, {"scales": packed["scales"], "offsets": offsets})
-
-
-def require_int(weight_format: WeightFormat) -> IntGroupFormat:
-    """Return the format when it has offsets to fit; raises GraftError otherwise."""
-    if isinstance(weight_format, IntGroupFormat):
-        return weight_format
-    raise GraftError(
-        f"solver 'hqq' fits the offsets of the int format, found {weight_format.name!r}; give "
-        "--format int, or --solver rtn"
-    )
+    return weight_format.with_offsets(packed, codes, offsets)
 
 
 def _lp_error(w: Tensor, inside: Tensor, scale: Tensor, offset: Tensor, bits: int) -> Tensor:
@@ -87,3 +99,6 @@ def _fit_offsets(w: Tensor, inside: Tensor, scale: Tensor, start: Tensor, bits: 
 
 def _in_steps(w: Tensor, q: Tensor, scale: Tensor, offset: Tensor) -> Tensor:
     return (w - scale[..., None] * q - offset[..., None]) / scale[..., None]
+
+
+HQQ = Hqq()

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.attach import adapted_layers, replace_module
-from graft.calibrate.driver import calibrate_model
+from graft.calibrate.base import OnLayer, Solver
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.latent import LatentFormat
@@ -21,20 +21,18 @@ def round_latents(
     model: nn.Module,
     batches: Sequence[Tensor],
     damping: float,
-    drift_share: float,
-    on_layer: Callable[[int, int], None] | None = None,
+    solver: Solver,
+    on_layer: OnLayer | None = None,
     on_rounded: Callable[[], None] | None = None,
 ) -> None:
     """Round the latent weights of a model whose low-rank updates have trained densely so far.
 
-    GPTQ, or qep with a `drift_share` (see `calibrate_model`), rounds W + s B A, layer by layer on
-    the batches, to codes and a grid. The new latent
-    weight is what it rounded, less s B A, so that A and B go on training where they are, now inside
-    the rounding, and the grid begins to train. While it runs, a float32 copy of the weights is
-    there.
+    The solver rounds W + s B A on the batches, to codes and a grid. The new latent weight is what
+    it rounded, less s B A, so that A and B go on training where they are, now inside the rounding,
+    and the grid begins to train. While it runs, a float32 copy of the weights is there.
 
     batches: input_ids int64 [rows, tokens]. on_rounded is called when the model's layers are the
-    new frozen ones without their adapters. Raises GraftError as `calibrate_model` does.
+    new frozen ones without their adapters. Raises GraftError as the solver does.
     """
     layers = dict(adapted_layers(model))
     with torch.no_grad():
@@ -46,7 +44,7 @@ def round_latents(
             weight = layer.base.dense_weight(torch.float32) + _update(layer)
             dense = layer.base.replaced(DenseFormat("float32"), {"weight": weight})
             replace_module(model, name, dense)
-        calibrate_model(model, list(layers), batches, targets, damping, on_layer, drift_share)
+        solver.round_model(model, targets, batches, damping, on_layer)
         for name, layer in layers.items():
             rounded = model.get_submodule(name)
             assert isinstance(rounded, FrozenLinear)

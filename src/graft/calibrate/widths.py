@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from graft.calibrate.base import OnLayer, frozen_layer
 from graft.calibrate.chain import StageChain
 from graft.calibrate.driver import stages
-from graft.calibrate.gptq import HessianSum, output_error
+from graft.calibrate.hessian import HessianSum, output_error
 from graft.errors import GraftError
-from graft.formats.base import storage_bytes
-from graft.formats.int_group import IntGroupFormat
-from graft.layers.frozen import FrozenLinear
+from graft.formats.base import WeightFormat, storage_bytes
 
 _MOST_UNITS = 1 << 16
 """Steps that the budget is divided into at most; sizes are rounded up to whole steps."""
@@ -26,8 +25,8 @@ def measure_widths(
     model: nn.Module,
     layer_names: Sequence[str],
     batches: Sequence[Tensor],
-    formats: Sequence[IntGroupFormat],
-    on_layer: Callable[[int, int], None] | None = None,
+    formats: Sequence[WeightFormat],
+    on_layer: OnLayer | None = None,
 ) -> dict[str, list[float]]:
     """Return by layer an estimate of how much the loss moves when it is rounded to each format.
 
@@ -43,7 +42,7 @@ def measure_widths(
     grouped = stages(model, layer_names)
     chain = StageChain(model, list(grouped), batches)
     for stage, names in grouped.items():
-        layers = {name: _dense(model, name) for name in names}
+        layers = {name: frozen_layer(model, name) for name in names}
         sums = {
             name: HessianSum(layer.in_features, next(layer.parameters()).device)
             for name, layer in layers.items()
@@ -107,18 +106,20 @@ def choose_widths(
     model: nn.Module,
     layer_names: Sequence[str],
     batches: Sequence[Tensor],
-    formats: Sequence[IntGroupFormat],
+    formats: Sequence[WeightFormat],
     bits_per_weight: float,
-    on_layer: Callable[[int, int], None] | None = None,
-) -> dict[str, IntGroupFormat]:
+    on_layer: OnLayer | None = None,
+) -> dict[str, WeightFormat]:
     """Return each layer's format: the least summed cost within an average of bits per weight.
 
     The average is over the named layers' weights and counts codes, scales and offsets, as they are
     stored. See `measure_widths` and `allocate`.
     """
-    layers = {name: _dense(model, name) for name in layer_names}
+    layers = {name: frozen_layer(model, name) for name in layer_names}
     sizes = {
-        name: [storage_bytes(one, layer.out_features, layer.in_features) for one in formats]
+        name: [
+            storage_bytes(candidate, layer.out_features, layer.in_features) for candidate in formats
+        ]
         for name, layer in layers.items()
     }
     weights = sum(layer.out_features * layer.in_features for layer in layers.values())
@@ -133,12 +134,6 @@ def choose_widths(
         costs, {name: sizes[name] for name in costs}, int(bits_per_weight * weights / 8)
     )
     return {name: formats[index] for name, index in picked.items()}
-
-
-def _dense(model: nn.Module, name: str) -> FrozenLinear:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, FrozenLinear)
-    return layer
 
 
 def _gradient_power(

@@ -9,7 +9,7 @@ from typing import get_args
 
 from graft.adapters.config import GRID_METHODS, Method
 from graft.api.config import WIDTHS, TrainConfig, default_solver
-from graft.calibrate.config import Solver
+from graft.calibrate.registry import SOLVERS
 from graft.compare.config import CompareConfig
 from graft.errors import did_you_mean, raise_problems
 
@@ -17,7 +17,6 @@ BASE = "base"
 YARDSTICK = "lora"
 """The contender whose perplexity the others' are divided by."""
 METHODS = (BASE, *get_args(Method))
-SOLVERS: tuple[Solver, ...] = get_args(Solver)
 _WORD = re.compile(r"(?P<method>[^@+]+)(@(?P<base_solver>[^@+]*))?(\+(?P<solver>[^@+]*))?")
 
 
@@ -27,9 +26,9 @@ class Contender:
 
     method: str
     """'base' for none, or a method of `graft train`."""
-    base_solver: Solver | None = None
+    base_solver: str | None = None
     """Quantises the weights that are trained on; None is the method's default."""
-    solver: Solver | None = None
+    solver: str | None = None
     """Quantises the dense merge; None deploys what the merge gives."""
 
     @property
@@ -151,7 +150,7 @@ def parse_contenders(words: Iterable[str]) -> list[Contender]:
             method, base_solver, solver = match.group("method", "base_solver", "solver")
             if all(base_solver == default_solver(method, bits) for bits in WIDTHS):
                 base_solver = None
-            contenders[Contender(method, base_solver, solver)] = None  # type: ignore[arg-type]
+            contenders[Contender(method, base_solver, solver)] = None
     if not contenders and not problems:
         problems.append("--contenders names none; give one at least, such as qalora")
     raise_problems(problems, "contenders")
@@ -162,9 +161,9 @@ def _problems(method: str, base_solver: str | None, solver: str | None) -> list[
     if method not in METHODS:
         return [f"unknown method {method!r}{did_you_mean(method, METHODS)}"]
     problems = [
-        f"unknown solver {name!r}{did_you_mean(name, SOLVERS)}"
+        problem
         for name in (base_solver, solver)
-        if name is not None and name not in SOLVERS
+        if name is not None and (problem := SOLVERS.problem(name))
     ]
     if base_solver is not None and method not in ("qlora", *GRID_METHODS):
         problems.append(f"{method} quantises nothing before training; drop @{base_solver}")

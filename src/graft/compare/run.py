@@ -15,7 +15,7 @@ from typing import Any
 from graft.api.events import Events
 from graft.api.finetune import finetune
 from graft.api.merge import merge
-from graft.api.quantize import load_quantised
+from graft.api.quantize import Rounding, load_quantised
 from graft.api.run.folder import METRICS, MODEL, REPORT, is_run, run_summary
 from graft.api.run.report import stored_bits_per_weight, versions
 from graft.compare.config import CompareConfig
@@ -196,16 +196,19 @@ class _Comparing:
         folder = self._deployed(entry.name)
         if not folder.is_dir():
             assert entry.bits is not None and entry.contender.solver is not None
+            rounding = Rounding(
+                weight_format=parse_format(int_format(entry.bits, self.config)),
+                solver=entry.contender.solver,
+                targets=self.config.targets,
+                calibration=self.prepared.training.examples[: self.config.calibration_rows],
+                damping=self.config.damping,
+            )
             loaded = load_quantised(
                 str(self._merged(entry.training)),
-                parse_format(int_format(entry.bits, self.config)),
-                targets=self.config.targets,
+                rounding,
                 dtype=self.config.dtype,
                 device=self.config.device,
                 trust_remote_code=self.config.trust_remote_code,
-                solver=entry.contender.solver,
-                calibration=self.prepared.training.examples[: self.config.calibration_rows],
-                damping=self.config.damping,
                 events=self.events,
             )
             save_model(loaded, folder)

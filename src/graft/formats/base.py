@@ -151,6 +151,32 @@ class GridFormat(WeightFormat, Protocol):
         ...
 
 
+@runtime_checkable
+class OffsetGridFormat(GridFormat, Protocol):
+    """A grid w = scale * q + offset of `bits` wide q, whose offsets may be fitted by themselves.
+
+    `pack` returns `scales` and `offsets` [out_features, groups], for groups of `group_size`
+    neighbouring inputs.
+    """
+
+    @property
+    def bits(self) -> int:
+        """Bits of a code."""
+        ...
+
+    @property
+    def group_size(self) -> int:
+        """Inputs that share a scale and an offset."""
+        ...
+
+    def with_offsets(self, packed: Packed, codes: Tensor, offsets: Tensor) -> dict[str, Tensor]:
+        """Return the packed weight on the same scales with other offsets and the codes for them.
+
+        codes: uint8 [out_features, in_features]; offsets [out_features, groups] as they are stored.
+        """
+        ...
+
+
 def storage_bytes(weight_format: WeightFormat, out_features: int, in_features: int) -> int:
     """Return the exact bytes of a weight in a format."""
     return sum(spec.bytes for spec in weight_format.storage(out_features, in_features).values())

@@ -265,6 +265,10 @@ class IntGroupFormat:
         )
         return y
 
+    def with_offsets(self, packed: Packed, codes: Tensor, offsets: Tensor) -> dict[str, Tensor]:
+        """Return the packed weight on the same scales with other offsets and the codes for them."""
+        return self.pack_codes(codes, {"scales": packed["scales"], "offsets": offsets})
+
 
 def _check_finite(scales: Tensor, offsets: Tensor, statistics: str) -> None:
     if not (scales.isfinite().all() and offsets.isfinite().all()):
