@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graft.api.config import WIDTHS, QuantizeConfig, check_solver, chosen_solver, format_description
+from graft.api.checks import check_solver, chosen_solver, format_description
+from graft.api.config import QuantizeConfig
+from graft.formats.config import WIDTHS
 from graft.api.events import Events
 from graft.calibrate.registry import SOLVERS
 from graft.calibrate.widths import choose_widths

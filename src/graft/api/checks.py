@@ -1,0 +1,145 @@
+"""What can be known of a run's settings to be wrong, and what follows from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from graft.adapters.method import Method
+from graft.adapters.registry import METHODS, method_of
+from graft.adapters.starts.registry import STARTS
+from graft.api.config import PlanConfig, TrainConfig
+from graft.calibrate.config import SolverConfig
+from graft.calibrate.registry import SOLVERS
+from graft.errors import raise_problems
+from graft.formats.choice import described
+from graft.formats.config import FormatConfig
+from graft.formats.registry import make_format
+
+_SOME_TAKE = ("dense_fraction", "grid_rank", "dropout", "adapter_bias", "dora")
+"""Options of an adapter that a method refuses which has no use for them."""
+
+
+def format_description(
+    config: FormatConfig, method: str | None, float32: bool = False
+) -> dict[str, Any] | None:
+    """Return {'format': ..., options}, with the method's defaults filled in; None for dense.
+
+    float32: the weights are computed with as float32. With bits auto it is the format that memory
+    is planned for. Raises GraftError with every option that does not fit.
+    """
+    if method is None:
+        return described(config, config.format or "dense", float32=float32)
+    return METHODS[method].weight_format(config, float32)
+
+
+def chosen_solver(
+    config: SolverConfig, method: str | None = None, bits: int | str | None = None
+) -> str:
+    """Return the solver, with the default of the method on codes of `bits` filled in."""
+    return config.solver or default_solver(method, bits)
+
+
+def default_solver(method: str | None, bits: int | str | None = None) -> str:
+    """Return the solver of a method's base."""
+    return "rtn" if method is None else METHODS[method].default_solver(bits)
+
+
+def calibrating_rows(config: TrainConfig | PlanConfig) -> int:
+    """Return on how many rows a run's weights are rounded; 0 where nothing needs any.
+
+    bits auto measures the layers of the dense model.
+    """
+    solver = SOLVERS[chosen_solver(config, config.method, config.bits)]
+    later = method_of(config).rounds_in_training(config)
+    needed = solver.needs_text or later or config.bits == "auto"
+    return config.calibration_rows if needed else 0
+
+
+def check_solver(solver: str, description: dict[str, Any] | None) -> None:
+    """Raise GraftError when a solver cannot round to the format of that description."""
+    # What a format offers a solver does not depend on its options, which may be wrong themselves.
+    weight_format = None if description is None else make_format(description["format"])
+    problem = SOLVERS[solver].problem(weight_format)
+    raise_problems([] if problem is None else [problem], f"--solver {solver}")
+
+
+def check_train_config(config: TrainConfig) -> None:
+    """Raise GraftError with everything in the configuration that cannot work."""
+    problems = _unknown_names(config)
+    raise_problems(problems, "configuration")
+    problems = _bad_numbers(config)
+    if config.steps is not None and config.epochs is not None:
+        problems.append("--steps and --epochs are both given; give one of them")
+    method = method_of(config)
+    problems += _refused_options(config, method)
+    problems += method.problems(config)
+    problems += _rounding_problems(config, method)
+    problems += STARTS[config.init].problems(
+        config,
+        adds_low_rank="init" in method.takes,
+        quantises=(config.format or method.default_format) != "dense",
+        solver=config.solver if _needs_model(config.solver) else None,
+    )
+    if "peft" in config.export and (problem := method.peft_problem(config)) is not None:
+        problems.append(f"--export peft: {problem}")
+    raise_problems(problems, "configuration")
+
+
+def _unknown_names(config: TrainConfig) -> list[str]:
+    """Return every name that no table has: a configuration made in Python may hold any."""
+    named = ((METHODS, config.method), (STARTS, config.init), (SOLVERS, config.solver))
+    found = (table.problem(name) for table, name in named if name is not None)
+    return [problem for problem in found if problem is not None]
+
+
+def _bad_numbers(config: TrainConfig) -> list[str]:
+    positive = (
+        *("rank", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "alpha"),
+        *("loftq_rounds", "max_grad_norm", "eval_every", "save_every"),
+    )
+    values = {name: getattr(config, name) for name in positive}
+    problems = [
+        f"--{name.replace('_', '-')} is {value}; expected more than 0"
+        for name, value in values.items()
+        if value is not None and not value > 0
+    ]
+    if config.grid_rank is not None and config.grid_rank < 0:
+        problems.append(f"--grid-rank is {config.grid_rank}; expected 0 or more")
+    shares = {
+        "dropout": config.dropout,
+        "warmup-fraction": config.warmup_fraction,
+        "dense-fraction": config.dense_fraction or 0.0,
+    }
+    return problems + [
+        f"--{name} is {share}; expected 0 up to, but not including, 1"
+        for name, share in shares.items()
+        if not 0 <= share < 1
+    ]
+
+
+def _refused_options(config: TrainConfig, method: Method) -> list[str]:
+    """Return why the method has no use for options that were given."""
+    given = [name for name in _SOME_TAKE if getattr(config, name) not in (None, False, 0.0)]
+    given += ["grid_rank"] if config.grid_rank == 0 else []
+    takers = {
+        option: [name for name in METHODS if option in METHODS[name].takes]
+        for option in given
+        if option not in method.takes
+    }
+    return [method.refusal(option, others) for option, others in takers.items()]
+
+
+def _rounding_problems(config: TrainConfig, method: Method) -> list[str]:
+    """Return why a solver cannot round between two steps, which needs text."""
+    later = method.rounds_in_training(config)
+    if not later or config.solver is None or SOLVERS[config.solver].needs_text:
+        return []
+    calibrated = " or ".join(name for name in SOLVERS if SOLVERS[name].needs_text)
+    return [
+        f"--solver {config.solver}: {method.name} rounds in mid-training, by {calibrated}; give "
+        "one of them, or --dense-fraction 0 to round before training"
+    ]
+
+
+def _needs_model(solver: str | None) -> bool:
+    return solver is not None and SOLVERS[solver].needs_model
