@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from graft.files import write_json
 from graft.formats.base import WeightFormat, storage_bytes
 from graft.formats.registry import describe_format
-from graft.model.load import CONFIG_MARKER, FORMAT_VERSION, QUANTISATION_FILE
+from graft.model.folder import CONFIG_MARKER, FORMAT_VERSION, QUANTISATION_FILE
 from graft.model.weight_files import INDEX_FILE
 
 SHARD_BYTES = 5 * 10**9

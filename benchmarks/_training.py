@@ -23,11 +23,11 @@ from graft.adapters.attach import adapter_parameters, attach_adapter, replace_mo
 from graft.adapters.config import AdapterConfig, Method
 from graft.data.encode import Example
 from graft.formats.registry import make_format
-from graft.model.load import build_skeleton
 from graft.model.running.attention import use_own_attention
 from graft.model.running.checkpointing import Checkpointing, enable_checkpointing
 from graft.model.running.memory import reuse_freed_memory
 from graft.model.running.pointwise import use_own_pointwise
+from graft.model.subject import build_skeleton
 from graft.model.targets import frozen_linear, select_targets
 from graft.train.config import LoopConfig
 from graft.train.loop import Metrics, TrainingTask, train

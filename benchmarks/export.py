@@ -68,7 +68,7 @@ def _packed_folder(folder: Path, shape: str, place: Path) -> int:
     from _packed_folder import packed_bytes, write_packed_folder
 
     from graft.formats.int_group import IntGroupFormat
-    from graft.model.load import QUANTISATION_FILE
+    from graft.model.folder import QUANTISATION_FILE
 
     weight_format = IntGroupFormat(4, 32)
     size = packed_bytes(SHAPES[shape], weight_format)

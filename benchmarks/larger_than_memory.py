@@ -90,7 +90,7 @@ def _temporary_folder() -> Path:
 
 def _check(folder: Path, shape: LlamaShape) -> None:
     """End the script unless the folder holds what an earlier run wrote for the shape."""
-    from graft.model.load import QUANTISATION_FILE
+    from graft.model.folder import QUANTISATION_FILE
 
     if not (folder / QUANTISATION_FILE).is_file():
         raise SystemExit(f"{folder} is neither empty nor a whole quantised folder")

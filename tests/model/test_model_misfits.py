@@ -15,7 +15,8 @@ from safetensors.torch import load_file, save_file
 from graft.errors import GraftError
 from graft.files import read_json
 from graft.formats.registry import make_format
-from graft.model.load import find_folder, load_model
+from graft.model.folder import find_folder
+from graft.model.load import load_model
 from graft.model.save import save_model
 from graft.model.weight_files import WeightFiles
 

@@ -23,7 +23,8 @@ from graft.files import new_folder, write_json
 from graft.formats.base import storage_bytes
 from graft.formats.registry import describe_format, make_format
 from graft.model import save
-from graft.model.load import FORMAT_VERSION, load_model
+from graft.model.folder import FORMAT_VERSION
+from graft.model.load import load_model
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
 

@@ -30,11 +30,13 @@ from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.registry import parse_format
 from graft.model.adapter_files import OWN_CONFIG, load_adapter, save_adapter
-from graft.model.load import build_skeleton, find_folder, load_model, read_config, read_tokenizer
+from graft.model.folder import find_folder, read_config, read_tokenizer, stored_formats
+from graft.model.load import load_model
 from graft.model.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
 from graft.model.save import save_model
+from graft.model.subject import build_skeleton
 from graft.model.targets import freeze_layers, select_targets
-from graft.plan.skeleton import freeze_on_meta, stored_formats
+from graft.plan.skeleton import freeze_on_meta
 
 AdoptedFormat = Literal["nf4", "fp4", "int8"]
 

@@ -11,7 +11,7 @@ from graft.convert.detect import open_source
 from graft.convert.writer import plan_conversion, write_conversion
 from graft.errors import GraftError
 from graft.formats.base import WeightFormat
-from graft.model.load import read_generation_config, read_tokenizer
+from graft.model.folder import read_generation_config, read_tokenizer
 
 
 @dataclass(frozen=True)

@@ -55,13 +55,15 @@ from graft.files import write_yaml
 from graft.formats.base import WeightFormat
 from graft.formats.latent import LatentFormat
 from graft.model.adapter_files import save_adapter
-from graft.model.load import LoadedModel, build_skeleton, find_folder, read_config, read_tokenizer
+from graft.model.folder import find_folder, read_config, read_tokenizer
+from graft.model.load import LoadedModel
 from graft.model.running.attention import use_own_attention
 from graft.model.running.checkpointing import check_checkpointing, enable_checkpointing
 from graft.model.running.memory import reuse_freed_memory
 from graft.model.running.pointwise import use_own_pointwise
 from graft.model.running.prefetch import prefetch_layers
 from graft.model.save import save_model
+from graft.model.subject import build_skeleton
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan.memory import MemoryPlan, free_bytes, plan_memory
 from graft.train.checkpoint import checkpoint_step, checkpoints

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from graft.api.config import PlanConfig, calibrating_rows
 from graft.api.run.base import base_format
-from graft.model.load import read_config
+from graft.model.subject import open_subject
 from graft.plan.memory import MemoryPlan, plan_memory
-from graft.plan.skeleton import config_folder
 
 
 def plan(config: PlanConfig) -> MemoryPlan:
     """Return the predicted memory of a run, from config.json alone; no weights are read."""
-    folder = config_folder(config.model)
-    model_config = read_config(folder, config.trust_remote_code)
-    weight_format = base_format(config, folder, model_config)
+    subject = open_subject(config.model, config.trust_remote_code, config_alone=True)
+    weight_format = base_format(config, subject.folder, subject.config)
     bits = None if weight_format is None else weight_format.options().get("bits")
     return plan_memory(
-        config.model,
+        subject,
         weight_format=weight_format,
         adapter=config.resolved(bits),
         dtype=config.dtype,
@@ -25,5 +23,4 @@ def plan(config: PlanConfig) -> MemoryPlan:
         sequence_length=config.max_length,
         checkpointing=config.checkpointing,
         calibration_rows=calibrating_rows(config, config.method, config.bits),
-        trust_remote_code=config.trust_remote_code,
     )

@@ -22,15 +22,9 @@ from graft.data.load import load_examples, resolve_max_length
 from graft.errors import GraftError
 from graft.formats.base import Packed, WeightFormat
 from graft.formats.registry import describe_format, parse_format
-from graft.model.load import (
-    LoadedModel,
-    PackLayer,
-    find_folder,
-    load_model,
-    read_config,
-    read_tokenizer,
-)
+from graft.model.load import LoadedModel, PackLayer, load_model
 from graft.model.save import save_model
+from graft.model.subject import Subject, open_subject
 from graft.model.targets import freeze_layers, select_targets
 
 PackAround = Callable[[str, Tensor, WeightFormat, Callable[[Tensor], Packed]], Packed]
@@ -63,7 +57,7 @@ class Rounding:
 
 
 def load_quantised(
-    model: str,
+    model: str | Subject,
     rounding: Rounding,
     *,
     dtype: str,
@@ -169,16 +163,17 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
     out = Path(config.out)
     if out.exists():
         raise GraftError(f"{out} exists already; choose another name or remove it")
+    subject = open_subject(config.model, config.trust_remote_code)
     rounding = Rounding(
         weight_format=parse_format(description),
         solver=solver,
         targets=config.targets,
-        calibration=_calibration(config) if reads_text or config.bits == "auto" else (),
+        calibration=_calibration(config, subject) if reads_text or config.bits == "auto" else (),
         damping=config.damping,
         budget=config.budget,
     )
     loaded = load_quantised(
-        config.model,
+        subject,
         rounding,
         dtype=config.dtype,
         device=config.device,
@@ -189,13 +184,11 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
     return out
 
 
-def _calibration(config: QuantizeConfig) -> list[Example]:
+def _calibration(config: QuantizeConfig, subject: Subject) -> list[Example]:
     assert config.data is not None
-    folder = find_folder(config.model)
-    model_config = read_config(folder, config.trust_remote_code)
-    limit = getattr(model_config, "max_position_embeddings", None)
+    limit = subject.position_limit
     length = min(config.calibration_length, limit or config.calibration_length)
     settings = DataConfig(data=config.data, max_length=length, eos=False)
-    tokenizer = read_tokenizer(folder, config.trust_remote_code)
-    encoded = load_examples(config.data, tokenizer, settings, resolve_max_length(settings, limit))
+    longest = resolve_max_length(settings, limit)
+    encoded = load_examples(config.data, subject.tokenizer, settings, longest)
     return encoded.examples[: config.calibration_rows]

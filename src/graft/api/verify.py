@@ -25,7 +25,8 @@ from graft.export.card import card_path
 from graft.export.config import ExportTarget
 from graft.export.runtimes import Runtime, start, target_of
 from graft.files import write_json
-from graft.model.load import LoadedModel, build_skeleton
+from graft.model.load import LoadedModel
+from graft.model.subject import build_skeleton
 
 ROWS, TOKENS = 40, 128
 """Held-out rows that are scored, and tokens of each."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from graft.api.config import (
     as_plain,
@@ -40,14 +40,9 @@ from graft.errors import GraftError, Problems
 from graft.evaluate.scores import missing_scorers, why_no_scorers
 from graft.files import read_json, write_json, write_text
 from graft.formats.registry import parse_format
-from graft.model.load import (
-    QUANTISATION_FILE,
-    build_skeleton,
-    find_folder,
-    read_config,
-    read_tokenizer,
-)
+from graft.model.folder import QUANTISATION_FILE
 from graft.model.running.checkpointing import check_checkpointing
+from graft.model.subject import Subject, open_subject
 from graft.model.targets import select_targets
 from graft.train.loop import steps_to_train
 
@@ -150,29 +145,17 @@ def _wanted(config: CompareConfig, problems: Problems) -> list[Entry]:
     return wanted
 
 
-@dataclass(frozen=True)
-class _Base:
-    folder: Path
-    config: PreTrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-
-
-def _read_base(config: CompareConfig, problems: Problems) -> _Base | None:
+def _read_base(config: CompareConfig, problems: Problems) -> Subject | None:
     with problems.collecting():
-        folder = find_folder(config.model)
-        base = _Base(
-            folder,
-            read_config(folder, config.trust_remote_code),
-            read_tokenizer(folder, config.trust_remote_code),
-        )
+        base = open_subject(config.model, config.trust_remote_code)
+        _ = base.tokenizer  # one that cannot be read is a problem of the base
         with problems.collecting():
-            skeleton = build_skeleton(base.config, config.trust_remote_code)
-            select_targets(skeleton, config.targets)
-            check_checkpointing(skeleton, config.checkpointing)
-        if (folder / QUANTISATION_FILE).is_file():
+            select_targets(base.skeleton, config.targets)
+            check_checkpointing(base.skeleton, config.checkpointing)
+        if (base.folder / QUANTISATION_FILE).is_file():
             problems.found.append(
-                f"{folder} is quantised already; a comparison quantises in several ways, so give "
-                "the unquantised model"
+                f"{base.folder} is quantised already; a comparison quantises in several ways, so "
+                "give the unquantised model"
             )
         return base
     return None
@@ -185,10 +168,11 @@ class _Data:
     prompts: list[Prompt]
 
 
-def _read_data(config: CompareConfig, base: _Base, problems: Problems) -> _Data | None:
+def _read_data(config: CompareConfig, base: Subject, problems: Problems) -> _Data | None:
     with problems.collecting():
-        limit = getattr(base.config, "max_position_embeddings", None)
-        training, held_out = load_train_and_eval(config, base.tokenizer, limit, _SPLIT_SEED)
+        training, held_out = load_train_and_eval(
+            config, base.tokenizer, base.position_limit, _SPLIT_SEED
+        )
         data = _Data(training, held_out, _prompts(config, held_out, base.tokenizer))
         if config.generate and missing_scorers():  # asked for by name, not by default
             problems.found.append(

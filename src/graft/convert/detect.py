@@ -15,7 +15,7 @@ from graft.convert.mlx import mlx_source
 from graft.convert.pickled import pickled_source
 from graft.convert.source import Source
 from graft.errors import GraftError
-from graft.model.load import QUANTISATION_FILE, find_folder
+from graft.model.folder import QUANTISATION_FILE, find_folder
 from graft.model.weight_files import PICKLES
 
 _BY_METHOD: dict[str | None, Callable[[ForeignFolder], Source]] = {

@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from graft.convert.source import PlainTensor
 from graft.errors import GraftError
 from graft.files import read_json
-from graft.model.load import build_skeleton, parse_config
+from graft.model.folder import parse_config
+from graft.model.subject import build_skeleton
 from graft.model.weight_files import INDEX_FILE, SINGLE_FILE, WeightFiles
 
 WORDS = (torch.int32, torch.uint32)

@@ -32,7 +32,7 @@ from graft.model.gguf.config import gguf_config
 from graft.model.gguf.file import FLOATS, GgufFile, GgufTensor, read_gguf
 from graft.model.gguf.layout import rotary_heads, rows_from_gguf
 from graft.model.gguf.load import gguf_places
-from graft.model.load import build_skeleton
+from graft.model.subject import build_skeleton
 from graft.model.targets import linear_layers
 
 _INTEGERS = {

@@ -16,8 +16,9 @@ from graft.errors import GraftError
 from graft.export.config import ExportTarget
 from graft.export.ollama.write import GGUF_FILE, MODELFILE
 from graft.files import read_json
+from graft.model.folder import read_config, read_tokenizer
 from graft.model.gguf.layout import head_dim
-from graft.model.load import load_model, read_config, read_tokenizer
+from graft.model.load import load_model
 
 PACKAGES: dict[ExportTarget, tuple[str, str]] = {
     "gguf": ("llama_cpp", "llama-cpp-python"),

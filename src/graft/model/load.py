@@ -2,46 +2,23 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
-from transformers import (
-    CONFIG_MAPPING,
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graft.adapters.attach import replace_module
 from graft.errors import GraftError, raise_problems
-from graft.files import read_json
 from graft.formats.base import Packed, WeightFormat
-from graft.formats.registry import parse_format
 from graft.model.devices import resolve_device, resolve_dtype
-from graft.model.targets import frozen_linear, linear_layers, linear_shape, select_targets
+from graft.model.folder import read_generation_config
+from graft.model.subject import Subject, open_subject
+from graft.model.targets import frozen_linear, linear_shape, select_targets
 from graft.model.weight_files import WeightFiles
-
-QUANTISATION_FILE = "graft.json"
-_NO_TOKENIZER = (ValueError, KeyError, OSError, ImportError)
-FORMAT_VERSION = 1
-CONFIG_MARKER = {"packed_by": "graft"}
-"""The quantization_config of a quantised folder. Readers without graft must refuse it rather than
-start from random weights: transformers ignores a quant_method that it does not know, with a
-warning, but raises when there is none."""
-
-CONVERTIBLE = ("gptq", "awq", "bitsandbytes", None)
-"""The quant_methods in config.json that graft.convert reads; MLX's has none."""
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
@@ -61,99 +38,8 @@ class LoadedModel:
     """The dtype it computes in."""
 
 
-def find_folder(model: str) -> Path:
-    """Return the local folder of a model; a hub id is downloaded (weights as safetensors alone).
-
-    Raises GraftError when there is neither such a folder nor such a hub id.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise GraftError(f"{folder} has no config.json: it is no Hugging Face model folder")
-        return folder
-    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith("/"):
-        raise GraftError(f"there is no folder {model!r} (and it is no hub id of form owner/name)")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    patterns = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
-    try:
-        return Path(snapshot_download(model, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise GraftError(
-            f"there is no folder {model!r}, and the hub has it not or cannot be reached: {error}"
-        ) from error
-
-
-def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Return the model's configuration; raises GraftError when it is damaged or unknown."""
-    raw = read_json(folder / "config.json")
-    # MLX has the second name, and in newer folders both.
-    quantisation = raw.get("quantization_config", raw.get("quantization"))
-    if quantisation is not None and quantisation != CONFIG_MARKER:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        bring_in = f"; bring it in with: graft convert {folder} --out NEW_FOLDER"
-        raise GraftError(
-            f"{folder} is quantised by another tool ({json.dumps(quantisation):.100}); graft "
-            "starts from unquantised weights or from a folder in its own format"
-            + (bring_in if method in CONVERTIBLE else "")
-        )
-    if quantisation is not None and not (folder / QUANTISATION_FILE).is_file():
-        raise GraftError(f"{folder} is a quantised folder without its {QUANTISATION_FILE}")
-    with understood(folder / "config.json"):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    # Our marker must not reach transformers, which refuses it.
-    if quantisation is not None:
-        del config.quantization_config
-    return config
-
-
-def parse_config(raw: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
-    """Return the configuration that a config.json of that folder holds; raises as `read_config`."""
-    with understood(folder / "config.json"):
-        return CONFIG_MAPPING[str(raw.get("model_type"))].from_dict(dict(raw))
-
-
-@contextmanager
-def understood(file: Path) -> Iterator[None]:
-    """Raise GraftError for what transformers raises on a configuration that makes no model."""
-    try:
-        yield
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        ArithmeticError,
-        OSError,
-        StrictDataclassError,
-    ) as error:
-        raise GraftError(f"{file} is not understood: {error}") from error
-
-
-def read_tokenizer(folder: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Return the model's tokenizer; raises GraftError when the folder has none."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        # For a damaged tokenizer.json the library raises Exception itself, and no kind of it.
-        if type(error) is not Exception and not isinstance(error, _NO_TOKENIZER):
-            raise
-        raise GraftError(f"{folder} has no tokenizer that can be loaded: {error}") from error
-
-
-def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return the model's modules on the meta device: shapes and names without data."""
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError) as error:
-        raise GraftError(f"this is no causal language model that can be built: {error}") from error
-    assert isinstance(model, PreTrainedModel)
-    return model.eval()
-
-
 def load_model(
-    model: str,
+    model: str | Path | Subject,
     *,
     weight_format: WeightFormat | Mapping[str, WeightFormat] | None = None,
     targets: Sequence[str] = (),
@@ -163,7 +49,7 @@ def load_model(
     pack: PackLayer | None = None,
     on_tensor: OnTensor | None = None,
 ) -> LoadedModel:
-    """Load a model folder or hub id, quantising the target layers while they are read.
+    """Load a model folder, hub id or subject, quantising the target layers while they are read.
 
     The peak is the quantised model plus its largest tensor and what rounding that takes. `pack`
     rounds a layer's weight (default: the format's own `pack`, to nearest). A folder that
@@ -172,17 +58,15 @@ def load_model(
 
     Raises GraftError with everything that does not fit, before any weight is read.
     """
-    folder = find_folder(model)
-    config = read_config(folder, trust_remote_code)
+    subject = open_subject(model, trust_remote_code)
+    folder, tokenizer = subject.folder, subject.tokenizer
     target_device = resolve_device(device)
     generation_config = read_generation_config(folder)
-    tokenizer = read_tokenizer(folder, trust_remote_code)
-    with WeightFiles(folder) as files:
-        source_dtype = _source_dtype(folder, files)
-        compute_dtype = resolve_dtype(dtype, source_dtype, target_device)
-        config.dtype = compute_dtype  # of the buffers that are computed, not read
-        skeleton = build_skeleton(config, trust_remote_code)
-        stored = formats = _stored_formats(folder, skeleton)
+    with subject.weight_files as files:
+        compute_dtype = resolve_dtype(dtype, subject.source_dtype, target_device)
+        built = subject.new_model(compute_dtype)
+        formats = dict(subject.formats)
+        stored = bool(formats)
         if weight_format is not None:
             if stored:
                 raise GraftError(
@@ -191,58 +75,14 @@ def load_model(
             if isinstance(weight_format, Mapping):
                 formats = dict(weight_format)
             else:
-                formats = dict.fromkeys(select_targets(skeleton, targets), weight_format)
+                formats = dict.fromkeys(select_targets(built, targets), weight_format)
         pack = pack or (lambda _, weight, chosen: chosen.pack(weight))
-        loader = _Loader(skeleton, files, formats, bool(stored), compute_dtype, target_device, pack)
+        loader = _Loader(built, files, formats, stored, compute_dtype, target_device, pack)
         loader.run(on_tensor)
     if generation_config is not None:
-        skeleton.generation_config = generation_config
-    skeleton.requires_grad_(False)
-    return LoadedModel(skeleton, tokenizer, folder, source_dtype, compute_dtype)
-
-
-def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """Return the defaults of generation, where the folder has any."""
-    if not (folder / "generation_config.json").is_file():
-        return None
-    return GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
-
-
-def _stored_formats(folder: Path, model: PreTrainedModel) -> dict[str, WeightFormat]:
-    """Return the formats of the layers of a folder that graft quantised; empty for any other."""
-    file = folder / QUANTISATION_FILE
-    if not file.is_file():
-        return {}
-    description = read_json(file)
-    version = description.get("format_version")
-    if version != FORMAT_VERSION:
-        raise GraftError(
-            f"{file} has format_version {version!r}; this version of graft reads {FORMAT_VERSION}: "
-            "update graft, or quantise again"
-        )
-    layers = description.get("layers")
-    if not isinstance(layers, dict):
-        raise GraftError(f"{file} names no layers; quantise again")
-    known, formats, problems = linear_layers(model), {}, []
-    for name, layer in layers.items():
-        if name not in known:
-            problems.append(f"{name} is no linear layer of this model")
-        elif not isinstance(layer, dict) or not isinstance(layer.get("format"), str):
-            problems.append(f"{name} names no format")
-        else:
-            try:
-                formats[name] = parse_format(layer)
-            except GraftError as error:
-                problems.append(f"{name}: {error}")
-    raise_problems(problems[:20], f"{file}, which may be from another version of graft")
-    return formats
-
-
-def _source_dtype(folder: Path, files: WeightFiles) -> torch.dtype:
-    if (folder / QUANTISATION_FILE).is_file():
-        name = str(read_json(folder / QUANTISATION_FILE).get("source_dtype"))
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
-    return files.source_dtype()
+        built.generation_config = generation_config
+    built.requires_grad_(False)
+    return LoadedModel(built, tokenizer, folder, subject.source_dtype, compute_dtype)
 
 
 class _Loader:

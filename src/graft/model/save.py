@@ -19,7 +19,8 @@ from graft.files import new_folder, replacing, write_json
 from graft.formats.dense import DenseFormat
 from graft.formats.registry import describe_format
 from graft.layers.frozen import FrozenLinear
-from graft.model.load import CONFIG_MARKER, FORMAT_VERSION, QUANTISATION_FILE, LoadedModel
+from graft.model.folder import CONFIG_MARKER, FORMAT_VERSION, QUANTISATION_FILE
+from graft.model.load import LoadedModel
 from graft.model.tensor_file import FileTensor, OnTensor, write_tensor_file
 from graft.model.weight_files import SINGLE_FILE
 

@@ -17,6 +17,7 @@ from graft.formats.latent import LatentFormat
 from graft.kernels.backend import native_library
 from graft.model.running.checkpointing import CHECKPOINTING, Checkpointing, check_checkpointing
 from graft.model.running.loss import BLOCK_LOGITS, chunk_tokens
+from graft.model.subject import Subject
 from graft.plan.activations import plan_activations
 from graft.plan.skeleton import PlannedModel, WeightCounts, count_weights, plan_model
 
@@ -108,7 +109,7 @@ def format_bytes(count: int) -> str:
 
 
 def plan_memory(
-    model: str,
+    model: str | Path | Subject,
     *,
     weight_format: WeightFormat | None,
     adapter: AdapterConfig,
@@ -120,14 +121,15 @@ def plan_memory(
     calibration_rows: int = 0,
     trust_remote_code: bool = False,
 ) -> MemoryPlan:
-    """Return the memory plan of a training run on a model folder or hub id; reads no weights.
+    """Return the memory plan of a training run on a model folder, hub id or subject.
 
-    The modules that training uses are built on the meta device, and their tensors counted: with
-    weight_format None the targets stay as they are (dense, or as the folder has them quantised).
-    Method 'full' trains them, with gradients and AdamW's two states in their own dtype, which for
-    dtype 'auto' is float32. sequence_length is the longest row's, in tokens. On a GPU the plan
-    counts the GPU's memory alone. calibration_rows: how many rows the codes are calibrated on,
-    before training or, by merge_aware, between two steps; 0 for a solver that needs none.
+    The modules that training uses are built on the meta device, and their tensors counted; no
+    weights are read. With weight_format None the targets stay as they are (dense, or as the folder
+    has them quantised). Method 'full' trains them, with gradients and AdamW's two states in their
+    own dtype, which for dtype 'auto' is float32. sequence_length is the longest row's, in tokens.
+    On a GPU the plan counts the GPU's memory alone. calibration_rows: how many rows the codes are
+    calibrated on, before training or, by merge_aware, between two steps; 0 for a solver that needs
+    none.
 
     checkpointing 'auto' gives the plan of the first of none, products, half and layers whose peak
     of training fits into 80 % of the memory that is free now, and of layers when none does.

@@ -6,20 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graft.adapters.attach import adapted_layers, attach_adapter, frozen_layers, replace_module
 from graft.adapters.config import AdapterConfig
 from graft.errors import GraftError
-from graft.files import read_json
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
-from graft.formats.registry import parse_format
 from graft.model.devices import resolve_device, resolve_dtype
-from graft.model.load import QUANTISATION_FILE, build_skeleton, find_folder, read_config
 from graft.model.save import named_tensors
+from graft.model.subject import Subject, open_subject
 from graft.model.targets import frozen_linear, linear_shape, select_targets
 
 
@@ -39,7 +35,7 @@ class PlannedModel:
 
 
 def plan_model(
-    model: str,
+    model: str | Path | Subject,
     *,
     weight_format: WeightFormat | None,
     adapter: AdapterConfig,
@@ -51,20 +47,20 @@ def plan_model(
 
     Raises GraftError when model, targets, format and method do not fit together.
     """
-    folder = config_folder(model)
-    stored = stored_formats(folder)
+    subject = open_subject(model, trust_remote_code, config_alone=True)
+    stored, source_dtype = subject.formats, subject.source_dtype
     if stored and weight_format is not None:
-        raise GraftError(f"{folder} is quantised already; load it as it is or start from its base")
+        raise GraftError(
+            f"{subject.folder} is quantised already; load it as it is or start from its base"
+        )
     if adapter.method == "full" and (stored or weight_format is not None):
         raise GraftError(
             "method full trains every weight, and quantised weights are frozen codes that no "
             "optimizer can move; train with qlora, qalora or affine, or start from dense weights"
         )
-    config = read_config(folder, trust_remote_code)
-    source_dtype = _source_dtype(config)
     place = _device(device)
     compute = _compute_dtype(dtype, source_dtype, place, adapter)
-    skeleton = build_skeleton(config, trust_remote_code).requires_grad_(False)
+    skeleton = subject.new_model().requires_grad_(False)
     targets = select_targets(skeleton, adapter.targets)
     formats = dict(stored)
     if weight_format is not None:
@@ -82,37 +78,9 @@ def plan_model(
     return PlannedModel(skeleton, compute, source_dtype, place, file_bytes)
 
 
-def config_folder(model: str) -> Path:
-    """Return a folder with the model's config.json; from the hub that one file is fetched.
-
-    Raises GraftError when there is neither such a folder nor such a hub id.
-    """
-    if Path(model).is_dir() or model.count("/") != 1 or model.startswith((".", "/", "~")):
-        return find_folder(model)
-    try:
-        return Path(hf_hub_download(model, "config.json")).parent
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
-        raise GraftError(
-            f"there is no folder {model!r}, and the hub has it not or cannot be reached: {error}"
-        ) from error
-
-
-def stored_formats(folder: Path) -> dict[str, WeightFormat]:
-    """Return the formats of the layers of a folder that graft quantised; empty for any other."""
-    if not (folder / QUANTISATION_FILE).is_file():
-        return {}
-    layers = read_json(folder / QUANTISATION_FILE).get("layers", {})
-    return {name: parse_format(layer) for name, layer in layers.items()}
-
-
-def _source_dtype(config: PreTrainedConfig) -> torch.dtype:
-    """Return the dtype that config.json gives the weights; float32 when it gives none."""
-    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-
-
 def keeps_float32(config: PreTrainedConfig, dtype: str) -> bool:
     """Return whether a run with --dtype computes with float32 weights of the checkpoint as such."""
-    return _source_dtype(config) == torch.float32 and dtype != "bfloat16"
+    return config.dtype in (None, torch.float32) and dtype != "bfloat16"
 
 
 def _device(name: str) -> torch.device:

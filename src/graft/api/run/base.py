@@ -19,7 +19,8 @@ from graft.errors import raise_problems
 from graft.formats.base import WeightFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.registry import parse_format
-from graft.plan.skeleton import keeps_float32, stored_formats
+from graft.model.folder import stored_formats
+from graft.plan.skeleton import keeps_float32
 
 
 def base_format(

@@ -22,8 +22,9 @@ from graft.data.rows import RowKind
 from graft.errors import GraftError
 from graft.files import read_json, read_yaml, write_json
 from graft.model.adapter_files import load_adapter
+from graft.model.folder import read_tokenizer
 from graft.model.gguf.load import load_gguf_model
-from graft.model.load import LoadedModel, load_model, read_tokenizer
+from graft.model.load import LoadedModel, load_model
 from graft.model.targets import freeze_layers, select_targets
 
 CONFIG = "config.yaml"

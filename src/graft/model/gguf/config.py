@@ -9,9 +9,9 @@ import torch
 from transformers import GemmaConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from graft.errors import GraftError, raise_problems
+from graft.model.folder import understood
 from graft.model.gguf.file import GgufFile
 from graft.model.gguf.layout import ROPE_PARAMETERS_KEY, rope_factors
-from graft.model.load import understood
 
 _CONFIGS: dict[str, type[PretrainedConfig]] = {
     "llama": LlamaConfig,

@@ -1,0 +1,172 @@
+"""What a model folder says of itself: configuration, tokenizer, the formats of packed layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    StrictDataclassError,
+)
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from graft.errors import GraftError, raise_problems
+from graft.files import read_json
+from graft.formats.base import WeightFormat
+from graft.formats.registry import parse_format
+
+CONFIG_FILE = "config.json"
+QUANTISATION_FILE = "graft.json"
+FORMAT_VERSION = 1
+CONFIG_MARKER = {"packed_by": "graft"}
+"""The quantization_config of a quantised folder. Readers without graft must refuse it rather than
+start from random weights: transformers ignores a quant_method that it does not know, with a
+warning, but raises when there is none."""
+
+CONVERTIBLE = ("gptq", "awq", "bitsandbytes", None)
+"""The quant_methods in config.json that graft.convert reads; MLX's has none."""
+
+_FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+"""What is downloaded of a model on the hub: weights as safetensors alone."""
+
+_NO_TOKENIZER = (ValueError, KeyError, OSError, ImportError)
+
+
+def find_folder(model: str, config_alone: bool = False) -> Path:
+    """Return the local folder of a model; a hub id is downloaded, or only its config.json.
+
+    Raises GraftError when there is neither such a folder nor such a hub id.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        if not (folder / CONFIG_FILE).is_file():
+            raise GraftError(f"{folder} has no config.json: it is no Hugging Face model folder")
+        return folder
+    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith("/"):
+        raise GraftError(f"there is no folder {model!r} (and it is no hub id of form owner/name)")
+    try:
+        if config_alone:
+            return Path(hf_hub_download(model, CONFIG_FILE)).parent
+        return Path(snapshot_download(model, allow_patterns=_FETCHED))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+        raise GraftError(
+            f"there is no folder {model!r}, and the hub has it not or cannot be reached: {error}"
+        ) from error
+
+
+def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return the model's configuration; raises GraftError when it is damaged or unknown."""
+    raw = read_json(folder / CONFIG_FILE)
+    # MLX has the second name, and in newer folders both.
+    quantisation = raw.get("quantization_config", raw.get("quantization"))
+    if quantisation is not None and quantisation != CONFIG_MARKER:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
+        bring_in = f"; bring it in with: graft convert {folder} --out NEW_FOLDER"
+        raise GraftError(
+            f"{folder} is quantised by another tool ({json.dumps(quantisation):.100}); graft "
+            "starts from unquantised weights or from a folder in its own format"
+            + (bring_in if method in CONVERTIBLE else "")
+        )
+    if quantisation is not None and not (folder / QUANTISATION_FILE).is_file():
+        raise GraftError(f"{folder} is a quantised folder without its {QUANTISATION_FILE}")
+    with understood(folder / CONFIG_FILE):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    # Our marker must not reach transformers, which refuses it.
+    if quantisation is not None:
+        del config.quantization_config
+    return config
+
+
+def parse_config(raw: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
+    """Return the configuration that a config.json of that folder holds; raises as `read_config`."""
+    with understood(folder / CONFIG_FILE):
+        return CONFIG_MAPPING[str(raw.get("model_type"))].from_dict(dict(raw))
+
+
+@contextmanager
+def understood(file: Path) -> Iterator[None]:
+    """Raise GraftError for what transformers raises on a configuration that makes no model."""
+    try:
+        yield
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        ArithmeticError,
+        OSError,
+        StrictDataclassError,
+    ) as error:
+        raise GraftError(f"{file} is not understood: {error}") from error
+
+
+def read_tokenizer(
+    folder: Path, trust_remote_code: bool = False, config: PreTrainedConfig | None = None
+) -> PreTrainedTokenizerBase:
+    """Return the model's tokenizer; its configuration is read too, unless it is given.
+
+    Raises GraftError when the folder has none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            folder, trust_remote_code=trust_remote_code, config=config
+        )
+    except Exception as error:
+        # For a damaged tokenizer.json the library raises Exception itself, and no kind of it.
+        if type(error) is not Exception and not isinstance(error, _NO_TOKENIZER):
+            raise
+        raise GraftError(f"{folder} has no tokenizer that can be loaded: {error}") from error
+
+
+def read_generation_config(folder: Path) -> GenerationConfig | None:
+    """Return the defaults of generation, where the folder has any."""
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+
+
+def stored_formats(folder: Path, known: Collection[str] | None = None) -> dict[str, WeightFormat]:
+    """Return the formats of the layers of a folder that graft quantised; empty for any other.
+
+    known: names of the model's layers, of which each that graft.json names must be one.
+    Raises GraftError with every entry that is not understood.
+    """
+    file = folder / QUANTISATION_FILE
+    if not file.is_file():
+        return {}
+    description = read_json(file)
+    version = description.get("format_version")
+    if version != FORMAT_VERSION:
+        raise GraftError(
+            f"{file} has format_version {version!r}; this version of graft reads {FORMAT_VERSION}: "
+            "update graft, or quantise again"
+        )
+    layers = description.get("layers")
+    if not isinstance(layers, dict):
+        raise GraftError(f"{file} names no layers; quantise again")
+    formats, problems = {}, []
+    for name, layer in layers.items():
+        if known is not None and name not in known:
+            problems.append(f"{name} is no linear layer of this model")
+        elif not isinstance(layer, dict) or not isinstance(layer.get("format"), str):
+            problems.append(f"{name} names no format")
+        else:
+            try:
+                formats[name] = parse_format(layer)
+            except GraftError as error:
+                problems.append(f"{name}: {error}")
+    raise_problems(problems[:20], f"{file}, which may be from another version of graft")
+    return formats

@@ -1,0 +1,172 @@
+"""A model folder that is opened once and handed down."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+
+from graft.errors import GraftError
+from graft.files import read_json
+from graft.formats.base import WeightFormat
+from graft.model.folder import (
+    QUANTISATION_FILE,
+    find_folder,
+    read_config,
+    read_tokenizer,
+    stored_formats,
+)
+from graft.model.targets import linear_layers
+from graft.model.weight_files import WeightFiles
+
+_MARK = torch.bfloat16
+"""The dtype that a skeleton is built in. What has it then has the model's dtype: no module asks for
+it by name, as rotary frequencies ask for float32."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model folder with its configuration; all else of it is read when it is first asked for.
+
+    Everybody shares what it holds, so nobody changes it: `new_model` gives modules to change.
+    """
+
+    folder: Path
+    config: PreTrainedConfig
+    trust_remote_code: bool = False
+    config_alone: bool = False
+    """The folder may hold config.json and nothing else."""
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer; raises GraftError when the folder has none."""
+        return read_tokenizer(self.folder, self.trust_remote_code, self.config)
+
+    @cached_property
+    def skeleton(self) -> PreTrainedModel:
+        """The model's modules on the meta device: shapes and names without data.
+
+        Raises GraftError when this is no causal language model.
+        """
+        return self._built[0]
+
+    @cached_property
+    def formats(self) -> dict[str, WeightFormat]:
+        """The formats of the layers that graft has quantised, by name; empty for a dense model.
+
+        Raises GraftError when graft.json does not belong to this model.
+        """
+        if not (self.folder / QUANTISATION_FILE).is_file():
+            return {}
+        return stored_formats(self.folder, linear_layers(self.skeleton))
+
+    @cached_property
+    def weight_files(self) -> WeightFiles:
+        """The tensors of the folder; raises GraftError when there are none that can be read."""
+        return WeightFiles(self.folder)
+
+    @cached_property
+    def source_dtype(self) -> torch.dtype:
+        """The dtype of the weights: what most of them have in the files, before graft packed them.
+
+        With the configuration alone it is what that says, float32 when it says nothing.
+        """
+        if (self.folder / QUANTISATION_FILE).is_file():
+            name = str(read_json(self.folder / QUANTISATION_FILE).get("source_dtype"))
+            return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+        if not self.config_alone:
+            return self.weight_files.source_dtype()
+        return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
+
+    @property
+    def position_limit(self) -> int | None:
+        """The longest text in tokens, where the configuration has a limit."""
+        limit: int | None = getattr(self.config, "max_position_embeddings", None)
+        return limit
+
+    @property
+    def hidden_size(self) -> int:
+        """Features between two decoder layers."""
+        return int(self.config.get_text_config().hidden_size)
+
+    def new_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        """Return a copy of the skeleton to change, as it is built to compute in `dtype`.
+
+        None leaves the dtype that the configuration says.
+        """
+        skeleton, typed = self._built
+        model = copy.deepcopy(skeleton)
+        if dtype is not None:
+            _set_dtype(model, typed, dtype)
+        return model
+
+    @cached_property
+    def _built(self) -> tuple[PreTrainedModel, frozenset[str]]:
+        """The skeleton, and the names of its tensors that have the dtype of the model."""
+        config = copy.deepcopy(self.config)
+        config.dtype = _MARK
+        model = build_skeleton(config, self.trust_remote_code)
+        typed = frozenset(name for name, tensor in _tensors(model) if tensor.dtype == _MARK)
+        stated = self.config.dtype
+        _set_dtype(model, typed, stated if isinstance(stated, torch.dtype) else None)
+        return model, typed
+
+
+def open_subject(
+    model: str | Path | Subject, trust_remote_code: bool = False, config_alone: bool = False
+) -> Subject:
+    """Open a model folder or hub id; a subject that is open already is returned as it is.
+
+    With `config_alone` a hub id's config.json is fetched and nothing else. Raises GraftError when
+    there is no such model, or when its configuration is damaged or unknown.
+    """
+    if isinstance(model, Subject):
+        return model
+    folder = find_folder(str(model), config_alone)
+    config = read_config(folder, trust_remote_code)
+    return Subject(folder, config, trust_remote_code, config_alone)
+
+
+def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Return the modules of a configuration on the meta device: shapes and names without data.
+
+    Raises GraftError when it makes no causal language model.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (ValueError, KeyError, TypeError) as error:
+        raise GraftError(f"this is no causal language model that can be built: {error}") from error
+    assert isinstance(model, PreTrainedModel)
+    return model.eval()
+
+
+def _tensors(model: PreTrainedModel) -> Iterable[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
+
+
+def _set_dtype(model: PreTrainedModel, names: frozenset[str], dtype: torch.dtype | None) -> None:
+    """Give the named tensors, and the configuration, the dtype of the model."""
+    for config in (model.config, *_parts(model.config)):
+        config.dtype = dtype
+    for name, parameter in model.named_parameters():
+        if name in names:
+            parameter.data = parameter.data.to(dtype or torch.float32)
+    for name, buffer in list(model.named_buffers()):
+        if name in names:
+            owner, _, last = name.rpartition(".")
+            setattr(model.get_submodule(owner), last, buffer.to(dtype or torch.float32))
+
+
+def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    """Return the configurations inside that of a model of several parts."""
+    found = (getattr(config, key) for key in config.sub_configs)
+    return [part for part in found if part is not None]
