@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from graft.data.render import DEFAULT_CHAT_TEMPLATE, render_prompt, render_row
+from graft.data.chat import DEFAULT_CHAT_TEMPLATE
+from graft.data.render import render_prompt, render_row
 from graft.data.rows import Row
 from graft.errors import GraftError
 

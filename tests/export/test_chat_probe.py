@@ -6,7 +6,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from graft.data.render import DEFAULT_CHAT_TEMPLATE, render_prompt
+from graft.data.chat import DEFAULT_CHAT_TEMPLATE
+from graft.data.render import render_prompt
 from graft.errors import GraftError
 from graft.export.ollama.chat_probe import chat_joints, checked_template, conversation, render_chat
 

@@ -13,7 +13,8 @@ from transformers import GenerationConfig
 import graft
 from graft.api.config import TrainConfig
 from graft.api.export import check_exports
-from graft.data.render import DEFAULT_CHAT_TEMPLATE, render_prompt
+from graft.data.chat import DEFAULT_CHAT_TEMPLATE
+from graft.data.render import render_prompt
 from graft.errors import GraftError
 from graft.export.ollama.chat_probe import conversation, render_chat
 from graft.export.ollama.go_template import render_go

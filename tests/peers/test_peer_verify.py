@@ -18,8 +18,8 @@ from graft.api.events import Events
 from graft.api.export import merge_for_export
 from graft.api.run.folder import load_any
 from graft.cli.main import main
+from graft.data.chat import DEFAULT_CHAT_TEMPLATE
 from graft.data.encode import encode_prompt
-from graft.data.render import DEFAULT_CHAT_TEMPLATE
 from graft.export.ollama.chat_probe import render_chat
 from graft.export.ollama.go_template import render_go
 from graft.export.ollama.write import export_ollama

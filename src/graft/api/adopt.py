@@ -24,6 +24,7 @@ from graft.api.run.folder import (
     write_prompt_style,
 )
 from graft.api.run.report import base_facts, stored_bits_per_weight, versions
+from graft.data.shapes.registry import CHAT, PLAIN
 from graft.errors import GraftError, Problems
 from graft.files import new_folder, read_json, write_json, write_yaml
 from graft.formats.base import WeightFormat
@@ -149,7 +150,7 @@ def adopt(
         write_yaml(part / CONFIG, as_plain(settings))
         # How its prompts were dressed in training is not known; a chat template says how to.
         chats = loaded.tokenizer.chat_template is not None
-        write_prompt_style(part, PromptStyle("messages" if chats else "text"))
+        write_prompt_style(part, PromptStyle(CHAT if chats else PLAIN))
         write_json(part / REPORT, asdict(report))
         (part / "report.md").write_text(_markdown(report), encoding="utf-8")
     return report

@@ -8,7 +8,7 @@ from typing import Any
 
 from graft.api.run.folder import PromptStyle, load_any, prompt_style
 from graft.data.config import DataConfig
-from graft.data.encode import encode_prompt
+from graft.data.encode import encode_chat, encode_prompt
 from graft.data.load import load_examples, resolve_max_length
 from graft.evaluate.generate import OnText, generate_text
 from graft.evaluate.loss import evaluate_loss
@@ -68,8 +68,7 @@ def generate(
     if isinstance(prompt, str):
         ids = encode_prompt(style.kind, prompt, loaded.tokenizer, style.separator)
     else:
-        messages = {"messages": list(prompt)}
-        ids = encode_prompt("messages", messages, loaded.tokenizer, style.separator)
+        ids = encode_chat(list(prompt), loaded.tokenizer)
     return generate_text(
         loaded.model,
         loaded.tokenizer,

@@ -17,7 +17,7 @@ from graft.api.events import Events
 from graft.api.merge import MergeReport, check_biases, merge_loaded
 from graft.api.run.card import weights_in_words, write_card
 from graft.api.run.folder import PromptStyle, is_run, load_any, prompt_style, read_run_config
-from graft.data.rows import RowKind
+from graft.data.shapes.registry import CHAT
 from graft.errors import GraftError, raise_problems
 from graft.export.card import card_path
 from graft.export.config import ExportTarget
@@ -108,7 +108,7 @@ def check_exports(
     model_config: PretrainedConfig,
     weight_formats: Iterable[WeightFormat],
     tokenizer: PreTrainedTokenizerBase,
-    kind: RowKind | None,
+    kind: str | None,
 ) -> None:
     """Raise GraftError with every export that a run asks for and that could not be written.
 
@@ -189,7 +189,7 @@ def _unquantised(loaded: LoadedModel) -> Unquantised:
 def _style(model: Path, loaded: LoadedModel) -> PromptStyle:
     """Return how a run dresses prompts; another model by its chat template, if it has one."""
     if not is_run(model) and loaded.tokenizer.chat_template is not None:
-        return PromptStyle("messages")
+        return PromptStyle(CHAT)
     return prompt_style(model)
 
 

@@ -48,7 +48,6 @@ from graft.calibrate.latents import let_grid_wait, round_latents
 from graft.calibrate.registry import SOLVERS
 from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
-from graft.data.rows import RowKind
 from graft.errors import GraftError, Problems, raise_problems
 from graft.evaluate.loss import evaluate_loss
 from graft.files import write_yaml
@@ -180,7 +179,7 @@ def _prepare(config: TrainConfig, events: Events) -> _Prepared:
         targets = select_targets(skeleton, config.targets)
         check_checkpointing(skeleton, config.checkpointing)
         check_bias_exports(config, skeleton, targets)
-    kind: RowKind | None = None
+    kind: str | None = None
     with problems.collecting():
         limit = getattr(model_config, "max_position_embeddings", None)
         training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed)

@@ -34,7 +34,8 @@ from graft.compare.contenders import (
 )
 from graft.data.encode import EncodedData, Example, encode_prompt
 from graft.data.load import load_train_and_eval
-from graft.data.rows import Row, RowKind, read_rows
+from graft.data.rows import Row, read_rows
+from graft.data.shapes.registry import SHAPES
 from graft.data.sources.files import fingerprint
 from graft.errors import GraftError, Problems
 from graft.evaluate.scores import missing_scorers, why_no_scorers
@@ -208,32 +209,24 @@ def _prompts(
     config: CompareConfig, held_out: EncodedData, tokenizer: PreTrainedTokenizerBase
 ) -> list[Prompt]:
     """Return the prompts of the first held-out rows; raises GraftError when rows have none."""
-    kind = held_out.kind
+    kind, shape = held_out.kind, SHAPES[held_out.kind]
     count = config.generate
     if count is None:
-        count = _PROMPTS if kind in ("prompt", "instruction") else 0
-    if count and kind == "text":
+        count = _PROMPTS if shape.continued_by_default else 0
+    if count and not shape.has_prompts:
         raise GraftError(
-            f"--generate {count}: text rows have no prompt to continue; give rows with prompt and "
-            "completion, or leave the flag out"
+            f"--generate {count}: {kind} rows have no prompt to continue; give rows with prompt "
+            "and completion, or leave the flag out"
         )
     rows = _rows(config, held_out.examples[:count])
     return [_prompt(kind, row.fields, tokenizer, config.separator) for row in rows]
 
 
 def _prompt(
-    kind: RowKind, fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, separator: str
+    kind: str, fields: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, separator: str
 ) -> Prompt:
-    if kind == "messages":
-        messages = fields["messages"]
-        last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
-        fields = {"messages": messages[:last]}
-        text, reference = messages[last - 1]["content"], messages[last]["content"]
-    elif kind == "instruction":
-        text, reference = fields["input"] or fields["instruction"], fields["output"]
-    else:
-        text, reference = fields["prompt"], fields["completion"]
-    return Prompt(text, encode_prompt(kind, fields, tokenizer, separator), reference)
+    row = SHAPES[kind].continuation(fields)
+    return Prompt(row.text, encode_prompt(kind, row.fields, tokenizer, separator), row.reference)
 
 
 def _rows(config: CompareConfig, examples: Iterable[Example]) -> list[Row]:

@@ -80,7 +80,7 @@ class BatchSampler:
         return batch
 
     def state(self) -> dict[str, int]:
-        """Return the place as plain numbers: epoch, position in it, and what they hang on."""
+        """Return the place as plain numbers: epoch, position in it, and what they depend on."""
         return {
             "epoch": self._epoch,
             "position": self._position,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from graft.data.render import Rendered, Tokenizer, render_prompt, render_row
-from graft.data.rows import RowKind, Rows, raise_row_problems
+from graft.data.chat import chat_prompt
+from graft.data.render import render_prompt, render_row
+from graft.data.rows import Rows, raise_row_problems
+from graft.data.shapes.base import Rendered, Tokenizer
 from graft.errors import GraftError
 
 _CHUNK = 1024
@@ -23,6 +25,8 @@ class Example:
     where: str
     cut: bool = False
     trains_eos: bool = False
+    values: Mapping[str, Any] = field(default_factory=dict)
+    """What the objective reads of the row besides its tokens; see `Rendered.values`."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class EncodedData:
     """Encoded rows of one kind, with the counts that a user should see before training."""
 
     examples: list[Example]
-    kind: RowKind
+    kind: str
     ignored_keys: tuple[str, ...] = ()
 
     @cached_property
@@ -84,9 +88,9 @@ def encode_rows(
                 wheres.append(row.where)
             except GraftError as error:
                 problems.append(f"{row.where}: {error}")
-        encoded = _tokenize([one.text for one in rendered], tokenizer)
-        for where, one, tokens in zip(wheres, rendered, encoded, strict=True):
-            example = _example(where, one, tokens, max_length, eos, tokenizer.eos_token_id)
+        encoded = _tokenize([found.text for found in rendered], tokenizer)
+        for where, found, tokens in zip(wheres, rendered, encoded, strict=True):
+            example = _example(where, found, tokens, max_length, eos, tokenizer.eos_token_id)
             examples.append(example)
             if not any(example.targets):
                 problems.append(f"{where}: {_why_no_target(example, max_length)}")
@@ -95,12 +99,18 @@ def encode_rows(
 
 
 def encode_prompt(
-    kind: RowKind, fields: str | Mapping[str, Any], tokenizer: Tokenizer, separator: str
+    kind: str, fields: str | Mapping[str, Any], tokenizer: Tokenizer, separator: str
 ) -> list[int]:
     """Return the token ids that generation starts from: render_prompt with training's BOS."""
     check_tokenizer(tokenizer, eos=False)
     text = render_prompt(kind, fields, tokenizer, separator)
     return _tokenize([text], tokenizer)[0].ids
+
+
+def encode_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
+    """Return the token ids that an answer to messages starts from, whatever a model's rows were."""
+    check_tokenizer(tokenizer, eos=False)
+    return _tokenize([chat_prompt(messages, tokenizer)], tokenizer)[0].ids
 
 
 def mask_preview(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -160,9 +170,9 @@ def _without_doubles(
     added: list[int],
 ) -> _Tokens:
     """Drop added tokens after the text, and those before a text that brings its own BOS."""
-    own = [index for index, flag in enumerate(added) if not flag]
-    begin = own[0] if own and bos and text.startswith(bos) else 0
-    end = own[-1] + 1 if own else len(ids)
+    of_text = [index for index, flag in enumerate(added) if not flag]
+    begin = of_text[0] if of_text and bos and text.startswith(bos) else 0
+    end = of_text[-1] + 1 if of_text else len(ids)
     extents: list[tuple[int, int]] = []
     reached = 0
     for index in range(begin, end):
@@ -196,7 +206,7 @@ def _example(
     del ids[max_length:], targets[max_length:]
     targets[:1] = [False] * len(targets[:1])
     trains_eos = any(target and token == eos_id for token, target in zip(ids, targets, strict=True))
-    return Example(ids, targets, where, cut, trains_eos)
+    return Example(ids, targets, where, cut, trains_eos, rendered.values)
 
 
 def _why_no_target(example: Example, max_length: int) -> str:

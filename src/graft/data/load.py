@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from graft.data.config import DataConfig
 from graft.data.encode import EncodedData, check_tokenizer, encode_rows
-from graft.data.render import Tokenizer
 from graft.data.rows import Rows, read_rows
+from graft.data.shapes.base import Tokenizer
 from graft.errors import GraftError
 
 _DEFAULT_MAX_LENGTH = 1024

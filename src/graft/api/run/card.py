@@ -19,6 +19,7 @@ from graft.api.run.folder import (
     prompt_style,
     read_run_config,
 )
+from graft.data.shapes.registry import SHAPES
 from graft.export.card import CARD, CardFacts, card_path, license_of, model_card
 from graft.files import read_json, write_text
 from graft.formats.int_group import IntGroupFormat
@@ -116,6 +117,7 @@ def _training(source: Path, config: TrainConfig, report: Mapping[str, Any]) -> d
     if "adopted_from" in report:
         return _adoption(config, report)
     style = prompt_style(source)
+    separator = repr(style.separator) if SHAPES[style.kind].uses_separator else None
     versions = report.get("versions") or {}
     batch = config.batch_size * config.grad_accum
     every = "all" if config.method == "full" else "every linear layer but the output head"
@@ -130,7 +132,7 @@ def _training(source: Path, config: TrainConfig, report: Mapping[str, Any]) -> d
             "rounded by": config.solver if config.format else None,
             "layers": ", ".join(config.targets) or every,
             "rows": style.kind,
-            "between prompt and answer": repr(style.separator) if style.kind == "prompt" else None,
+            "between prompt and answer": separator,
             "steps, rows in each": f"{report['steps']}, {batch}" if "steps" in report else None,
             "peak learning rate": f"{config.learning_rate:.3g}" if config.learning_rate else None,
             "seed": config.seed,

@@ -17,8 +17,8 @@ import torch
 
 from graft.api.config import TrainConfig
 from graft.api.settings import checked_settings
-from graft.data.render import DEFAULT_CHAT_TEMPLATE
-from graft.data.rows import RowKind
+from graft.data.chat import DEFAULT_CHAT_TEMPLATE
+from graft.data.shapes.registry import PLAIN, SHAPES
 from graft.errors import GraftError
 from graft.files import read_json, read_yaml, write_json
 from graft.model.adapter_files import load_adapter
@@ -64,7 +64,7 @@ def read_run_config(run: Path) -> TrainConfig:
 class PromptStyle:
     """How a user's prompt is dressed so that it equals what training put before the answer."""
 
-    kind: RowKind = "text"
+    kind: str = PLAIN
     separator: str = "\n"
 
 
@@ -104,7 +104,8 @@ def load_any(
         )
     loaded = load_run_base(folder, config, dtype, device)
     load_adapter(loaded.model, folder / ADAPTER)
-    if prompt_style(folder).kind == "messages" and loaded.tokenizer.chat_template is None:
+    shape = SHAPES[prompt_style(folder).kind]
+    if shape.is_conversation and loaded.tokenizer.chat_template is None:
         loaded.tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
     return loaded
 

@@ -6,14 +6,15 @@ The syntax is that of https://docs.ollama.com/modelfile.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from graft.data.chat import chat_prompt
 from graft.data.render import render_prompt
-from graft.data.rows import RowKind
+from graft.data.shapes.registry import SHAPES
 from graft.errors import GraftError
 from graft.export.gguf.metadata import context_length
 from graft.export.gguf.tensors import Unquantised
@@ -54,13 +55,13 @@ class OllamaPrompt:
 
 
 def ollama_prompt(
-    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, kind: RowKind, separator: str
+    tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, kind: str, separator: str
 ) -> OllamaPrompt:
     """Return Ollama's template for a model trained on rows of a kind, checked by rendering it.
 
     Raises GraftError when Ollama's templates cannot say what the tokenizer's does.
     """
-    if kind != "messages":
+    if not SHAPES[kind].is_conversation:
         text = render_prompt(kind, _SENTINEL, tokenizer, separator)
         before, _, behind = text.partition(_SENTINEL)
         template = f"{go_text(before)}{{{{ .Prompt }}}}{go_text(behind)}"
@@ -73,8 +74,8 @@ def ollama_prompt(
             "--to gguf: llama.cpp takes the template as it is"
         )
 
-    def render(messages: object) -> str:
-        return render_prompt("messages", {"messages": messages}, tokenizer, separator)
+    def render(messages: Sequence[Mapping[str, str]]) -> str:
+        return chat_prompt(messages, tokenizer)
 
     joints = chat_joints(render)
     bos = str(tokenizer.bos_token) if convert_tokenizer(tokenizer, config).add_bos else ""
@@ -90,7 +91,7 @@ def export_ollama(
     loaded: LoadedModel,
     folder: Path,
     *,
-    kind: RowKind,
+    kind: str,
     separator: str,
     unquantised: Unquantised,
     on_tensor: OnTensor | None = None,
