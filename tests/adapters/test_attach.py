@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.attach import (
     activate_adapters,
     adapted_layers,
@@ -14,7 +15,6 @@ from graft.adapters.attach import (
     remove_adapter,
     replace_module,
 )
-from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.config import AdapterConfig
 from graft.errors import GraftError
 from graft.formats.codebook import CodebookFormat

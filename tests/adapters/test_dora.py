@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from graft.adapters import dora
-from graft.adapters.attach import adapted_layer, attach_adapter
 from graft.adapters.adapted import AdaptedLinear
+from graft.adapters.attach import adapted_layer, attach_adapter
 from graft.adapters.config import AdapterConfig
 from graft.adapters.dora import DoraAdapter
 from graft.adapters.lora import LoraAdapter

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from graft.adapters.affine import AffineAdapter
 from graft.adapters.adapted import AdaptedLinear
+from graft.adapters.affine import AffineAdapter
 from graft.adapters.qalora import QALoraAdapter
 from graft.errors import GraftError
 from graft.formats.codebook import CodebookFormat

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from graft.adapters.affine import AffineAdapter
 from graft.adapters.adapted import AdaptedLinear
+from graft.adapters.affine import AffineAdapter
 from graft.adapters.lora import LoraAdapter
 from graft.adapters.merge import merge, merge_adapters
 from graft.adapters.qalora import QALoraAdapter

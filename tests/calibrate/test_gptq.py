@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from graft.api.config import TrainConfig, check_train_config, chosen_solver
+from graft.api.checks import check_train_config, chosen_solver
+from graft.api.config import TrainConfig
 from graft.calibrate.config import SolverConfig
 from graft.calibrate.gptq import gptq_pack
 from graft.calibrate.hessian import HessianSum, output_error

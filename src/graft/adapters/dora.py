@@ -14,7 +14,7 @@ from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.base import StoredAdapter
 from graft.adapters.config import AdapterConfig
 from graft.adapters.lora import Lora, LoraAdapter, QLora
-from graft.adapters.method import Kept
+from graft.adapters.method import Kept, Method
 from graft.errors import GraftError
 from graft.kernels.low_rank.ops import Operands, lora_linear, operands
 from graft.kernels.low_rank.row_norms import dora_norms, row_squares
@@ -134,7 +134,7 @@ class DoraAdapter(LoraAdapter):
         return {**super().peft_settings(as_lora), "use_dora": True}
 
 
-class _WithDora:
+class _WithDora(Method):
     """What `--dora` changes in a method that adds LoRA to its weights."""
 
     adapter = DoraAdapter

@@ -148,6 +148,10 @@ class Lora(Method):
             (out_features, rank), False, rank + 2 * layer.base.in_features, constant_bytes=copies
         )
 
+    def named(self, quantises: bool) -> str:
+        """Return qlora where the base is quantised."""
+        return QLora.name if quantises else self.name
+
     def reads(self, own: str | None, peft: Mapping[str, Any]) -> bool:
         """Return whether files hold a plain LoRA, which is what PEFT's hold by default."""
         special = peft.get("use_dora") or peft.get("use_qalora")

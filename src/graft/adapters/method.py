@@ -98,6 +98,10 @@ class Method:
         """Return what a model card tells of its settings, beside those of every method."""
         return {"rank": config.rank, "rank of the moves of the grid": config.grid_rank or None}
 
+    def named(self, quantises: bool) -> str:
+        """Return what it is called where the run quantises what it trains on."""
+        return self.name
+
     # Its options ----------------------------------------------------------------------------------
 
     def resolved(self, config: Config, bits: int | None) -> Config:
@@ -201,6 +205,10 @@ class Method:
         configuration, empty without one.
         """
         return self.adapter is not None and own == self.adapter.method
+
+    def unsaid(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what settings mean by options that they do not name, being older than those."""
+        return {}
 
     def peft_problem(self, config: AdapterConfig) -> str | None:
         """Return why PEFT cannot hold what it trains, or None."""

@@ -225,6 +225,10 @@ class QALora(Method):
         """Return whether files are its own, or PEFT's QA-LoRA."""
         return own == self.name or (own is None and bool(peft.get("use_qalora")))
 
+    def unsaid(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return scales that stay: version 0.1.0 and PEFT know no moves of them."""
+        return {"grid_rank": 0} if settings.get("grid_rank") is None else {}
+
     def peft_problem(self, config: AdapterConfig) -> str | None:
         """Return why PEFT cannot hold it while its scales move."""
         if config.grid_rank == 0:

@@ -23,7 +23,7 @@ def low_rank_rate(config: AdapterConfig, hidden_size: int) -> float:
     """
     scaling = lora_scaling(config.update_rank, config.alpha, config.rslora)
     rate = min(8e-3 * math.sqrt(128 / hidden_size), 2.5e-4 * (4096 / hidden_size) ** (4 / 3))
-    return rate * math.sqrt(16 / config.update_rank) / scaling
+    return float(rate * math.sqrt(16 / config.update_rank) / scaling)
 
 
 def grid_rate(hidden_size: int) -> float:

@@ -12,6 +12,8 @@ from transformers import PreTrainedModel
 
 from graft.adapters.attach import adapted_layers, adapter_parameters
 from graft.adapters.config import method_in_words
+from graft.adapters.registry import METHODS
+from graft.adapters.starts.registry import STARTS
 from graft.api.config import TrainConfig, as_plain
 from graft.api.events import Events
 from graft.api.run.folder import (
@@ -28,14 +30,15 @@ from graft.data.shapes.registry import CHAT, PLAIN
 from graft.errors import GraftError, Problems
 from graft.files import new_folder, read_json, write_json, write_yaml
 from graft.formats.base import WeightFormat
+from graft.formats.choice import described
+from graft.formats.config import FormatConfig
 from graft.formats.dense import DenseFormat
 from graft.formats.registry import parse_format
 from graft.model.adapter_files import OWN_CONFIG, load_adapter, save_adapter
-from graft.model.folder import find_folder, read_config, read_tokenizer, stored_formats
 from graft.model.load import load_model
 from graft.model.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
 from graft.model.save import save_model
-from graft.model.subject import build_skeleton
+from graft.model.subject import Subject, open_subject
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan.skeleton import freeze_on_meta
 
@@ -93,21 +96,21 @@ def adopt(
     problems = Problems()
     if run.exists():
         problems.found.append(f"{run} exists already; choose another --out or remove it")
-    if double_quant and format not in ("nf4", "fp4"):
-        problems.found.append("--double-quant belongs to --format nf4 and fp4; drop it")
+    weight_format: WeightFormat | None = None
+    with problems.collecting():
+        weight_format = _weight_format(format, double_quant)
     config: dict[str, Any] = {}
     with problems.collecting():
         config = _read_settings(source)
     name = model or str(config.get("base_model_name_or_path") or "")
-    method, targets, folder = "lora", list[str](), Path()
-    weight_format = _weight_format(format, double_quant)
+    method, targets = "", list[str]()
     if config and not name:
         problems.found.append(f"{source} names no base; give --model")
     if name:
         with problems.collecting():
-            folder = find_folder(name)
-            read_tokenizer(folder, trust_remote_code)
-            skeleton = _skeleton(folder, weight_format, trust_remote_code)
+            subject = open_subject(name, trust_remote_code)
+            _ = subject.tokenizer  # which must be there
+            skeleton = _skeleton(subject, weight_format)
             if config:
                 method = load_adapter(skeleton, source)
                 targets = [layer for layer, _ in adapted_layers(skeleton)]
@@ -116,22 +119,22 @@ def adopt(
         model=name,
         data="",
         out=str(run),
-        method="qlora" if weight_format is not None else method,  # type: ignore[arg-type]
+        method=METHODS[method].named(quantises=weight_format is not None),
         rank=int(config["r"]),
         alpha=float(config["lora_alpha"]),
         rslora=bool(config.get("use_rslora")),
         dora=bool(config.get("use_dora")),
-        grid_rank=0 if method == "qalora" else None,
         dropout=float(config.get("lora_dropout") or 0.0),
         adapter_bias=bool(config.get("lora_bias")),
         targets=tuple(targets),
         format=format,
-        double_quant=double_quant if format in ("nf4", "fp4") else None,
+        double_quant=None if weight_format is None else weight_format.options().get("double_quant"),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        **METHODS[method].unsaid({}),
     )
     loaded = load_model(
-        str(folder),
+        subject,
         weight_format=weight_format,
         dtype=dtype,
         trust_remote_code=trust_remote_code,
@@ -140,13 +143,13 @@ def adopt(
     with new_folder(run) as part:
         if weight_format is None:
             freeze_layers(loaded.model, targets)
-            write_base_reference(part, folder)
+            write_base_reference(part, subject.folder)
         else:
             save_model(loaded, part / BASE)
         load_adapter(loaded.model, source)
-        base = folder if weight_format is None else run / BASE
+        base = subject.folder if weight_format is None else run / BASE
         save_adapter(loaded.model, part / ADAPTER, base=str(base))
-        report = _report(source, config, settings, loaded.model, folder)
+        report = _report(source, config, settings, loaded.model, subject.folder)
         write_yaml(part / CONFIG, as_plain(settings))
         # How its prompts were dressed in training is not known; a chat template says how to.
         chats = loaded.tokenizer.chat_template is not None
@@ -165,9 +168,11 @@ def _read_settings(source: Path) -> dict[str, Any]:
         )
     if not (source / PEFT_CONFIG).is_file():
         raise GraftError(f"{source} is no adapter folder of PEFT: it has no {PEFT_CONFIG}")
-    if (source / OWN_CONFIG).is_file() and read_json(source / OWN_CONFIG).get("init") == "loftq":
+    own = read_json(source / OWN_CONFIG) if (source / OWN_CONFIG).is_file() else {}
+    start = str(own.get("init", "default"))
+    if STARTS[start].changes_base:
         raise GraftError(
-            f"{source} is from a run of graft that started as loftq, and its start is not in it; "
+            f"{source} is from a run of graft that started as {start}, and its start is not in it; "
             "use the run itself"
         )
     config = read_json(source / PEFT_CONFIG)
@@ -178,22 +183,20 @@ def _read_settings(source: Path) -> dict[str, Any]:
 
 
 def _weight_format(name: AdoptedFormat | None, double_quant: bool) -> WeightFormat | None:
-    if name is None:
-        return None
-    options = {"double_quant": double_quant} if name in ("nf4", "fp4") else {}
-    return parse_format({"format": name, **options})
+    settings = FormatConfig(format=name, double_quant=double_quant or None)
+    description = described(settings, name or "dense")
+    return None if description is None else parse_format(description)
 
 
-def _skeleton(
-    folder: Path, weight_format: WeightFormat | None, trust_remote_code: bool
-) -> PreTrainedModel:
+def _skeleton(subject: Subject, weight_format: WeightFormat | None) -> PreTrainedModel:
     """Return the base without data, its linear layers frozen as they will be."""
-    skeleton = build_skeleton(read_config(folder, trust_remote_code), trust_remote_code)
-    stored = stored_formats(folder)
-    if stored and weight_format is not None:
-        raise GraftError(f"{folder} is quantised already; drop --format, or give its dense base")
+    if subject.formats and weight_format is not None:
+        raise GraftError(
+            f"{subject.folder} is quantised already; drop --format, or give its dense base"
+        )
+    skeleton = subject.new_model()
     names = select_targets(skeleton, ())
-    freeze_on_meta(skeleton, dict.fromkeys(names, weight_format or DenseFormat()) | stored)
+    freeze_on_meta(skeleton, dict.fromkeys(names, weight_format or DenseFormat()) | subject.formats)
     return skeleton
 
 

@@ -6,11 +6,9 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from graft.adapters.config import GRID_METHODS, AdapterConfig
+from graft.adapters.config import AdapterConfig
 from graft.calibrate.config import SolverConfig
-from graft.calibrate.registry import SOLVERS
 from graft.data.config import DataConfig
-from graft.errors import raise_problems
 from graft.export.config import ExportTarget
 from graft.formats.config import FormatConfig
 from graft.model.config import ModelConfig

@@ -175,7 +175,7 @@ def merge_for_export(
 def _requantize_dense(loaded: LoadedModel) -> None:
     weight_format = IntGroupFormat(4, 32)
     for name, layer in list(frozen_layers(loaded.model)):
-        if not isinstance(layer.weight_format, IntGroupFormat):
+        if not (layer.weight_format.portable and layer.weight_format.quantised):
             packed = weight_format.pack(layer.dense_weight(torch.float32))
             replace_module(loaded.model, name, layer.replaced(weight_format, packed))
 
@@ -260,7 +260,7 @@ def _export_hf(
 ) -> ExportReport:
     """Write a plain folder that AutoModelForCausalLM loads, every layer dequantised."""
     layers = [layer for _, layer in frozen_layers(loaded.model)]
-    quantised = any(not isinstance(layer.weight_format, DenseFormat) for layer in layers)
+    quantised = any(layer.weight_format.quantised for layer in layers)
     save_plain_model(
         loaded,
         path,

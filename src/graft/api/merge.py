@@ -24,7 +24,6 @@ from graft.errors import GraftError
 from graft.files import write_json
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
-from graft.formats.int_group import IntGroupFormat
 from graft.layers.frozen import FrozenLinear
 from graft.model.adapter_files import load_adapter
 from graft.model.load import LoadedModel, load_model
@@ -152,7 +151,7 @@ def merge_loaded(
         target = DenseFormat(str(dtype).removeprefix("torch."))
     if original is not None and target is None:
         raise GraftError(
-            "--into original: this adapter moves the grid of the INT weights, and the original "
+            "--into original: this adapter moves the grid of quantised weights, and the original "
             "weights have none; merge into the trained base"
         )
     base_format = next(iter(layers.values())).base.weight_format.deployed
@@ -182,7 +181,7 @@ def merge_loaded(
 def _follow(model: nn.Module, target: WeightFormat, bases: Mapping[str, FrozenLinear]) -> None:
     """Store the layers in formats that other programs do not read as `target`, from their bases."""
     for name, layer in list(frozen_layers(model)):
-        if not isinstance(layer.weight_format.deployed, (DenseFormat, IntGroupFormat)):
+        if not layer.weight_format.deployed.portable:
             packed = target.pack(bases.get(name, layer).dense_weight(torch.float32))
             replace_module(model, name, layer.replaced(target, packed))
 

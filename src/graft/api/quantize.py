@@ -12,7 +12,6 @@ from torch import Tensor
 
 from graft.api.checks import check_solver, chosen_solver, format_description
 from graft.api.config import QuantizeConfig
-from graft.formats.config import WIDTHS
 from graft.api.events import Events
 from graft.calibrate.registry import SOLVERS
 from graft.calibrate.widths import choose_widths
@@ -21,6 +20,7 @@ from graft.data.encode import Example
 from graft.data.load import load_examples, resolve_max_length
 from graft.errors import GraftError
 from graft.formats.base import Packed, WeightFormat
+from graft.formats.config import WIDTHS
 from graft.formats.registry import describe_format, parse_format
 from graft.model.load import LoadedModel, PackLayer, load_model
 from graft.model.save import save_model

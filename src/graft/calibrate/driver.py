@@ -15,7 +15,6 @@ from graft.calibrate.chain import StageChain
 from graft.calibrate.hessian import HessianSum, output_error
 from graft.errors import GraftError, raise_problems
 from graft.formats.base import Packed, WeightFormat
-from graft.formats.dense import DenseFormat
 from graft.layers.frozen import FrozenLinear
 
 
@@ -148,7 +147,7 @@ def _unfit(model: nn.Module, name: str) -> str | None:
         return f"{name} is not in the model"
     if not isinstance(layer, FrozenLinear):
         return f"{name} is a {type(layer).__name__}; expected a frozen linear layer"
-    if not isinstance(layer.weight_format, DenseFormat):
+    if layer.weight_format.quantised:
         return f"{name} is already in format {layer.weight_format.name!r}; expected dense"
     return None
 

@@ -76,6 +76,25 @@ class WeightFormat(Protocol):
         ...
 
     @property
+    def quantised(self) -> bool:
+        """Whether it holds less than the weight itself."""
+        ...
+
+    @property
+    def portable(self) -> bool:
+        """Whether the files of other programs can hold it: the weight itself, and integers."""
+        ...
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Bytes per weight that training needs for the layer at work, beside its gradients."""
+        ...
+
+    def words(self) -> str:
+        """Return what it is, for a reader's eyes."""
+        ...
+
+    @property
     def deployed(self) -> WeightFormat:
         """The format of what `absorb` returns and a merge keeps: itself, but for the latent one."""
         ...

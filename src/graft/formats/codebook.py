@@ -60,6 +60,14 @@ class CodebookFormat(ReferenceLatent):
         """Weights that share a constant."""
         return BLOCK_SIZE
 
+    quantised = True
+    portable = False
+    workspace_bytes = 0
+
+    def words(self) -> str:
+        """Return what it is, for a reader's eyes."""
+        return self.name
+
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
         return {"double_quant": self.double_quant}
@@ -179,12 +187,14 @@ class CodebookFormat(ReferenceLatent):
         low = values[0] - (values[1] - values[0]) / 2
         high = values[-1] + (values[-1] - values[-2]) / 2
         steps = self._in_units(weight, grid)
-        return (steps >= low) & (steps <= high)
+        within: Tensor = (steps >= low) & (steps <= high)
+        return within
 
     def _in_units(self, weight: Tensor, grid: Packed) -> Tensor:
         """Return a weight in units of its blocks' constants, float32 [out, in]."""
         absmax = plain_absmax(grid["absmax"], *self._nested(grid))
-        return weight / _per_weight(absmax, weight.shape)
+        in_units: Tensor = weight / _per_weight(absmax, weight.shape)
+        return in_units
 
     # Statistics ------------------------------------------------------------------------------
 

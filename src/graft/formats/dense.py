@@ -46,6 +46,14 @@ class DenseFormat:
         """Itself."""
         return self
 
+    quantised = False
+    portable = True
+    workspace_bytes = 0
+
+    def words(self) -> str:
+        """Return what it is, for a reader's eyes."""
+        return self.name
+
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
         return {"dtype": self.dtype}

@@ -33,6 +33,14 @@ class Int8Format:
         """Itself."""
         return self
 
+    quantised = True
+    portable = False
+    workspace_bytes = 0
+
+    def words(self) -> str:
+        """Return what it is, for a reader's eyes."""
+        return self.name
+
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
         return {}

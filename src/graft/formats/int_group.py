@@ -95,6 +95,14 @@ class IntGroupFormat:
         """Itself."""
         return self
 
+    quantised = True
+    portable = True
+    workspace_bytes = 0
+
+    def words(self) -> str:
+        """Return what it is, for a reader's eyes."""
+        return f"{self.bits}-bit integers in groups of {self.group_size}"
+
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
         return {

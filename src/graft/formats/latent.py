@@ -72,6 +72,18 @@ class LatentFormat:
         """Weights that share a statistic."""
         return self.grid.group_size
 
+    quantised = True
+    portable = False
+
+    @property
+    def workspace_bytes(self) -> int:
+        """Two float32 gradients, and the weight in float32 where it is kept in 8 bits."""
+        return 12 if self.dtype == "int8" else 8
+
+    def words(self) -> str:
+        """Return what it is deployed as, for a reader's eyes."""
+        return self.grid.words()
+
     @property
     def _kept(self) -> WeightFormat:
         """The format that W itself is kept in."""

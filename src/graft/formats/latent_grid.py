@@ -91,7 +91,8 @@ class ReferenceLatent:
     ) -> Tensor:
         """Return y = x Wᵀ, W rounded once in the forward pass and once more in the backward one."""
         assert u is None and v is None, "a grid without offsets does not move"
-        y: Tensor = _RoundedLinear.apply(x, update.A, update.B, update.scaling, self, kept, grid)
+        low_rank = update.A, update.B, update.scaling
+        y: Tensor = _RoundedLinear.apply(x, *low_rank, self, kept, grid)  # type: ignore[no-untyped-call]
         return y
 
 

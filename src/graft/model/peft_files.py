@@ -80,7 +80,7 @@ def peft_config(
         return None
     ranks = {name: adapter.get_parameter("A").shape[0] for name, (_, adapter) in layers.items()}
     alphas: dict[str, float] = {
-        name: adapter.scaling * ranks[name] / adapter.peft_factor(base_layer, as_lora)
+        name: (adapter.scaling or 0.0) * ranks[name] / adapter.peft_factor(base_layer, as_lora)
         for name, (base_layer, adapter) in layers.items()
     }
     alpha, rank = next(iter(alphas.values())), next(iter(ranks.values()))

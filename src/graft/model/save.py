@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from graft.adapters.attach import adapted_layers, frozen_layers
 from graft.errors import GraftError
 from graft.files import new_folder, replacing, write_json
-from graft.formats.dense import DenseFormat
 from graft.formats.registry import describe_format
 from graft.layers.frozen import FrozenLinear
 from graft.model.folder import CONFIG_MARKER, FORMAT_VERSION, QUANTISATION_FILE
@@ -39,7 +38,7 @@ def save_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype | None = No
     quantised = {
         name: describe_format(layer.weight_format)
         for name, layer in frozen_layers(model)
-        if not isinstance(layer.weight_format, DenseFormat)
+        if layer.weight_format.quantised
     }
     if not quantised:
         save_plain_model(loaded, folder, dtype or loaded.dtype)
@@ -78,7 +77,7 @@ def _plain_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[FileT
     for name, tensor in named_tensors(model):
         layer_name, _, kind = name.rpartition(".")
         layer = layers.get(layer_name)
-        if layer is None or kind == "bias" or isinstance(layer.weight_format, DenseFormat):
+        if layer is None or kind == "bias" or not layer.weight_format.quantised:
             target = dtype if tensor.is_floating_point() else tensor.dtype
             yield FileTensor(name, tuple(tensor.shape), target, partial(tensor.to, target))
         elif layer_name not in seen:  # once, for all of its packed tensors
@@ -128,7 +127,7 @@ def named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     dense = {
         name: layer
         for name, layer in frozen_layers(model)
-        if isinstance(layer.weight_format, DenseFormat) and layer.transposed
+        if not layer.weight_format.quantised and layer.transposed
     }
     tied = set(model.all_tied_weights_keys)
     for name, tensor in model.state_dict().items():

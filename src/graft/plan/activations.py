@@ -11,6 +11,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.config import AdapterConfig
+from graft.adapters.method import Kept
+from graft.adapters.registry import method_of
 from graft.model.running.checkpointing import (
     Checkpointing,
     is_wide,
@@ -43,15 +45,7 @@ class _Linear:
     parent: str
     in_features: int
     out_features: int
-    keeps_input: bool
-    """For the gradient of what trains."""
-    products: tuple[int, ...]
-    """Values per token that each of its products with the input gives. One that is fused gives the
-    output and, beside it, LoRA's A x or QA-LoRA's group sums."""
-    kept_per_token: int
-    """Values that its adapter keeps for each token."""
-    kept_bytes: int
-    """Bytes that its adapter keeps, whatever the batch."""
+    kept: Kept
 
 
 @dataclass(frozen=True)
@@ -122,7 +116,7 @@ def _setting(
     config = model.config
     on_cpu = device.type == "cpu"
     own = has_own_pointwise(device)
-    norms_train = adapter.method == "full" and not adapter.targets
+    norms_train = method_of(adapter).trains_everything(adapter)
     heads = int(getattr(config, "num_attention_heads", 1))
     hidden = model.get_input_embeddings().get_parameter("weight").shape[1]
     head_dim = getattr(config, "head_dim", None) or hidden // heads
@@ -173,34 +167,11 @@ def _decoder_layers(
 
 def _linear(parent: str, module: nn.Module, adapter: AdapterConfig, dtype: torch.dtype) -> _Linear:
     in_features, out_features, _ = linear_shape(_bare(module))
-    keeps_input = any(parameter.requires_grad for parameter in module.parameters())
-    beside = kept_per_token = kept_bytes = 0
-    products: tuple[int, ...] = (out_features,)
+    trains = any(parameter.requires_grad for parameter in module.parameters())
+    kept = Kept((out_features,), keeps_input=trains)
     if isinstance(module, AdaptedLinear):
-        numbers = sum(p.numel() for p in module.adapters.parameters())
-        if adapter.method in ("lora", "qlora"):
-            beside = kept_per_token = adapter.update_rank
-            products = (out_features + beside,)
-            if adapter.dropout:
-                # Each layer has a copy of its input, and the mask.
-                keeps_input = False
-                kept_per_token += 2 * in_features
-            if adapter.dora:
-                # The output before it is scaled; with dropout, W times what is dropped is another.
-                kept_per_token += out_features
-                kept_bytes = 4 * out_features  # the factors
-                products = (out_features,) * bool(adapter.dropout) + products
-            elif adapter.dropout:
-                # A and B as it computes.
-                products = out_features, beside
-                kept_bytes = numbers * dtype.itemsize if dtype != torch.float32 else 0
-        elif adapter.method == "qalora" and not adapter.grid_rank:
-            keeps_input = False
-            beside = kept_per_token = module.base.packed["offsets"].shape[-1]
-            products = (out_features + beside,)
-    return _Linear(
-        parent, in_features, out_features, keeps_input, products, kept_per_token, kept_bytes
-    )
+        kept = method_of(adapter).kept(module, adapter, dtype)
+    return _Linear(parent, in_features, out_features, kept)
 
 
 def _layer_bytes(linears: list[_Linear], setting: _Setting, tokens: int) -> int:
@@ -208,8 +179,8 @@ def _layer_bytes(linears: list[_Linear], setting: _Setting, tokens: int) -> int:
         _block_bytes(list(block), setting)
         for _, block in groupby(linears, key=lambda linear: linear.parent)
     )
-    adapters = sum(linear.kept_per_token for linear in linears) * setting.itemsize
-    constant = sum(linear.kept_bytes for linear in linears)
+    adapters = sum(linear.kept.per_token for linear in linears) * setting.itemsize
+    constant = sum(linear.kept.constant_bytes for linear in linears)
     return tokens * (per_token + adapters) + constant
 
 
@@ -219,7 +190,7 @@ def _checkpointed_bytes(
     """Return what a layer keeps that is recomputed: its input, some products, its attention."""
     values, kept, wide = setting.hidden, 0, 0
     for linear in linears:
-        for width in linear.products:
+        for width in linear.kept.products:
             shape = setting.hidden, linear.in_features, width
             if keeps_product(checkpointing, *shape, wide):
                 values += width
@@ -252,9 +223,9 @@ def _block_bytes(block: list[_Linear], setting: _Setting) -> int:
     attention = last.in_features == setting.attention_width
     outputs = sum(linear.out_features for linear in first)
     values = outputs
-    if any(linear.keeps_input for linear in first):
+    if any(linear.kept.keeps_input for linear in first):
         values += first[0].in_features
-    if attention or last.keeps_input:
+    if attention or last.kept.keeps_input:
         values += last.in_features
     if not attention:
         gated = outputs == 2 * last.in_features

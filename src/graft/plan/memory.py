@@ -11,9 +11,9 @@ import torch
 
 from graft.adapters.attach import frozen_layers
 from graft.adapters.config import AdapterConfig
+from graft.adapters.registry import method_of
 from graft.errors import raise_problems
 from graft.formats.base import WeightFormat
-from graft.formats.latent import LatentFormat
 from graft.kernels.backend import native_library
 from graft.model.running.checkpointing import CHECKPOINTING, Checkpointing, check_checkpointing
 from graft.model.running.loss import BLOCK_LOGITS, chunk_tokens
@@ -218,7 +218,8 @@ def _plan(
     workspace = _workspace_bytes(planned, counts, tokens, activations.widest)
     optimizer = 2 * counts.trained_bytes
     merging = _merging_bytes(planned, counts, adapter)
-    in_training = adapter.method == "merge_aware" and bool(adapter.dense_fraction)
+    method = method_of(adapter)
+    in_training = method.rounds_in_training(adapter)
     rounding = 0
     if calibration_rows:
         kept = planned.dtype.itemsize if not in_training else 4
@@ -301,21 +302,21 @@ def _workspace_bytes(planned: PlannedModel, counts: WeightCounts, tokens: int, w
     in_pieces = planned.device.type == "cpu" and native_library.why_unavailable() is None
     bytes_each = 0 if in_pieces else 4 + planned.dtype.itemsize
     formats = [layer.weight_format for _, layer in frozen_layers(planned.model)]
-    latent = [kept for kept in formats if isinstance(kept, LatentFormat)]
-    bytes_each += max((12 if kept.dtype == "int8" else 8 for kept in latent), default=0)
+    bytes_each += max((one.workspace_bytes for one in formats), default=0)
     return bytes_each * counts.largest_quantised + _buffer_bytes(planned, tokens, widest)
 
 
 def _merging_bytes(planned: PlannedModel, counts: WeightCounts, adapter: AdapterConfig) -> int:
     """Return what merging and saving adds to the weights.
 
-    lora and qlora turn into dense weights in the source's dtype, which take the frozen ones' place
-    layer by layer; the methods that merge exactly keep their size.
+    An update that no grid absorbs turns into dense weights in the source's dtype, which take the
+    frozen ones' place layer by layer; methods that merge exactly keep their size.
     """
-    if adapter.method == "full":
+    method = method_of(adapter)
+    if not method.trains_adapter:
         return 0
     grown = 0
-    if adapter.method in ("lora", "qlora"):
+    if not method.merges_exactly:
         dense = counts.frozen_weights * planned.source_dtype.itemsize
         grown = max(0, dense - counts.frozen_bytes)
     return grown + MERGE_BYTES * counts.largest_layer

@@ -8,8 +8,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from graft.adapters.attach import adapted_layers, attach_adapter, frozen_layers, replace_module
+from graft.adapters.attach import adapted_layers, frozen_layers, replace_module
 from graft.adapters.config import AdapterConfig
+from graft.adapters.registry import method_of
 from graft.errors import GraftError
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
@@ -53,13 +54,12 @@ def plan_model(
         raise GraftError(
             f"{subject.folder} is quantised already; load it as it is or start from its base"
         )
-    if adapter.method == "full" and (stored or weight_format is not None):
-        raise GraftError(
-            "method full trains every weight, and quantised weights are frozen codes that no "
-            "optimizer can move; train with qlora, qalora or affine, or start from dense weights"
-        )
+    method = method_of(adapter)
+    if not method.trains_adapter and (stored or weight_format is not None):
+        found = "quantised" if weight_format is None else weight_format.name
+        raise GraftError(str(method.format_problem(found)))
     place = _device(device)
-    compute = _compute_dtype(dtype, source_dtype, place, adapter)
+    compute = _compute_dtype(method.compute_dtype(dtype), source_dtype, place)
     skeleton = subject.new_model().requires_grad_(False)
     targets = select_targets(skeleton, adapter.targets)
     formats = dict(stored)
@@ -67,14 +67,10 @@ def plan_model(
         formats |= dict.fromkeys(targets, weight_format)
     freeze_on_meta(skeleton, formats)
     file_bytes = _file_bytes(skeleton, compute, source_dtype)
-    if adapter.method == "full":
-        inside = tuple(f"{name}." for name in targets)
-        for name, parameter in skeleton.named_parameters():
-            parameter.requires_grad_(not adapter.targets or name.startswith(inside))
-    else:
+    if method.trains_adapter:
         dense = DenseFormat(str(compute).removeprefix("torch."))
         freeze_on_meta(skeleton, {name: dense for name in targets if name not in formats})
-        attach_adapter(skeleton, targets, adapter)
+    method.make_trainable(skeleton, targets, adapter)
     return PlannedModel(skeleton, compute, source_dtype, place, file_bytes)
 
 
@@ -88,11 +84,7 @@ def _device(name: str) -> torch.device:
     return resolve_device(name) if name == "auto" else torch.device(name)
 
 
-def _compute_dtype(
-    name: str, source: torch.dtype, device: torch.device, adapter: AdapterConfig
-) -> torch.dtype:
-    if name == "auto" and adapter.method == "full":
-        return torch.float32
+def _compute_dtype(name: str, source: torch.dtype, device: torch.device) -> torch.dtype:
     if device.type == "cuda" and not torch.cuda.is_available() and name == "auto":
         # Another machine's GPU: those of the last years all compute in bfloat16.
         return torch.bfloat16 if source.itemsize == 2 else torch.float32
@@ -151,7 +143,7 @@ def count_weights(planned: PlannedModel) -> WeightCounts:
     """Count the planned model's tensors, each once: a float32 adapter, all else as it computes."""
     model = planned.model
     layers = [layer for _, layer in frozen_layers(model)]
-    quantised = [layer for layer in layers if not isinstance(layer.weight_format, DenseFormat)]
+    quantised = [layer for layer in layers if layer.weight_format.quantised]
     sizes = {id(layer): layer.in_features * layer.out_features for layer in layers}
     packed = {id(tensor) for layer in layers for tensor in layer.packed.values()}
     adapted = [layer for _, layer in adapted_layers(model)]

@@ -1,82 +1,68 @@
-"""How a run's base is to be stored: quantised by the run, or as its folder holds it already."""
+"""Loading a run's base: quantised for it, or as an earlier part of the run left it."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import shutil
 from pathlib import Path
 
-from transformers import PreTrainedConfig
-
-from graft.adapters.config import GRID_METHODS
-from graft.api.config import (
-    PlanConfig,
-    TrainConfig,
-    check_solver,
-    chosen_solver,
-    format_description,
+from graft.adapters.starts.base import Packer
+from graft.api.checks import default_solver
+from graft.api.events import Events
+from graft.api.quantize import Rounding, load_quantised
+from graft.api.run.folder import (
+    BASE,
+    BASE_REFERENCE,
+    CHECKPOINTS,
+    load_run_base,
+    write_base_reference,
 )
-from graft.errors import raise_problems
-from graft.formats.base import WeightFormat
-from graft.formats.int_group import IntGroupFormat
-from graft.formats.registry import parse_format
-from graft.model.folder import stored_formats
-from graft.plan.skeleton import keeps_float32
+from graft.api.run.prepare import Prepared
+from graft.formats.config import WIDTHS
+from graft.model.load import LoadedModel
+from graft.model.save import save_model
+from graft.model.targets import freeze_layers
+from graft.train.checkpoint import checkpoint_step, checkpoints
 
 
-def base_format(
-    config: TrainConfig | PlanConfig, folder: Path, model_config: PreTrainedConfig
-) -> WeightFormat | None:
-    """Return the format that a run quantises its base to.
+def load_base(prepared: Prepared, run: Path, packer: Packer | None, events: Events) -> LoadedModel:
+    """Load the base that a run trains on, and keep in the run's folder what loads it again.
 
-    None leaves it as it is: unquantised, or in the formats that a quantised folder has. Raises
-    GraftError with every option that does not fit.
+    packer: what rounds each layer together with the start of its adapter.
     """
-    if stored_formats(folder):
-        _check_stored(config, folder)
-        return None
-    float32 = keeps_float32(model_config, config.dtype)
-    description = format_description(config, config.method, float32)
-    check_solver(chosen_solver(config, config.method, config.bits), description)
-    return None if description is None else parse_format(description)
-
-
-def exported_formats(
-    config: TrainConfig,
-    folder: Path,
-    weight_format: WeightFormat | None,
-    targets: Collection[str],
-) -> list[WeightFormat]:
-    """Return the formats of the layers that are still quantised when a run is merged.
-
-    A lora or qlora update makes the layers dense that it is merged into, and those with them that
-    have no integers.
-    """
-    stored = stored_formats(folder) if weight_format is None else {}
-    merges_exactly = config.method in GRID_METHODS
-    kept = [
-        chosen
-        for name, chosen in stored.items()
-        if merges_exactly or (name not in targets and isinstance(chosen, IntGroupFormat))
-    ]
-    if weight_format is not None and merges_exactly:
-        kept.append(weight_format.deployed)
-    return list(dict.fromkeys(kept))
-
-
-def _check_stored(config: TrainConfig | PlanConfig, folder: Path) -> None:
-    """Raise GraftError with every option that rounds weights, which a quantised folder has not."""
-    rounding = ("format", "bits", "budget", "group_size", "double_quant", "latent_dtype", "solver")
-    given = {name: getattr(config, name) for name in rounding}
-    problems = [
-        f"--{name.replace('_', '-')} says how to quantise, and this folder is quantised already; "
-        "drop it, or start from the unquantised model"
-        for name, value in given.items()
-        if value is not None and value != "rtn"  # which a run's own settings say
-    ]
-    if config.method == "merge_aware" or config.init == "loftq":
-        what = "method merge_aware" if config.method == "merge_aware" else "--init loftq"
-        problems.append(
-            f"{what} rounds the weights itself: start from the unquantised model, or train with "
-            "qalora"
-        )
-    raise_problems(problems, str(folder))
+    config, method = prepared.config, prepared.method
+    dtype = method.compute_dtype(config.dtype)
+    saved = checkpoints(run / CHECKPOINTS)
+    if prepared.dense_steps and (not saved or checkpoint_step(saved[-1]) <= prepared.dense_steps):
+        shutil.rmtree(run / BASE, ignore_errors=True)  # rounded after the step that is resumed from
+    if config.resume and ((run / BASE).is_dir() or (run / BASE_REFERENCE).is_file()):
+        return load_run_base(run, config, dtype, config.device)
+    assert config.solver is not None, "it is filled in"
+    rounding = Rounding(
+        weight_format=prepared.weight_format,
+        solver=default_solver(None) if prepared.dense_steps else config.solver,
+        targets=config.targets,
+        calibration=prepared.training.examples[: config.calibration_rows],
+        damping=config.damping,
+        start=None if packer is None else packer.pack,
+        budget=config.budget,
+        widths=[
+            bits
+            for bits in WIDTHS
+            if bits != 8 or not {"gguf", "ollama", "onnx"} & {*config.export}
+        ],
+    )
+    loaded = load_quantised(
+        prepared.subject,
+        rounding,
+        dtype=dtype,
+        device=config.device,
+        trust_remote_code=config.trust_remote_code,
+        events=events,
+    )
+    if prepared.weight_format is None:
+        write_base_reference(run, prepared.subject.folder)
+        if method.trains_adapter:
+            freeze_layers(loaded.model, prepared.targets)
+    elif not prepared.dense_steps:
+        save_model(loaded, run / BASE)
+    return loaded

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.adapters.attach import frozen_layers
-from graft.adapters.config import method_in_words
+from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
 from graft.api.merge import MergeReport
 from graft.api.run.folder import (
@@ -22,7 +22,6 @@ from graft.api.run.folder import (
 from graft.data.shapes.registry import SHAPES
 from graft.export.card import CARD, CardFacts, card_path, license_of, model_card
 from graft.files import read_json, write_text
-from graft.formats.int_group import IntGroupFormat
 from graft.model.load import LoadedModel
 
 _VERSIONS = ("graft-llm", "torch", "transformers")
@@ -31,12 +30,7 @@ _VERSIONS = ("graft-llm", "torch", "transformers")
 def weights_in_words(loaded: LoadedModel) -> str:
     """Return how many layers are in which format, as in '35 layers: nf4'."""
     formats = (layer.weight_format.deployed for _, layer in frozen_layers(loaded.model))
-    counts = Counter(
-        f"{one.bits}-bit integers in groups of {one.group_size}"
-        if isinstance(one, IntGroupFormat)
-        else one.name
-        for one in formats
-    )
+    counts = Counter(one.words() for one in formats)
     return "; ".join(f"{count} layers: {words}" for words, count in counts.items())
 
 
@@ -66,7 +60,7 @@ def write_card(
         hub_id = None if source.exists() else source.as_posix()
         fingerprint, base_license = fingerprint_weights(base), license_of(base / CARD)
     name = str(report.get("base_name") or Path(config.model if config else source).absolute().name)
-    trained_as = method_in_words(config.method, config.dora) if config else None
+    trained_as = method_of(config).title(config) if config else None
     tags = ["graft", *([config.method] if config else []), *([target] if target != "hf" else [])]
     facts = CardFacts(
         target=target,
@@ -120,14 +114,14 @@ def _training(source: Path, config: TrainConfig, report: Mapping[str, Any]) -> d
     separator = repr(style.separator) if SHAPES[style.kind].uses_separator else None
     versions = report.get("versions") or {}
     batch = config.batch_size * config.grad_accum
-    every = "all" if config.method == "full" else "every linear layer but the output head"
+    method = method_of(config)
+    every = "every linear layer but the output head" if method.trains_adapter else "all"
     return _known(
         {
-            "method": method_in_words(config.method, config.dora),
+            "method": method.title(config),
             "format": config.format,
             "bits, group size": f"{config.bits}, {config.group_size}" if config.bits else None,
-            "rank": config.rank if config.method not in ("affine", "full") else None,
-            "rank of the moves of the grid": config.grid_rank or None,
+            **method.card_rows(config),
             "start": config.init if config.init != "default" else None,
             "rounded by": config.solver if config.format else None,
             "layers": ", ".join(config.targets) or every,
@@ -149,7 +143,7 @@ def _adoption(config: TrainConfig, report: Mapping[str, Any]) -> dict[str, str]:
     peft = f"PEFT {report['peft_version']}" if report.get("peft_version") else "PEFT"
     return _known(
         {
-            "method": method_in_words(config.method, config.dora),
+            "method": method_of(config).title(config),
             "trained with": f"{peft}; graft brought the adapter in and did not train it",
             "SHA-256 of the adapter": report.get("adapter_sha256"),
             "layers": report.get("layers"),

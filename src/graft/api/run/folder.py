@@ -8,6 +8,7 @@ plots/loss.png.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 
+from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
 from graft.api.settings import checked_settings
 from graft.data.chat import DEFAULT_CHAT_TEMPLATE
@@ -51,11 +53,10 @@ def read_run_config(run: Path) -> TrainConfig:
     recomputes = written.pop("gradient_checkpointing", None)
     if recomputes is not None:
         written["checkpointing"] = "layers" if recomputes else "none"
-    if written.get("method") == "qalora" and written.get("grid_rank") is None:
-        written["grid_rank"] = 0  # it knew no moves of qalora's scales either
     settings = checked_settings(written, TrainConfig, str(run / CONFIG))
     try:
-        return TrainConfig(**settings)
+        config = TrainConfig(**settings)
+        return dataclasses.replace(config, **method_of(config).unsaid(settings))
     except TypeError as error:
         raise GraftError(f"{run / CONFIG}: {error}") from error
 
@@ -136,7 +137,7 @@ def load_run_base(
     loaded = load_model(
         str(base), dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
     )
-    if config.method != "full":
+    if method_of(config).trains_adapter:
         freeze_layers(loaded.model, select_targets(loaded.model, config.targets))
     return loaded
 
