@@ -8,7 +8,12 @@ import shutil
 import pytest
 
 import graft
+from graft.convert.base import Reader
+from graft.convert.folder import plain_tensors
+from graft.convert.registry import READERS
+from graft.convert.source import Source
 from graft.errors import GraftError
+from graft.model.load import CONVERTIBLE
 
 
 def settings(**values):
@@ -57,3 +62,31 @@ def test_other_paths_are_refused(tiny_base, tmp_path):
         graft.convert_model(tmp_path / "absent.gguf", tmp_path / "out", tokenizer=tiny_base)
     with pytest.raises(GraftError, match="exists already"):
         graft.convert_model(tiny_base, tiny_base)
+
+
+class RawReader(Reader):
+    """A tool that writes plain safetensors and its own name into config.json."""
+
+    quant_method = "raw"
+
+    def open_folder(self, folder):
+        files = folder.weights()
+        return Source("raw", folder.skeleton(), {}, plain_tensors(files, ()))
+
+
+def test_a_tool_is_an_entry(tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "theirs")
+    settings(quantization_config={"quant_method": "raw"})(tmp_path / "theirs")
+    READERS.add("raw", RawReader(), "raw files")
+    try:
+        report = graft.convert_model(tmp_path / "theirs", tmp_path / "out")
+        with pytest.raises(GraftError, match="pickled PyTorch weights and raw files"):
+            graft.convert_model(tiny_base / "config.json", tmp_path / "other")
+    finally:
+        READERS.remove("raw")
+    assert report.kind == "raw" and not report.layers
+    graft.load(tmp_path / "out")
+
+
+def test_whoever_loads_such_a_folder_is_told_of_every_tool_that_is_read():
+    assert set(CONVERTIBLE) == {reader.quant_method for reader in READERS.values()}

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from graft.convert.base import Reader
 from graft.convert.folder import FLOATS, WORDS, ForeignFolder, check_parts, plain_tensors, size
 from graft.convert.integers import Rounding, held_group_size, pack_integers, unpack_words
 from graft.convert.source import QuantisedLayer, Source
@@ -29,30 +30,36 @@ _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 _BITS = 4
 
 
-def awq_source(folder: ForeignFolder) -> Source:
-    """Return what is in an AWQ folder; raises GraftError for versions other than gemm."""
-    settings = folder.settings
-    version = str(settings.get("version") or settings.get("checkpoint_format") or "gemm").lower()
-    problems = []
-    if version != "gemm":
-        problems.append(
-            f"its version is {version!r}; graft reads 'gemm': save the checkpoint anew in it, or "
-            "start from the unquantised model"
+class AwqReader(Reader):
+    """Folders of AutoAWQ."""
+
+    quant_method = "awq"
+
+    def open_folder(self, folder: ForeignFolder) -> Source:
+        """Return what is in an AWQ folder; raises GraftError for versions other than gemm."""
+        settings = folder.settings
+        named = settings.get("version") or settings.get("checkpoint_format") or "gemm"
+        version = str(named).lower()
+        problems = []
+        if version != "gemm":
+            problems.append(
+                f"its version is {version!r}; graft reads 'gemm': save the checkpoint anew in it, "
+                "or start from the unquantised model"
+            )
+        if settings.get("bits", _BITS) != _BITS:
+            problems.append(f"bits is {settings['bits']}; AWQ's gemm version has {_BITS}")
+        if not settings.get("zero_point", True):
+            problems.append("zero_point is false; graft reads AWQ with zero points")
+        raise_problems(problems, str(folder.folder))
+        files, rounding = folder.weights(), Rounding()
+        names = [key.removesuffix(".qweight") for key in files if key.endswith(".qweight")]
+        return Source(
+            kind="AWQ (gemm)",
+            model=folder.skeleton(),
+            layers={name: partial(_layer, files, name, rounding) for name in names},
+            tensors=plain_tensors(files, (f"{name}.{part}" for name in names for part in _PARTS)),
+            rounding=rounding,
         )
-    if settings.get("bits", _BITS) != _BITS:
-        problems.append(f"bits is {settings['bits']}; AWQ's gemm version has {_BITS}")
-    if not settings.get("zero_point", True):
-        problems.append("zero_point is false; graft reads AWQ with zero points")
-    raise_problems(problems, str(folder.folder))
-    files, rounding = folder.weights(), Rounding()
-    names = [key.removesuffix(".qweight") for key in files if key.endswith(".qweight")]
-    return Source(
-        kind="AWQ (gemm)",
-        model=folder.skeleton(),
-        layers={name: partial(_layer, files, name, rounding) for name in names},
-        tensors=plain_tensors(files, (f"{name}.{part}" for name in names for part in _PARTS)),
-        rounding=rounding,
-    )
 
 
 def _layer(
@@ -89,3 +96,6 @@ def _layer(
 def _in_order(codes: Tensor) -> Tensor:
     """Return the codes of each word in the order of the outputs."""
     return codes.unflatten(-1, (-1, 8))[..., torch.tensor(_PLACES)].flatten(-2)
+
+
+AWQ = AwqReader()

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from graft.convert.base import Reader
 from graft.convert.folder import ForeignFolder, check_parts, plain_tensors
 from graft.convert.source import QuantisedLayer, Source
 from graft.errors import GraftError, raise_problems
@@ -28,22 +29,27 @@ _STATE = ".weight.quant_state.bitsandbytes__"
 _INT8_PARTS = ("weight", "SCB", "weight_format")
 
 
-def bitsandbytes_source(folder: ForeignFolder) -> Source:
-    """Return what is in a folder that Transformers saved with bitsandbytes."""
-    files = folder.weights()
-    states = {key.partition(_STATE)[0]: key for key in files if _STATE in key}
-    eights = [key.removesuffix(".SCB") for key in files if key.endswith(".SCB")]
-    parts = [key for key in files if key.startswith(tuple(f"{name}.weight" for name in states))]
-    parts += [f"{name}.{part}" for name in eights for part in _INT8_PARTS]
-    return Source(
-        kind="bitsandbytes",
-        model=folder.skeleton(),
-        layers={
-            **{name: partial(_four_bits, files, name, key) for name, key in states.items()},
-            **{name: partial(_eight_bits, files, name) for name in eights},
-        },
-        tensors=plain_tensors(files, parts),
-    )
+class BitsandbytesReader(Reader):
+    """Folders that Transformers saved with bitsandbytes."""
+
+    quant_method = "bitsandbytes"
+
+    def open_folder(self, folder: ForeignFolder) -> Source:
+        """Return what is in a folder that Transformers saved with bitsandbytes."""
+        files = folder.weights()
+        states = {key.partition(_STATE)[0]: key for key in files if _STATE in key}
+        eights = [key.removesuffix(".SCB") for key in files if key.endswith(".SCB")]
+        parts = [key for key in files if key.startswith(tuple(f"{name}.weight" for name in states))]
+        parts += [f"{name}.{part}" for name in eights for part in _INT8_PARTS]
+        return Source(
+            kind="bitsandbytes",
+            model=folder.skeleton(),
+            layers={
+                **{name: partial(_four_bits, files, name, key) for name, key in states.items()},
+                **{name: partial(_eight_bits, files, name) for name in eights},
+            },
+            tensors=plain_tensors(files, parts),
+        )
 
 
 def _four_bits(
@@ -127,3 +133,6 @@ def _eight_bits(
         return {"codes": files.read_once(f"{name}.weight"), "scales": rows / 127}
 
     return QuantisedLayer(Int8Format(), make)
+
+
+BITSANDBYTES = BitsandbytesReader()

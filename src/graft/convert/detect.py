@@ -3,28 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
-from graft.convert.awq import awq_source
-from graft.convert.bitsandbytes import bitsandbytes_source
-from graft.convert.folder import ForeignFolder, open_folder
-from graft.convert.gguf_source import gguf_source
-from graft.convert.gptq import gptq_source
-from graft.convert.mlx import mlx_source
-from graft.convert.pickled import pickled_source
+from graft.convert.folder import open_folder
+from graft.convert.registry import READERS
 from graft.convert.source import Source
 from graft.errors import GraftError
 from graft.model.folder import QUANTISATION_FILE, find_folder
-from graft.model.weight_files import PICKLES
-
-_BY_METHOD: dict[str | None, Callable[[ForeignFolder], Source]] = {
-    "gptq": gptq_source,
-    "awq": awq_source,
-    "bitsandbytes": bitsandbytes_source,
-    None: mlx_source,
-}
-_READS = "graft reads GPTQ, AWQ, bitsandbytes, MLX, GGUF and pickled PyTorch weights"
 
 
 def open_source(path: str) -> tuple[Source, Path]:
@@ -34,32 +19,31 @@ def open_source(path: str) -> tuple[Source, Path]:
     GraftError when it is none of the kinds that graft reads, or graft's own already.
     """
     file = Path(path)
-    if file.suffix == ".gguf":
-        return gguf_source(file), file
+    for reader in READERS.values():
+        if reader.reads_file(file):
+            return reader.open_file(file)
     if file.is_file():
-        if f"*{file.suffix}" not in PICKLES:
-            raise GraftError(f"{path} is no folder, .gguf file or PyTorch file; {_READS}")
-        folder = find_folder(str(file.parent))
-        return pickled_source(open_folder(folder), file.name), folder
+        raise GraftError(f"{path} is no folder, .gguf file or PyTorch file; {_what_is_read()}")
     folder = find_folder(path)
     if (folder / QUANTISATION_FILE).is_file():
         raise GraftError(f"{folder} is in graft's own format already; use it as it is")
     found = open_folder(folder)
-    safe = any(folder.glob("*.safetensors"))
-    if not safe and any(path for pattern in PICKLES for path in folder.glob(pattern)):
-        return pickled_source(found), folder
-    settings = found.settings
-    if not settings:
+    for reader in READERS.values():
+        if reader.reads_folder(found):
+            return reader.open_folder(found), folder
+    if found.settings:
         raise GraftError(
-            f"{folder} holds nothing to convert: its weights are not quantised, and graft takes "
-            "them as they are (graft train --model, graft quantize --model)"
-            if safe
-            else f"{folder} holds no weights; {_READS}"
+            f"{folder} is quantised by another tool ({json.dumps(found.settings):.100}); "
+            f"{_what_is_read()}: start from the unquantised model"
         )
-    method = settings.get("quant_method")
-    if method not in _BY_METHOD or (method is None and "group_size" not in settings):
-        raise GraftError(
-            f"{folder} is quantised by another tool ({json.dumps(settings):.100}); {_READS}: start "
-            "from the unquantised model"
-        )
-    return _BY_METHOD[method](found), folder
+    if not any(folder.glob("*.safetensors")):
+        raise GraftError(f"{folder} holds no weights; {_what_is_read()}")
+    raise GraftError(
+        f"{folder} holds nothing to convert: its weights are not quantised, and graft takes "
+        "them as they are (graft train --model, graft quantize --model)"
+    )
+
+
+def _what_is_read() -> str:
+    *others, last = map(READERS.summary, READERS)
+    return f"graft reads {', '.join(others)} and {last}"

@@ -16,7 +16,7 @@ from graft.errors import GraftError
 from graft.files import read_json
 from graft.model.folder import parse_config
 from graft.model.subject import build_skeleton
-from graft.model.weight_files import INDEX_FILE, SINGLE_FILE, WeightFiles
+from graft.model.weight_files import INDEX_FILE, PICKLES, SINGLE_FILE, WeightFiles
 
 WORDS = (torch.int32, torch.uint32)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -34,6 +34,13 @@ class ForeignFolder:
     def settings(self) -> dict[str, Any]:
         """What config.json says of the quantisation."""
         return next((self.config[key] for key in _SETTINGS if self.config.get(key)), {})
+
+    @property
+    def is_pickled(self) -> bool:
+        """Whether it holds pickled weights and no others."""
+        if any(self.folder.glob("*.safetensors")):
+            return False
+        return any(path for pattern in PICKLES for path in self.folder.glob(pattern))
 
     def skeleton(self) -> PreTrainedModel:
         """Return the modules on the meta device, as they are without the quantisation."""

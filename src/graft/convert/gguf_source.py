@@ -22,6 +22,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from graft.convert.base import Reader
 from graft.convert.integers import Rounding, pack_integers
 from graft.convert.source import PlainTensor, QuantisedLayer, ReadLayer, Source
 from graft.errors import GraftError, raise_problems
@@ -40,6 +41,18 @@ _INTEGERS = {
     GGMLQuantizationType.Q4_1: IntGroupFormat(4, BLOCK),
     GGMLQuantizationType.Q8_0: IntGroupFormat(8, BLOCK),
 }
+
+
+class GgufReader(Reader):
+    """Files of llama.cpp."""
+
+    def reads_file(self, file: Path) -> bool:
+        """Return whether it is called .gguf."""
+        return file.suffix == ".gguf"
+
+    def open_file(self, file: Path) -> tuple[Source, Path]:
+        """Return what is in the file; it holds no tokenizer that graft reads."""
+        return gguf_source(file), file
 
 
 def gguf_source(path: Path) -> Source:
@@ -158,3 +171,6 @@ def _layer(
 def _halves(pairs: Tensor) -> Tensor:
     """Return fp16 numbers that lie in pairs of bytes, float64 without the last dimension."""
     return pairs.contiguous().view(torch.float16).squeeze(-1).double()
+
+
+GGUF = GgufReader()

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from graft.convert.base import Reader
 from graft.convert.folder import FLOATS, WORDS, ForeignFolder, check_parts, plain_tensors, size
 from graft.convert.integers import (
     Rounding,
@@ -37,28 +38,33 @@ _LAYOUTS = ("gptq", "gptq_v2")
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
-def gptq_source(folder: ForeignFolder) -> Source:
-    """Return what is in a GPTQ folder; raises GraftError for layouts other than the above."""
-    settings = folder.settings
-    layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
-    if layout not in _LAYOUTS:
-        raise GraftError(
-            f"{folder.folder}: checkpoint_format is {layout!r}; graft reads "
-            f"{' and '.join(_LAYOUTS)}: save the checkpoint anew in one of them, or start from the "
-            "unquantised model"
+class GptqReader(Reader):
+    """Folders of AutoGPTQ and GPTQModel."""
+
+    quant_method = "gptq"
+
+    def open_folder(self, folder: ForeignFolder) -> Source:
+        """Return what is in a GPTQ folder; raises GraftError for layouts other than the above."""
+        settings = folder.settings
+        layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+        if layout not in _LAYOUTS:
+            raise GraftError(
+                f"{folder.folder}: checkpoint_format is {layout!r}; graft reads "
+                f"{' and '.join(_LAYOUTS)}: save the checkpoint anew in one of them, or start from "
+                "the unquantised model"
+            )
+        files, rounding = folder.weights(), Rounding()
+        names = [key.removesuffix(".qweight") for key in files if key.endswith(".qweight")]
+        return Source(
+            kind=f"GPTQ ({layout})",
+            model=folder.skeleton(),
+            layers={
+                name: partial(_layer, files, name, settings, layout == "gptq", rounding)
+                for name in names
+            },
+            tensors=plain_tensors(files, (f"{name}.{part}" for name in names for part in _PARTS)),
+            rounding=rounding,
         )
-    files, rounding = folder.weights(), Rounding()
-    names = [key.removesuffix(".qweight") for key in files if key.endswith(".qweight")]
-    return Source(
-        kind=f"GPTQ ({layout})",
-        model=folder.skeleton(),
-        layers={
-            name: partial(_layer, files, name, settings, layout == "gptq", rounding)
-            for name in names
-        },
-        tensors=plain_tensors(files, (f"{name}.{part}" for name in names for part in _PARTS)),
-        rounding=rounding,
-    )
 
 
 def _layer(
@@ -136,3 +142,6 @@ def _check_order(
         "neighbouring inputs; quantise again with desc_act false or static_groups true, or start "
         "from the unquantised model"
     )
+
+
+GPTQ = GptqReader()

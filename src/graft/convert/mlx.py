@@ -10,6 +10,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from graft.convert.base import Reader
 from graft.convert.folder import FLOATS, WORDS, ForeignFolder, check_parts, plain_tensors, size
 from graft.convert.integers import (
     Rounding,
@@ -29,30 +30,40 @@ MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "gr
 _PARTS = ("weight", "scales", "biases")
 
 
-def mlx_source(folder: ForeignFolder) -> Source:
-    """Return what is in an MLX folder; raises GraftError for a model that mlx-lm rearranges."""
-    settings, model_type = folder.settings, folder.config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise GraftError(
-            f"{folder.folder}: model_type is {model_type!r}; graft reads MLX folders of "
-            f"{', '.join(MODEL_TYPES)}, whose weights mlx-lm takes unchanged"
+class MlxReader(Reader):
+    """Folders of mlx-lm."""
+
+    def reads_folder(self, folder: ForeignFolder) -> bool:
+        """Return whether the settings have a group size and name no method."""
+        settings = folder.settings
+        is_mlx = settings.get("quant_method") is None and "group_size" in settings
+        return is_mlx and not folder.is_pickled
+
+    def open_folder(self, folder: ForeignFolder) -> Source:
+        """Return what is in an MLX folder; raises GraftError for a model that mlx-lm rearranges."""
+        settings, model_type = folder.settings, folder.config.get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise GraftError(
+                f"{folder.folder}: model_type is {model_type!r}; graft reads MLX folders of "
+                f"{', '.join(MODEL_TYPES)}, whose weights mlx-lm takes unchanged"
+            )
+        files, rounding = folder.weights(), Rounding()
+        names = [key.removesuffix(".scales") for key in files if key.endswith(".scales")]
+        return Source(
+            kind="MLX",
+            model=folder.skeleton(),
+            layers={
+                name: partial(_layer, files, name, _mode(settings, name), rounding)
+                for name in names
+            },
+            tensors=plain_tensors(files, (f"{name}.{part}" for name in names for part in _PARTS)),
+            rounding=rounding,
         )
-    files, rounding = folder.weights(), Rounding()
-    names = [key.removesuffix(".scales") for key in files if key.endswith(".scales")]
-    return Source(
-        kind="MLX",
-        model=folder.skeleton(),
-        layers={
-            name: partial(_layer, files, name, _mode(settings, name), rounding) for name in names
-        },
-        tensors=plain_tensors(files, (f"{name}.{part}" for name in names for part in _PARTS)),
-        rounding=rounding,
-    )
 
 
 def _mode(settings: dict[str, Any], name: str) -> str:
-    own = settings.get(name)
-    mode = own.get("mode") if isinstance(own, dict) else None
+    of_layer = settings.get(name)
+    mode = of_layer.get("mode") if isinstance(of_layer, dict) else None
     return str(mode or settings.get("mode") or "affine")
 
 
@@ -92,3 +103,6 @@ def _layer(
         return pack_integers(weight_format, codes, scale, offset, group_size, rounding)
 
     return QuantisedLayer(weight_format, make)
+
+
+MLX = MlxReader()

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.convert.folder import ForeignFolder
+from graft.convert.base import Reader
+from graft.convert.folder import ForeignFolder, open_folder
 from graft.convert.source import PlainTensor, Source
 from graft.errors import GraftError
+from graft.model.load import find_folder
 from graft.model.weight_files import PICKLES, indexed_files
 
 _SINGLE = "pytorch_model.bin"
@@ -24,6 +26,27 @@ _INDEX = "pytorch_model.bin.index.json"
 _INSIDE = ("state_dict", "model", "module")
 """Keys under which training programs keep the weights beside other things."""
 _OTHER_STATES = ("optimizer.", "scheduler.", "training_args.", "rng_state")
+
+
+class PickledReader(Reader):
+    """Folders and single files of torch.save."""
+
+    def reads_file(self, file: Path) -> bool:
+        """Return whether it is there, and called as pickled weights are."""
+        return file.is_file() and f"*{file.suffix}" in PICKLES
+
+    def open_file(self, file: Path) -> tuple[Source, Path]:
+        """Return what is in the file; config.json and the tokenizer lie beside it."""
+        folder = find_folder(str(file.parent))
+        return pickled_source(open_folder(folder), file.name), folder
+
+    def reads_folder(self, folder: ForeignFolder) -> bool:
+        """Return whether its weights are pickled, quantised or not."""
+        return folder.is_pickled
+
+    def open_folder(self, folder: ForeignFolder) -> Source:
+        """Return what is in the folder; raises GraftError for anything but plain tensors."""
+        return pickled_source(folder)
 
 
 def pickled_source(folder: ForeignFolder, file: str | None = None) -> Source:
@@ -112,3 +135,6 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "Unsupported" in line or "GLOBAL" in line]
     return (telling or lines or [type(error).__name__])[0][:200]
+
+
+PICKLED = PickledReader()

@@ -1,0 +1,22 @@
+"""The tools whose models graft reads, by name."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from graft.entries import Entries, Listed
+
+if TYPE_CHECKING:
+    from graft.convert.base import Reader
+
+READERS: Entries[Reader] = Entries(
+    "tool",
+    {
+        "gptq": Listed("graft.convert.gptq:GPTQ", "GPTQ"),
+        "awq": Listed("graft.convert.awq:AWQ", "AWQ"),
+        "bitsandbytes": Listed("graft.convert.bitsandbytes:BITSANDBYTES", "bitsandbytes"),
+        "mlx": Listed("graft.convert.mlx:MLX", "MLX"),
+        "gguf": Listed("graft.convert.gguf_source:GGUF", "GGUF"),
+        "pickled": Listed("graft.convert.pickled:PICKLED", "pickled PyTorch weights"),
+    },
+)
