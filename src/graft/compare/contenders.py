@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from graft.adapters.config import GRID_METHODS, Method
 from graft.api.config import WIDTHS, TrainConfig, default_solver
@@ -14,10 +14,28 @@ from graft.compare.config import CompareConfig
 from graft.errors import did_you_mean, raise_problems
 
 BASE = "base"
+"""The contender that nothing has trained."""
 YARDSTICK = "lora"
 """The contender whose perplexity the others' are divided by."""
-METHODS = (BASE, *get_args(Method))
+METHODS = get_args(Method)
 _WORD = re.compile(r"(?P<method>[^@+]+)(@(?P<base_solver>[^@+]*))?(\+(?P<solver>[^@+]*))?")
+
+
+class _Facts:
+    """What a comparison asks of a method."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.merges_exactly = name in GRID_METHODS
+        self.quantises_base = name in ("qlora", *GRID_METHODS)
+        self.deploys_into_original = name == "qlora"
+
+    def default_solver(self, bits: int) -> str:
+        return default_solver(self.name, bits)
+
+
+def _method(name: str) -> _Facts:
+    return _Facts(name)
 
 
 @dataclass(frozen=True)
@@ -43,14 +61,24 @@ class Contender:
         return self.method if self.base_solver is None else f"{self.method}@{self.base_solver}"
 
     @property
+    def is_trained(self) -> bool:
+        """Whether it is more than the base model."""
+        return self.method != BASE
+
+    @property
     def trains_on_integers(self) -> bool:
         """Whether each width is a training of its own."""
-        return self.method in GRID_METHODS
+        return self.is_trained and _method(self.method).merges_exactly
 
     @property
     def has_bits(self) -> bool:
         """Whether what it deploys has a width."""
         return self.trains_on_integers or self.solver is not None
+
+    @property
+    def merges_into(self) -> Literal["trained", "original"]:
+        """Which weights `graft merge` puts its update into."""
+        return "original" if _method(self.method).deploys_into_original else "trained"
 
 
 @dataclass(frozen=True)
@@ -110,7 +138,7 @@ class Entry:
     contender: Contender
     bits: int | None
     seed: int | None
-    """None for an untrained model, which hangs on no seed."""
+    """None for an untrained model, which depends on no seed."""
 
     @property
     def name(self) -> str:
@@ -148,7 +176,7 @@ def parse_contenders(words: Iterable[str]) -> list[Contender]:
         problems += [f"--contenders {word}: {problem}" for problem in found]
         if not found:
             method, base_solver, solver = match.group("method", "base_solver", "solver")
-            if all(base_solver == default_solver(method, bits) for bits in WIDTHS):
+            if base_solver is not None and _is_default(method, base_solver):
                 base_solver = None
             contenders[Contender(method, base_solver, solver)] = None
     if not contenders and not problems:
@@ -157,17 +185,23 @@ def parse_contenders(words: Iterable[str]) -> list[Contender]:
     return list(contenders)
 
 
+def _is_default(method: str, solver: str) -> bool:
+    """Return whether a method's base is rounded by that solver at every width."""
+    return all(solver == _method(method).default_solver(bits) for bits in WIDTHS)
+
+
 def _problems(method: str, base_solver: str | None, solver: str | None) -> list[str]:
-    if method not in METHODS:
-        return [f"unknown method {method!r}{did_you_mean(method, METHODS)}"]
+    if method != BASE and method not in METHODS:
+        return [f"unknown method {method!r}{did_you_mean(method, (BASE, *METHODS))}"]
     problems = [
         problem
         for name in (base_solver, solver)
         if name is not None and (problem := SOLVERS.problem(name))
     ]
-    if base_solver is not None and method not in ("qlora", *GRID_METHODS):
+    quantises_base = method != BASE and _method(method).quantises_base
+    if base_solver is not None and not quantises_base:
         problems.append(f"{method} quantises nothing before training; drop @{base_solver}")
-    if solver is not None and method in GRID_METHODS:
+    if solver is not None and Contender(method).trains_on_integers:
         problems.append(
             f"{method} merges exactly into the integers that it trained on, and quantising those "
             f"again would only lose; drop +{solver}, or quantise the base by it: "
@@ -186,8 +220,8 @@ def learning_rates(words: Iterable[str]) -> dict[str, float]:
         except ValueError:
             problems.append(f"--learning-rates {word}: expected METHOD=RATE, such as lora=1e-3")
             continue
-        if method not in METHODS[1:]:
-            known = did_you_mean(method, METHODS[1:])
+        if method not in METHODS:
+            known = did_you_mean(method, METHODS)
             problems.append(f"--learning-rates {word}: unknown method {method!r}{known}")
         if not 0 < rates[method] < float("inf"):
             problems.append(f"--learning-rates {word}: expected a rate above 0")
@@ -201,7 +235,7 @@ def entries(contenders: Sequence[Contender], bits: Sequence[int], seeds: int) ->
         Entry(contender, width, seed)
         for contender in contenders
         for width in (dict.fromkeys(bits) if contender.has_bits else (None,))
-        for seed in ((None,) if contender.method == BASE else range(seeds))
+        for seed in (range(seeds) if contender.is_trained else (None,))
     ]
 
 

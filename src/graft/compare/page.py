@@ -129,8 +129,8 @@ def _scores(content: PageContent) -> str:
         for result in content.results
         if result.error is not None and entry_label(result.contender, result.bits) in whole
     ]
-    there = [row.mean("perplexity") for row in content.rows]
-    best = min((value for value in there if value is not None), default=None)
+    means = [row.mean("perplexity") for row in content.rows]
+    best = min((value for value in means if value is not None), default=None)
     table = _table(content.rows, with_figures(SCORES, content.rows), "deployed model", best)
     return f"<h2>Scores</h2>{table}{''.join(failed)}"
 
@@ -139,10 +139,10 @@ def _table(
     rows: Sequence[Row], columns: Sequence[Column], what: str, best: float | None = None
 ) -> str:
     """Return a table in which the row of the best perplexity is bold, and errors stand for rows."""
-    there = [row.mean("perplexity") for row in rows]
+    means = [row.mean("perplexity") for row in rows]
     head = "".join(f"<th>{escape(column.title)}</th>" for column in columns)
     body = []
-    for row, perplexity in zip(rows, there, strict=True):
+    for row, perplexity in zip(rows, means, strict=True):
         cells = [f"<td>{escape(column.text(row))}</td>" for column in columns]
         if perplexity is None:
             cells = [f'<td class="error" colspan="{len(columns)}">{escape(row.errors[0])}</td>']

@@ -239,7 +239,7 @@ def _rows(config: CompareConfig, examples: Iterable[Example]) -> list[Row]:
 
 
 def _settings(config: CompareConfig, folder: Path) -> dict[str, Any]:
-    """Return what every result hangs on, as plain JSON values."""
+    """Return what every result depends on, as plain JSON values."""
     fields = {field.name for field in dataclasses.fields(CompareConfig)}.difference(_MAY_CHANGE)
     plain = {name: value for name, value in as_plain(config).items() if name in fields}
     files = {"data": config.data, "eval_data": config.eval_data}

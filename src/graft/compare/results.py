@@ -70,11 +70,11 @@ class Spread:
 
         s = sqrt(sum((x - mean)^2) / (n - 1))
         """
-        there = [value for value in values if value is not None]
-        if not there:
+        known = [value for value in values if value is not None]
+        if not known:
             return None
-        spread = statistics.stdev(there) if len(there) > 1 else None
-        return Spread(statistics.fmean(there), spread, len(there))
+        spread = statistics.stdev(known) if len(known) > 1 else None
+        return Spread(statistics.fmean(known), spread, len(known))
 
 
 FIGURES = (

@@ -90,8 +90,8 @@ class _Comparing:
                 stored = read_json(file)
                 self.results[entry] = Result(**{**stored, "texts": tuple(stored["texts"])})
         if self.results:
-            there = f"{len(self.results)} of {len(prepared.entries)}"
-            self.events.note(f"{there} deployed models are scored already")
+            scored = f"{len(self.results)} of {len(prepared.entries)}"
+            self.events.note(f"{scored} deployed models are scored already")
         if prepared.prompts and missing_scorers():
             self.events.note(f"BLEU and ROUGE-L are left out: {why_no_scorers()}")
         rows = self._write()
@@ -113,31 +113,31 @@ class _Comparing:
         )
 
     def _run_group(self, training: Training | None, pending: Sequence[Entry]) -> None:
-        """Train once, then deploy and score the entries that hang on it."""
+        """Train once, then deploy and score the entries that deploy it."""
         error = None
         if training is not None:
             try:
                 self._train(training)
             except _FAILURES as failure:
-                error = f"training failed: {_told(failure)}"
+                error = f"training failed: {_reason(failure)}"
         for entry in pending:
             try:
                 if error is not None:
                     raise GraftError(error)
                 result = self._score(entry)
                 write_json(self._result_file(entry), asdict(result))
-                told = f"perplexity {result.perplexity:.4f} as deployed"
+                outcome = f"perplexity {result.perplexity:.4f} as deployed"
             except _FAILURES as failure:
                 result = Result(
                     contender=entry.contender.name,
                     bits=entry.bits,
                     seed=entry.seed,
-                    error=_told(failure),
+                    error=_reason(failure),
                 )
-                told = str(result.error)
+                outcome = str(result.error)
             self.results[entry] = result
             done, total = len(self.results), len(self.prepared.entries)
-            self.events.note(f"{done} of {total}: {entry.label}: {told}")
+            self.events.note(f"{done} of {total}: {entry.label}: {outcome}")
             self.events.progress("comparison", done, total)
             gc.collect()
         if not self.config.keep:  # the dense merge that all shared, and what failures left
@@ -219,12 +219,12 @@ class _Comparing:
         if training is None:
             return self.prepared.folder
         run = self._run(training)
-        if (run / MODEL).is_dir():  # method full trains the weights themselves
+        if (run / MODEL).is_dir():  # it trained the weights themselves
             return run / MODEL
         folder = self._deployed(training.name)
         if not folder.is_dir():
-            into = "original" if training.contender.method == "qlora" else "trained"
-            merge(run, folder, into=into, device=self.config.device, events=self.events)  # type: ignore[arg-type]
+            into = training.contender.merges_into
+            merge(run, folder, into=into, device=self.config.device, events=self.events)
         return folder
 
     def _load(self, folder: Path) -> LoadedModel:
@@ -278,8 +278,8 @@ class _Comparing:
     # What is written ------------------------------------------------------------------------------
 
     def _in_order(self) -> list[Result]:
-        there = (self.results.get(entry) for entry in self.prepared.entries)
-        return [result for result in there if result is not None]
+        found = (self.results.get(entry) for entry in self.prepared.entries)
+        return [result for result in found if result is not None]
 
     def _write(self) -> list[Row]:
         """Write compare.json and compare.html of all there is so far; return the table's rows."""
@@ -318,7 +318,7 @@ class _Comparing:
         return self.out / "results" / f"{entry.name}.json"
 
 
-def _told(failure: BaseException) -> str:
+def _reason(failure: BaseException) -> str:
     """Return what to record of a failure: a GraftError speaks for itself."""
     return (
         str(failure) if isinstance(failure, GraftError) else f"{type(failure).__name__}: {failure}"
