@@ -5,37 +5,20 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from graft.adapters.config import GRID_METHODS, Method
-from graft.api.config import WIDTHS, TrainConfig, default_solver
+from graft.adapters.registry import METHODS
+from graft.api.config import TrainConfig
 from graft.calibrate.registry import SOLVERS
 from graft.compare.config import CompareConfig
 from graft.errors import did_you_mean, raise_problems
+from graft.formats.config import WIDTHS
 
 BASE = "base"
 """The contender that nothing has trained."""
 YARDSTICK = "lora"
 """The contender whose perplexity the others' are divided by."""
-METHODS = get_args(Method)
 _WORD = re.compile(r"(?P<method>[^@+]+)(@(?P<base_solver>[^@+]*))?(\+(?P<solver>[^@+]*))?")
-
-
-class _Facts:
-    """What a comparison asks of a method."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.merges_exactly = name in GRID_METHODS
-        self.quantises_base = name in ("qlora", *GRID_METHODS)
-        self.deploys_into_original = name == "qlora"
-
-    def default_solver(self, bits: int) -> str:
-        return default_solver(self.name, bits)
-
-
-def _method(name: str) -> _Facts:
-    return _Facts(name)
 
 
 @dataclass(frozen=True)
@@ -68,7 +51,7 @@ class Contender:
     @property
     def trains_on_integers(self) -> bool:
         """Whether each width is a training of its own."""
-        return self.is_trained and _method(self.method).merges_exactly
+        return self.is_trained and METHODS[self.method].merges_exactly
 
     @property
     def has_bits(self) -> bool:
@@ -78,7 +61,7 @@ class Contender:
     @property
     def merges_into(self) -> Literal["trained", "original"]:
         """Which weights `graft merge` puts its update into."""
-        return "original" if _method(self.method).deploys_into_original else "trained"
+        return "original" if METHODS[self.method].deploys_into_original else "trained"
 
 
 @dataclass(frozen=True)
@@ -109,7 +92,7 @@ class Training:
             max_length=config.max_length,
             eos=config.eos,
             separator=config.separator,
-            method=method,  # type: ignore[arg-type]  # parse_contenders lets no other through
+            method=method,
             rank=config.rank,
             alpha=config.alpha,
             targets=config.targets,
@@ -187,7 +170,7 @@ def parse_contenders(words: Iterable[str]) -> list[Contender]:
 
 def _is_default(method: str, solver: str) -> bool:
     """Return whether a method's base is rounded by that solver at every width."""
-    return all(solver == _method(method).default_solver(bits) for bits in WIDTHS)
+    return all(solver == METHODS[method].default_solver(bits) for bits in WIDTHS)
 
 
 def _problems(method: str, base_solver: str | None, solver: str | None) -> list[str]:
@@ -198,7 +181,7 @@ def _problems(method: str, base_solver: str | None, solver: str | None) -> list[
         for name in (base_solver, solver)
         if name is not None and (problem := SOLVERS.problem(name))
     ]
-    quantises_base = method != BASE and _method(method).quantises_base
+    quantises_base = method != BASE and METHODS[method].quantises_base
     if base_solver is not None and not quantises_base:
         problems.append(f"{method} quantises nothing before training; drop @{base_solver}")
     if solver is not None and Contender(method).trains_on_integers:

@@ -15,13 +15,13 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from graft.api.config import (
-    as_plain,
+from graft.api.checks import (
     check_solver,
     check_train_config,
     chosen_solver,
     format_description,
 )
+from graft.api.config import as_plain
 from graft.api.run.folder import fingerprint_weights
 from graft.compare.config import CompareConfig
 from graft.compare.contenders import (

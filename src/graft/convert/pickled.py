@@ -18,7 +18,7 @@ from graft.convert.base import Reader
 from graft.convert.folder import ForeignFolder, open_folder
 from graft.convert.source import PlainTensor, Source
 from graft.errors import GraftError
-from graft.model.load import find_folder
+from graft.model.folder import find_folder
 from graft.model.weight_files import PICKLES, indexed_files
 
 _SINGLE = "pytorch_model.bin"
