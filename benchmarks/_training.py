@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from graft.adapters.attach import adapter_parameters, attach_adapter, replace_module
-from graft.adapters.config import AdapterConfig, Method
+from graft.adapters.config import AdapterConfig
 from graft.data.encode import Example
 from graft.formats.registry import make_format
 from graft.model.running.attention import use_own_attention
@@ -60,7 +60,7 @@ def graft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tens
     enable_checkpointing(model, cast(Checkpointing, checkpointing))
     name, _, variant = method.partition("-")
     config = AdapterConfig(
-        method=cast(Method, name),
+        method=name,
         rank=RANK,
         alpha=ALPHA,
         grid_rank=0 if variant == "offsets" else None,

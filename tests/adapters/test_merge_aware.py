@@ -16,7 +16,7 @@ from graft.layers.frozen import FrozenLinear
 
 
 def merge_aware_layer(frozen, randomise, bits: int = 3, group_size: int = 8):
-    base = frozen(LatentFormat(bits=bits, group_size=group_size))
+    base = frozen(LatentFormat(IntGroupFormat(bits, group_size)))
     adapter = randomise(MergeAwareAdapter(44, 6, -(-44 // group_size), 3, 5.0, grid_rank=2))
     layer = AdaptedLinear(base)
     layer.add("default", adapter)
@@ -41,7 +41,7 @@ def test_the_grid_has_no_more_rank_than_groups() -> None:
 
 
 def test_a_grid_that_stays_keeps_the_bases_statistics(frozen, randomise) -> None:
-    base = frozen(LatentFormat(bits=3, group_size=8))
+    base = frozen(LatentFormat(IntGroupFormat(3, 8)))
     layer = AdaptedLinear(base)
     layer.add("default", randomise(MergeAwareAdapter(44, 6, 6, rank=3)))
     x = torch.randn(5, 44)

@@ -328,7 +328,7 @@ def test_a_latent_weight_rounds_to_the_codes_that_gptq_chose(bits: int, dtype: s
     weight = torch.randn(16, 96)
     x = torch.randn(400, 96) @ torch.randn(96, 96)
     hessian = x.double().T @ x.double()
-    latent = LatentFormat(bits, dtype=dtype)
+    latent = LatentFormat(IntGroupFormat(bits), dtype=dtype)
     packed = gptq_pack(weight, hessian, latent)
     integers = gptq_pack(weight, hessian, latent.deployed)
     rounded = latent.rounded(packed)

@@ -13,7 +13,7 @@ from graft.convert.folder import plain_tensors
 from graft.convert.registry import READERS
 from graft.convert.source import Source
 from graft.errors import GraftError
-from graft.model.load import CONVERTIBLE
+from graft.model.folder import CONVERTIBLE
 
 
 def settings(**values):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from graft.formats.base import GridUpdate, LowRank, Scaled
+from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
 from graft.kernels.latent import native as native_latent
 from graft.kernels.latent import ops
@@ -34,7 +35,7 @@ def test_native_codes_and_gradients_equal_the_references(
     level: str, bits: int, group_size: int, columns: int, statistics: str
 ) -> None:
     for dtype in ("bfloat16", "float32"):
-        weight_format = LatentFormat(bits, group_size, statistics, dtype)
+        weight_format = LatentFormat(IntGroupFormat(bits, group_size, statistics), dtype)
         *weight, A, B = latent(weight_format, columns)
         for update in ((A, B), (None, None)):
             arguments = Latent(*weight, *update, SCALING, bits, group_size)
@@ -55,7 +56,7 @@ def test_native_codes_and_gradients_equal_the_references(
 
 @pytest.mark.parametrize(("bits", "group_size"), GRIDS)
 def test_latent_linear_computes_with_the_weight_that_is_merged(bits: int, group_size: int) -> None:
-    weight_format = LatentFormat(bits, group_size)
+    weight_format = LatentFormat(IntGroupFormat(bits, group_size))
     weight, scales, offsets, A, B = latent(weight_format, 96)
     u, v = (torch.randn(scales.shape) * 0.1 for _ in range(2))
     x = torch.randn(5, 96)
@@ -85,7 +86,7 @@ def test_latent_linear_computes_with_the_weight_that_is_merged(bits: int, group_
 
 @pytest.mark.parametrize(("bits", "group_size"), GRIDS)
 def test_gradients_pass_straight_through_the_roundings(bits: int, group_size: int) -> None:
-    weight, scales, offsets, A, B = latent(LatentFormat(bits, group_size), 96)
+    weight, scales, offsets, A, B = latent(LatentFormat(IntGroupFormat(bits, group_size)), 96)
     u, v = (torch.randn(scales.shape) * 0.1 for _ in range(2))
     trained = [t.requires_grad_() for t in (torch.randn(5, 96), A, B, u, v)]
     x = trained[0]
@@ -102,7 +103,7 @@ def test_gradients_pass_straight_through_the_roundings(bits: int, group_size: in
     step, offset = scales.double()[:, group], offsets.double()[:, group]
     packed = {"weight": weight, "scales": scales, "offsets": offsets}
     update = GridUpdate(weights=LowRank(A.detach(), B.detach(), SCALING))
-    merged = LatentFormat(bits, group_size).absorb(packed, update)
+    merged = LatentFormat(IntGroupFormat(bits, group_size)).absorb(packed, update)
     assert merged is not None
     high = (merged["codes_high"],) if bits == 3 else ()
     codes = unpack_codes((merged["codes"], *high), bits, 96).double()

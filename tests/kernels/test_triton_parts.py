@@ -18,6 +18,7 @@ from triton_testing import (
 )
 
 from graft.formats.codebook import BLOCK_SIZE
+from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
 from graft.kernels.frozen import reference
 from graft.kernels.latent import reference as reference_latent
@@ -128,7 +129,7 @@ def test_low_rank_products(tokens: tuple[int, ...], dtype: torch.dtype) -> None:
     [(2, 8, "float16"), (3, 32, "float32"), (4, 32, "float16"), (8, 128, "float32")],
 )
 def test_latent_weights(bits: int, group_size: int, statistics: str, kept: str) -> None:
-    weight_format = LatentFormat(bits, group_size, statistics, kept)
+    weight_format = LatentFormat(IntGroupFormat(bits, group_size, statistics), kept)
     for rows, columns in ((5, 40), (11, 200)):
         packed = weight_format.pack(randn(rows, columns))
         grid = packed["weight"].T.contiguous().T, packed["scales"], packed["offsets"]

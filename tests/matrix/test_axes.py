@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import torch
 
 from graft.adapters.attach import adapted_layer, attach_adapter
-from graft.adapters.config import AdapterConfig, Method
+from graft.adapters.config import AdapterConfig
 from graft.adapters.merge import merge
+from graft.adapters.registry import METHODS, method_of
 from graft.calibrate.gptq import gptq_pack
 from graft.calibrate.hessian import output_error
 from graft.errors import GraftError
@@ -32,12 +31,17 @@ FLAGS = {"lora": [{"dora": True}]}
 """What makes another adapter of a method."""
 ADAPTERS = {
     "-".join([method, *options]): {"method": method, **options}
-    for method in get_args(Method)
-    if method != "full"
+    for method in METHODS
+    if METHODS[method].trains_adapter
     for options in [{}, *FLAGS.get(method, [])]
 }
-ADDITIVE = {"lora", "lora-dora", "qlora"}
-NEEDS = {"qalora": "int", "affine": "int", "merge_aware": "latent"}
+CHOSEN = {name: method_of(AdapterConfig(**options)) for name, options in ADAPTERS.items()}
+ADDITIVE = {name for name, method in CHOSEN.items() if not method.merges_exactly}
+NEEDS = {
+    name: method.adapter.needed_format
+    for name, method in CHOSEN.items()
+    if method.adapter.needed_format is not None
+}
 IN, OUT = 44, 12
 
 

@@ -169,7 +169,8 @@ class _WithDora(Method):
 
     def reads(self, own: str | None, peft: Mapping[str, Any]) -> bool:
         """Return whether PEFT's files hold a DoRA."""
-        return own in (None, DoraAdapter.method) and bool(peft.get("use_dora"))
+        plain = own in (None, DoraAdapter.method) and not peft.get("use_qalora")
+        return plain and bool(peft.get("use_dora"))
 
 
 class Dora(_WithDora, Lora):

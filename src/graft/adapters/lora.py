@@ -155,7 +155,7 @@ class Lora(Method):
     def reads(self, own: str | None, peft: Mapping[str, Any]) -> bool:
         """Return whether files hold a plain LoRA, which is what PEFT's hold by default."""
         special = peft.get("use_dora") or peft.get("use_qalora")
-        return own == LoraAdapter.method or (own is None and not special)
+        return own in (None, LoraAdapter.method) and not special
 
     def peft_problem(self, config: AdapterConfig) -> str | None:
         """Return None: it is PEFT's own."""

@@ -23,7 +23,7 @@ Config = TypeVar("Config", bound=AdapterConfig)
 
 _WHY = {
     "dropout": " (its update is part of the weights, and dropout on the input has no such form)",
-    "dora": " (it scales the rows of a weight that an update is added to)",
+    "dora": " (it scales the rows of a weight with its update, and method {} adds none)",
 }
 """What there is to say of an option where it does not belong."""
 
@@ -115,7 +115,8 @@ class Method:
     def refusal(self, option: str, others: Sequence[str]) -> str:
         """Return why it does not take an option of `AdapterConfig`, which the others take."""
         flag, methods = option.replace("_", "-"), " and ".join(others)
-        return f"--{flag} belongs to {methods}, not to {self.name}; drop it" + _WHY.get(option, "")
+        why = _WHY.get(option, "").format(self.name)
+        return f"--{flag} belongs to {methods}, not to {self.name}; drop it" + why
 
     # The weights that it trains on ----------------------------------------------------------------
 

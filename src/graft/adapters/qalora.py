@@ -211,7 +211,7 @@ class QALora(Method):
     ) -> dict[str, float]:
         """Return what gives moves of the scales a grid's rate, in proportion to LoRA's default."""
         factor = grid_rate(hidden_size) / low_rank_rate(config, hidden_size)
-        return {name: factor for name in bits if name.endswith(".u_B")}
+        return {name: factor for name in bits if name.endswith((".u_B", ".v_B"))}
 
     def kept(self, layer: AdaptedLinear, config: AdapterConfig, dtype: torch.dtype) -> Kept:
         """Return the group sums of the input where the scales stay, else the input."""

@@ -35,6 +35,9 @@ METHODS: Entries[Method] = Entries(
 _BY_FLAG = {("lora", "dora"): "dora", ("qlora", "dora"): "qdora"}
 """What a flag makes of a method."""
 
+VARIANTS = frozenset(_BY_FLAG.values())
+"""Methods that are another one with a flag."""
+
 
 def method_of(config: AdapterConfig) -> Method:
     """Return the method that a configuration names; raises GraftError when there is none."""

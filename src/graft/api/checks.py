@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from graft.adapters.method import Method
-from graft.adapters.registry import METHODS, method_of
+from graft.adapters.registry import METHODS, VARIANTS, method_of
 from graft.adapters.starts.registry import STARTS
 from graft.api.config import PlanConfig, TrainConfig
 from graft.calibrate.config import SolverConfig
@@ -122,7 +122,7 @@ def _refused_options(config: TrainConfig, method: Method) -> list[str]:
     given = [name for name in _SOME_TAKE if getattr(config, name) not in (None, False, 0.0)]
     given += ["grid_rank"] if config.grid_rank == 0 else []
     takers = {
-        option: [name for name in METHODS if option in METHODS[name].takes]
+        option: sorted(n for n in METHODS if n not in VARIANTS and option in METHODS[n].takes)
         for option in given
         if option not in method.takes
     }
