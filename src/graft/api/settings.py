@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, get_type_hints
+from functools import reduce
+from operator import or_
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
-
+from graft.entries import Entries
 from graft.errors import did_you_mean, raise_problems
 
 
@@ -16,21 +18,50 @@ def checked_settings(values: Mapping[str, Any], kind: type, where: str) -> dict[
 
     Raises GraftError with every unknown key, with a suggestion, and every value of a wrong type.
     """
+    from pydantic import TypeAdapter, ValidationError  # and not above: flags alone do without
+
     fields = {field.name: field for field in dataclasses.fields(kind)}
-    hints = get_type_hints(kind)
+    hints = get_type_hints(kind, include_extras=True)
     problems, checked = [], {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
         if name not in fields:
             problems.append(f"unknown key {key!r}{did_you_mean(name, fields)}")
             continue
+        hint = _with_choices(hints[name])
         try:
-            checked[name] = TypeAdapter(hints[name]).validate_python(_listed(value, hints[name]))
+            checked[name] = TypeAdapter(hint).validate_python(_listed(value, hint))
         except ValidationError as error:
-            reasons = "; ".join(detail["msg"] for detail in error.errors()[:1])
-            problems.append(f"{key} is {value!r}: {reasons}")
+            reason = error.errors()[0]["msg"].removeprefix("Value error, ")
+            problems.append(f"{key} is {value!r}: {reason}")
     raise_problems(problems, where)
     return checked
+
+
+def _with_choices(hint: Any) -> Any:
+    """Return a field's type with a check of the name in the place of Annotated[str, entries]."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        entries = [part for part in parts[1:] if isinstance(part, Entries)]
+        return _name_of(entries[0]) if entries else hint
+    if origin in (Union, UnionType):
+        return reduce(or_, map(_with_choices, parts))
+    if origin is tuple:
+        return tuple[tuple(map(_with_choices, parts))]  # type: ignore[misc]
+    return hint
+
+
+def _name_of(entries: Entries[Any]) -> Any:
+    """Return a type for pydantic that takes the names of the entries and no other."""
+    from pydantic import AfterValidator
+
+    def checked(name: str) -> str:
+        problem = entries.problem(name)
+        if problem is not None:
+            raise ValueError(problem)
+        return name
+
+    return Annotated[str, AfterValidator(checked)]
 
 
 def _listed(value: Any, hint: Any) -> Any:

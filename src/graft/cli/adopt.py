@@ -1,23 +1,20 @@
-"""`graft adopt`: its flags, and what it shows."""
+"""`graft adopt`."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-import tyro
-from rich.console import Console
-
 from graft.adapters.config import method_in_words
-from graft.cli.flags import parse
+from graft.cli.command import Command
+from graft.cli.fields import Positional
 
 
 @dataclass(frozen=True, kw_only=True)
 class AdoptArguments:
-    """Make a run of an adapter that PEFT trained; nothing is trained."""
+    """The adapter, its base, and the run to make."""
 
-    adapter: tyro.conf.Positional[str]
+    adapter: Positional
     """Folder with PEFT's adapter_config.json and adapter_model.safetensors."""
     out: str
     """Folder of the run, made new."""
@@ -34,13 +31,12 @@ class AdoptArguments:
     """Run Python code that the model folder brings along."""
 
 
-def adopt(words: Sequence[str]) -> None:
-    """Graft adopt ADAPTER --out RUN [--model BASE] [--format nf4 [--double-quant]]."""
-    arguments = parse(AdoptArguments, words, "adopt", AdoptArguments.__doc__ or "")
+def adopt(arguments: AdoptArguments) -> None:
+    """Make a run of an adapter that PEFT trained; nothing is trained."""
     from graft.api.adopt import adopt as run
-    from graft.cli.progress import TerminalEvents
+    from graft.cli.progress import progress
 
-    with TerminalEvents(Console(stderr=True)) as events:
+    with progress() as events:
         report = run(**asdict(arguments), events=events)
     kind = method_in_words(report.method, report.dora)
     print(
@@ -48,3 +44,6 @@ def adopt(words: Sequence[str]) -> None:
         f"on {report.model}"
     )
     print(f"next: graft export {arguments.out} --to gguf --out {arguments.out}.gguf")
+
+
+COMMAND = Command(arguments=AdoptArguments, run=adopt)

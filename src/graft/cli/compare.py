@@ -1,4 +1,4 @@
-"""What `graft compare` shows."""
+"""`graft compare`."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.table import Table
-
+from graft.cli.command import Command
 from graft.compare.config import CompareConfig
 from graft.errors import GraftError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from graft.compare.results import Column, Result, Row
 
 DEMO_STEPS = 160
@@ -22,7 +22,7 @@ _FIRST = "deployed model"
 
 @dataclass(frozen=True, kw_only=True)
 class CompareArguments(CompareConfig):
-    """Train contenders, deploy each, and score the deployed files."""
+    """A comparison, or that of the bundled model."""
 
     demo: bool = False
     """Compare on the bundled model and data; --model and --data are then not needed."""
@@ -40,15 +40,20 @@ def demo_settings(words: Sequence[str]) -> dict[str, Any]:
     return {**files, "dtype": "float32", "max_new_tokens": 96, **steps}
 
 
-def show_comparison(config: CompareConfig) -> None:
-    """Compare, print the table and the files; raises GraftError when a contender failed."""
-    from graft.cli.progress import TerminalEvents
-    from graft.compare.results import COSTS, SCORES, with_figures
-    from graft.compare.run import compare
+def compare(arguments: CompareArguments) -> None:
+    """Train contenders, deploy each, and score the deployed files side by side.
 
-    with TerminalEvents(Console(stderr=True)) as events:
-        result = compare(config, events)
-    title = f"{Path(config.model).name} on {Path(config.data).name}, held-out rows"
+    Raises GraftError when a contender failed.
+    """
+    from rich.table import Table
+
+    from graft.cli.progress import progress
+    from graft.compare.results import COSTS, SCORES, with_figures
+    from graft.compare.run import compare as run
+
+    with progress() as events:
+        result = run(arguments, events)
+    title = f"{Path(arguments.model).name} on {Path(arguments.data).name}, held-out rows"
     _show(Table(title=title), result.rows, with_figures((*SCORES, *COSTS), result.rows))
     print(f"{result.page}, {result.data}; {result.seconds:.0f} s")
     if result.failed:
@@ -57,6 +62,8 @@ def show_comparison(config: CompareConfig) -> None:
 
 def _show(table: Table, rows: Sequence[Row], columns: Sequence[Column]) -> None:
     """Print the columns that the terminal has room for; all of them where there is no terminal."""
+    from rich.console import Console
+
     console = Console(highlight=False)
     texts = {column: [column.title, *map(column.text, rows)] for column in columns}
     widths = {column: max(map(len, texts[column])) + 3 for column in columns}
@@ -87,3 +94,6 @@ def _failures(failed: Sequence[Result], total: int) -> str:
         f"{len(failed)} of {total} deployed models failed; the same command tries them again\n"
         f"{lines}"
     )
+
+
+COMMAND = Command(arguments=CompareArguments, run=compare, takes_file=True, given=demo_settings)

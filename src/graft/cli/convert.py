@@ -1,16 +1,13 @@
-"""The flags of `graft convert`, and what it shows."""
+"""`graft convert`."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-import tyro
-from rich.console import Console
-
-from graft.cli.flags import parse
+from graft.cli.command import Command
+from graft.cli.fields import Positional
 
 if TYPE_CHECKING:
     from graft.api.convert import ConvertReport
@@ -18,9 +15,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertArguments:
-    """Bring a model that another tool wrote into graft's own folder, to train, merge, export."""
+    """What to bring in, and where to."""
 
-    source: tyro.conf.Positional[str]
+    source: Positional
     """A folder or hub id of GPTQ, AWQ, bitsandbytes or MLX weights, a folder of pickled PyTorch
     weights (they are not downloaded), a GGUF file, or one pickled file beside its config.json."""
     out: str
@@ -31,13 +28,12 @@ class ConvertArguments:
     """Print one JSON object instead of text."""
 
 
-def convert(words: Sequence[str]) -> None:
-    """Graft convert SOURCE --out DIR [--tokenizer DIR]."""
-    arguments = parse(ConvertArguments, words, "convert", ConvertArguments.__doc__ or "")
+def convert(arguments: ConvertArguments) -> None:
+    """Bring a model that another tool wrote into graft's own folder, to train, merge, export."""
     from graft.api.convert import convert_model
-    from graft.cli.progress import TerminalEvents
+    from graft.cli.progress import progress
 
-    with TerminalEvents(Console(stderr=True)) as events:
+    with progress() as events:
         report = convert_model(
             arguments.source, arguments.out, tokenizer=arguments.tokenizer, events=events
         )
@@ -70,3 +66,6 @@ def _lines(report: ConvertReport) -> dict[str, str]:
         )
     lines["folder"] = f"{report.path}, {report.bytes / 2**20:,.1f} MiB"
     return lines
+
+
+COMMAND = Command(arguments=ConvertArguments, run=convert)

@@ -1,20 +1,36 @@
-"""What `graft demo` shows."""
+"""`graft demo`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+from graft.cli.command import Command
 
-from graft.cli.progress import TerminalEvents
-from graft.demo.run import DemoResult, run_demo
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from graft.demo.run import DemoResult
 
 
-def show_demo(out: Path) -> None:
-    """Run the demo into `out` and print its table, samples, files and what to do next."""
-    with TerminalEvents(Console(stderr=True)) as events:
-        result = run_demo(out, events)
+@dataclass(frozen=True, kw_only=True)
+class DemoArguments:
+    """Where the tour leaves its files."""
+
+    out: str = "graft-demo"
+    """Folder to write."""
+
+
+def demo(arguments: DemoArguments) -> None:
+    """Fine-tune the bundled model on the bundled data, merge, export, and compare."""
+    from rich.console import Console
+
+    from graft.cli.progress import progress
+    from graft.demo.run import run_demo
+
+    with progress() as events:
+        result = run_demo(Path(arguments.out), events)
     console = Console(highlight=False, soft_wrap=True)
     console.print(_table(result))
     console.print("\n[bold]A product that training never saw[/bold]")
@@ -36,6 +52,8 @@ def show_demo(out: Path) -> None:
 
 
 def _table(result: DemoResult) -> Table:
+    from rich.table import Table
+
     table = Table(title="Product descriptions from attributes, held-out products")
     table.add_column("model")
     table.add_column("held-out loss", justify="right")
@@ -47,3 +65,6 @@ def _table(result: DemoResult) -> Table:
 
 def _shortened(text: str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[:limit].rstrip() + " …"
+
+
+COMMAND = Command(arguments=DemoArguments, run=demo)

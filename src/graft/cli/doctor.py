@@ -1,14 +1,30 @@
-"""What `graft doctor` shows."""
+"""`graft doctor`."""
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
 from typing import Any
 
-from graft.api.doctor import Diagnosis
+from graft.cli.command import Command
 
 
-def show_diagnosis(diagnosis: Diagnosis) -> None:
-    """Print each section with its facts; what is not known, or not so, is a dash."""
+@dataclass(frozen=True, kw_only=True)
+class DoctorArguments:
+    """How to say it."""
+
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def doctor(arguments: DoctorArguments) -> None:
+    """Say which kernels compute here and why the others do not; processor, memory, versions."""
+    from graft.api.doctor import diagnose
+
+    diagnosis = diagnose()
+    if arguments.json:
+        print(json.dumps(diagnosis, indent=2))
+        return
     for section, facts in diagnosis.items():
         print(section)
         width = max(len(_label(name)) for name in facts)
@@ -22,6 +38,7 @@ def _label(name: str) -> str:
 
 
 def _text(name: str, value: Any) -> str:
+    """Return a fact as text; what is not known, or not so, is a dash."""
     if value is None:
         return "-"
     if isinstance(value, bool):
@@ -31,3 +48,6 @@ def _text(name: str, value: Any) -> str:
     if isinstance(value, list):
         return " ".join(str(part) for part in value)
     return f"{value / 2**30:,.1f} GiB" if name.endswith(" bytes") else str(value)
+
+
+COMMAND = Command(arguments=DoctorArguments, run=doctor)

@@ -3,80 +3,106 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_origin
 
-import tyro
-
-from graft.api.settings import checked_settings
+from graft.cli.command import Command
+from graft.cli.fields import Flag, flags_of
 from graft.errors import GraftError, did_you_mean, raise_problems
-from graft.files import read_yaml
 
-Config = TypeVar("Config")
+Arguments = TypeVar("Arguments")
 
-_MARKERS = (tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes)
+_HELP = ("-h", "--help", "--help-all")
 
 
-def parse(kind: type[Config], words: Sequence[str], name: str, description: str) -> Config:
+def parse(command: Command[Arguments], words: Sequence[str], name: str) -> Arguments:
     """Return the configuration that the words after `graft <name>` describe.
 
-    Wrong flags print tyro's message and exit with status 2.
+    --help prints the page and exits; values that do not fit are told, and exit with status 2.
+    Raises GraftError for a flag that there is not, and for a file that does not fit.
     """
-    _check_names(words, kind, name)
-    return tyro.cli(
-        kind, prog=f"graft {name}", description=description, args=words, config=_MARKERS
-    )
-
-
-def parse_with_file(
-    kind: type[Config],
-    words: Sequence[str],
-    name: str,
-    description: str,
-    given: Mapping[str, Any] | None = None,
-) -> Config:
-    """As `parse`, with a leading CONFIG.yaml whose settings the flags override.
-
-    `given` are settings that stand below the file's. Raises GraftError for a file that does not
-    fit.
-    """
-    settings = dict(given or {})
-    if words and not words[0].startswith("-"):
-        path = Path(words[0])
-        if path.suffix not in (".yaml", ".yml"):
-            raise GraftError(
-                f"{words[0]!r} is no flag and no configuration file (.yaml); flags begin with --"
-            )
-        settings |= checked_settings(read_yaml(path), kind, str(path))
+    settings = dict(command.given(words))
+    if command.takes_file and words and not words[0].startswith("-"):
+        settings |= _settings_of_file(words[0], command.arguments)
         words = words[1:]
-    if not settings:
-        return parse(kind, words, name, description)
-    _check_names(words, kind, name)
-    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
-    required = {
-        field.name: tyro.MISSING
-        for field in fields
-        if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
-    }
-    default = kind(**(required | settings))
-    return tyro.cli(
-        kind,
-        prog=f"graft {name}",
-        description=description,
-        args=words,
-        default=default,
-        config=_MARKERS,
-    )
+    asked = [word for word in words if word in _HELP]
+    if asked:
+        from graft.cli.help import page
+
+        print(page(command, name, settings, whole="--help-all" in asked))
+        sys.exit(0)
+    flags = flags_of(command.arguments, settings)
+    _check_names(words, flags, name)
+    return _parsed(command.arguments, flags, words, name)
 
 
-def _check_names(words: Sequence[str], kind: type, name: str) -> None:
+def _settings_of_file(word: str, kind: type) -> dict[str, Any]:
+    path = Path(word)
+    if path.suffix not in (".yaml", ".yml"):
+        raise GraftError(
+            f"{word!r} is no flag and no configuration file (.yaml); flags begin with --"
+        )
+    from graft.api.settings import checked_settings
+    from graft.files import read_yaml
+
+    return checked_settings(read_yaml(path), kind, word)
+
+
+def _check_names(words: Sequence[str], flags: Sequence[Flag], name: str) -> None:
     """Raise GraftError for every flag that there is not, with the nearest one that there is."""
-    known = {field.name.replace("_", "-") for field in dataclasses.fields(kind)} | {"help"}
-    flags = [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
+    options = [flag for flag in flags if not flag.positional]
+    known = {flag.name.replace("_", "-") for flag in options}
+    negated = {f"no-{flag.name.replace('_', '-')}" for flag in options if not flag.kind.name}
+    given = [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
     problems = [
-        f"unknown flag --{flag}{did_you_mean(flag, known)}"
-        for flag in flags
-        if flag.replace("_", "-").removeprefix("no-") not in known
+        f"unknown flag --{flag}{did_you_mean(flag, known | {'help', 'help-all'})}"
+        for flag in given
+        if flag.replace("_", "-") not in known | negated
     ]
-    raise_problems(problems, f"graft {name} --help lists the flags")
+    raise_problems(problems, f"graft {name} --help-all lists the flags")
+
+
+def _parsed(
+    kind: type[Arguments], flags: Sequence[Flag], words: Sequence[str], name: str
+) -> Arguments:
+    """Parse with tyro, by way of a dataclass whose choices are plain text, and check these then.
+
+    So a table of names may grow while the program runs, and all wrong names are told at once.
+    """
+    import tyro  # and not above: a page of help does without
+
+    fields = []
+    for flag in flags:
+        hint: Any = flag.hint
+        if flag.kind.choices:
+            hint = tuple[str, ...] if get_origin(hint) is tuple else str | None
+        elif flag.positional:
+            hint = tyro.conf.Positional[str]
+        hint = Annotated[hint, tyro.conf.arg(help=flag.sentence)]
+        fields.append((flag.name, hint, dataclasses.field(default=flag.default)))
+    parsed: Any = tyro.cli(
+        dataclasses.make_dataclass(kind.__name__, fields, kw_only=True),
+        prog=f"graft {name}",
+        args=words,
+        config=(tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes),
+    )
+    values = {flag.name: getattr(parsed, flag.name) for flag in flags}
+    problems = [
+        f"graft {name}: error: --{flag.name.replace('_', '-')}: {problem}"
+        for flag in flags
+        if flag.kind.choices
+        for value in _listed(values[flag.name])
+        if (problem := flag.kind.problem(value)) is not None
+    ]
+    if problems:
+        print("\n".join(problems), file=sys.stderr)
+        sys.exit(2)
+    return kind(**values)
+
+
+def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    return value if isinstance(value, tuple) else (value,)

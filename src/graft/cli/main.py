@@ -6,32 +6,16 @@ torch and transformers are imported by the subcommands when they run, so that --
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
-from graft.errors import GraftError, did_you_mean
-
-_HELP = {
-    "demo": "fine-tune the bundled model on the bundled data and export it: a tour in 2 minutes",
-    "plan": "predict the memory of a run from config.json alone",
-    "convert": "bring GPTQ, AWQ, bitsandbytes, MLX, GGUF or pickled weights into graft's folder",
-    "quantize": "write a model folder with quantised weights",
-    "train": "fine-tune a model on a file of examples",
-    "adopt": "make a run of an adapter that PEFT trained",
-    "eval": "loss and perplexity of a model on a file of examples",
-    "generate": "continue a prompt",
-    "chat": "talk to a model",
-    "merge": "fold a run's adapter into a model folder",
-    "export": "write a run or a model for llama.cpp, Ollama, MLX, ONNX, OpenVINO and others",
-    "verify": "load an exported file in its own runtime and compare it with the trained model",
-    "compare": "train contenders, deploy each, and score the deployed files side by side",
-    "doctor": "say what graft finds on this machine, and which kernels it uses",
-}
+from graft.cli.commands import COMMANDS
+from graft.errors import GraftError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; return 0, or 1 after a GraftError, 2 for wrong usage, 130 on Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in ("-h", "--help", "--help-all"):
         print(_usage())
         return 0
     if words[0] in ("-V", "--version"):
@@ -39,34 +23,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"graft {version('graft-llm')}")
         return 0
-    if words[0] not in _HELP:
-        print(
-            f"graft: unknown command {words[0]!r}{did_you_mean(words[0], _HELP)}", file=sys.stderr
-        )
+    name = words[0]
+    problem = COMMANDS.problem(name)
+    if problem is not None:
+        print(f"graft: {problem}", file=sys.stderr)
         return 2
     try:
-        _command(words[0])(words[1:])
+        from graft.cli.flags import parse
+
+        command = COMMANDS[name]
+        command.run(parse(command, words[1:], name))
     except GraftError as error:
-        print(f"graft {words[0]}: error: {error}", file=sys.stderr)
+        print(f"graft {name}: error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"graft {words[0]}: interrupted", file=sys.stderr)
+        print(f"graft {name}: interrupted", file=sys.stderr)
         return 130
     return 0
 
 
-def _command(name: str) -> Callable[[Sequence[str]], None]:
-    from graft.cli import commands
-
-    return commands.COMMANDS[name]
-
-
 def _usage() -> str:
-    width = max(len(name) for name in _HELP)
-    lines = "\n".join(f"  {name:<{width}}  {text}" for name, text in _HELP.items())
+    width = max(map(len, COMMANDS))
+    lines = "\n".join(f"  {name:<{width}}  {COMMANDS.summary(name)}" for name in COMMANDS)
     return (
         "graft fine-tunes a language model and ships exactly the weights that it trained.\n\n"
-        f"usage: graft COMMAND ...\n\n{lines}\n\ngraft COMMAND --help lists a command's flags."
+        f"usage: graft COMMAND ...\n\n{lines}\n\n"
+        "graft COMMAND --help lists a command's flags, --help-all the rare ones too."
     )
 
 

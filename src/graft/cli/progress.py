@@ -93,3 +93,8 @@ class TerminalEvents(Events):
         if not self.console.is_terminal and now - self.last_line > _SECONDS_BETWEEN_LINES:
             self.last_line = now
             self.note(f"step {step} of {self.steps}: {info}")
+
+
+def progress() -> TerminalEvents:
+    """Return events that are drawn on stderr, so that stdout holds the result alone."""
+    return TerminalEvents(Console(stderr=True))

@@ -1,29 +1,52 @@
-"""What `graft verify` shows."""
+"""`graft verify`."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
-from rich.console import Console
-
+from graft.cli.command import Command
+from graft.cli.fields import Positional
 from graft.errors import raise_problems
 
 if TYPE_CHECKING:
     from graft.api.verify import Certificate
 
 
-def show_certificate(
-    model: str, file: str, *, data: str | None, requantize: bool, as_json: bool
-) -> None:
-    """Verify, print the certificate, and raise GraftError where a bound is missed."""
-    from graft.api.verify import verify
-    from graft.cli.progress import TerminalEvents
+@dataclass(frozen=True, kw_only=True)
+class VerifyArguments:
+    """The exported file, and what it was exported from."""
 
-    with TerminalEvents(Console(stderr=True)) as events:
-        found = verify(model, file, data=data, requantize=requantize, events=events)
-    if as_json:
+    model: Positional
+    """The run or model folder that was exported."""
+    file: Positional
+    """The .gguf file, or the folder of --to ollama, mlx, onnx, openvino or hf."""
+    data: str | None = None
+    """Held-out examples to compare on; by default those of the run."""
+    requantize: bool = False
+    """Whether the export was asked to round a lora or qlora run."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def verify(arguments: VerifyArguments) -> None:
+    """Load an exported file in its own runtime, and compare it with the model that was trained.
+
+    Raises GraftError where a bound is missed.
+    """
+    from graft.api.verify import verify as run
+    from graft.cli.progress import progress
+
+    with progress() as events:
+        found = run(
+            arguments.model,
+            arguments.file,
+            data=arguments.data,
+            requantize=arguments.requantize,
+            events=events,
+        )
+    if arguments.json:
         print(json.dumps(asdict(found) | {"passed": found.passed}, indent=2))
     else:
         for name, value in _lines(found).items():
@@ -51,3 +74,6 @@ def _lines(found: Certificate) -> dict[str, str]:
         "stop token": "equal" if found.same_stop_tokens else "differs",
         "verdict": "the file is the trained model" if found.passed else "not verified",
     }
+
+
+COMMAND = Command(arguments=VerifyArguments, run=verify)

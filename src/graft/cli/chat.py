@@ -1,0 +1,58 @@
+"""`graft chat`."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft.cli.command import Command
+from graft.cli.fields import Positional
+from graft.cli.generate import print_at_once
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatArguments:
+    """The model, and how it answers."""
+
+    model: Positional
+    """A run, a model folder, or a hub id."""
+    max_new_tokens: int = 256
+    """Most tokens of an answer."""
+    temperature: float = 0.0
+    """0 is greedy; higher samples more freely."""
+
+
+def chat(arguments: ChatArguments) -> None:
+    """Talk to a model; an empty line or Ctrl-D ends it."""
+    from graft.api.evaluate import generate as run
+    from graft.api.run.folder import load_any, prompt_style
+
+    loaded = load_any(arguments.model)
+    style = prompt_style(Path(arguments.model))
+    remembers = style.kind == "messages" or loaded.tokenizer.chat_template is not None
+    if not remembers:
+        print("This model has no chat template: each line stands alone.", file=sys.stderr)
+    messages: list[dict[str, str]] = []
+    while line := _ask():
+        messages.append({"role": "user", "content": line})
+        answer = run(
+            loaded,
+            messages if remembers else line,
+            style=style,
+            max_new_tokens=arguments.max_new_tokens,
+            temperature=arguments.temperature,
+            on_text=print_at_once,
+        )
+        print()
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _ask() -> str:
+    try:
+        return input("> ").strip()
+    except EOFError:
+        return ""
+
+
+COMMAND = Command(arguments=ChatArguments, run=chat)

@@ -1,0 +1,27 @@
+"""What a command is: the dataclass of its arguments, and a function that takes them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+Arguments = TypeVar("Arguments")
+
+
+def _nothing(words: Sequence[str]) -> dict[str, Any]:
+    return {}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command(Generic[Arguments]):
+    """One command; the first paragraph of the function's docstring heads the command's help."""
+
+    arguments: type[Arguments]
+    """A dataclass whose fields are the flags."""
+    run: Callable[[Arguments], None]
+    """Does the work and shows its result."""
+    takes_file: bool = False
+    """Whether a CONFIG.yaml may stand before the flags."""
+    given: Callable[[Sequence[str]], Mapping[str, Any]] = _nothing
+    """From the words after the command to settings that stand below the file's and the flags'."""

@@ -1,0 +1,63 @@
+"""`graft eval`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+from graft.cli.command import Command
+from graft.cli.fields import Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalArguments:
+    """What to score, and on what."""
+
+    model: Positional
+    """A run, a model folder, a hub id, or a GGUF file that graft wrote."""
+    data: str
+    """File of examples."""
+    max_length: int | None = None
+    """Most tokens in a row; default: the model's limit, at most 1024."""
+    eos: bool = True
+    """Score the end-of-sequence token too."""
+    separator: str = "\n"
+    """Text between prompt and completion."""
+    batch_size: int = 16
+    """Rows computed at once."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer, for a GGUF file."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute precision."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute."""
+
+
+def evaluate(arguments: EvalArguments) -> None:
+    """Loss and perplexity of a model, masked as in training."""
+    from graft.api.evaluate import evaluate_model
+    from graft.api.run.folder import load_any
+
+    loaded = load_any(arguments.model, arguments.dtype, arguments.device, arguments.tokenizer)
+    result = evaluate_model(
+        loaded,
+        arguments.data,
+        max_length=arguments.max_length,
+        eos=arguments.eos,
+        separator=arguments.separator,
+        batch_size=arguments.batch_size,
+    )
+    if arguments.json:
+        print(json.dumps(result))
+        return
+    print(
+        f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.4f} over "
+        f"{result['target_tokens']:,} target tokens in {result['rows']:,} rows "
+        f"({result['cut_rows']:,} cut)"
+    )
+
+
+COMMAND = Command(arguments=EvalArguments, run=evaluate)

@@ -1,0 +1,49 @@
+"""`graft export`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from graft.cli.command import Command
+from graft.cli.fields import Positional
+from graft.export.config import ExportTarget
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """What to write, and for which program."""
+
+    model: Positional
+    """A run or a model folder."""
+    to: ExportTarget
+    """gguf: llama.cpp; ollama: the same file and a Modelfile; mlx: mlx-lm; onnx: ONNX Runtime;
+    openvino: OpenVINO; hf: Transformers, dequantised; peft: the adapter alone (of lora, qlora, and
+    qalora with --grid-rank 0)."""
+    out: str
+    """File (gguf) or folder to write."""
+    requantize: bool = False
+    """Round a lora or qlora run to INT4 (all but hf); the loss that this costs is printed."""
+    license: str | None = None
+    """Licence on the model card, as the hub names it; default: that on the base's card."""
+
+
+def export(arguments: ExportArguments) -> None:
+    """Write a run or a model for another program."""
+    from graft.api.export import export_model
+    from graft.cli.progress import progress
+
+    with progress() as events:
+        report = export_model(
+            arguments.model,
+            arguments.to,
+            arguments.out,
+            requantize=arguments.requantize,
+            license=arguments.license,
+            events=events,
+        )
+    for note in report.notes:
+        print(f"note: {note}")
+    print(f"{report.path}: {report.bytes / 2**20:,.1f} MiB")
+
+
+COMMAND = Command(arguments=ExportArguments, run=export)

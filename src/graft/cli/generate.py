@@ -1,0 +1,55 @@
+"""`graft generate`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from graft.cli.command import Command
+from graft.cli.fields import Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateArguments:
+    """The model, the prompt, and how to go on from it."""
+
+    model: Positional
+    """A run, a model folder, a hub id, or a GGUF file that graft wrote."""
+    prompt: str
+    """The prompt; to a run it is dressed as the run's training rows were."""
+    max_new_tokens: int = 128
+    """Most tokens to generate."""
+    temperature: float = 0.0
+    """0 is greedy; higher samples more freely."""
+    seed: int = 0
+    """Seed of the sampling."""
+    raw: bool = False
+    """Take the prompt as it is, without the run's separator or template."""
+    tokenizer: str | None = None
+    """Folder of the tokenizer, for a GGUF file."""
+
+
+def generate(arguments: GenerateArguments) -> None:
+    """Continue a prompt."""
+    from graft.api.evaluate import generate as run
+    from graft.api.run.folder import load_any, prompt_style
+
+    loaded = load_any(arguments.model, tokenizer=arguments.tokenizer)
+    run(
+        loaded,
+        arguments.prompt,
+        style=None if arguments.raw else prompt_style(Path(arguments.model)),
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        seed=arguments.seed,
+        on_text=print_at_once,
+    )
+    print()
+
+
+def print_at_once(text: str) -> None:
+    """Print a piece of text as it comes."""
+    print(text, end="", flush=True)
+
+
+COMMAND = Command(arguments=GenerateArguments, run=generate)

@@ -1,0 +1,43 @@
+"""`graft merge`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from graft.cli.command import Command
+from graft.cli.fields import Positional
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeArguments:
+    """The run, and what becomes of it."""
+
+    run: Positional
+    """The run's folder."""
+    out: str
+    """Folder to write."""
+    into: Literal["trained", "original"] = "trained"
+    """The base that was trained on (dequantised for qlora), or the original one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Stored dtype of weights that become dense; auto is the source's."""
+
+
+def merge(arguments: MergeArguments) -> None:
+    """Fold a run's adapter into a model folder, with merge-report.json in it."""
+    from graft.api.merge import merge as run
+    from graft.cli.progress import progress
+
+    with progress() as events:
+        report = run(
+            arguments.run,
+            arguments.out,
+            into=arguments.into,
+            dtype=arguments.dtype,
+            events=events,
+        )
+    print(report.summary())
+    print(f"{arguments.out}, with merge-report.json")
+
+
+COMMAND = Command(arguments=MergeArguments, run=merge)
