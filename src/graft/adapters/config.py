@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 from graft.adapters.registry import METHODS, method_of
 from graft.adapters.starts.registry import STARTS
@@ -20,6 +20,11 @@ def method_in_words(method: str, dora: bool) -> str:
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """The adapter that a run trains."""
+
+    GROUP: ClassVar[str] = "method"
+    RARE: ClassVar[frozenset[str]] = frozenset(
+        {"grid_rank", "rslora", "loftq_rounds", "dense_fraction", "adapter_bias"}
+    )
 
     method: MethodName = "qalora"
     """How it is trained."""

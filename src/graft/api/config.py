@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from graft.adapters.config import AdapterConfig
 from graft.calibrate.config import SolverConfig
@@ -24,6 +24,8 @@ NARROW = (2, 3)
 class TrainConfig(LoopConfig, DataConfig, AdapterConfig, SolverConfig, FormatConfig, ModelConfig):
     """A training run."""
 
+    GROUP: ClassVar[str] = "output"
+
     export: tuple[ExportTarget, ...] = ()
     """Exports to write into the run's folder at the end; whether they can be written is checked
     before training starts."""
@@ -32,6 +34,9 @@ class TrainConfig(LoopConfig, DataConfig, AdapterConfig, SolverConfig, FormatCon
 @dataclass(frozen=True, kw_only=True)
 class QuantizeConfig(SolverConfig, FormatConfig, ModelConfig):
     """A quantisation without training."""
+
+    GROUP: ClassVar[str] = "quantisation"
+    RARE: ClassVar[frozenset[str]] = frozenset({"calibration_length"})
 
     out: str
     """Folder to write the quantised model to."""
@@ -47,6 +52,8 @@ class QuantizeConfig(SolverConfig, FormatConfig, ModelConfig):
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(AdapterConfig, FormatConfig, SolverConfig, ModelConfig):
     """A prediction of memory."""
+
+    GROUP: ClassVar[str] = "plan"
 
     batch_size: int = 16
     """Rows that are computed at once."""

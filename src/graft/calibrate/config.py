@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from graft.calibrate.registry import SOLVERS
 
@@ -11,6 +11,9 @@ from graft.calibrate.registry import SOLVERS
 @dataclass(frozen=True, kw_only=True)
 class SolverConfig:
     """The solver that rounds the base model's weights, and what it may look at."""
+
+    GROUP: ClassVar[str] = "quantisation"
+    RARE: ClassVar[frozenset[str]] = frozenset({"calibration_rows", "damping"})
 
     solver: Annotated[str, SOLVERS] | None = None
     """rtn: round each weight to the nearest value, data-free; gptq: round column by column and let

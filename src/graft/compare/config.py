@@ -3,44 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from graft.data.config import DataConfig
 from graft.model.config import ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompareConfig(DataConfig, ModelConfig):
-    """A comparison of ways to train and deploy on one model and one set of data.
+class TrainingsConfig:
+    """What all trainings of a comparison have in common."""
 
-    `contenders`, `bits`, `seeds` and `keep` say what is compared; they may change between calls on
-    the same folder, and what is there already stays. All else is fixed by the first call.
-    """
+    GROUP: ClassVar[str] = "training"
+    RARE: ClassVar[frozenset[str]] = frozenset({"calibration_rows", "damping"})
 
-    out: str = "graft-compare"
-    """Folder of the comparison; the same command with the same folder goes on where it stopped."""
-    contenders: tuple[str, ...] = (
-        *("base", "lora", "lora+rtn", "lora+gptq"),
-        *("qalora", "affine", "merge_aware"),
-    )
-    """What competes, each METHOD[@SOLVER][+SOLVER]. METHOD: base (untrained) or any of graft
-    train's. @SOLVER: what quantises the weights that it trains on, if not the method's default.
-    +SOLVER: merge to dense weights, then quantise those; without it base, lora, qlora and full stay
-    dense. A method that trains on integers merges exactly and takes no +SOLVER."""
-    bits: tuple[int, ...] = (4,)
-    """Widths at which each contender that ends in integers competes: 2, 3, 4, 8."""
-    seeds: int = 1
-    """Number of seeds: every training runs with 0, 1, ... of them; the held-out rows are the same
-    for all."""
-    generate: int | None = None
-    """Held-out prompts to continue greedily and to score by exact match, BLEU, ROUGE-L and
-    attribute coverage; default: 32 for rows with a prompt or an instruction, else 0. Without the
-    packages of the eval extra the default goes without BLEU and ROUGE-L."""
-    max_new_tokens: int = 128
-    """Most tokens of a continuation."""
-    keep: bool = False
-    """Keep every deployed model folder, below OUT/deployed; else they go when they are scored. The
-    runs stay in any case."""
     steps: int | None = None
     """Optimizer steps of each training; give this or --epochs (default: 1 epoch)."""
     epochs: float | None = None
@@ -71,3 +46,39 @@ class CompareConfig(DataConfig, ModelConfig):
     save_every: int | None = None
     """Steps between checkpoints, from which a training that was interrupted goes on; the default
     keeps none, and such a training begins anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig(TrainingsConfig, DataConfig, ModelConfig):
+    """A comparison of ways to train and deploy on one model and one set of data.
+
+    `contenders`, `bits`, `seeds` and `keep` say what is compared; they may change between calls on
+    the same folder, and what is there already stays. All else is fixed by the first call.
+    """
+
+    GROUP: ClassVar[str] = "comparison"
+
+    out: str = "graft-compare"
+    """Folder of the comparison; the same command with the same folder goes on where it stopped."""
+    contenders: tuple[str, ...] = (
+        *("base", "lora", "lora+rtn", "lora+gptq"),
+        *("qalora", "affine", "merge_aware"),
+    )
+    """What competes, each METHOD[@SOLVER][+SOLVER]. METHOD: base (untrained) or any of graft
+    train's. @SOLVER: what quantises the weights that it trains on, if not the method's default.
+    +SOLVER: merge to dense weights, then quantise those; without it base, lora, qlora and full stay
+    dense. A method that trains on integers merges exactly and takes no +SOLVER."""
+    bits: tuple[int, ...] = (4,)
+    """Widths at which each contender that ends in integers competes: 2, 3, 4, 8."""
+    seeds: int = 1
+    """Number of seeds: every training runs with 0, 1, ... of them; the held-out rows are the same
+    for all."""
+    generate: int | None = None
+    """Held-out prompts to continue greedily and to score by exact match, BLEU, ROUGE-L and
+    attribute coverage; default: 32 for rows with a prompt or an instruction, else 0. Without the
+    packages of the eval extra the default goes without BLEU and ROUGE-L."""
+    max_new_tokens: int = 128
+    """Most tokens of a continuation."""
+    keep: bool = False
+    """Keep every deployed model folder, below OUT/deployed; else they go when they are scored. The
+    runs stay in any case."""

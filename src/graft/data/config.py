@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     """What to train and evaluate on, and how a row becomes tokens."""
+
+    GROUP: ClassVar[str] = "data"
+    RARE: ClassVar[frozenset[str]] = frozenset({"eos", "separator"})
 
     data: str
     """File of examples: .jsonl, .json, .csv, .parquet or .txt, each also as .gz."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from graft.formats.registry import FORMATS
 
@@ -15,6 +15,9 @@ WIDTHS = (2, 3, 4, 8)
 @dataclass(frozen=True, kw_only=True)
 class FormatConfig:
     """The storage of the frozen weights; None means the default of the method."""
+
+    GROUP: ClassVar[str] = "quantisation"
+    RARE: ClassVar[frozenset[str]] = frozenset({"latent_dtype", "double_quant"})
 
     format: FormatName | None = None
     """How the frozen weights are stored; for merge_aware the grid that they are rounded to: int (or

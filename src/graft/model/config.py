@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The base model and how it computes."""
+
+    GROUP: ClassVar[str] = "model and machine"
+    RARE: ClassVar[frozenset[str]] = frozenset({"trust_remote_code"})
 
     model: str
     """Folder of a Hugging Face model (safetensors), or a hub id."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
     """The training loop."""
+
+    GROUP: ClassVar[str] = "training"
+    RARE: ClassVar[frozenset[str]] = frozenset({"warmup_fraction", "weight_decay", "max_grad_norm"})
 
     out: str
     """Folder of the run, made new; with --resume the folder of the run to go on with."""
