@@ -95,6 +95,7 @@ def test_help_fits_on_two_screens(name: str, show: Show) -> None:
         of_one_flag = re.findall(r"^  -.*(?:\n {10,}.*)*", "\n".join(lines), re.MULTILINE)
         assert of_one_flag and max(flag.count("\n") for flag in of_one_flag) <= 2
     assert max(map(len, show(name, "--help-all", columns=60).splitlines()[2:])) <= 60
+    assert show(name, "--help", columns=10) == show(name, "--help", columns=60)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -13,12 +13,12 @@ from typing import Any
 from graft.cli.command import Command
 from graft.cli.fields import REQUIRED, Flag, flags_of
 
-WIDTH = 100
-"""Columns of a page; a narrower terminal gets what it has."""
+NARROW, WIDE = 60, 100
+"""Columns of a page: as many as the terminal has, within these."""
 SCREEN = 40
 """Lines of a page that --help shows whole, each flag with all that there is to say of it."""
 
-_LAST = ("method", "data", "quantisation", "training", "output", "model and machine")
+_ORDER = ("method", "data", "quantisation", "training", "output", "model and machine")
 """The order of groups; those of a single command stand before, the required flags first of all."""
 _WIDEST_FLAG = 26
 
@@ -30,7 +30,7 @@ def page(
 
     `settings` are shown as the defaults of the fields that they name.
     """
-    width = min(shutil.get_terminal_size().columns, WIDTH)
+    width = max(NARROW, min(shutil.get_terminal_size().columns, WIDE))
     flags = flags_of(command.arguments, settings)
     common = [flag for flag in flags if not flag.rare]
     lines = _head(command, name, flags, width)
@@ -94,7 +94,7 @@ def _listing(
 def _place(group: str) -> int:
     if group == REQUIRED:
         return -2
-    return _LAST.index(group) if group in _LAST else -1
+    return _ORDER.index(group) if group in _ORDER else -1
 
 
 def _option(flag: Flag) -> str:
@@ -105,12 +105,10 @@ def _written(flag: Flag, both: bool = False) -> str:
     """Return a flag as it is given: --rank INT, --dora, or with `both` --[no-]dora."""
     if flag.positional:
         return flag.name.upper()
-    value = flag.kind.name
+    option, value = _option(flag), flag.kind.name
     if not value:
-        return (
-            _option(flag) if flag.default is False and not both else f"--[no-]{_option(flag)[2:]}"
-        )
-    return f"{_option(flag)} {value}".replace("TEXT", flag.name.rpartition("_")[2].upper())
+        return option if flag.default is False and not both else f"--[no-]{option[2:]}"
+    return f"{option} {value}".replace("TEXT", flag.name.rpartition("_")[2].upper())
 
 
 def _text(flag: Flag, width: int, limit: int | None) -> list[str]:
@@ -125,7 +123,7 @@ def _text(flag: Flag, width: int, limit: int | None) -> list[str]:
     before = f"{{{', '.join(choices)}}}" if choices else ""
     if limit is None:
         return _wrapped(" ".join(part for part in (before, flag.text, after) if part), width)
-    if len(before) > width:
+    if len(before) > width:  # more than a line of names
         before = before[: before.rindex(",", 0, width - 20) + 1] + f" ... {len(choices)} in all}}"
     for shorter in _shorter(flag.sentence):
         lines = _wrapped(" ".join(part for part in (before, shorter, after) if part), width)
