@@ -16,11 +16,7 @@ class SolverConfig:
     RARE: ClassVar[frozenset[str]] = frozenset({"calibration_rows", "damping"})
 
     solver: Annotated[str, SOLVERS] | None = None
-    """rtn: round each weight to the nearest value, data-free; gptq: round column by column and let
-    the columns that follow make up for the error on calibration text (arXiv 2210.17323); qep: gptq,
-    but each weight first makes up for half of what rounding the layers before has done to its
-    inputs (2504.09629); hqq: fit the offsets of the int format to a sparse error, data-free. The
-    default is qep for method merge_aware, gptq for qalora and affine at 2 and 3 bits, else rtn."""
+    """What chooses the codes. The default is the method's."""
     calibration_rows: int = 128
     """Rows of the data that gptq and qep calibrate on, and that --bits auto measures layers on."""
     damping: float = 0.01

@@ -27,10 +27,11 @@ def chat(arguments: ChatArguments) -> None:
     """Talk to a model; an empty line or Ctrl-D ends it."""
     from graft.api.evaluate import generate as run
     from graft.api.run.folder import load_any, prompt_style
+    from graft.data.shapes.registry import SHAPES
 
     loaded = load_any(arguments.model)
     style = prompt_style(Path(arguments.model))
-    remembers = style.kind == "messages" or loaded.tokenizer.chat_template is not None
+    remembers = SHAPES[style.kind].is_conversation or loaded.tokenizer.chat_template is not None
     if not remembers:
         print("This model has no chat template: each line stands alone.", file=sys.stderr)
     messages: list[dict[str, str]] = []

@@ -107,6 +107,6 @@ def _problems(settings: FormatConfig, name: str) -> list[str]:
             f"--latent-dtype {settings.latent_dtype} has no more digits than 8-bit codes; drop it"
         )
     if settings.double_quant and "double_quant" not in taken:
-        formats = taking("double_quant")
-        problems.append(f"--double-quant belongs to the {formats}; the format is {name}")
+        names = " and ".join(one for one in FORMATS if "double_quant" in FORMATS[one].settings)
+        problems.append(f"--double-quant belongs to --format {names}; the format is {name}")
     return problems
