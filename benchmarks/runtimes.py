@@ -27,7 +27,7 @@ import graft
 from graft.adapters.attach import frozen_layers
 from graft.api.run.folder import REPORT, run_summary
 from graft.api.verify import MAX_KL, MAX_LOGIT, MAX_PERPLEXITY, Certificate
-from graft.export.runtimes import PACKAGES
+from graft.export import registry
 
 TARGETS = ("gguf", "mlx", "onnx", "openvino", "hf")
 FLOAT32_ROUNDING = 2.5e-7
@@ -46,9 +46,10 @@ def main() -> None:
     if arguments.quick:
         arguments.steps, arguments.bits = 20, [4]
     model = shared("models", arguments.model)
-    there = [target for target in arguments.targets if find_spec(PACKAGES[target][0]) is not None]
+    runtimes = {target: registry.TARGETS[target].runtime for target in arguments.targets}
+    there = [target for target, needed in runtimes.items() if find_spec(needed.module) is not None]
     for target in sorted({*arguments.targets} - {*there}):
-        print(f"skipped {target}: needs {PACKAGES[target][1]}")
+        print(f"skipped {target}: needs {runtimes[target].install}")
     folder = arguments.folder or Path(tempfile.mkdtemp())
     data = write_jsonl(folder / "train.jsonl", as_text(e2e_rows("train")))
     held_out = write_jsonl(folder / "test.jsonl", as_text(e2e_rows("test", every=47)))
@@ -89,8 +90,8 @@ def _train(model: Path, run: Path, data: Path, held_out: Path, bits: int, steps:
 
 
 def _row(run: Path, files: Path, bits: int, target: str) -> dict[str, object]:
-    path = files / ("model.gguf" if target == "gguf" else target)
-    graft.export_model(run, target, path)  # type: ignore[arg-type]
+    path = files / registry.TARGETS[target].default_name
+    graft.export_model(run, target, path)
     found = graft.verify(run, path)
     return _figures(bits, target, _weight_difference(run, files, target, path), found)
 

@@ -11,7 +11,8 @@ import torch
 
 import graft
 import graft.api.verify as verifying
-from graft.export.runtimes import Runtime, start, target_of
+from graft.export.registry import TARGETS, target_of
+from graft.export.runtimes import Runtime
 
 
 @dataclasses.dataclass
@@ -73,9 +74,9 @@ def before_the_answer(logits: torch.Tensor) -> torch.Tensor:
 
 def verified(exported, monkeypatch, **changes) -> graft.api.verify.Certificate:
     run, folder = exported
-    real = start("hf", folder, 128)
+    real = TARGETS["hf"].start(folder, 128)
     altered = Altered(real, **{"stop_ids": real.stop_ids, **changes})
-    monkeypatch.setattr(verifying, "start", lambda *_: altered)
+    monkeypatch.setattr(TARGETS["hf"], "start", lambda *_: altered)
     return graft.verify(run, folder)
 
 
@@ -117,4 +118,4 @@ def test_a_file_that_is_no_export_is_refused(exported, tmp_path):
         graft.verify(run, tmp_path)
     with pytest.raises(graft.GraftError, match="give --data"):
         graft.verify(folder, folder)
-    assert target_of(folder) == "hf"
+    assert target_of(folder).name == "hf"

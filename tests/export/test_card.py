@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from graft.export.card import CardFacts, card_path, escaped, front_matter, license_of, model_card
+from graft.export.card import CardFacts, escaped, front_matter, license_of, model_card
+from graft.export.registry import TARGETS
 
 NASTY = "a|b <script>*c*</script> [d](e) `f` ```g``` # h\n\n# 'i' \"j\" $x$ &lt;"
-TARGETS = ("gguf", "ollama", "mlx", "onnx", "openvino", "hf", "peft")
 
 
 def parts(text: str) -> tuple[dict, str]:
@@ -21,7 +21,7 @@ def parts(text: str) -> tuple[dict, str]:
     return yaml.safe_load(front), body
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", list(TARGETS))
 def test_front_matter_and_a_way_to_run_it(target: str) -> None:
     facts = CardFacts(
         target,
@@ -91,8 +91,8 @@ def test_escaped_text_is_one_line() -> None:
 
 
 def test_where_a_card_lies() -> None:
-    assert card_path(Path("out/m.gguf"), "gguf") == Path("out/m.gguf.md")
-    assert card_path(Path("out/m"), "mlx") == Path("out/m/README.md")
+    assert TARGETS["gguf"].card_path(Path("out/m.gguf")) == Path("out/m.gguf.md")
+    assert TARGETS["mlx"].card_path(Path("out/m")) == Path("out/m/README.md")
 
 
 @pytest.mark.parametrize(

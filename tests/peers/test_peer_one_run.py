@@ -10,7 +10,7 @@ import pytest
 
 import graft
 from graft.adapters.attach import frozen_layers
-from graft.export.runtimes import PACKAGES
+from graft.export.registry import TARGETS
 
 FLOAT32_ROUNDING = 2.5e-7
 """Of a weight, as a share of its matrix's largest: q - z and the product with s each round."""
@@ -46,12 +46,13 @@ def runs(tiny_base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) 
 def test_a_trained_run(
     bits: int, target: str, runs: dict[int, Path], readers: Any, tmp_path: Path
 ) -> None:
-    module, packages = PACKAGES[target]
-    for needed in {module, target if target in ("onnx", "openvino") else module}:
+    entry = TARGETS[target]
+    module, packages = entry.runtime
+    for needed in {module, entry.package or module}:
         if find_spec(needed) is None:
             pytest.skip(f"needs {packages}: make test-peers installs it")
     run = runs[bits]
-    path = tmp_path / ("model.gguf" if target == "gguf" else target)
+    path = tmp_path / entry.default_name
     graft.export_model(run, target, path)
     graft.merge(run, tmp_path / "merged")
     merged, _ = graft.load(tmp_path / "merged")

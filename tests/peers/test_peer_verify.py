@@ -20,10 +20,10 @@ from graft.api.run.folder import load_any
 from graft.cli.main import main
 from graft.data.chat import DEFAULT_CHAT_TEMPLATE
 from graft.data.encode import encode_prompt
+from graft.export import registry
 from graft.export.ollama.chat_probe import render_chat
 from graft.export.ollama.go_template import render_go
 from graft.export.ollama.write import export_ollama
-from graft.export.runtimes import PACKAGES
 
 TARGETS = ("gguf", "mlx", "onnx", "openvino", "hf")
 WEIGHTS = {
@@ -59,8 +59,8 @@ def run(tiny_base: Path, rows: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture(scope="module", params=TARGETS)
 def exported(request: pytest.FixtureRequest, run: Path) -> Iterator[tuple[str, Path]]:
     target = request.param
-    module, packages = PACKAGES[target]
-    for needed in {module, target if target in ("onnx", "openvino") else module}:
+    module, packages = registry.TARGETS[target].runtime
+    for needed in {module, registry.TARGETS[target].package or module}:
         if find_spec(needed) is None:
             pytest.skip(f"needs {packages}: make test-peers installs it")
     path = run.parent / ("m.gguf" if target == "gguf" else f"m-{target}")

@@ -11,6 +11,7 @@ from graft.api.config import PlanConfig, TrainConfig
 from graft.calibrate.config import SolverConfig
 from graft.calibrate.registry import SOLVERS
 from graft.errors import raise_problems
+from graft.export.registry import TARGETS
 from graft.formats.choice import described
 from graft.formats.config import FormatConfig
 from graft.formats.registry import make_format
@@ -80,8 +81,9 @@ def check_train_config(config: TrainConfig) -> None:
         quantises=(config.format or method.default_format) != "dense",
         solver=config.solver if _needs_model(config.solver) else None,
     )
-    if "peft" in config.export and (problem := method.peft_problem(config)) is not None:
-        problems.append(f"--export peft: {problem}")
+    by_itself = [name for name in config.export if TARGETS[name].takes_adapter]
+    if by_itself and (problem := method.peft_problem(config)) is not None:
+        problems += [f"--export {name}: {problem}" for name in by_itself]
     raise_problems(problems, "configuration")
 
 

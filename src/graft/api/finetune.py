@@ -33,6 +33,7 @@ from graft.calibrate.latents import round_latents
 from graft.calibrate.registry import SOLVERS
 from graft.errors import GraftError
 from graft.evaluate.loss import evaluate_loss
+from graft.export.registry import TARGETS
 from graft.files import write_yaml
 from graft.model.adapter_files import save_adapter
 from graft.model.load import LoadedModel
@@ -92,7 +93,7 @@ def finetune(config: TrainConfig, events: Events | None = None) -> RunReport:
     write_report(run, report, read_metrics(run / METRICS))
     del loaded, parameters
     for target in config.export:
-        path = run / "export" / ("model.gguf" if target == "gguf" else target)
+        path = run / "export" / TARGETS[target].default_name
         if not path.exists():
             exported = export_model(run, target, path, events=events)
             events.note(f"exported {exported.path}")

@@ -21,9 +21,10 @@ from graft.data.encode import Example
 from graft.data.load import load_examples, load_train_and_eval, resolve_max_length
 from graft.errors import GraftError
 from graft.evaluate.fidelity import Fidelity, FidelitySum
-from graft.export.card import card_path
+from graft.export.base import Target
 from graft.export.config import ExportTarget
-from graft.export.runtimes import Runtime, start, target_of
+from graft.export.registry import target_of
+from graft.export.runtimes import Runtime
 from graft.files import write_json
 from graft.model.load import LoadedModel
 from graft.model.subject import build_skeleton
@@ -103,8 +104,8 @@ def verify(
     rows, texts = _held_out(Path(model), loaded, data)
     differing, card = _differing(model, path, target, requantize, events)
     if requantize:  # what was rounded is the model that the file is to be
-        merge_for_export(loaded, target, requantize, events)
-    runtime = start(target, path, TOKENS + NEW_TOKENS)
+        merge_for_export(loaded, target.name, requantize, events)
+    runtime = target.start(path, TOKENS + NEW_TOKENS)
     fidelity = _fidelity(loaded, runtime, rows, events)
     prompts = [prompt for prompt in map(_prompt, rows) if len(prompt) >= PROMPT_TOKENS][:PROMPTS]
     gaps = []
@@ -117,9 +118,8 @@ def verify(
     found = Certificate(
         model=str(model),
         file=str(path),
-        target=target,
-        rounds_activations=target in ("gguf", "ollama")
-        or (target == "mlx" and loaded.source_dtype != torch.float32),
+        target=target.name,
+        rounds_activations=target.rounds_activations(loaded),
         bytes=size,
         bits_per_weight=round(8 * size / parameters, 3),
         differing_files=tuple(differing),
@@ -173,7 +173,7 @@ def _prompt(row: Example) -> list[int]:
 
 
 def _differing(
-    model: str | Path, path: Path, target: ExportTarget, requantize: bool, events: Events
+    model: str | Path, path: Path, target: Target, requantize: bool, events: Events
 ) -> tuple[list[str], CardState]:
     """Return the files that differ from those of a fresh export, which is written beside them.
 
@@ -181,10 +181,10 @@ def _differing(
     """
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".verify-") as folder:
         fresh = Path(folder) / path.name  # the file's name stands in a GGUF file
-        export_model(model, target, fresh, requantize=requantize, events=events)
+        export_model(model, target.name, fresh, requantize=requantize, events=events)
         card: CardState = "missing"
-        if card_path(path, target).is_file():
-            same = _equal(card_path(fresh, target), card_path(path, target))
+        if target.card_path(path).is_file():
+            same = _equal(target.card_path(fresh), target.card_path(path))
             card = "as exported" if same else "changed"
         if fresh.is_file():
             return [] if _equal(fresh, path) else [path.name], card

@@ -6,20 +6,14 @@ cards. The front matter is described at https://huggingface.co/docs/hub/model-ca
 
 from __future__ import annotations
 
-import json
 import re
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import yaml
 
-CARD = "README.md"
-"""In a folder; the card of a single file lies beside it, see `card_path`."""
-
-_LIBRARIES = {"hf": "transformers", "ollama": "gguf"}
-"""library_name, where it is not the target's own name."""
+from graft.export.registry import TARGETS
 
 
 @dataclass(frozen=True)
@@ -27,7 +21,7 @@ class CardFacts:
     """What a card says; whatever is not known is left out of it."""
 
     target: str
-    """What was exported to: gguf, mlx, onnx, openvino, hf, peft or ollama."""
+    """The name of what was exported to."""
     file: str
     """Name of the file or folder that was written."""
     title: str
@@ -39,11 +33,6 @@ class CardFacts:
     tables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Sections of a name and a value in each line; an empty one is left out."""
     notes: Sequence[str] = ()
-
-
-def card_path(exported: Path, target: str) -> Path:
-    """Return where the card of an exported file or folder lies: in the folder, beside the file."""
-    return exported.with_name(exported.name + ".md") if target == "gguf" else exported / CARD
 
 
 def model_card(facts: CardFacts) -> str:
@@ -86,7 +75,7 @@ def license_of(card: Path) -> dict[str, str]:
 def _front_matter(facts: CardFacts) -> str:
     fields: dict[str, object] = {} if facts.base_model is None else {"base_model": facts.base_model}
     fields |= facts.license
-    fields["library_name"] = _LIBRARIES.get(facts.target, facts.target)
+    fields["library_name"] = TARGETS[facts.target].library or facts.target
     fields["pipeline_tag"] = "text-generation"
     fields["tags"] = list(facts.tags)
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=10**6)
@@ -98,53 +87,7 @@ def _table(heading: str, rows: Mapping[str, str]) -> str:
 
 
 def _how_to_run(facts: CardFacts) -> str:
-    base = json.dumps(facts.base_model or "PATH/TO/THE/BASE")
-    answer = f'Llama({json.dumps(facts.file)})("Hello")["choices"][0]["text"]'
-    program = f"from llama_cpp import Llama; print({answer})"
-    ways = {
-        "gguf": (
-            "With llama-cpp-python, for one; programs on llama.cpp take this file:",
-            "",
-            f"python -c {shlex.quote(program)}",
-        ),
-        "ollama": (
-            "In this folder:",
-            "",
-            "ollama create my-model -f Modelfile\nollama run my-model",
-        ),
-        "mlx": ("In this folder:", "", 'mlx_lm.generate --model . --prompt "Hello"'),
-        "onnx": (
-            "In this folder; `input_ids`, `attention_mask`, `position_ids` and an empty cache go "
-            "in, `logits` and the longer cache come out:",
-            "python",
-            'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx", '
-            'providers=["CPUExecutionProvider"])\n'
-            "print([(one.name, one.type, one.shape) for one in session.get_inputs()])",
-        ),
-        "openvino": (
-            "In this folder; the hint keeps OpenVINO from computing in bf16:",
-            "python",
-            'import openvino\n\ncompiled = openvino.Core().compile_model("openvino_model.xml", '
-            '"CPU", {"INFERENCE_PRECISION_HINT": "f32"})\nprint(compiled.inputs)',
-        ),
-        "hf": (
-            "In this folder:",
-            "python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            'model = AutoModelForCausalLM.from_pretrained(".", dtype="auto")\n'
-            'tokenizer = AutoTokenizer.from_pretrained(".")\n'
-            'ids = tokenizer("Hello", return_tensors="pt").input_ids\n'
-            "print(tokenizer.decode(model.generate(ids, max_new_tokens=64)[0]))",
-        ),
-        "peft": (
-            "In this folder, on the base that it was trained on:",
-            "python",
-            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
-            f"base = AutoModelForCausalLM.from_pretrained({base})\n"
-            'model = PeftModel.from_pretrained(base, ".")',
-        ),
-    }
-    words, language, commands = ways[facts.target]
+    words, language, commands = TARGETS[facts.target].usage(facts.file, facts.base_model)
     longest = max((len(run) for run in re.findall("`+", commands)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{words}\n\n{fence}{language}\n{commands}\n{fence}"

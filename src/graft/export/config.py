@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated
 
-ExportTarget = Literal["gguf", "ollama", "mlx", "onnx", "openvino", "hf", "peft"]
+from graft.export.registry import TARGETS
+
+ExportTarget = Annotated[str, TARGETS]
+"""The name of a target."""

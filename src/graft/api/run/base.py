@@ -17,6 +17,7 @@ from graft.api.run.folder import (
     write_base_reference,
 )
 from graft.api.run.prepare import Prepared
+from graft.export.registry import TARGETS
 from graft.formats.config import WIDTHS
 from graft.model.load import LoadedModel
 from graft.model.save import save_model
@@ -48,7 +49,7 @@ def load_base(prepared: Prepared, run: Path, packer: Packer | None, events: Even
         widths=[
             bits
             for bits in WIDTHS
-            if bits != 8 or not {"gguf", "ollama", "onnx"} & {*config.export}
+            if all(bits in TARGETS[target].widths for target in config.export)
         ],
     )
     loaded = load_quantised(

@@ -20,7 +20,8 @@ from graft.api.run.folder import (
     read_run_config,
 )
 from graft.data.shapes.registry import SHAPES
-from graft.export.card import CARD, CardFacts, card_path, license_of, model_card
+from graft.export.base import CARD, Target
+from graft.export.card import CardFacts, license_of, model_card
 from graft.files import read_json, write_text
 from graft.model.load import LoadedModel
 
@@ -36,7 +37,7 @@ def weights_in_words(loaded: LoadedModel) -> str:
 
 def write_card(
     source: Path,
-    target: str,
+    target: Target,
     exported: Path,
     base: Path,
     weights: str,
@@ -61,9 +62,13 @@ def write_card(
         fingerprint, base_license = fingerprint_weights(base), license_of(base / CARD)
     name = str(report.get("base_name") or Path(config.model if config else source).absolute().name)
     trained_as = method_of(config).title(config) if config else None
-    tags = ["graft", *([config.method] if config else []), *([target] if target != "hf" else [])]
+    tags = [
+        "graft",
+        *([config.method] if config else []),
+        *([target.name] if target.tagged else []),
+    ]
     facts = CardFacts(
-        target=target,
+        target=target.name,
         file=exported.name,
         title=name if config is None else f"{name}, fine-tuned with {trained_as}",
         base_model=hub_id,
@@ -77,12 +82,12 @@ def write_card(
             "Training": _training(source, config, report) if config else {},
             "Scores on held-out rows, of the trained model itself": _scores(report),
             "This file": {"trained beside": weights}
-            if target == "peft"
+            if target.takes_adapter
             else _file(weights, merged, run),
         },
-        notes=() if target == "peft" else notes,  # peft's names a folder of this machine
+        notes=notes if target.notes_on_card else (),
     )
-    write_text(card_path(exported, target), model_card(facts))
+    write_text(target.card_path(exported), model_card(facts))
 
 
 def _data(config: TrainConfig, report: Mapping[str, Any]) -> dict[str, str]:

@@ -17,7 +17,8 @@ from graft.api.config import TrainConfig
 from graft.api.run.folder import fingerprint_weights
 from graft.data.encode import EncodedData
 from graft.data.sources.files import fingerprint
-from graft.export.card import CARD, license_of
+from graft.export.base import CARD
+from graft.export.card import license_of
 from graft.files import write_json, write_text
 from graft.formats.base import storage_bytes
 from graft.model.running.memory import peak_bytes

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 """Names of the GELU that llama.cpp computes: the approximation by tanh."""
 _ERF = "gelu"
-_KNOWN = {
+ARCHITECTURES = {
     "llama": Architecture(),
     "mistral": Architecture(),
     "qwen2": Architecture(rope_types=("default", "linear")),
@@ -46,7 +46,7 @@ _KNOWN = {
 
 def gguf_config_problems(config: PretrainedConfig) -> list[str]:
     """Return every reason why llama.cpp's architecture of that name cannot run this model."""
-    return config_problems(config, "GGUF", _KNOWN)
+    return config_problems(config, "GGUF", ARCHITECTURES)
 
 
 def gguf_config_notes(config: PretrainedConfig) -> tuple[str, ...]:

@@ -29,6 +29,8 @@ from graft.model.gguf.layout import (
 )
 
 Unquantised = Literal["F32", "F16", "BF16"]
+BITS = (2, 3, 4)
+"""Widths of the int format that Q4_1 holds; the narrower ones take four bits there too."""
 
 _FLOATS = {
     GGMLQuantizationType.F32: torch.float32,
@@ -69,6 +71,12 @@ class TensorPlan:
     """Quantised layers that GGUF cannot hold as they are, written unquantised as was asked."""
 
 
+def unquantised_type(source: torch.dtype) -> Unquantised:
+    """Return the type of tensors that are not quantised: that of the checkpoint they come from."""
+    narrow: dict[torch.dtype, Unquantised] = {torch.float16: "F16", torch.bfloat16: "BF16"}
+    return narrow.get(source, "F32")
+
+
 def format_problems(weight_format: WeightFormat, dense: bool = False) -> list[str]:
     """Return every reason why a weight format cannot be written exactly.
 
@@ -84,7 +92,7 @@ def format_problems(weight_format: WeightFormat, dense: bool = False) -> list[st
             "first, or quantise the base with --format int"
         ]
     problems = []
-    if weight_format.bits not in (2, 3, 4):
+    if weight_format.bits not in BITS:
         problems.append(f"bits is {weight_format.bits}; GGUF's Q4_1 holds 2, 3 or 4 (--bits 4)")
     if weight_format.group_size % Q4_1_BLOCK:
         problems.append(

@@ -37,7 +37,7 @@ from graft.model.tensor_file import FileTensor, OnTensor, starts, write_tensors
 BITS = (2, 3, 4)
 """3-bit codes are kept in 4 bits."""
 GROUP_SIZES = (16, 32, 64, 128)
-DATA = "model.onnx.data"
+GRAPH, DATA = "model.onnx", "model.onnx.data"
 _OPSET, _IR_VERSION = 17, 9
 _ALIGNED = 4096
 _UNARY = {"cos": "Cos", "sin": "Sin", "sigmoid": "Sigmoid", "tanh": "Tanh"}
@@ -69,7 +69,7 @@ def export_onnx(loaded: LoadedModel, folder: Path, on_tensor: OnTensor | None = 
     DecoderGraph(loaded.model, ops).build()
     with new_folder(folder) as part:
         write_tensors(part / DATA, ops.stored, alignment=_ALIGNED, on_tensor=on_tensor)
-        onnx.save(ops.model(), part / "model.onnx")
+        onnx.save(ops.model(), part / GRAPH)
         write_model_files(loaded, part, torch.float32)
 
 

@@ -1,0 +1,1 @@
+"""Export to a plain Hugging Face folder, which Transformers and most programs read."""

@@ -1,0 +1,52 @@
+"""The target onnx: a folder for ONNX Runtime, its integers with float zero points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from graft.export.base import OnTensor, Origin, RuntimePackage, Target, Usage
+from graft.export.onnx.runtime import OnnxRuntime
+from graft.export.onnx.write import BITS, GRAPH, check_onnx_plan, export_onnx
+from graft.export.runtimes import Runtime
+from graft.formats.base import WeightFormat
+from graft.model.load import LoadedModel
+
+
+class OnnxTarget(Target):
+    """See the module."""
+
+    name = "onnx"
+    stage = "writing ONNX"
+    package = "onnx"
+    widths = BITS
+    runtime = RuntimePackage("onnxruntime", "onnxruntime")
+
+    def problems(self, config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
+        return check_onnx_plan(config, weight_format)
+
+    def write(
+        self, loaded: LoadedModel, path: Path, origin: Origin, on_tensor: OnTensor
+    ) -> tuple[str, ...]:
+        export_onnx(loaded, path, on_tensor)
+        return ()
+
+    def usage(self, file: str, base: str | None) -> Usage:
+        return Usage(
+            "In this folder; `input_ids`, `attention_mask`, `position_ids` and an empty cache go "
+            "in, `logits` and the longer cache come out:",
+            "python",
+            'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx", '
+            'providers=["CPUExecutionProvider"])\n'
+            "print([(one.name, one.type, one.shape) for one in session.get_inputs()])",
+        )
+
+    def matches(self, path: Path) -> bool:
+        return (path / GRAPH).is_file()
+
+    def load(self, path: Path, tokens: int) -> Runtime:
+        return OnnxRuntime(path)
+
+
+ONNX = OnnxTarget()

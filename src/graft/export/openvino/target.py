@@ -1,0 +1,49 @@
+"""The target openvino: a folder for OpenVINO, its integers with float zero points."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from graft.export.base import OnTensor, Origin, RuntimePackage, Target, Usage
+from graft.export.openvino.runtime import OpenVino
+from graft.export.openvino.write import BITS, GRAPH, check_openvino_plan, export_openvino
+from graft.export.runtimes import Runtime
+from graft.formats.base import WeightFormat
+from graft.model.load import LoadedModel
+
+
+class OpenVinoTarget(Target):
+    """See the module."""
+
+    name = "openvino"
+    stage = "writing OpenVINO"
+    package = "openvino"
+    widths = BITS
+    runtime = RuntimePackage("openvino", "openvino")
+
+    def problems(self, config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
+        return check_openvino_plan(config, weight_format)
+
+    def write(
+        self, loaded: LoadedModel, path: Path, origin: Origin, on_tensor: OnTensor
+    ) -> tuple[str, ...]:
+        return export_openvino(loaded, path, on_tensor).notes
+
+    def usage(self, file: str, base: str | None) -> Usage:
+        return Usage(
+            "In this folder; the hint keeps OpenVINO from computing in bf16:",
+            "python",
+            'import openvino\n\ncompiled = openvino.Core().compile_model("openvino_model.xml", '
+            '"CPU", {"INFERENCE_PRECISION_HINT": "f32"})\nprint(compiled.inputs)',
+        )
+
+    def matches(self, path: Path) -> bool:
+        return (path / GRAPH).is_file()
+
+    def load(self, path: Path, tokens: int) -> Runtime:
+        return OpenVino(path)
+
+
+OPENVINO = OpenVinoTarget()

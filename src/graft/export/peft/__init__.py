@@ -1,0 +1,1 @@
+"""Export of an adapter by itself, as PEFT reads it."""

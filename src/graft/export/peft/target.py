@@ -1,0 +1,47 @@
+"""The target peft: the adapter by itself, in PEFT's format; qalora's as an ordinary LoRA."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from graft.adapters.attach import adapter_names
+from graft.adapters.starts.registry import STARTS
+from graft.errors import GraftError
+from graft.export.base import OnTensor, Origin, Target, Usage
+from graft.model.adapter_files import save_adapter
+from graft.model.load import LoadedModel
+
+
+class PeftTarget(Target):
+    """See the module."""
+
+    name = "peft"
+    takes_adapter = True
+    notes_on_card = False  # they name a folder of this machine
+
+    def write(
+        self, loaded: LoadedModel, path: Path, origin: Origin, on_tensor: OnTensor
+    ) -> tuple[str, ...]:
+        names = adapter_names(loaded.model)
+        if not names:
+            raise GraftError(
+                "--to peft exports an adapter, and this model carries none; give a RUN"
+            )
+        base = str(loaded.folder)
+        save_adapter(loaded.model, path, names[0], base=base, as_lora=True, init=origin.init)
+        note = STARTS[origin.init].export_note(base)
+        return () if note is None else (note,)
+
+    def usage(self, file: str, base: str | None) -> Usage:
+        return Usage(
+            "In this folder, on the base that it was trained on:",
+            "python",
+            "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM\n\n"
+            "base = AutoModelForCausalLM.from_pretrained("
+            f"{json.dumps(base or 'PATH/TO/THE/BASE')})\n"
+            'model = PeftModel.from_pretrained(base, ".")',
+        )
+
+
+PEFT = PeftTarget()
