@@ -81,9 +81,11 @@ def check_train_config(config: TrainConfig) -> None:
         quantises=(config.format or method.default_format) != "dense",
         solver=config.solver if _needs_model(config.solver) else None,
     )
-    by_itself = [name for name in config.export if TARGETS[name].takes_adapter]
-    if by_itself and (problem := method.peft_problem(config)) is not None:
-        problems += [f"--export {name}: {problem}" for name in by_itself]
+    problems += [
+        f"--export {name}: {problem}"
+        for name in config.export
+        for problem in TARGETS[name].adapter_problems(config)
+    ]
     raise_problems(problems, "configuration")
 
 

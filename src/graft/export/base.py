@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from graft.adapters.config import Init
+from graft.adapters.config import AdapterConfig, Init
 from graft.errors import GraftError
 
 if TYPE_CHECKING:
@@ -97,6 +97,10 @@ class Target(ABC):
 
     def problems(self, config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
         """Return every reason why a model in that format cannot be exported, before it exists."""
+        return []
+
+    def adapter_problems(self, config: AdapterConfig) -> list[str]:
+        """Return every reason why the adapter that a run is to train cannot be exported to it."""
         return []
 
     def prompt_problems(

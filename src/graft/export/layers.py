@@ -229,4 +229,4 @@ def _joined(codes: Tensor, bits: int) -> Tensor:
 
 def _listed(numbers: Sequence[int]) -> str:
     *most, last = map(str, numbers)
-    return f"{', '.join(most)} or {last}"
+    return f"{', '.join(most)} or {last}" if most else last

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 from graft.adapters.attach import adapter_names
+from graft.adapters.config import AdapterConfig
+from graft.adapters.registry import method_of
 from graft.adapters.starts.registry import STARTS
 from graft.errors import GraftError
 from graft.export.base import OnTensor, Origin, Target, Usage
@@ -19,6 +21,10 @@ class PeftTarget(Target):
     name = "peft"
     takes_adapter = True
     notes_on_card = False  # they name a folder of this machine
+
+    def adapter_problems(self, config: AdapterConfig) -> list[str]:
+        problem = method_of(config).peft_problem(config)
+        return [] if problem is None else [problem]
 
     def write(
         self, loaded: LoadedModel, path: Path, origin: Origin, on_tensor: OnTensor
