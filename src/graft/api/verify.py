@@ -107,13 +107,8 @@ def verify(
         merge_for_export(loaded, target.name, requantize, events)
     runtime = target.start(path, TOKENS + NEW_TOKENS)
     fidelity = _fidelity(loaded, runtime, rows, events)
-    prompts = [prompt for prompt in map(_prompt, rows) if len(prompt) >= PROMPT_TOKENS][:PROMPTS]
-    gaps = []
-    for done, prompt in enumerate(prompts, start=1):
-        gaps.append(_first_gap(loaded, runtime, prompt))
-        events.progress("greedy continuations", done, len(prompts))
-    tokenizer = loaded.tokenizer
-    size = bytes_on_disk(path)
+    gaps = _gaps(loaded, runtime, rows, events)
+    tokenizer, size = loaded.tokenizer, bytes_on_disk(path)
     parameters = build_skeleton(loaded.model.config).num_parameters()
     found = Certificate(
         model=str(model),
@@ -217,6 +212,18 @@ def _fidelity(
         total.add(row, _logits(loaded, row.input_ids), runtime.logits(row.input_ids))
         events.progress("scoring", done, len(rows))
     return total.result()
+
+
+def _gaps(
+    loaded: LoadedModel, runtime: Runtime, rows: Sequence[Example], events: Events
+) -> list[float | None]:
+    """Return what `_first_gap` finds for each golden prompt."""
+    prompts = [prompt for prompt in map(_prompt, rows) if len(prompt) >= PROMPT_TOKENS][:PROMPTS]
+    gaps = []
+    for done, prompt in enumerate(prompts, start=1):
+        gaps.append(_first_gap(loaded, runtime, prompt))
+        events.progress("greedy continuations", done, len(prompts))
+    return gaps
 
 
 def _first_gap(loaded: LoadedModel, runtime: Runtime, prompt: list[int]) -> float | None:

@@ -161,13 +161,13 @@ def side_by_side(layer: FrozenLinear, bits: int, columns: int) -> Tensor:
     uint8 [out_features, columns * bits / 8], the first code lowest, each row filled up with zeros
     to `columns` codes, a multiple of 8; 3-bit codes go eight into three bytes.
     """
-    own = int_format(layer).bits
-    names = zip(("codes", "codes_high"), PLANES[own], strict=False)
+    stored = int_format(layer).bits
+    names = zip(("codes", "codes_high"), PLANES[stored], strict=False)
     planes = tuple(layer.packed[name].detach().cpu() for name, _ in names)
-    if own == bits == 4:
+    if stored == bits == 4:
         pairs = _neighbouring_nibbles(planes[0])
         return torch.nn.functional.pad(pairs, (0, columns // 2 - pairs.shape[-1]))
-    codes = unpack_codes(planes, own, layer.in_features)
+    codes = unpack_codes(planes, stored, layer.in_features)
     codes = torch.nn.functional.pad(codes, (0, columns - layer.in_features))
     if bits == 8:
         return codes

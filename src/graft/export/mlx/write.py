@@ -165,8 +165,8 @@ def _config(
         if whole_groups(layer)
     }
     if settings:
-        (usual, _), *_ = Counter(tuple(one.items()) for one in settings.values()).most_common(1)
-        others = {name: one for name, one in settings.items() if tuple(one.items()) != usual}
+        (usual, _), *_ = Counter(tuple(each.items()) for each in settings.values()).most_common(1)
+        others = {name: each for name, each in settings.items() if tuple(each.items()) != usual}
         config["quantization"] = dict(usual) | {"mode": "affine"} | others
         config["quantization_config"] = config["quantization"]
     return config

@@ -77,8 +77,12 @@ class _OnnxOps:
     """`GraphOps` as ONNX nodes."""
 
     def __init__(self) -> None:
+        import onnx
+
         self.stored: list[FileTensor] = []
         """The weights, whose data lie in the file beside the graph."""
+        self._make, self._from_numpy = onnx.helper, onnx.numpy_helper.from_array
+        self._proto = onnx.TensorProto
         self._nodes: list[Any] = []
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
@@ -87,21 +91,17 @@ class _OnnxOps:
         self._count = 0
 
     def _node(self, kind: str, inputs: Sequence[Node], domain: str = "", **attributes: Any) -> Node:
-        from onnx import helper
-
         self._count += 1
         name = f"{kind}_{self._count}"
         self._nodes.append(
-            helper.make_node(kind, list(inputs), [name], name=name, domain=domain, **attributes)
+            self._make.make_node(kind, list(inputs), [name], name=name, domain=domain, **attributes)
         )
         return name
 
     def constant(self, name: str, value: Tensor) -> Node:
-        from onnx import numpy_helper
-
         self._count += 1
         name = f"{name}_{self._count}"
-        self._small.append(numpy_helper.from_array(value.detach().cpu().numpy(), name))
+        self._small.append(self._from_numpy(value.detach().cpu().numpy(), name))
         return name
 
     def _whole(self, *values: int) -> Node:
@@ -116,35 +116,37 @@ class _OnnxOps:
 
     def model(self) -> Any:
         """Return the ModelProto."""
-        from onnx import helper
-
         constants = self._small + self._external()
-        graph = helper.make_graph(self._nodes, "decoder", self._inputs, self._outputs, constants)
-        domains = [helper.make_opsetid("", _OPSET), helper.make_opsetid("com.microsoft", 1)]
-        model = helper.make_model(graph, opset_imports=domains, producer_name="graft")
+        graph = self._make.make_graph(
+            self._nodes, "decoder", self._inputs, self._outputs, constants
+        )
+        domains = [
+            self._make.make_opsetid("", _OPSET),
+            self._make.make_opsetid("com.microsoft", 1),
+        ]
+        model = self._make.make_model(graph, opset_imports=domains, producer_name="graft")
         model.ir_version = _IR_VERSION
         return model
 
     def _external(self) -> list[Any]:
         """Return what the graph says of each weight: where its data lie."""
-        from onnx import TensorProto
-
-        kinds = {torch.float32: TensorProto.FLOAT, torch.uint8: TensorProto.UINT8}
+        kinds = {
+            torch.float32: self._proto.FLOAT,
+            torch.uint8: self._proto.UINT8,
+        }
         found = []
         for tensor, start in zip(self.stored, starts(self.stored, _ALIGNED), strict=True):
             kind = kinds[tensor.dtype]
-            proto = TensorProto(name=tensor.name, data_type=kind, dims=tensor.shape)
-            proto.data_location = TensorProto.EXTERNAL
+            proto = self._proto(name=tensor.name, data_type=kind, dims=tensor.shape)
+            proto.data_location = self._proto.EXTERNAL
             for key, value in (("location", DATA), ("offset", start), ("length", tensor.bytes)):
                 proto.external_data.add(key=key, value=str(value))
             found.append(proto)
         return found
 
     def _value(self, name: str, integers: bool, sizes: Sequence[int | str]) -> Any:
-        from onnx import TensorProto, helper
-
-        kind = TensorProto.INT64 if integers else TensorProto.FLOAT
-        return helper.make_tensor_value_info(name, kind, list(sizes))
+        kind = self._proto.INT64 if integers else self._proto.FLOAT
+        return self._make.make_tensor_value_info(name, kind, list(sizes))
 
     def ids(self, name: str, sizes: tuple[str, str]) -> Node:
         self._inputs.append(self._value(name, True, sizes))
@@ -155,12 +157,10 @@ class _OnnxOps:
         return name
 
     def output(self, name: str, value: Node) -> None:
-        from onnx import helper
-
         sizes: tuple[int | str | None, ...] = ("batch", "tokens", None)
         if name != "logits":
             sizes = ("batch", None, "total", None)
-        self._nodes.append(helper.make_node("Identity", [value], [name], name=name))
+        self._nodes.append(self._make.make_node("Identity", [value], [name], name=name))
         self._outputs.append(self._value(name, False, sizes))  # type: ignore[arg-type]
 
     def rows(self, name: str, table: Tensor, ids: Node) -> Node:

@@ -97,7 +97,7 @@ def export_openvino(
 
 def _place_constants(graph: Path, stored: Sequence[FileTensor], begin: int) -> None:
     """Make constants of the parameters that stand for the stored tensors, which begin there."""
-    places = dict(zip((one.name for one in stored), starts(stored, _ALIGNED), strict=True))
+    places = dict(zip((tensor.name for tensor in stored), starts(stored, _ALIGNED), strict=True))
     sizes = {tensor.name: tensor.bytes for tensor in stored}
     tree = ElementTree.parse(graph)
     for layer in tree.iterfind("./layers/layer[@type='Parameter']"):
