@@ -16,6 +16,7 @@ from graft.calibrate.hessian import HessianSum, output_error
 from graft.errors import GraftError, raise_problems
 from graft.formats.base import Packed, WeightFormat
 from graft.layers.frozen import FrozenLinear
+from graft.model.decoder_layers import by_decoder_layer
 
 
 @dataclass(frozen=True)
@@ -126,18 +127,10 @@ def calibrate_model(
 def stages(model: nn.Module, layer_names: Sequence[str]) -> dict[str, list[str]]:
     """Return layer names by stage, in the model's order.
 
-    A stage is the name up to its first number, the index of the decoder layer: model.layers.3,
-    transformer.h.3. A name without a number is a stage of its own.
+    A stage is a decoder layer, or a layer outside of all.
     """
     wanted = set(layer_names)
-    grouped: dict[str, list[str]] = {}
-    for name, _ in model.named_modules():
-        if name in wanted:
-            parts = name.split(".")
-            numbers = [index for index, part in enumerate(parts) if part.isdecimal()]
-            stage = ".".join(parts[: numbers[0] + 1]) if numbers else name
-            grouped.setdefault(stage, []).append(name)
-    return grouped
+    return by_decoder_layer(name for name, _ in model.named_modules() if name in wanted)
 
 
 def _unfit(model: nn.Module, name: str) -> str | None:

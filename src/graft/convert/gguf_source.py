@@ -29,6 +29,7 @@ from graft.errors import GraftError, raise_problems
 from graft.formats.base import Packed
 from graft.formats.int_group import IntGroupFormat
 from graft.kernels.packed.planes import BLOCK, unpack_codes
+from graft.model.families import family_of
 from graft.model.gguf.config import gguf_config
 from graft.model.gguf.file import FLOATS, GgufFile, GgufTensor, read_gguf
 from graft.model.gguf.layout import rotary_heads, rows_from_gguf
@@ -74,7 +75,7 @@ def gguf_source(path: Path) -> Source:
             tensor = file.tensors[key]
             order = _order(name, tensor, model)
             if tensor.type in FLOATS:
-                tensors[f"{name}.{part}"] = _plain(tensor, order, _is_gemma_norm(target, model))
+                tensors[f"{name}.{part}"] = _plain(tensor, order, _adds_one(target, model))
             elif name in linear and tensor.type in _INTEGERS:
                 layers[name] = partial(_layer, key, tensor, order, rounding)
             elif name in linear or len(tensor.shape) != 2:
@@ -102,8 +103,8 @@ def _check(file: GgufFile, known: set[str], unread: dict[GGMLQuantizationType, l
     raise_problems(problems, str(file.path))
 
 
-def _is_gemma_norm(target: str, model: PreTrainedModel) -> bool:
-    return model.config.model_type == "gemma" and target.endswith("norm")
+def _adds_one(target: str, model: PreTrainedModel) -> bool:
+    return family_of(model.config).norms_add_one and target.endswith("norm")
 
 
 def _order(name: str, tensor: GgufTensor, model: PreTrainedModel) -> Tensor | None:
@@ -114,11 +115,11 @@ def _order(name: str, tensor: GgufTensor, model: PreTrainedModel) -> Tensor | No
     return rows_from_gguf(tensor.shape[0], heads)
 
 
-def _plain(tensor: GgufTensor, order: Tensor | None, gemma_norm: bool) -> PlainTensor:
+def _plain(tensor: GgufTensor, order: Tensor | None, adds_one: bool) -> PlainTensor:
     def make() -> Tensor:
         dense = tensor.dense()
-        # llama.cpp multiplies by what is in the file, Gemma by 1 + weight.
-        dense = dense - 1 if gemma_norm else dense
+        # llama.cpp multiplies by what is in the file, such a norm by 1 + weight.
+        dense = dense - 1 if adds_one else dense
         return dense if order is None else dense[order]
 
     return PlainTensor(tensor.shape, FLOATS[tensor.type], make)

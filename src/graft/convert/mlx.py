@@ -23,10 +23,9 @@ from graft.convert.source import QuantisedLayer, Source
 from graft.errors import GraftError
 from graft.formats.base import Packed
 from graft.formats.int_group import IntGroupFormat
+from graft.model.families import FAMILIES
 from graft.model.weight_files import WeightFiles
 
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "phi", "phi3", "granite", "smollm3")
-"""Whose modules and weights mlx-lm takes from Transformers unchanged."""
 _PARTS = ("weight", "scales", "biases")
 
 
@@ -42,10 +41,11 @@ class MlxReader(Reader):
     def open_folder(self, folder: ForeignFolder) -> Source:
         """Return what is in an MLX folder; raises GraftError for a model that mlx-lm rearranges."""
         settings, model_type = folder.settings, folder.config.get("model_type")
-        if model_type not in MODEL_TYPES:
+        known = [name for name, family in FAMILIES.items() if family.in_mlx]
+        if model_type not in known:
             raise GraftError(
                 f"{folder.folder}: model_type is {model_type!r}; graft reads MLX folders of "
-                f"{', '.join(MODEL_TYPES)}, whose weights mlx-lm takes unchanged"
+                f"{', '.join(known)}, whose weights mlx-lm takes unchanged"
             )
         files, rounding = folder.weights(), Rounding()
         names = [key.removesuffix(".scales") for key in files if key.endswith(".scales")]

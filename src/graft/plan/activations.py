@@ -13,6 +13,7 @@ from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.config import AdapterConfig
 from graft.adapters.method import Kept
 from graft.adapters.registry import method_of
+from graft.model.decoder_layers import by_decoder_layer
 from graft.model.running.checkpointing import (
     Checkpointing,
     is_wide,
@@ -155,14 +156,12 @@ def _bare(module: nn.Module) -> nn.Module:
 def _decoder_layers(
     model: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtype
 ) -> list[list[_Linear]]:
-    """Return the linear layers of each decoder layer; its name ends with the first number."""
-    layers: dict[str, list[_Linear]] = {}
-    for name, module in linear_layers(model).items():
-        parts = name.split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-        linear = _linear(name.rpartition(".")[0], module, adapter, dtype)
-        layers.setdefault(".".join(parts[: number + 1]), []).append(linear)
-    return list(layers.values())
+    """Return the linear layers of each decoder layer."""
+    modules = linear_layers(model)
+    return [
+        [_linear(name.rpartition(".")[0], modules[name], adapter, dtype) for name in names]
+        for names in by_decoder_layer(modules).values()
+    ]
 
 
 def _linear(parent: str, module: nn.Module, adapter: AdapterConfig, dtype: torch.dtype) -> _Linear:

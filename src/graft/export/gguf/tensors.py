@@ -20,6 +20,7 @@ from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.layers.frozen import FrozenLinear
+from graft.model.families import family_of
 from graft.model.gguf.layout import (
     Q4_1_BLOCK,
     encode_q4_1,
@@ -131,8 +132,8 @@ def plan_tensors(model: PreTrainedModel, unquantised: Unquantised, dense: bool) 
             )
             continue
         order = row_order(name, model.config)
-        if model.config.model_type == "gemma" and target.endswith("norm"):
-            # Gemma multiplies by 1 + weight, llama.cpp by what is in the file.
+        if family_of(model.config).norms_add_one and target.endswith("norm"):
+            # Such a norm multiplies by 1 + weight, llama.cpp's by what is in the file.
             norm = parameters["weight"].detach().float() + 1.0
             _plan_float(plan, f"{target}.weight", norm, None, GGMLQuantizationType.F32)
             continue

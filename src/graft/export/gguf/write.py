@@ -21,7 +21,7 @@ from graft.export.gguf.tensors import TensorPlan, Unquantised, format_problems, 
 from graft.export.gguf.tokenizer import GgufTokenizer, add_tokenizer_metadata, convert_tokenizer
 from graft.files import replacing
 from graft.formats.base import WeightFormat
-from graft.model.gguf.layout import ARCHITECTURES
+from graft.model.gguf.layout import gguf_layout
 
 OnTensor = Callable[[int, int, str], None]
 """Called after each tensor with (tensors written, all tensors, name)."""
@@ -96,8 +96,7 @@ def export_gguf(
     vocabulary = convert_tokenizer(tokenizer, model.config)
     with replacing(path) as temporary:
         temporary.parent.mkdir(parents=True, exist_ok=True)
-        architecture = gguf.MODEL_ARCH_NAMES[ARCHITECTURES[model.config.model_type]]
-        writer = gguf.GGUFWriter(temporary, architecture)
+        writer = gguf.GGUFWriter(temporary, gguf_layout(model.config).architecture)
         try:
             max_rounding = _write(
                 writer, plan, vocabulary, model.config, unquantised, name, on_tensor

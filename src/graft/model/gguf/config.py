@@ -6,30 +6,33 @@ import json
 from typing import Any
 
 import torch
-from transformers import GemmaConfig, LlamaConfig, PretrainedConfig, Qwen2Config, Qwen3Config
+from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from graft.errors import GraftError, raise_problems
+from graft.model.families import FAMILIES, Family, GgufLayout
 from graft.model.folder import understood
 from graft.model.gguf.file import GgufFile
 from graft.model.gguf.layout import ROPE_PARAMETERS_KEY, rope_factors
 
-_CONFIGS: dict[str, type[PretrainedConfig]] = {
-    "llama": LlamaConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "gemma": GemmaConfig,
-}
-"""By llama.cpp's architecture; its Llama is Mistral too, which computes the same."""
+
+def _read_families() -> dict[str, tuple[Family, GgufLayout]]:
+    """Return the families that are read, by llama.cpp's architecture."""
+    rows = ((family, family.gguf) for family in FAMILIES.values())
+    return {
+        layout.architecture: (family, layout) for family, layout in rows if layout and layout.read
+    }
 
 
 def gguf_config(file: GgufFile) -> PretrainedConfig:
     """Return the configuration; raises GraftError where the metadata do not make one."""
     architecture = file.value("general.architecture", str)
-    if architecture not in _CONFIGS:
+    known = _read_families()
+    if architecture not in known:
         raise GraftError(
             f"{file.path}: architecture is {architecture!r}; graft reads GGUF files of "
-            f"{', '.join(_CONFIGS)}"
+            f"{', '.join(known)}"
         )
+    family, layout = known[architecture]
 
     def size(key: str, default: int | None = None) -> int:
         found: int = file.value(f"{architecture}.{key}", int, default)
@@ -62,18 +65,15 @@ def gguf_config(file: GgufFile) -> PretrainedConfig:
         f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id")
         for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
     }
-    if architecture == "qwen2" and settings["head_dim"] * heads == hidden:
-        del settings["head_dim"]  # which its configuration has not
-    if architecture in ("llama", "qwen3"):
-        settings["attention_bias"] = "blk.0.attn_q.bias" in file.tensors
-    if architecture == "llama":
-        settings["mlp_bias"] = "blk.0.ffn_gate.bias" in file.tensors
-    if architecture == "gemma":
-        settings["hidden_activation"] = "gelu_pytorch_tanh"
+    if layout.optional_head_dim and settings["head_dim"] * heads == hidden:
+        del settings["head_dim"]
+    for setting, layer in layout.bias_settings.items():
+        settings[setting] = f"blk.0.{layer}.bias" in file.tensors
+    settings |= layout.settings
     settings["rms_norm_eps"] = file.number(f"{architecture}.attention.layer_norm_rms_epsilon")
     settings["tie_word_embeddings"] = "output.weight" not in file.tensors
     with understood(file.path):
-        config = _CONFIGS[architecture](**settings)
+        config = CONFIG_MAPPING[family.model_type](**settings)
     config.rope_parameters = _rope_parameters(file, architecture, config)
     return config
 

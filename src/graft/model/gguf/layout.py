@@ -20,6 +20,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from graft.formats.base import Packed
 from graft.formats.int_group import IntGroupFormat
 from graft.kernels.packed.planes import PLANES, pack_codes, unpack_codes
+from graft.model.families import GgufLayout, family_of
 
 Q4_1_BLOCK = 32
 Q4_1_FORMAT = IntGroupFormat(bits=4, group_size=Q4_1_BLOCK)
@@ -31,23 +32,17 @@ ROPE_PARAMETERS_KEY = "graft.rope_parameters"
 one factor per frequency in the tensor rope_freqs.weight."""
 
 
-ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "mistral": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-    "gemma": gguf.MODEL_ARCH.GEMMA,
-    "gpt2": gguf.MODEL_ARCH.GPT2,
-    "falcon": gguf.MODEL_ARCH.FALCON,
-    "phi": gguf.MODEL_ARCH.PHI2,
-    "phi3": gguf.MODEL_ARCH.PHI3,
-}
-"""llama.cpp's architecture for each model_type that is written; Llama's alone is read back."""
+def gguf_layout(config: PretrainedConfig) -> GgufLayout:
+    """Return how the family of a model that is written as GGUF lies there."""
+    layout = family_of(config).gguf
+    assert layout is not None, config.model_type
+    return layout
 
 
 def gguf_names(config: PretrainedConfig) -> Callable[[str], str | None]:
     """Return the function from a module's name to its GGUF name; None when it has none."""
-    architecture = ARCHITECTURES[config.model_type]
+    architectures = {name: key for key, name in gguf.MODEL_ARCH_NAMES.items()}
+    architecture = architectures[gguf_layout(config).architecture]
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     return lambda module_name: names.get_name(module_name)
 
@@ -60,10 +55,10 @@ def head_dim(config: PretrainedConfig) -> int:
 
 def key_value_heads(config: PretrainedConfig) -> int:
     """Return the number of heads that keys and values have."""
-    if config.model_type == "falcon" and not config.new_decoder_architecture:
+    if family_of(config).multi_query:
+        if config.new_decoder_architecture:
+            return int(config.num_kv_heads)
         return 1 if config.multi_query else int(config.num_attention_heads)
-    if config.model_type == "falcon":
-        return int(config.num_kv_heads)
     own = getattr(config, "num_key_value_heads", None)  # GPT-2's configuration has none
     return int(own or config.num_attention_heads)
 
@@ -86,7 +81,8 @@ def row_order(module_name: str, config: PretrainedConfig) -> Tensor | None:
     heads = rotary_heads(module_name, config)
     if heads is not None:
         return rows_to_gguf(heads * head_dim(config), heads)
-    if module_name.endswith("self_attention.query_key_value"):
+    fused = gguf_layout(config).fused_rows
+    if fused and module_name.endswith(fused):
         return _grouped_rows(config)
     return None
 
@@ -107,7 +103,7 @@ def rotary_heads(module_name: str, config: PretrainedConfig) -> int | None:
 
     Only llama.cpp's Llama rotates in another order; the other architectures keep Transformers'.
     """
-    if ARCHITECTURES[config.model_type] is not gguf.MODEL_ARCH.LLAMA:
+    if not gguf_layout(config).paired_rotary:
         return None
     if module_name.endswith("self_attn.q_proj"):
         return int(config.num_attention_heads)

@@ -12,18 +12,10 @@ from transformers.masking_utils import sdpa_mask
 
 from graft.kernels.attention.ops import attention
 from graft.kernels.backend.native_library import COMPUTE, why_unavailable
+from graft.model.families import family_of
 
 NAME = "graft"
 """Of the implementation, as `PreTrainedModel.set_attn_implementation` takes it."""
-
-FAMILIES = frozenset(
-    """
-    cohere gemma gemma3_text glm4 gpt2 gpt_neox granite llama mistral mixtral olmo2 phi3 qwen2
-    qwen2_moe qwen3 qwen3_moe smollm3 starcoder2
-    """.split()
-)
-"""Model types that leave attention wholly to the interface. Some others ask whether it is 'sdpa'
-and do something else when it is not (sparse attention, for one), so no other is touched."""
 
 
 def use_own_attention(model: PreTrainedModel) -> bool:
@@ -31,10 +23,10 @@ def use_own_attention(model: PreTrainedModel) -> bool:
 
     They do for causal self-attention on a CPU, in float32 or bfloat16, without a mask, dropout or
     cached keys; anything else still goes to PyTorch's, call by call. A model is left as it is when
-    its attention is not PyTorch's now, when its family is not in `FAMILIES`, or when there is no
-    native backend. The model's configuration files do not change.
+    its attention is not PyTorch's now, when its family's `plain_attention` is not known, or when
+    there is no native backend. The model's configuration files do not change.
     """
-    known = model.config.model_type in FAMILIES
+    known = family_of(model.config).plain_attention
     # A model with code of its own may bear a known name.
     known = known and type(model).__module__.startswith("transformers.models.")
     if not known or model.config._attn_implementation != "sdpa" or why_unavailable() is not None:

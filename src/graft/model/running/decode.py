@@ -10,21 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    DynamicCache,
-    LlamaForCausalLM,
-    MistralForCausalLM,
-    PreTrainedModel,
-    Qwen2ForCausalLM,
-)
+from transformers import DynamicCache, PreTrainedModel
 
 from graft.adapters.adapted import AdaptedLinear
 from graft.kernels.backend.native_library import COMPUTE, why_unavailable
 from graft.kernels.decoding.native import DecoderLayer, DecoderWeights, NativeDecoder, Projection
 from graft.kernels.packed.weight import Layout, Weight
 from graft.layers.frozen import FrozenLinear
+from graft.model.families import FAMILIES, is_class
 
-_MODELS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
 _EMBEDDING = "model.embed_tokens.weight"
 _LINEARS = (
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -32,12 +26,12 @@ _LINEARS = (
 )
 """Of a layer, in the order of DecoderLayer."""
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")
-"""Kinds of rotary positions whose angles do not hang on the length of the text."""
+"""Kinds of rotary positions whose angles do not depend on the length of the text."""
 
 
 def why_not_native(model: PreTrainedModel, positions: int) -> str | None:
     """Return why a text of that many positions is not decoded natively, or None when it is."""
-    if type(model) not in _MODELS:
+    if not is_class(model, {family.decoder for family in FAMILIES.values()}):
         return f"{type(model).__name__} is not of the Llama family"
     reason = why_unavailable()
     if reason is not None:

@@ -9,17 +9,7 @@ from transformers import PreTrainedModel
 from graft.adapters.attach import replace_module
 from graft.kernels.backend.registry import backend_of
 from graft.kernels.pointwise.ops import rms_norm, silu_gate
-
-_NORMS = frozenset(
-    """
-    LlamaRMSNorm MistralRMSNorm Qwen2RMSNorm Qwen3RMSNorm SmolLM3RMSNorm GraniteRMSNorm Phi3RMSNorm
-    MixtralRMSNorm Qwen2MoeRMSNorm Qwen3MoeRMSNorm Glm4RMSNorm
-    """.split()
-)
-"""Classes that compute weight * (x * scale).to(dtype); others multiply in another order."""
-
-_GATED = frozenset("LlamaMLP MistralMLP Qwen2MLP Qwen3MLP SmolLM3MLP GraniteMLP Olmo2MLP".split())
-"""Classes that compute down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
+from graft.model.families import FAMILIES, is_class
 
 
 class RMSNorm(nn.Module):
@@ -55,22 +45,24 @@ def has_own_pointwise(device: torch.device) -> bool:
 
 def own_norms(model: nn.Module) -> list[str]:
     """Return the names of the norms that `use_own_pointwise` would replace, were they frozen."""
-    return [name for name, module in model.named_modules() if _is_one_of(module, _NORMS)]
+    classes = {family.norm for family in FAMILIES.values()}
+    return [name for name, module in model.named_modules() if is_class(module, classes)]
 
 
 def own_gates(model: PreTrainedModel) -> list[str]:
     """Return the names of the MLPs that `use_own_pointwise` would replace."""
     if getattr(model.config, "hidden_act", None) != "silu":
         return []
-    return [name for name, module in model.named_modules() if _is_one_of(module, _GATED)]
+    classes = {family.gate for family in FAMILIES.values()}
+    return [name for name, module in model.named_modules() if is_class(module, classes)]
 
 
 def use_own_pointwise(model: PreTrainedModel) -> int:
     """Let graft's kernels compute norms and gates; return how many modules they take.
 
     Each is one operation, forward and backward, that keeps its inputs alone. Parameters keep their
-    names. A norm whose weight trains stays as it is, and so does every module that is not listed
-    here, or a model on a device without kernels for it.
+    names. A norm whose weight trains stays as it is, and so does every module that no family
+    names, or a model on a device without kernels for it.
     """
     if not has_own_pointwise(model.device):
         return 0
@@ -86,9 +78,3 @@ def use_own_pointwise(model: PreTrainedModel) -> int:
         parts = (model.get_submodule(f"{name}.{part}_proj") for part in ("gate", "up", "down"))
         replace_module(model, name, GatedMLP(*parts))
     return len(norms) + len(gates)
-
-
-def _is_one_of(module: nn.Module, classes: frozenset[str]) -> bool:
-    # A model with code of its own may have a class of a known name.
-    kind = type(module)
-    return kind.__name__ in classes and kind.__module__.startswith("transformers.models.")

@@ -24,6 +24,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from graft.model.decoder_layers import decoder_layer_of
+
 AHEAD = 2
 """Layers that are read while another one computes."""
 
@@ -49,7 +51,8 @@ def prefetch_layers(model: PreTrainedModel, available: int) -> Iterator[LayerPre
     a forward pass the last layers are still there for the backward pass, which leaves the first
     ones to the next forward pass.
     """
-    layers = _decoder_layers(model)
+    names = [name for name, _ in model.named_modules() if decoder_layer_of(name) == name]
+    layers = [model.get_submodule(name) for name in names]
     ranges = _mapped_ranges(layers)
     if sum(end - begin for layer in ranges for begin, end in layer) <= SHARE * available:
         yield None
@@ -166,12 +169,6 @@ def _forward_ended(prefetch: LayerPrefetch, layer: int, *call: Any) -> None:
     output = call[-1][0] if isinstance(call[-1], tuple) else call[-1]
     if output.requires_grad:
         output.register_hook(lambda _: prefetch.begin(layer, -1))
-
-
-def _decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """Return the decoder layers in order: the first list of modules in the model."""
-    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
-    return list(next(lists, ()))
 
 
 def _mapped_ranges(layers: Sequence[nn.Module]) -> list[list[tuple[int, int]]]:
