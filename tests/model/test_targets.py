@@ -70,10 +70,10 @@ def test_every_miss_is_told_at_once(load) -> None:
 
 def test_shapes(load) -> None:
     layers = linear_layers(load("gpt2").model)
-    assert linear_shape(layers["transformer.h.0.attn.c_attn"]) == (80, 240, True)
-    assert linear_shape(layers["transformer.h.0.mlp.c_proj"]) == (320, 80, True)
+    assert linear_shape(layers["transformer.h.0.attn.c_attn"]) == (80, 240)
+    assert linear_shape(layers["transformer.h.0.mlp.c_proj"]) == (320, 80)
     layers = linear_layers(load("llama", weight_format=make_format("int")).model)
-    assert linear_shape(layers["model.layers.0.mlp.up_proj"]) == (80, 88, False)
+    assert linear_shape(layers["model.layers.0.mlp.up_proj"]) == (80, 88)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])

@@ -58,7 +58,7 @@ class ConversionPlan:
     def bits_per_weight(self) -> float | None:
         """Of the quantised layers, scales and offsets included; None when there are none."""
         shapes = {
-            name: linear_shape(self.source.model.get_submodule(name))[:2] for name in self.formats
+            name: linear_shape(self.source.model.get_submodule(name)) for name in self.formats
         }
         weights = sum(rows * columns for rows, columns in shapes.values())
         bits = sum(
@@ -122,8 +122,7 @@ def _sizes(module: torch.nn.Module, weight: Tensor) -> tuple[int, int]:
     """Return (in_features, out_features) of a linear layer, or of an embedding's table."""
     if isinstance(module, torch.nn.Embedding):
         return weight.shape[1], weight.shape[0]
-    in_features, out_features, _ = linear_shape(module)
-    return in_features, out_features
+    return linear_shape(module)
 
 
 def _packed(

@@ -86,7 +86,7 @@ class FrozenLinear(nn.Module):
 
     def replaced(self, weight_format: WeightFormat, packed: Packed) -> FrozenLinear:
         """Return a new layer with another weight and this layer's shape and bias."""
-        return FrozenLinear(
+        return type(self)(
             self.in_features, self.out_features, weight_format, packed, self.bias, self.transposed
         )
 

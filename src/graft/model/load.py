@@ -14,10 +14,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from graft.adapters.attach import replace_module
 from graft.errors import GraftError, raise_problems
 from graft.formats.base import Packed, WeightFormat
+from graft.layers.registry import kind_of
 from graft.model.devices import resolve_device, resolve_dtype
 from graft.model.folder import read_generation_config
 from graft.model.subject import Subject, open_subject
-from graft.model.targets import frozen_linear, linear_shape, select_targets
+from graft.model.targets import linear_shape, select_targets
 from graft.model.weight_files import WeightFiles
 
 OnTensor = Callable[[int, int], None]
@@ -123,7 +124,7 @@ class _Loader:
     def _plan(self) -> dict[str, str]:
         """Return {layer or tensor name: key in the files}; raises with every misfit."""
         plan, problems = {}, []
-        inside = {f"{layer}.weight": layer for layer in self.formats}
+        inside = {self._weight_name(layer): layer for layer in self.formats}
         for name, tensor in self.model.state_dict().items():
             if name in inside and self.stored:
                 problems += self._check_packed(inside[name])
@@ -153,8 +154,11 @@ class _Loader:
                 return key
         return None
 
+    def _weight_name(self, layer: str) -> str:
+        return f"{layer}.{kind_of(self.model.get_submodule(layer)).weight}"
+
     def _check_packed(self, layer: str) -> list[str]:
-        in_features, out_features, _ = linear_shape(self.model.get_submodule(layer))
+        in_features, out_features = linear_shape(self.model.get_submodule(layer))
         problems = []
         for name, spec in self.formats[layer].storage(out_features, in_features).items():
             key = f"{layer}.{name}"
@@ -168,34 +172,34 @@ class _Loader:
         return problems
 
     def _room(self, layer: str) -> dict[str, torch.Tensor]:
-        in_features, out_features, _ = linear_shape(self.model.get_submodule(layer))
+        in_features, out_features = linear_shape(self.model.get_submodule(layer))
         specs = self.formats[layer].storage(out_features, in_features)
         return {name: spec.empty(self.device) for name, spec in specs.items()}
 
     def _load_layer(self, layer: str, room: dict[str, torch.Tensor]) -> None:
         module = self.model.get_submodule(layer)
-        in_features, out_features, transposed = linear_shape(module)
+        kind = kind_of(module)
         weight_format = self.formats[layer]
         if self.stored:
+            in_features, out_features = kind.shape(module)
             names = weight_format.storage(out_features, in_features)
             read = {name: self.files.read(f"{layer}.{name}") for name in names}
             packed = {name: tensor.to(self.device) for name, tensor in read.items()}
         else:
-            key = self._key(f"{layer}.weight")
+            key = self._key(self._weight_name(layer))
             assert key is not None
             weight = self.files.read_once(key).to(self.device)
             try:
-                weight = weight.T.contiguous() if transposed else weight
+                weight = kind.rows(module, weight).contiguous()
                 rounded = self.pack(layer, weight, weight_format)
             except GraftError as error:
                 raise GraftError(f"{layer}: {error}") from error
             packed = {name: room[name].copy_(tensor) for name, tensor in rounded.items()}
         bias_key = self._key(f"{layer}.bias")
         bias = None
-        if isinstance(module.bias, nn.Parameter) and bias_key is not None:
+        if kind.bias(module) is not None and bias_key is not None:
             bias = self.files.read(bias_key).to(self.device, self.dtype)
-        frozen = frozen_linear(module, weight_format, packed, bias)
-        replace_module(self.model, layer, frozen)
+        replace_module(self.model, layer, kind.frozen(module, weight_format, packed, bias))
 
     def _assign(self, name: str, tensor: torch.Tensor) -> None:
         parent_name, _, child = name.rpartition(".")

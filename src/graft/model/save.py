@@ -18,6 +18,7 @@ from graft.errors import GraftError
 from graft.files import new_folder, replacing, write_json
 from graft.formats.registry import describe_format
 from graft.layers.frozen import FrozenLinear
+from graft.layers.registry import kind_of
 from graft.model.folder import CONFIG_MARKER, FORMAT_VERSION, QUANTISATION_FILE
 from graft.model.load import LoadedModel
 from graft.model.tensor_file import FileTensor, OnTensor, write_tensor_file
@@ -75,21 +76,22 @@ def save_plain_model(
 def _plain_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[FileTensor]:
     layers, seen = dict(frozen_layers(model)), set()
     for name, tensor in named_tensors(model):
-        layer_name, _, kind = name.rpartition(".")
+        layer_name, _, part = name.rpartition(".")
         layer = layers.get(layer_name)
-        if layer is None or kind == "bias" or not layer.weight_format.quantised:
+        if layer is None or part == "bias" or not layer.weight_format.quantised:
             target = dtype if tensor.is_floating_point() else tensor.dtype
             yield FileTensor(name, tuple(tensor.shape), target, partial(tensor.to, target))
         elif layer_name not in seen:  # once, for all of its packed tensors
             seen.add(layer_name)
-            sizes = layer.out_features, layer.in_features
-            shape = sizes[::-1] if layer.transposed else sizes
-            yield FileTensor(f"{layer_name}.weight", shape, dtype, partial(_dense, layer, dtype))
+            sizes = torch.empty(layer.out_features, layer.in_features, device="meta")
+            kind = kind_of(layer)
+            shape = tuple(kind.stored(layer, sizes).shape)
+            weight = f"{layer_name}.{kind.weight}"
+            yield FileTensor(weight, shape, dtype, partial(_dense, layer, dtype))
 
 
 def _dense(layer: FrozenLinear, dtype: torch.dtype) -> Tensor:
-    weight = layer.dense_weight(torch.float32)
-    return (weight.T if layer.transposed else weight).to(dtype)
+    return kind_of(layer).stored(layer, layer.dense_weight(torch.float32)).to(dtype)
 
 
 def write_quantisation(
@@ -121,20 +123,23 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
 def named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """Yield each tensor of the model once, under the name that Hugging Face files give it.
 
-    Dense frozen layers give 'weight' back in their module's own orientation; packed ones give
-    their packed tensors; a tensor tied to another is left out.
+    Dense frozen layers give their weight back as the module stored it that they stand for; packed
+    ones give their packed tensors; a tensor tied to another is left out.
     """
     dense = {
-        name: layer
-        for name, layer in frozen_layers(model)
-        if not layer.weight_format.quantised and layer.transposed
+        name: layer for name, layer in frozen_layers(model) if not layer.weight_format.quantised
     }
     tied = set(model.all_tied_weights_keys)
     for name, tensor in model.state_dict().items():
         if name in tied:
             continue
-        layer, _, kind = name.rpartition(".")
-        yield name, tensor.T if kind == "weight" and layer in dense else tensor
+        layer_name, _, part = name.rpartition(".")
+        layer = dense.get(layer_name) if part == "weight" else None
+        if layer is None:
+            yield name, tensor
+        else:
+            kind = kind_of(layer)
+            yield f"{layer_name}.{kind.weight}", kind.stored(layer, tensor)
 
 
 def narrowed(tensor: Tensor, source: torch.dtype) -> Tensor:

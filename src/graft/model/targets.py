@@ -8,28 +8,26 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from graft.adapters.adapted import AdaptedLinear
-from graft.adapters.attach import replace_module
+from graft.adapters.attach import adapted_layers, frozen_layers, replace_module
 from graft.errors import raise_problems
-from graft.formats.base import WeightFormat
+from graft.formats.base import Packed, WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.layers.frozen import FrozenLinear
-
-_LINEAR = (nn.Linear, Conv1D, FrozenLinear, AdaptedLinear)
+from graft.layers.registry import find_kind, kind_of
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Return every linear layer but the output head by name, in the model's order."""
     head = model.get_output_embeddings()
-    inside = tuple(
-        name + "." for name, module in model.named_modules() if isinstance(module, AdaptedLinear)
-    )
+    adapted = dict(adapted_layers(model))
+    inside = tuple(f"{name}." for name in adapted)
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _LINEAR) and module is not head and not name.startswith(inside)
+        if (name in adapted or find_kind(module) is not None)
+        and module is not head
+        and not name.startswith(inside)
     }
 
 
@@ -67,36 +65,30 @@ def _matches(pattern: str, name: str) -> bool:
     return name == pattern or name.endswith("." + pattern) or bool(re.fullmatch(pattern, name))
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int, bool]:
-    """Return (in_features, out_features, transposed) of a linear layer."""
-    if isinstance(module, Conv1D):
-        in_features, out_features = module.weight.shape
-        return in_features, out_features, True
-    if isinstance(module, FrozenLinear):
-        return module.in_features, module.out_features, module.transposed
-    assert isinstance(module, nn.Linear), type(module)
-    return module.in_features, module.out_features, False
+def linear_shape(module: nn.Module) -> tuple[int, int]:
+    """Return (in_features, out_features) of a linear layer that carries no adapter."""
+    return kind_of(module).shape(module)
 
 
 def freeze_layers(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Turn the named nn.Linear and Conv1D layers into frozen dense layers that share their data."""
+    """Turn the named layers, where they are not frozen, into dense ones that share their data."""
+    frozen = {name for name, _ in frozen_layers(model)}
     for name in names:
         module = model.get_submodule(name)
-        if isinstance(module, (nn.Linear, Conv1D)):
-            _, _, transposed = linear_shape(module)
-            weight = module.weight.detach()
-            weight = weight.T if transposed else weight
-            dtype = str(weight.dtype).removeprefix("torch.")
-            frozen = frozen_linear(module, DenseFormat(dtype), {"weight": weight}, module.bias)
-            replace_module(model, name, frozen)
+        kind = find_kind(module)
+        if kind is None or name in frozen:
+            continue
+        weight = kind.rows(module, module.get_parameter(kind.weight).detach())
+        weight_format = DenseFormat(str(weight.dtype).removeprefix("torch."))
+        layer = kind.frozen(module, weight_format, {"weight": weight}, kind.bias(module))
+        replace_module(model, name, layer)
 
 
 def frozen_linear(
     module: nn.Module,
     weight_format: WeightFormat,
-    packed: dict[str, torch.Tensor],
+    packed: Packed,
     bias: torch.Tensor | None,
 ) -> FrozenLinear:
-    """Return a frozen layer of the shape of `module`."""
-    in_features, out_features, transposed = linear_shape(module)
-    return FrozenLinear(in_features, out_features, weight_format, packed, bias, transposed)
+    """Return a frozen layer of the kind and shape of `module`."""
+    return kind_of(module).frozen(module, weight_format, packed, bias)

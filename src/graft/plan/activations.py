@@ -104,7 +104,7 @@ def plan_activations(
         kept += sum(_checkpointed_bytes(layer, setting, tokens, checkpointing) for layer in layers)
         recomputed = max(whole, default=0)
     shapes = [linear_shape(_bare(module)) for module in linear_layers(model).values()]
-    return Activations(kept, recomputed, max(max(shape[:2]) for shape in shapes))
+    return Activations(kept, recomputed, max(map(max, shapes)))
 
 
 def _setting(
@@ -165,7 +165,7 @@ def _decoder_layers(
 
 
 def _linear(parent: str, module: nn.Module, adapter: AdapterConfig, dtype: torch.dtype) -> _Linear:
-    in_features, out_features, _ = linear_shape(_bare(module))
+    in_features, out_features = linear_shape(_bare(module))
     trains = any(parameter.requires_grad for parameter in module.parameters())
     kept = Kept((out_features,), keeps_input=trains)
     if isinstance(module, AdaptedLinear):

@@ -14,10 +14,11 @@ from graft.adapters.registry import method_of
 from graft.errors import GraftError
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
+from graft.layers.registry import kind_of
 from graft.model.devices import resolve_device, resolve_dtype
 from graft.model.save import named_tensors
 from graft.model.subject import Subject, open_subject
-from graft.model.targets import frozen_linear, linear_shape, select_targets
+from graft.model.targets import linear_shape, select_targets
 
 
 @dataclass(frozen=True)
@@ -95,11 +96,12 @@ def freeze_on_meta(model: PreTrainedModel, formats: dict[str, WeightFormat]) -> 
     """Put frozen layers with empty packed tensors in the place of the named linear layers."""
     for name, weight_format in formats.items():
         module = model.get_submodule(name)
-        in_features, out_features, _ = linear_shape(module)
+        in_features, out_features = linear_shape(module)
         specs = weight_format.storage(out_features, in_features)
         packed = {key: spec.empty("meta") for key, spec in specs.items()}
-        bias = module.bias if isinstance(module.bias, torch.Tensor) else None
-        replace_module(model, name, frozen_linear(module, weight_format, packed, bias))
+        kind = kind_of(module)
+        bias = kind.bias(module)
+        replace_module(model, name, kind.frozen(module, weight_format, packed, bias))
 
 
 def _file_bytes(model: PreTrainedModel, compute: torch.dtype, source: torch.dtype) -> int:
