@@ -29,6 +29,9 @@ from graft.model.running.memory import reuse_freed_memory
 from graft.model.running.pointwise import use_own_pointwise
 from graft.model.subject import build_skeleton
 from graft.model.targets import frozen_linear, select_targets
+from graft.objectives.base import LossResult
+from graft.objectives.next_token import NEXT_TOKEN
+from graft.optimizers.adamw import ADAMW
 from graft.train.config import LoopConfig
 from graft.train.loop import Metrics, TrainingTask, train
 
@@ -83,7 +86,9 @@ def graft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tens
                 model=model,
                 parameters=parameters,
                 examples=examples,
-                evaluate=lambda: (0.0, 1),
+                objective=NEXT_TOKEN,
+                evaluate=lambda: LossResult(0.0, 1),
+                optimizer=ADAMW,
                 learning_rate=_LEARNING_RATE,
                 steps=steps,
                 folder=Path(folder),

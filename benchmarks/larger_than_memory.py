@@ -293,6 +293,9 @@ def _measure(
     from graft.model.running.pointwise import use_own_pointwise
     from graft.model.running.prefetch import prefetch_layers
     from graft.model.targets import select_targets
+    from graft.objectives.base import LossResult
+    from graft.objectives.next_token import NEXT_TOKEN
+    from graft.optimizers.adamw import ADAMW
     from graft.plan.memory import free_bytes
     from graft.train.config import LoopConfig
     from graft.train.loop import Metrics, TrainingTask, train
@@ -331,7 +334,9 @@ def _measure(
             model=model,
             parameters=adapter_parameters(model, "default"),
             examples=[Example(row, predicted, "random") for row in ids],
-            evaluate=lambda: (0.0, 1),
+            objective=NEXT_TOKEN,
+            evaluate=lambda: LossResult(0.0, 1),
+            optimizer=ADAMW,
             learning_rate=LEARNING_RATE,
             steps=steps,
             folder=Path(out),

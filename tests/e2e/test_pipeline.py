@@ -20,6 +20,9 @@ from graft.data.load import load_train_and_eval
 from graft.model.gguf.layout import gguf_names, rotary_heads, rows_from_gguf
 from graft.model.load import load_model
 from graft.model.targets import freeze_layers, select_targets
+from graft.objectives.base import LossResult
+from graft.objectives.next_token import NEXT_TOKEN
+from graft.optimizers.adamw import ADAMW
 from graft.train.config import LoopConfig
 from graft.train.loop import TrainingTask, read_metrics, train
 
@@ -349,7 +352,9 @@ def test_a_rate_factor_multiplies_the_rate_of_its_parameters_alone(tiny_base, ro
         model=loaded.model,
         parameters=parameters,
         examples=examples,
-        evaluate=lambda: (0.0, 1),
+        objective=NEXT_TOKEN,
+        evaluate=lambda: LossResult(0.0, 1),
+        optimizer=ADAMW,
         learning_rate=1e-3,
         steps=1,
         folder=tmp_path,

@@ -10,11 +10,14 @@ from graft.adapters.starts.registry import STARTS
 from graft.api.config import PlanConfig, TrainConfig
 from graft.calibrate.config import SolverConfig
 from graft.calibrate.registry import SOLVERS
+from graft.entries import Entries
 from graft.errors import raise_problems
 from graft.export.registry import TARGETS
 from graft.formats.choice import described
 from graft.formats.config import FormatConfig
 from graft.formats.registry import make_format
+from graft.objectives.registry import OBJECTIVES
+from graft.optimizers.registry import OPTIMIZERS
 
 _SOME_TAKE = ("dense_fraction", "grid_rank", "dropout", "adapter_bias", "dora")
 """Options of an adapter that a method refuses which has no use for them."""
@@ -91,7 +94,14 @@ def check_train_config(config: TrainConfig) -> None:
 
 def _unknown_names(config: TrainConfig) -> list[str]:
     """Return every name that no table has: a configuration made in Python may hold any."""
-    named = ((METHODS, config.method), (STARTS, config.init), (SOLVERS, config.solver))
+    named: list[tuple[Entries[Any], str | None]] = [
+        (METHODS, config.method),
+        (STARTS, config.init),
+        (SOLVERS, config.solver),
+        (OBJECTIVES, config.objective),
+        (OPTIMIZERS, config.optimizer),
+        *((TARGETS, name) for name in config.export),
+    ]
     found = (table.problem(name) for table, name in named if name is not None)
     return [problem for problem in found if problem is not None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from graft.adapters.config import AdapterConfig
 from graft.calibrate.config import SolverConfig
@@ -12,6 +12,7 @@ from graft.data.config import DataConfig
 from graft.export.config import ExportTarget
 from graft.formats.config import FormatConfig
 from graft.model.config import ModelConfig
+from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
 from graft.train.config import LoopConfig
 
 WIDTHS = (2, 3, 4, 8)
@@ -63,6 +64,8 @@ class PlanConfig(AdapterConfig, FormatConfig, SolverConfig, ModelConfig):
     """What each decoder layer keeps for the backward pass: everything (none), its input and its
     matrix products (products), most of those (half), or little more than its input (layers). auto
     takes the first of them whose planned peak fits into 80 % of the memory that is free now."""
+    optimizer: Annotated[str, OPTIMIZERS] = DEFAULT_OPTIMIZER
+    """Whose states take memory too."""
     json: bool = False
     """Print one JSON object instead of a table."""
 

@@ -39,7 +39,7 @@ def evaluate_model(
     return {
         "loss": result.loss,
         "perplexity": result.perplexity,
-        "target_tokens": result.target_tokens,
+        "target_tokens": result.targets,
         "rows": len(encoded.examples),
         "cut_rows": encoded.cut_rows,
     }

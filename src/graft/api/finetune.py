@@ -43,6 +43,9 @@ from graft.model.running.memory import reuse_freed_memory
 from graft.model.running.pointwise import use_own_pointwise
 from graft.model.running.prefetch import prefetch_layers
 from graft.model.save import save_model
+from graft.objectives.base import LossResult
+from graft.objectives.registry import OBJECTIVES
+from graft.optimizers.registry import OPTIMIZERS
 from graft.plan.memory import free_bytes
 from graft.train.loop import Metrics, TrainingTask, read_metrics, train
 from graft.train.schedule import rate_factors
@@ -147,27 +150,30 @@ def _train(
 ) -> Metrics:
     config = prepared.config
 
-    def evaluate() -> tuple[float, int]:
-        result = evaluate_loss(loaded.model, prepared.held_out.examples, config.batch_size)
-        return result.loss, result.target_tokens
+    objective = OBJECTIVES[config.objective]
+
+    def evaluate() -> LossResult:
+        examples = prepared.held_out.examples
+        return evaluate_loss(loaded.model, examples, config.batch_size, objective)
 
     widths = code_widths(loaded.model, parameters)
     task = TrainingTask(
         model=loaded.model,
         parameters=parameters,
         examples=prepared.training.examples,
+        objective=objective,
         evaluate=evaluate,
+        optimizer=OPTIMIZERS[config.optimizer],
         learning_rate=prepared.learning_rate,
         rate_factors=rate_factors(config, prepared.subject.hidden_size, widths),
         steps=prepared.steps,
         folder=run,
         before_step=_rounding(loaded, prepared, run, events) if prepared.dense_steps else None,
     )
-    events.training_begins(prepared.steps, 1)
     if loaded.model.device.type == "cpu":
         reuse_freed_memory()
     with prefetch_layers(loaded.model, free_bytes(loaded.model.device) or 0):
-        return train(task, config, events.metrics)
+        return train(task, config, events.metrics, events.training_begins)
 
 
 def _rounding(

@@ -24,5 +24,6 @@ def plan(config: PlanConfig) -> MemoryPlan:
         batch_size=config.batch_size,
         sequence_length=config.max_length,
         checkpointing=config.checkpointing,
+        optimizer=config.optimizer,
         calibration_rows=calibrating_rows(adapter),
     )

@@ -79,10 +79,8 @@ class TerminalEvents(Events):
         """Move the training bar; print each evaluation."""
         step = int(metrics["step"])
         if "eval_loss" in metrics:
-            self.note(
-                f"step {step}: held-out loss {metrics['eval_loss']:.4f}, "
-                f"perplexity {metrics['perplexity']:.4f}"
-            )
+            also = f", perplexity {metrics['perplexity']:.4f}" if "perplexity" in metrics else ""
+            self.note(f"step {step}: held-out loss {metrics['eval_loss']:.4f}{also}")
         if "loss" not in metrics:
             return
         info = f"loss {metrics['loss']:.4f}, {metrics['tokens_per_second']:,.0f} tokens/s"

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -26,6 +27,16 @@ class Batch:
 
     input_ids: Tensor
     labels: Tensor
+
+    @property
+    def targets(self) -> float:
+        """What a mean over the batch is over: the number of trained tokens."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def to(self, device: torch.device) -> Self:
+        """Return the batch with its tensors, those of a subclass included, on a device."""
+        moved = {field.name: getattr(self, field.name).to(device) for field in fields(self)}
+        return replace(self, **moved)
 
 
 def collate(examples: Sequence[Example]) -> Batch:

@@ -1,46 +1,42 @@
-"""Loss and perplexity on examples, with the very masks of training."""
+"""The loss on examples, with the very masks of training."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
-from graft.data.batches import batch_in_order, collate
+from graft.data.batches import batch_in_order
 from graft.data.encode import Example
-from graft.model.running.loss import target_loss
-
-
-@dataclass(frozen=True)
-class LossResult:
-    """Mean loss over the target tokens."""
-
-    loss: float
-    """Mean -log p of a target token, in nats."""
-    target_tokens: int
-
-    @property
-    def perplexity(self) -> float:
-        """exp(loss)."""
-        return math.exp(self.loss)
+from graft.objectives.base import LossResult, Objective
+from graft.objectives.registry import DEFAULT_OBJECTIVE, OBJECTIVES
 
 
 def evaluate_loss(
-    model: PreTrainedModel, examples: Sequence[Example], batch_size: int = 16
+    model: PreTrainedModel,
+    examples: Sequence[Example],
+    batch_size: int = 16,
+    objective: Objective | None = None,
 ) -> LossResult:
-    """Return the mean loss over all target tokens; changes neither the model nor its mode."""
+    """Return the mean loss over all targets; changes neither the model nor its mode.
+
+    objective: what the model was trained for, by default to predict the next token.
+    """
+    objective = objective or OBJECTIVES[DEFAULT_OBJECTIVE]
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    total = 0.0
+    targets: float = 0
+    sums: dict[str, float] = {}
     with torch.no_grad():
         for examples_of_batch in batch_in_order(examples, batch_size):
-            batch = collate(examples_of_batch)
-            loss, targets = target_loss(model, batch.input_ids.to(device), batch.labels.to(device))
+            batch = objective.collate(examples_of_batch)
+            loss, measured = objective.loss(model, batch.to(device))
             total += loss.double().item()
-            count += targets
+            targets += batch.targets
+            sums = {name: sums.get(name, 0.0) + value for name, value in measured.items()}
     model.train(was_training)
-    return LossResult(total / count, count)
+    means = {name: value / targets for name, value in sums.items()}
+    return LossResult(total / targets, targets, means)

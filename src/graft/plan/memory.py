@@ -18,6 +18,8 @@ from graft.kernels.backend import native_library
 from graft.model.running.checkpointing import CHECKPOINTING, Checkpointing, check_checkpointing
 from graft.model.running.loss import BLOCK_LOGITS, chunk_tokens
 from graft.model.subject import Subject
+from graft.optimizers.base import OptimizerKind
+from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
 from graft.plan.activations import plan_activations
 from graft.plan.skeleton import PlannedModel, WeightCounts, count_weights, plan_model
 
@@ -118,6 +120,7 @@ def plan_memory(
     batch_size: int,
     sequence_length: int,
     checkpointing: Checkpointing | Literal["auto"],
+    optimizer: str = DEFAULT_OPTIMIZER,
     calibration_rows: int = 0,
     trust_remote_code: bool = False,
 ) -> MemoryPlan:
@@ -125,11 +128,10 @@ def plan_memory(
 
     The modules that training uses are built on the meta device, and their tensors counted; no
     weights are read. With weight_format None the targets stay as they are (dense, or as the folder
-    has them quantised). Method 'full' trains them, with gradients and AdamW's two states in their
-    own dtype, which for dtype 'auto' is float32. sequence_length is the longest row's, in tokens.
-    On a GPU the plan counts the GPU's memory alone. calibration_rows: how many rows the codes are
-    calibrated on, before training or, by merge_aware, between two steps; 0 for a solver that needs
-    none.
+    has them quantised). A method without an adapter trains them, with gradients and the optimizer's
+    states in their own dtype. sequence_length is the longest row's, in tokens. On a GPU the plan
+    counts the GPU's memory alone. calibration_rows: how many rows the codes are calibrated on,
+    before training or between two steps; 0 for a solver that needs none.
 
     checkpointing 'auto' gives the plan of the first of none, products, half and layers whose peak
     of training fits into 80 % of the memory that is free now, and of layers when none does.
@@ -148,7 +150,7 @@ def plan_memory(
         trust_remote_code=trust_remote_code,
     )
     check_checkpointing(planned.model, checkpointing)
-    shape = batch_size, sequence_length, calibration_rows
+    shape = batch_size, sequence_length, calibration_rows, OPTIMIZERS[optimizer]
     if checkpointing != "auto":
         return _plan(planned, adapter, checkpointing, *shape)
     plans = [_plan(planned, adapter, one, *shape) for one in CHECKPOINTING]
@@ -201,6 +203,7 @@ def _plan(
     batch_size: int,
     sequence_length: int,
     calibration_rows: int,
+    optimizer: OptimizerKind,
 ) -> MemoryPlan:
     activations = plan_activations(
         planned.model,
@@ -216,7 +219,7 @@ def _plan(
     process = 0 if planned.device.type == "cuda" else PROCESS_BYTES
     loss = _loss_bytes(planned, tokens)
     workspace = _workspace_bytes(planned, counts, tokens, activations.widest)
-    optimizer = 2 * counts.trained_bytes
+    states = optimizer.state_bytes(counts.trained, counts.trained_bytes)
     merging = _merging_bytes(planned, counts, adapter)
     method = method_of(adapter)
     in_training = method.rounds_in_training(adapter)
@@ -225,7 +228,7 @@ def _plan(
         kept = planned.dtype.itemsize if not in_training else 4
         rounding = _rounding_bytes(planned, counts, kept, calibration_rows * sequence_length)
     weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
-    held = process + weights + optimizer
+    held = process + weights + states
     transient = activations.kept_bytes + activations.recomputed_bytes
     on_cpu = planned.device.type == "cpu"
     buffers = _buffer_bytes(planned, tokens, activations.widest)
@@ -237,7 +240,7 @@ def _plan(
     rows = (
         MemoryRow("process", process, "Python, PyTorch, Transformers"),
         *_weight_rows(counts, dtype),
-        MemoryRow("optimizer", optimizer, "AdamW: two states per trained parameter"),
+        MemoryRow("optimizer", states, optimizer.memory_note),
         MemoryRow(
             "activations", activations.kept_bytes, f"kept, {shape}, checkpointing {checkpointing}"
         ),

@@ -14,6 +14,7 @@ from graft.errors import GraftError, raise_problems
 from graft.files import new_folder, read_json, write_json
 from graft.model.save import save_tensors
 from graft.model.weight_files import WeightFiles
+from graft.optimizers.base import OptimizerKind
 
 CHECKPOINT_VERSION = 1
 KEPT = 2
@@ -35,6 +36,7 @@ def save_checkpoint(
     position: Position,
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    kind: OptimizerKind,
 ) -> None:
     """Write checkpoints/step-N: weights, optimizer states, random state and data position."""
     tensors: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
@@ -42,11 +44,8 @@ def save_checkpoint(
         tensors["rng.cuda"] = torch.cuda.get_rng_state()
     for name, parameter in parameters.items():
         tensors[f"parameter.{name}"] = parameter
-        for key, value in optimizer.state[parameter].items():
-            # AdamW counts its steps in a 0-dimensional tensor.
-            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).reshape(-1)
-            if value.dim():
-                tensors[f"optimizer.{key}.{name}"] = value
+        for key, value in kind.saved(optimizer.state[parameter]).items():
+            tensors[f"optimizer.{key}.{name}"] = value
     path = folder / f"step-{position.step:08d}"
     if path.exists():
         shutil.rmtree(path)
@@ -69,11 +68,15 @@ def checkpoint_step(path: Path) -> int:
 
 
 def load_checkpoint(
-    path: Path, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
+    path: Path,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    kind: OptimizerKind,
 ) -> Position:
     """Restore parameters, optimizer and random state in place; return the position.
 
-    Raises GraftError when the checkpoint is damaged or belongs to another model or method.
+    Raises GraftError when the checkpoint is damaged or belongs to another model, method or
+    optimizer.
     """
     state = read_json(path / "state.json")
     if state.get("version") != CHECKPOINT_VERSION:
@@ -84,21 +87,22 @@ def load_checkpoint(
             for name, parameter in parameters.items()
             if _shape(files, name) != list(parameter.shape)
         ]
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
+        problems += [
+            f"{name}: the checkpoint has no state {state!r}, which {kind.name} needs"
+            for name in trained
+            for state in kind.states
+            if f"optimizer.{state}.{name}" not in files
+        ]
         raise_problems(problems[:20], f"{path} does not belong to this run")
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(files.read(f"parameter.{name}"))
-                if not parameter.requires_grad:
-                    continue  # it has not trained yet, and has no state
-                entries = {
-                    key: files.read(f"optimizer.{key}.{name}").clone()
-                    for key in ("step", "exp_avg", "exp_avg_sq")
+            for name, parameter in trained.items():  # others have no state yet
+                saved = {
+                    state: files.read(f"optimizer.{state}.{name}").clone() for state in kind.states
                 }
-                entries["step"] = entries["step"][0]
-                # A step that the CPU counts is read there; a fused one counts beside its weights.
-                moved = entries if optimizer.defaults["fused"] else ("exp_avg", "exp_avg_sq")
-                entries |= {key: entries[key].to(parameter.device) for key in moved}
-                optimizer.state[parameter].update(entries)
+                optimizer.state[parameter].update(kind.restored(saved, parameter, optimizer))
         torch.set_rng_state(files.read("rng").clone())
         if "rng.cuda" in files and torch.cuda.is_available():
             torch.cuda.set_rng_state(files.read("rng.cuda").clone())

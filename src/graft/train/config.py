@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
+
+from graft.objectives.registry import DEFAULT_OBJECTIVE, OBJECTIVES
+from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,10 @@ class LoopConfig:
     """Rows that are computed at once."""
     grad_accum: int = 1
     """Batches that are added up to one optimizer step."""
+    objective: Annotated[str, OBJECTIVES] = DEFAULT_OBJECTIVE
+    """What is learnt from the rows."""
+    optimizer: Annotated[str, OPTIMIZERS] = DEFAULT_OPTIMIZER
+    """What steps from the gradients to new weights."""
     learning_rate: float | None = None
     """Peak learning rate; the default follows from method, hidden size, rank and alpha."""
     warmup_fraction: float = 0.05

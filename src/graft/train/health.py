@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -28,14 +28,14 @@ def check_gradients(parameters: Mapping[str, nn.Parameter], norm: float, step: i
             "--learning-rate, or compute with --dtype float32"
         )
     if step == 1:
-        trained = {name: one for name, one in parameters.items() if one.requires_grad}
+        trained = {name: p for name, p in parameters.items() if p.requires_grad}
         missing = [name for name, parameter in trained.items() if parameter.grad is None]
         raise_problems([f"{name} gets no gradient" for name in missing[:20]], "step 1")
         if norm == 0.0:
             raise GraftError("step 1: every gradient is zero, so nothing would be trained")
 
 
-def raise_not_finite(model: nn.Module, input_ids: Tensor, step: int) -> NoReturn:
+def raise_not_finite(model: nn.Module, run: Callable[[], object], step: int) -> NoReturn:
     """Run the batch again and raise GraftError with the first module whose output is not finite."""
     found: list[str] = []
 
@@ -54,7 +54,7 @@ def raise_not_finite(model: nn.Module, input_ids: Tensor, step: int) -> NoReturn
         if not any(True for _ in module.children())
     ]
     with torch.no_grad():
-        model(input_ids=input_ids, use_cache=False)
+        run()
     for hook in hooks:
         hook.remove()
     where = f"the first output that is not finite is {found[0]}'s" if found else "the logits are"

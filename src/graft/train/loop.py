@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +14,22 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graft.data.batches import IGNORED, Batch, BatchSampler, collate
+from graft.data.batches import Batch, BatchSampler
 from graft.data.encode import Example
 from graft.errors import GraftError
 from graft.files import write_text
-from graft.model.running.loss import target_loss
 from graft.model.running.memory import resident_bytes
+from graft.objectives.base import LossResult, Objective
+from graft.optimizers.base import OptimizerKind
 from graft.train.checkpoint import Position, checkpoints, load_checkpoint, save_checkpoint
 from graft.train.config import LoopConfig
 from graft.train.health import check_gradients, raise_not_finite
 from graft.train.schedule import scheduled_learning_rate
 
-Metrics = dict[str, float | int]
-Evaluate = Callable[[], tuple[float, int]]
-"""Returns (mean loss per target in nats, targets) on the held-out rows; changes nothing."""
+Metrics = dict[str, float]
 OnMetrics = Callable[[Metrics], None]
+OnBegin = Callable[[int, int], None]
+"""Takes the number of steps, and the first to be done: 1, or the one that a run goes on with."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,10 @@ class TrainingTask:
     parameters: Mapping[str, nn.Parameter]
     """What trains, by name."""
     examples: Sequence[Example]
-    evaluate: Evaluate
+    objective: Objective
+    evaluate: Callable[[], LossResult]
+    """Evaluates the objective on the held-out rows; changes nothing."""
+    optimizer: OptimizerKind
     learning_rate: float
     steps: int
     folder: Path
@@ -59,18 +64,23 @@ def steps_to_train(config: LoopConfig, rows: int) -> int:
     return max(1, round(epochs * rows / (config.batch_size * config.grad_accum)))
 
 
-def train(task: TrainingTask, config: LoopConfig, on_metrics: OnMetrics | None = None) -> Metrics:
+def train(
+    task: TrainingTask,
+    config: LoopConfig,
+    on_metrics: OnMetrics | None = None,
+    on_begin: OnBegin | None = None,
+) -> Metrics:
     """Train task.parameters and return the last metrics.
 
-    One step adds up grad_accum batches; its loss is the mean over all the step's target tokens, so
-    that the gradient does not hang on how the rows are cut into batches:
+    One step adds up grad_accum batches; its loss is the mean over all the step's targets, so that
+    the gradient does not depend on how the rows are cut into batches. Of the next token it is
     L = (sum of -log p over all targets of the step) / (number of those targets).
 
     With config.resume the last checkpoint is restored and the run goes on bit for bit. Raises
     GraftError when the loss or a gradient is not finite (naming the first module at fault), or
     when something that should train gets no gradient.
     """
-    return _Loop(task, config, on_metrics).run()
+    return _Loop(task, config, on_metrics).run(on_begin)
 
 
 class _Loop:
@@ -80,14 +90,8 @@ class _Loop:
         self.task, self.config, self.on_metrics = task, config, on_metrics
         self.trained = list(task.parameters.values())
         self.device = self.trained[0].device
-        self.optimizer = torch.optim.AdamW(
-            self._groups(),
-            lr=task.learning_rate,
-            weight_decay=config.weight_decay,
-            # Gradients are scaled to max_grad_norm, and what keeps from dividing by 0 with them.
-            eps=1e-8 * min(1.0, config.max_grad_norm),
-            # One kernel per tensor instead of ten, and no temporaries.
-            fused=self.device.type in ("cpu", "cuda"),
+        self.optimizer = task.optimizer.make(
+            self._groups(), task.learning_rate, config, self.device
         )
         self.sampler = BatchSampler(len(task.examples), config.batch_size, config.seed)
         self.metrics_file = task.folder / "metrics.jsonl"
@@ -102,12 +106,14 @@ class _Loop:
             groups.setdefault(factor, []).append(parameter)
         return [{"params": params, "factor": factor} for factor, params in groups.items()]
 
-    def run(self) -> Metrics:
-        first = self._restore() if self.config.resume else 0
-        if first == 0:
+    def run(self, on_begin: OnBegin | None) -> Metrics:
+        done = self._restore() if self.config.resume else 0
+        if on_begin is not None:
+            on_begin(self.task.steps, done + 1)
+        if done == 0:
             self._evaluate(0)
         self.task.model.train()
-        for step in range(first + 1, self.task.steps + 1):
+        for step in range(done + 1, self.task.steps + 1):
             if self.task.before_step is not None:
                 self.task.before_step(step)
             self._step(step)
@@ -115,10 +121,7 @@ class _Loop:
             if last or (self.config.eval_every and step % self.config.eval_every == 0):
                 self._evaluate(step)
             if self.config.save_every and (last or step % self.config.save_every == 0):
-                position = Position(step, self.sampler.state())
-                save_checkpoint(
-                    self.checkpoint_folder, position, self.task.parameters, self.optimizer
-                )
+                self._save(step)
         self.task.model.eval()
         return self.last
 
@@ -130,14 +133,15 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         batches = [self._next_batch() for _ in range(self.config.grad_accum)]
-        targets = sum(int((batch.labels[:, 1:] != IGNORED).sum()) for batch in batches)
-        loss = 0.0
+        targets = sum(batch.targets for batch in batches)
+        loss, sums = 0.0, Metrics()
         for batch in batches:
-            batch_loss = self._loss(batch)
+            batch_loss, measured = self._loss(batch)
             if not torch.isfinite(batch_loss):
-                raise_not_finite(self.task.model, batch.input_ids.to(self.device), step)
+                raise_not_finite(self.task.model, partial(self._loss, batch), step)
             (batch_loss / targets).backward()
             loss += batch_loss.item()
+            sums = {name: sums.get(name, 0.0) + value for name, value in measured.items()}
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm).item()
         check_gradients(self.task.parameters, norm, step)
         self.optimizer.step()
@@ -150,33 +154,25 @@ class _Loop:
                 "loss": loss / targets,
                 "learning_rate": rate,
                 "grad_norm": norm,
-                "target_tokens": targets,
+                self.task.objective.counted: targets,
                 "step_seconds": seconds,
                 "tokens_per_second": tokens / seconds,
                 "memory_bytes": resident_bytes(self.device),
+                **{name: value / targets for name, value in sums.items()},
             }
         )
 
     def _next_batch(self) -> Batch:
-        return collate([self.task.examples[row] for row in next(self.sampler)])
+        return self.task.objective.collate([self.task.examples[row] for row in next(self.sampler)])
 
-    def _loss(self, batch: Batch) -> Tensor:
-        ids, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
-        return target_loss(self.task.model, ids, labels)[0]
+    def _loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
+        return self.task.objective.loss(self.task.model, batch.to(self.device))
 
     def _evaluate(self, step: int) -> None:
         self.task.model.eval()
-        loss, targets = self.task.evaluate()
+        result = self.task.evaluate()
         self.task.model.train()
-        perplexity = torch.tensor(loss, dtype=torch.float64).exp().item()
-        self._record(
-            {
-                "step": step,
-                "eval_loss": loss,
-                "perplexity": perplexity,
-                "eval_target_tokens": targets,
-            }
-        )
+        self._record({"step": step, **self.task.objective.evaluation(result)})
 
     def _record(self, metrics: Metrics) -> None:
         self.last = {**self.last, **metrics}
@@ -185,15 +181,26 @@ class _Loop:
         if self.on_metrics is not None:
             self.on_metrics(metrics)
 
+    def _save(self, step: int) -> None:
+        save_checkpoint(
+            self.checkpoint_folder,
+            Position(step, self.sampler.state()),
+            self.task.parameters,
+            self.optimizer,
+            self.task.optimizer,
+        )
+
     def _restore(self) -> int:
         """Restore the last checkpoint and forget the metrics after it; return its step."""
-        there = checkpoints(self.checkpoint_folder)
-        if not there:
+        saved = checkpoints(self.checkpoint_folder)
+        if not saved:
             raise GraftError(
                 f"{self.checkpoint_folder} holds no checkpoint to resume from; train anew, with "
                 "--save-every N to have some"
             )
-        position = load_checkpoint(there[-1], self.task.parameters, self.optimizer)
+        position = load_checkpoint(
+            saved[-1], self.task.parameters, self.optimizer, self.task.optimizer
+        )
         self.sampler.restore(position.sampler)
         kept = [
             entry for entry in read_metrics(self.metrics_file) if entry["step"] <= position.step

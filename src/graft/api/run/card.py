@@ -162,10 +162,10 @@ def _scores(report: Mapping[str, Any]) -> dict[str, str]:
     before, after = report.get("eval_loss_before"), report.get("eval_loss")
     if before is None or after is None:
         return {}
-    return {
-        "loss before, after (nats per token)": f"{before:.4f}, {after:.4f}",
-        "perplexity before, after": f"{math.exp(before):.4f}, {math.exp(after):.4f}",
-    }
+    scores = {"loss before, after (nats per token)": f"{before:.4f}, {after:.4f}"}
+    if report.get("perplexity") is not None:
+        scores["perplexity before, after"] = f"{math.exp(before):.4f}, {math.exp(after):.4f}"
+    return scores
 
 
 def _file(weights: str, merged: MergeReport | None, run: bool) -> dict[str, str]:

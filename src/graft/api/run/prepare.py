@@ -22,6 +22,7 @@ from graft.formats.registry import settings_of
 from graft.model.running.checkpointing import check_checkpointing
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import select_targets
+from graft.objectives.registry import OBJECTIVES
 from graft.plan.memory import MemoryPlan, plan_memory
 from graft.train.loop import steps_to_train
 from graft.train.schedule import default_learning_rate
@@ -92,6 +93,8 @@ def prepare(config: TrainConfig, events: Events) -> Prepared:
         limit = subject.position_limit
         training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed)
         kind = training.kind
+        if config.objective in OBJECTIVES:
+            OBJECTIVES[config.objective].check_rows(kind)
     with problems.collecting():
         weight_format = base_format(config, subject)
         exported = exported_formats(config, subject, weight_format, targets)
@@ -123,6 +126,7 @@ def _resolved(
         batch_size=config.batch_size,
         sequence_length=max(len(example.input_ids) for example in training.examples),
         checkpointing=config.checkpointing,
+        optimizer=config.optimizer,
         calibration_rows=calibrating_rows(config),
     )
     if config.checkpointing == "auto":

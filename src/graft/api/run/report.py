@@ -46,7 +46,8 @@ class RunReport:
     """Training loss of the last step, nats per target token."""
     eval_loss: float
     eval_loss_before: float
-    perplexity: float
+    perplexity: float | None
+    """None for an objective that measures no such thing."""
     seconds: float
     tokens_per_second: float
     """Tokens computed per second of training steps, padding included."""
@@ -113,7 +114,7 @@ def make_report(
         loss=float(metrics["loss"]),
         eval_loss=float(metrics["eval_loss"]),
         eval_loss_before=next(entry["eval_loss"] for entry in history if "eval_loss" in entry),
-        perplexity=float(metrics["perplexity"]),
+        perplexity=metrics.get("perplexity"),
         seconds=seconds,
         tokens_per_second=tokens / spent,
         peak_memory_bytes=peak_bytes(next(model.parameters()).device),
@@ -169,7 +170,7 @@ def _markdown(report: RunReport) -> str:
     bits = "-" if report.bits_per_weight is None else f"{report.bits_per_weight:.3f}"
     rows = {
         "held-out loss (nats per token)": f"{report.eval_loss_before:.4f} → {report.eval_loss:.4f}",
-        "held-out perplexity": f"{report.perplexity:.4f}",
+        "held-out perplexity": "-" if report.perplexity is None else f"{report.perplexity:.4f}",
         "last training loss": f"{report.loss:.4f}",
         "steps, peak learning rate": f"{report.steps}, {report.learning_rate:.3g}",
         "rows (training, held out)": f"{report.training_rows}, {report.held_out_rows}",

@@ -1,0 +1,76 @@
+"""What an objective says of itself, and what an evaluation of it finds."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from graft.data.batches import Batch, collate
+from graft.data.encode import Example
+from graft.data.shapes.base import RowShape
+from graft.data.shapes.registry import SHAPES
+from graft.errors import GraftError
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Means over all targets of an evaluation."""
+
+    loss: float
+    """Of a target, in nats."""
+    targets: float
+    """What was averaged over, as `Batch.targets` counts it."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Whatever else the objective measures."""
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+
+class Objective(ABC):
+    """What is minimised: over a step's or an evaluation's batches, sum of losses / sum of targets.
+
+    It has no state: everything is in the model and in the batch.
+    """
+
+    name: str
+    counted = "target_tokens"
+    """What `Batch.targets` counts, as the metrics name it."""
+
+    def takes(self, shape: RowShape) -> bool:
+        """Return whether rows of a shape hold what it needs."""
+        return True
+
+    def check_rows(self, kind: str) -> None:
+        """Raise GraftError when it cannot be trained on rows of the shape of that name."""
+        if not self.takes(SHAPES[kind]):
+            taken = [name for name in SHAPES if self.takes(SHAPES[name])]
+            raise GraftError(
+                f"objective {self.name} cannot be trained on {kind} rows; give rows of "
+                f"{' or '.join(taken)}, or another --objective"
+            )
+
+    def collate(self, examples: Sequence[Example]) -> Batch:
+        """Make a batch of encoded rows; raises GraftError when there are none."""
+        return collate(examples)
+
+    @abstractmethod
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
+        """Return the sum of the losses over the batch's targets, and of whatever else is measured.
+
+        The batch is one that `collate` made, on the model's device. In training the first, a
+        0-dimensional tensor, is divided by the targets of the whole step and differentiated; the
+        others are recorded, divided likewise.
+        """
+
+    def evaluation(self, result: LossResult) -> dict[str, float]:
+        """Return what is recorded of an evaluation; `eval_loss` must be there."""
+        more = {f"eval_{name}": value for name, value in result.metrics.items()}
+        return {"eval_loss": result.loss, f"eval_{self.counted}": result.targets, **more}

@@ -1,0 +1,35 @@
+"""Each trained token from those before it: the loss that language models are pretrained by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from graft.data.batches import Batch
+from graft.model.running.loss import target_loss
+from graft.objectives.base import LossResult, Objective
+
+
+class NextToken(Objective):
+    """-log p(token | the tokens before it), summed over the trained tokens, in nats."""
+
+    name = "next_token"
+
+    def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
+        """Return the sum of -log p over the targets; nothing else is measured."""
+        return target_loss(model, batch.input_ids, batch.labels)[0], {}
+
+    def evaluation(self, result: LossResult) -> dict[str, float]:
+        """Return the loss, exp(loss), which becomes inf where that is large, and the count."""
+        perplexity = torch.tensor(result.loss, dtype=torch.float64).exp().item()
+        return {
+            "eval_loss": result.loss,
+            "perplexity": perplexity,
+            "eval_target_tokens": result.targets,
+        }
+
+
+NEXT_TOKEN = NextToken()

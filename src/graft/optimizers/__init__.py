@@ -1,0 +1,1 @@
+"""The optimizers that training steps with; they know torch alone."""
