@@ -11,6 +11,7 @@ from graft.convert.detect import open_source
 from graft.convert.writer import plan_conversion, write_conversion
 from graft.errors import GraftError
 from graft.formats.base import WeightFormat
+from graft.formats.registry import settings_of
 from graft.model.folder import read_generation_config, read_tokenizer
 
 
@@ -80,9 +81,11 @@ def convert_model(
     )
 
 
+_IN_WORDS = {"bits": "{} bits", "group_size": "groups of {}", "double_quant": "double quantised"}
+"""What is said of a setting of a format."""
+
+
 def _in_words(weight_format: WeightFormat) -> str:
-    options = weight_format.options()
-    if "group_size" in options:
-        return f"{weight_format.name}, {options['bits']} bits, groups of {options['group_size']}"
-    nested = ", double quantised" if options.get("double_quant") else ""
-    return weight_format.name + nested
+    settings = settings_of(weight_format)
+    said = [words.format(settings[key]) for key, words in _IN_WORDS.items() if settings.get(key)]
+    return ", ".join([weight_format.name, *said])
