@@ -1,4 +1,4 @@
-# make demo | test | test-peers | lint | bench | clean
+# make demo | test | test-peers | lint | bench | wheel | clean
 # Everything lives in .venv; a stamp file per extra keeps a second call from installing again.
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ PINS := pyproject.toml constraints.txt
 BENCHMARKS = $(filter-out benchmarks/_%,$(sort $(wildcard benchmarks/*.py)))
 CODE = $(wildcard src tests scripts benchmarks)
 
-.PHONY: help demo test test-peers lint bench clean
+.PHONY: help demo test test-peers lint bench wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo 'make test-peers  build and install the peers (needs a C++ compiler), run tests/peers'
 	@echo 'make lint        ruff, mypy, import-linter, file lengths'
 	@echo 'make bench       every script under benchmarks/, one after another'
+	@echo 'make wheel       dist/: a wheel with the CPU kernels, and the source distribution'
 	@echo 'make clean       remove .venv, caches and demo-run/'
 
 demo: $(VENV)/.installed
@@ -47,8 +48,17 @@ bench: $(VENV)/.installed
 	  echo "== $$script"; $(BIN)/python "$$script"; \
 	done
 
+# One wheel for every Python and every instruction set; without a compiler there is none to make.
+# `pip wheel` makes the wheel of what lies here, setuptools the source distribution.
+wheel: $(VENV)/.installed
+	rm -rf build dist
+	$(PIP) wheel --disable-pip-version-check --no-deps --wheel-dir dist .
+	@! ls dist/*-any.whl 2>/dev/null || { echo 'this wheel has no kernels: install a C++17 compiler'; exit 1; }
+	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")'
+
 clean:
 	rm -rf $(VENV) build dist demo-run src/*.egg-info
+	rm -f src/graft/kernels/backend/_native.*
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find $(CODE) -name __pycache__ -type d -prune -exec rm -rf {} +
 

@@ -1,16 +1,23 @@
 """Builds the native CPU kernels; everything else about the package stands in pyproject.toml.
 
 The kernels are a plain shared library (no Python or PyTorch headers) that is compiled once for each
-instruction set and chooses at run time. Without a compiler the package installs all the same and
-computes with its other backends: `graft doctor` says so.
+instruction set and chooses at run time. It depends on no version of Python, so one wheel serves
+all of them. Without a compiler the package installs all the same and computes with its other
+backends: `graft doctor` says so.
 """
 
+import importlib.machinery
 import platform
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.modified import newer_group
+
+LIBRARY = "graft.kernels.backend._native"
 
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 INSTRUCTIONS = {
@@ -39,30 +46,50 @@ COMMON = [
 class BuildKernels(build_ext):
     """Compiles each source with the flags of its instruction set and links a plain library."""
 
+    def get_ext_filename(self, fullname: str) -> str:
+        # The last suffix names no version of Python.
+        return str(Path(*fullname.split("."))) + importlib.machinery.EXTENSION_SUFFIXES[-1]
+
     def build_extension(self, extension: Extension) -> None:
         on_x86 = platform.machine().lower() in ("x86_64", "amd64")
-        objects = []
-        for source in extension.sources:
+        library = self.get_ext_fullpath(extension.name)
+        made_from = [*extension.sources, *extension.depends, __file__]
+        if not self.force and not newer_group(made_from, library, "newer"):
+            return
+
+        def compiled(source: str) -> list[str]:
             extra = INSTRUCTIONS.get(Path(source).name, []) if on_x86 else []
-            objects += self.compiler.compile(
+            objects: list[str] = self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
                 extra_postargs=[*COMMON, *extra],
                 depends=extension.depends,
             )
+            return objects
+
+        with ThreadPoolExecutor() as pool:  # each is a compiler process
+            objects = [file for files in pool.map(compiled, extension.sources) for file in files]
         self.compiler.link_shared_object(
             objects,
-            self.get_ext_fullpath(extension.name),
+            library,
             extra_postargs=[] if sys.platform == "darwin" else ["-lpthread"],
             build_temp=self.build_temp,
             target_lang="c++",
         )
 
 
+class Wheel(bdist_wheel):
+    """Names the wheel after what its library depends on: the platform, and no version of Python."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        built = any(Path(self.bdist_dir).rglob(f"{LIBRARY.rpartition('.')[2]}.*"))
+        return "py3", "none", super().get_tag()[2] if built else "any"
+
+
 setup(
     ext_modules=[
         Extension(
-            "graft.kernels.backend._native",
+            LIBRARY,
             sources=sorted(str(path) for path in Path("csrc").glob("*.cpp")),
             depends=[
                 str(path) for pattern in ("*.h", "*.inc") for path in Path("csrc").glob(pattern)
@@ -70,5 +97,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildKernels},
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
 )

@@ -72,7 +72,8 @@ _ARGUMENTS = {
 @cache
 def _load() -> ctypes.CDLL | str:
     """Return the library with its threads set up, or why there is none."""
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+    # setup.py takes the last suffix, which names no version of Python.
+    for suffix in reversed(importlib.machinery.EXTENSION_SUFFIXES):
         file = Path(__file__).with_name("_native" + suffix)
         if file.is_file():
             break
