@@ -25,7 +25,8 @@ from graft.export.registry import TARGETS, target_of
 from graft.export.runtimes import FolderRuntime
 from graft.files import new_folder, write_json
 from graft.formats.base import WeightFormat
-from graft.model.load import LoadedModel, read_config
+from graft.model.folder import read_config
+from graft.model.load import LoadedModel
 from graft.model.save import named_tensors, save_tensors, write_model_files
 
 BITS, GROUP_SIZES = (4,), (32,)

@@ -16,11 +16,15 @@ from graft.formats.base import GridFormat
 from graft.formats.registry import FORMATS, make_format
 from graft.layers.frozen import FrozenLinear
 
+CODEBOOKS = [("nf4", False), ("nf4", True), ("fp4", False)]
 OPTIONS = {
     "nf4": [{}, {"double_quant": True}],
     "fp4": [{}, {"double_quant": True}],
     "int": [{"bits": bits, "group_size": size} for bits in (2, 3, 4, 8) for size in (8, 32)],
-    "latent": [{"bits": bits, "group_size": 32} for bits in (2, 3, 4, 8)],
+    "latent": [
+        *({"bits": bits, "group_size": 32} for bits in (2, 3, 4, 8)),
+        *({"grid": {"format": name, "double_quant": twice}} for name, twice in CODEBOOKS),
+    ],
 }
 VARIANTS = [
     pytest.param(name, options, id="-".join([name, *map(str, options.values())]))
@@ -55,7 +59,7 @@ def adapted_model(name: str, options: dict, method: str) -> torch.nn.Sequential:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
     x, y = torch.randn(32, IN), torch.randn(32, OUT)
     losses = []
-    for _ in range(5):
+    for _ in range(8):
         loss = (model(x) - y).square().mean()
         optimizer.zero_grad()
         loss.backward()

@@ -193,7 +193,7 @@ class CodebookFormat(ReferenceLatent):
     def _in_units(self, weight: Tensor, grid: Packed) -> Tensor:
         """Return a weight in units of its blocks' constants, float32 [out, in]."""
         absmax = plain_absmax(grid["absmax"], *self._nested(grid))
-        in_units: Tensor = weight / _per_weight(absmax, weight.shape)
+        in_units: Tensor = weight.contiguous() / _per_weight(absmax, weight.shape)
         return in_units
 
     # Statistics ------------------------------------------------------------------------------

@@ -222,7 +222,7 @@ class LatentFormat:
         round to the solver's codes again, and say how near each is to another code.
         """
         weight = self.grid.keep_within(values, codes, grid)
-        return self.keep(weight) | self.grid.pack_grid(grid)
+        return self.keep(weight.contiguous()) | self.grid.pack_grid(grid)
 
 
 def _without_codes(tensors: Mapping[str, Any]) -> dict[str, Any]:
