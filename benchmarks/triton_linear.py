@@ -25,7 +25,7 @@ from torch.nn import functional
 from graft.formats.base import WeightFormat
 from graft.formats.codebook import CodebookFormat
 from graft.formats.int_group import IntGroupFormat
-from graft.kernels.frozen import reference
+from graft.kernels.frozen import ops, reference
 from graft.kernels.frozen import triton as triton_backend
 
 SIZE = 4096
@@ -41,8 +41,9 @@ def dense(weights: list[Tensor]) -> Linear:
 
 
 def graft(weights: list[Tensor], weight_format: WeightFormat) -> Linear:
-    turn = itertools.cycle([weight_format.pack(weight) for weight in weights])
-    return lambda x: weight_format.linear(x, next(turn), SIZE)
+    packed = [weight_format.kernel_weight(weight_format.pack(w), *w.shape) for w in weights]
+    turn = itertools.cycle(packed)
+    return lambda x: ops.linear(x, next(turn))
 
 
 def bitsandbytes(weights: list[Tensor]) -> Linear:
@@ -69,21 +70,12 @@ def check_weights(weight: Tensor) -> None:
         theirs = reference.codebook_quantize(*args)
         if not all(map(torch.equal, ours, theirs)):
             sys.exit(f"{weight_format.name}: codes or absmax differ from the reference")
-        packed = (*theirs, *args[1:], *weight.shape, weight.dtype)
-        ours, theirs = (
-            backend.codebook_dequantize(*packed) for backend in (triton_backend, reference)
-        )
-        if not torch.equal(ours, theirs):
-            sys.exit(f"{weight_format.name}: the weight differs from the reference's")
-    for bits in (2, 3, 4, 8):
-        packed = IntGroupFormat(bits=bits).pack(weight)
-        args = (packed["codes"], packed.get("codes_high"), packed["scales"], packed["offsets"])
-        ours, theirs = (
-            backend.int_group_dequantize(*args, bits, 32, SIZE, weight.dtype)
-            for backend in (triton_backend, reference)
-        )
-        if not torch.equal(ours, theirs):
-            sys.exit(f"{bits} bits: the weight differs from the reference's")
+    formats = [CodebookFormat(), CodebookFormat(name="fp4")]
+    for weight_format in [*formats, *(IntGroupFormat(bits=bits) for bits in (2, 3, 4, 8))]:
+        packed = weight_format.kernel_weight(weight_format.pack(weight), *weight.shape)
+        ours = triton_backend.dequantize(packed, weight.dtype)
+        if not torch.equal(ours, reference.dequantize(packed, weight.dtype)):
+            sys.exit(f"{weight_format}: the weight differs from the reference's")
 
 
 def forward(linear: Linear, x: Tensor) -> Callable[[], object]:

@@ -112,3 +112,26 @@ def test_on_meta_nothing_is_allocated(weight_format) -> None:
 def test_print_shows_format_and_options() -> None:
     layer = frozen(make_format("int", {"bits": 3, "group_size": 8}))
     assert "int(bits=3, group_size=8, statistics=float16)" in repr(layer)
+
+
+def test_the_kernels_weight_is_made_once_and_anew_for_another_parameter_or_format() -> None:
+    layer, x = frozen(make_format("int"), bias=False), torch.randn(3, 44)
+    weight, y = layer.kernel_weight(), layer(x)
+    assert layer.kernel_weight() is weight
+    layer.scales = torch.nn.Parameter(2 * layer.scales, requires_grad=False)
+    replaced = layer.kernel_weight()
+    assert replaced is not weight and replaced.tensors[2] is layer.scales
+    assert not torch.equal(layer(x), y)
+    state = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer.load_state_dict(state | {"scales": state["scales"] / 2}, assign=True)
+    assert layer.kernel_weight() is not replaced
+    assert torch.equal(layer(x), y)
+    layer.weight_format = make_format("int", {"bits": 8})
+    assert layer.kernel_weight().layout.bits == 8
+
+
+def test_a_weight_that_is_computed_from_the_packed_tensors_is_not_held() -> None:
+    layer, x = frozen(make_format("latent", {"dtype": "float32"}), bias=False), torch.randn(3, 44)
+    y = layer(x)
+    layer.weight.data.mul_(-1)  # in place
+    assert not torch.equal(layer(x), y)

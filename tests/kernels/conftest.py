@@ -11,6 +11,7 @@ from torch import Tensor
 
 from graft.kernels.backend import native_library
 from graft.kernels.backend.operation import Operation
+from graft.kernels.packed.weight import Weight
 
 LEVELS = {"baseline": 0, "AVX2": 1, "AVX-512": 2, "AVX-512+BF16": 3}
 
@@ -35,20 +36,36 @@ def opcheck() -> Callable[..., None]:
     """Check an operation as PyTorch knows it, and that calling it directly changes no bit."""
 
     def check(operation: Operation, arguments: tuple[Any, ...], **options: Any) -> None:
-        torch.library.opcheck(operation.registered, arguments, **options)
+        flat = _as_operator(arguments)
+        torch.library.opcheck(operation.registered, flat, **options)
         for one, other in zip(
-            _results(operation, arguments), _results(operation.registered, arguments), strict=True
+            _results(operation, arguments, flat),
+            _results(operation.registered, flat, flat),
+            strict=True,
         ):
             torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
 
     return check
 
 
-def _results(call: Callable[..., Any], arguments: tuple[Any, ...]) -> list[Any]:
+def _as_operator(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments as the dispatcher gets them: a weight as four tensors and a word."""
+    flat: list[Any] = []
+    for one in arguments:
+        if isinstance(one, Weight):
+            flat += [*one.tensors, None, None, None][:4] + [one.layout.text()]
+        else:
+            flat.append(one)
+    return tuple(flat)
+
+
+def _results(
+    call: Callable[..., Any], arguments: tuple[Any, ...], flat: tuple[Any, ...]
+) -> list[Any]:
     """Return the outputs of a call, and the gradients of their sum."""
     out = call(*arguments)
     outputs = list(out) if isinstance(out, tuple | list) else [out]
-    inputs = [a for a in arguments if isinstance(a, Tensor) and a.requires_grad]
+    inputs = [a for a in flat if isinstance(a, Tensor) and a.requires_grad]
     roots = [one for one in outputs if one.requires_grad]
     if not inputs:
         assert not roots

@@ -9,6 +9,7 @@ import torch
 
 from graft.formats.base import GridUpdate, LowRank, Scaled
 from graft.formats.int_group import IntGroupFormat
+from graft.kernels.frozen.ops import linear
 from graft.kernels.low_rank.ops import low_rank_product
 from graft.kernels.moves import ops
 
@@ -25,13 +26,14 @@ def test_affine_linear_is_the_chain_through_the_moved_statistics(
     moves = [torch.randn(OUT, -(-IN // group_size)) * 0.1 for _ in range(2)]
     ours = [t.requires_grad_() for t in (torch.randn(9, IN), *moves)]
     x, u, v = ours
-    grid = packed["codes"], packed.get("codes_high"), packed["scales"], packed["offsets"]
-    y = ops.affine_linear(x, *grid, bits, group_size, u, v)
+    weight = weight_format.kernel_weight(packed, OUT, IN)
+    y = ops.affine_linear(x, weight, u, v)
     grad = torch.randn_like(y)
     y.backward(grad)
     others = [t.detach().clone().requires_grad_() for t in ours]
     update = GridUpdate(scales=Scaled(others[1]), offsets=Scaled(others[2]))
-    expected = weight_format.linear(others[0], weight_format.absorb(packed, update), OUT)
+    absorbed = weight_format.absorb(packed, update)
+    expected = linear(others[0], weight_format.kernel_weight(absorbed, OUT, IN))
     expected.backward(grad)
     assert torch.equal(y, expected)
     for got, other in zip(ours, others, strict=True):
@@ -49,14 +51,15 @@ def test_qalora_grid_linear_is_the_chain_through_the_moved_statistics(
     shapes = ((9, IN), (3, groups), (OUT, 3), (2, groups), (OUT, 2))
     ours = [(torch.randn(shape) * 0.3).requires_grad_() for shape in shapes]
     x, A, B, u_A, u_B = ours
-    grid = packed["codes"], packed.get("codes_high"), packed["scales"], packed["offsets"]
-    y = ops.qalora_grid_linear(x, *grid, bits, group_size, A, B, 0.7, u_A, u_B)
+    weight = weight_format.kernel_weight(packed, OUT, IN)
+    y = ops.qalora_grid_linear(x, weight, A, B, 0.7, u_A, u_B)
     grad = torch.randn_like(y)
     y.backward(grad)
     others = [t.detach().clone().requires_grad_() for t in ours]
     x, A, B, u_A, u_B = others
     update = GridUpdate(scales=Scaled(low_rank_product(u_A, u_B)), offsets=LowRank(A, B, 0.7))
-    expected = weight_format.linear(x, weight_format.absorb(packed, update), OUT)
+    absorbed = weight_format.absorb(packed, update)
+    expected = linear(x, weight_format.kernel_weight(absorbed, OUT, IN))
     expected.backward(grad)
     assert torch.equal(y, expected)
     for got, other in zip(ours, others, strict=True):
@@ -65,13 +68,13 @@ def test_qalora_grid_linear_is_the_chain_through_the_moved_statistics(
 
 def test_opcheck(opcheck: Callable[..., None]) -> None:
     packed = IntGroupFormat().pack(torch.randn(OUT, IN))
-    grid = packed["codes"], None, packed["scales"], packed["offsets"]
+    weight = IntGroupFormat().kernel_weight(packed, OUT, IN)
     u, v = (torch.zeros(OUT, IN // 32, requires_grad=True) for _ in range(2))
     x = torch.randn(2, 3, IN, requires_grad=True)
-    opcheck(ops.affine_linear, (x, *grid, 4, 32, u, v))
+    opcheck(ops.affine_linear, (x, weight, u, v))
     factors = [torch.randn(shape, requires_grad=True) for shape in ((2, 3), (OUT, 2))]
-    opcheck(ops.qalora_grid_linear, (x, *grid, 4, 32, *factors, 1.0, *factors))
+    opcheck(ops.qalora_grid_linear, (x, weight, *factors, 1.0, *factors))
     frozen = [factor.detach() for factor in factors]
-    opcheck(ops.move_by_factors, (*grid[2:], *frozen, 1.0, *frozen))
+    opcheck(ops.move_by_factors, (*weight.statistics, *frozen, 1.0, *frozen))
     moves = packed["offsets"], packed["scales"], u.detach(), torch.float16
     opcheck(ops.move_scaled, moves)

@@ -7,7 +7,7 @@ from graft.kernels.attention import ops as attention_ops
 from graft.kernels.backend import registry
 from graft.kernels.backend.operation import Operation
 from graft.kernels.backend.registry import Backend, backends, implementation, register_backend
-from graft.kernels.frozen import ops, row_ops
+from graft.kernels.frozen import ops
 from graft.kernels.latent import ops as latent_ops
 from graft.kernels.low_rank import ops as low_rank_ops
 from graft.kernels.moves import ops as affine_ops
@@ -68,7 +68,6 @@ def test_the_reference_backend_implements_every_operation() -> None:
             affine_ops,
             latent_ops,
             ops,
-            row_ops,
             low_rank_ops,
             attention_ops,
             pointwise_ops,

@@ -11,11 +11,12 @@ from torch import Tensor
 from graft.formats.base import GridUpdate, LowRank, Scaled
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
+from graft.kernels.frozen.ops import linear
 from graft.kernels.latent import native as native_latent
 from graft.kernels.latent import ops
 from graft.kernels.latent import reference as reference_latent
 from graft.kernels.packed.planes import unpack_codes
-from graft.kernels.packed.weight import Latent
+from graft.kernels.packed.weight import Latent, dense_weight
 
 OUT, RANK, SCALING = 22, 3, 0.75
 GRIDS = [(2, 8), (3, 32), (4, 32), (8, 64)]
@@ -61,13 +62,14 @@ def test_latent_linear_computes_with_the_weight_that_is_merged(bits: int, group_
     u, v = (torch.randn(scales.shape) * 0.1 for _ in range(2))
     x = torch.randn(5, 96)
     y = ops.latent_linear(
-        x, weight, None, None, scales, offsets, A, B, SCALING, u, v, bits, group_size
+        x, dense_weight(weight), scales, offsets, A, B, SCALING, u, v, bits, group_size
     )
     packed = {"weight": weight, "scales": scales, "offsets": offsets}
     update = GridUpdate(Scaled(u), Scaled(v), LowRank(A, B, SCALING))
     merged = weight_format.absorb(packed, update)
     assert merged is not None
-    assert torch.equal(y, weight_format.deployed.linear(x, merged, OUT))
+    merged_weight = weight_format.deployed.kernel_weight(merged, OUT, 96)
+    assert torch.equal(y, linear(x, merged_weight))
 
     # The same by hand, in float64 but for the codes.
     group = torch.arange(96) // group_size
@@ -91,7 +93,7 @@ def test_gradients_pass_straight_through_the_roundings(bits: int, group_size: in
     trained = [t.requires_grad_() for t in (torch.randn(5, 96), A, B, u, v)]
     x = trained[0]
     y = ops.latent_linear(
-        x, weight, None, None, scales, offsets, A, B, SCALING, u, v, bits, group_size
+        x, dense_weight(weight), scales, offsets, A, B, SCALING, u, v, bits, group_size
     )
     grad = torch.randn_like(y)
     y.backward(grad)
@@ -128,10 +130,11 @@ def test_opcheck(opcheck: Callable[..., None]) -> None:
     opcheck(ops.latent_grads, (torch.randn(OUT, 96), *grid, A, B, SCALING, 4, 32))
     factors = A.requires_grad_(), B.requires_grad_()
     rest = *factors, SCALING, u, v, 4, 32
-    opcheck(ops.latent_linear, (x, weight, None, None, *grid[1:], *rest))
-    packed = LatentFormat(dtype="int8").pack(weight.float())
-    names = "weight", "weight_scales", "weight_offsets", "scales", "offsets"
-    opcheck(ops.latent_linear, (x, *(packed[name] for name in names), *rest))
+    opcheck(ops.latent_linear, (x, dense_weight(weight), *grid[1:], *rest))
+    in_8_bits = LatentFormat(dtype="int8")
+    packed = in_8_bits.pack(weight.float())
+    kept = in_8_bits.kept_weight(packed)
+    opcheck(ops.latent_linear, (x, kept, packed["scales"], packed["offsets"], *rest))
 
 
 def test_a_grid_that_stays_is_one_that_moves_by_nothing() -> None:
@@ -141,7 +144,7 @@ def test_a_grid_that_stays_is_one_that_moves_by_nothing() -> None:
         trained = [t.detach().clone().requires_grad_() for t in (torch.ones(5, 96), A, B)]
         x, *factors = trained
         y = ops.latent_linear(
-            x, weight, None, None, scales, offsets, *factors, SCALING, *moves, 4, 32
+            x, dense_weight(weight), scales, offsets, *factors, SCALING, *moves, 4, 32
         )
         y.square().sum().backward()
         found.append([y, *(tensor.grad for tensor in trained)])

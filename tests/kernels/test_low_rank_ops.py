@@ -13,6 +13,7 @@ from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
+from graft.kernels.frozen.ops import linear
 from graft.kernels.low_rank import ops
 
 OUT, IN, RANK, SCALING = 22, 96, 3, 0.75
@@ -37,11 +38,11 @@ def test_lora_linear_and_its_gradients_equal_float64(
     weight_format: WeightFormat, tokens: int
 ) -> None:
     packed = weight_format.pack(torch.randn(OUT, IN))
-    weight = ops.operands(weight_format.kernel_weight(packed, OUT, IN))
+    weight = weight_format.kernel_weight(packed, OUT, IN)
     dense = weight_format.unpack(packed, OUT, IN, torch.float32).double()
     x = torch.randn(tokens, IN, requires_grad=True)
     A, B = factors(IN)
-    y, hidden = ops.lora_linear(x, *weight, A, B, SCALING)
+    y, hidden = ops.lora_linear(x, weight, A, B, SCALING)
     grad = torch.randn_like(y)
     y.backward(grad)
     exact = [t.detach().double().requires_grad_() for t in (x, A, B)]
@@ -57,13 +58,13 @@ def test_lora_linear_and_its_gradients_equal_float64(
 
 def test_gradients_of_the_factors_without_one_of_the_input() -> None:
     packed = CodebookFormat().pack(torch.randn(OUT, IN))
-    weight = ops.operands(CodebookFormat().kernel_weight(packed, OUT, IN))
+    weight = CodebookFormat().kernel_weight(packed, OUT, IN)
     found = []
     for needs_input in (True, False):
         torch.manual_seed(0)
         x = torch.randn(7, IN).requires_grad_(needs_input)
         A, B = factors(IN)
-        ops.lora_linear(x, *weight, A, B, SCALING)[0].square().sum().backward()
+        ops.lora_linear(x, weight, A, B, SCALING)[0].square().sum().backward()
         found.append((A.grad, B.grad))
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-3)
 
@@ -75,17 +76,17 @@ def test_qalora_gradients_are_those_of_the_moved_offsets(bits: int) -> None:
 
     weight_format = IntGroupFormat(bits=bits, group_size=8)
     packed = weight_format.pack(torch.randn(OUT, IN))
-    grid = packed["scales"], packed["offsets"]
     x = torch.randn(9, IN, requires_grad=True)
     A, B = factors(IN // 8)
-    codes = packed["codes"], packed.get("codes_high")
-    y, pooled = ops.qalora_linear(x, *codes, *grid, bits, 8, A, B, SCALING)
+    weight = weight_format.kernel_weight(packed, OUT, IN)
+    y, pooled = ops.qalora_linear(x, weight, A, B, SCALING)
     torch.testing.assert_close(pooled, x.unflatten(-1, (-1, 8)).sum(-1))
     grad = torch.randn_like(y)
     y.backward(grad)
     others = [t.detach().clone().requires_grad_() for t in (x, A, B)]
     update = GridUpdate(offsets=LowRank(others[1], others[2], SCALING))
-    expected = weight_format.linear(others[0], weight_format.absorb(packed, update), OUT)
+    absorbed = weight_format.absorb(packed, update)
+    expected = linear(others[0], weight_format.kernel_weight(absorbed, OUT, IN))
     expected.backward(grad)
     assert torch.equal(y, expected)
     for got, other in zip((x, A, B), others, strict=True):
@@ -104,14 +105,13 @@ def test_offsets_are_moved_in_float64_and_rounded_once(stored: torch.dtype) -> N
 
 def test_opcheck(opcheck: Callable[..., None]) -> None:
     packed = IntGroupFormat().pack(torch.randn(OUT, IN))
-    weight = ops.operands(IntGroupFormat().kernel_weight(packed, OUT, IN))
+    weight = IntGroupFormat().kernel_weight(packed, OUT, IN)
     x, grad = torch.randn(2, 3, IN), torch.randn(2, 3, OUT)
     A, B = factors(IN)
-    opcheck(ops.lora_linear, (x, *weight, A, B, SCALING))
+    opcheck(ops.lora_linear, (x, weight, A, B, SCALING))
     frozen = A.detach(), B.detach()
-    opcheck(ops.lora_grad_input, (grad, *weight, *frozen, SCALING))
+    opcheck(ops.lora_grad_input, (grad, weight, *frozen, SCALING))
     opcheck(ops.token_product, (grad, x))
     A, B = factors(IN // 32)
     opcheck(ops.move_offsets, (packed["offsets"], A, B, SCALING, torch.float16))
-    codes = packed["codes"], None, packed["scales"], packed["offsets"]
-    opcheck(ops.qalora_linear, (x, *codes, 4, 32, A, B, SCALING))
+    opcheck(ops.qalora_linear, (x, weight, A, B, SCALING))

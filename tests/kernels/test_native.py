@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +18,7 @@ from graft.kernels.backend import native_library
 from graft.kernels.frozen import native, reference
 from graft.kernels.low_rank import native as native_low_rank
 from graft.kernels.packed.weight import Weight
+from graft.layers.frozen import FrozenLinear
 
 pytestmark = pytest.mark.skipif(
     native_library.why_unavailable() is not None,
@@ -52,21 +56,9 @@ def test_dequantised_weights_equal_the_references(
     level: str, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     for weight_format in FORMATS:
-        if isinstance(weight_format, Int8Format):
-            continue  # unpacks itself
-        packed = weight_format.pack(torch.randn(shape))
-        kind = "codebook" if isinstance(weight_format, CodebookFormat) else "int_group"
-        if kind == "codebook":
-            nested = packed.get("absmax_scale"), packed.get("absmax_offset")
-            arguments = (packed["codes"], packed["absmax"], weight_format.name, 64, *shape)
-            arguments = (*arguments, dtype, *nested)
-        else:
-            planes = packed["codes"], packed.get("codes_high"), packed["scales"], packed["offsets"]
-            options = weight_format.options()
-            arguments = (*planes, options["bits"], options["group_size"], shape[1], dtype)
-        expected = reference.reference.operations[f"{kind}_dequantize"](*arguments)
-        got = native.native.operations[f"{kind}_dequantize"](*arguments)
-        assert torch.equal(got, expected), weight_format
+        weight, _ = packed_weight(weight_format, shape)
+        expected = reference.dequantize(weight, dtype)
+        assert torch.equal(native.dequantize(weight, dtype), expected), weight_format
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -88,8 +80,8 @@ def test_products_equal_float64(
         dx, hidden = native_low_rank.lora_grad_input(grad, weight, A, B, 0.5)
         assert_near(hidden, 0.5 * grad64 @ B64, dtype)
         assert_near(dx, grad64 @ dense + 0.5 * grad64 @ B64 @ A64, dtype)
-        assert_near(native._product("linear", x, weight, out_features), x64 @ dense.T, dtype)
-        assert_near(native._product("grad_input", grad, weight, in_features), grad64 @ dense, dtype)
+        assert_near(native.linear(x, weight), x64 @ dense.T, dtype)
+        assert_near(native.grad_input(grad, weight), grad64 @ dense, dtype)
         assert_near(native_low_rank.token_product(grad, x), grad64.T @ x64, dtype)
 
 
@@ -112,14 +104,13 @@ def test_statistics_gradients_and_pooling(
 ) -> None:
     for bits, group_size in ((2, 8), (3, 64), (4, 32), (8, 16)):
         packed = IntGroupFormat(bits=bits, group_size=group_size).pack(torch.randn(shape))
-        codes = packed["codes"], packed.get("codes_high")
+        weight = IntGroupFormat(bits, group_size).kernel_weight(packed, *shape)
         grad, x = torch.randn(19, shape[0]).to(dtype), torch.randn(19, shape[1]).to(dtype)
         # Inputs of the dtype, sums in float64.
-        options = bits, group_size
         inputs = grad.double(), x.double()
         for units in (None, packed["scales"]):
-            exact = reference.int_group_grad_statistics(*inputs, *codes, *options, units)
-            ours = native.int_group_grad_statistics(grad, x, *codes, *options, units)
+            exact = reference.int_group_grad_statistics(*inputs, weight, units)
+            ours = native.int_group_grad_statistics(grad, x, weight, units)
             assert_near(ours[0], exact[0], dtype)
             assert_near(ours[1], exact[1], dtype)
         expected = reference.int_group_grad_offsets(grad.double(), x.double(), group_size)
@@ -230,7 +221,7 @@ def test_results_do_not_depend_on_the_number_of_threads() -> None:
 def test_no_group_is_cut_by_the_tasks_of_a_statistics_gradient(level: str, group_size: int) -> None:
     packed = IntGroupFormat(group_size=group_size).pack(torch.randn(5, 704))
     grad, x = torch.randn(70, 5), torch.randn(70, 704)
-    arguments = packed["codes"], None, 4, group_size, None
+    arguments = IntGroupFormat(group_size=group_size).kernel_weight(packed, 5, 704), None
     exact = reference.int_group_grad_statistics(grad.double(), x.double(), *arguments)
     before = torch.get_num_threads()
     try:
@@ -250,3 +241,50 @@ def test_dtypes_that_the_kernels_do_not_multiply_go_to_the_reference() -> None:
     y, _ = native_low_rank.lora_linear(x, weight, A, B, 1.0)
     assert y.dtype == torch.float64
     torch.testing.assert_close(y, x @ dense.T + x @ A.double().T @ B.double().T)
+
+
+def test_a_layer_s_weight_is_prepared_once_and_anew_where_a_tensor_lies_elsewhere() -> None:
+    packed = IntGroupFormat().pack(torch.randn(12, 64))
+    layer = FrozenLinear(64, 12, IntGroupFormat(), packed)
+    weight, x = layer.kernel_weight(), torch.randn(3, 64)
+    y, struct = layer(x), native_library.prepared(weight)
+    assert native_library.prepared(layer.kernel_weight()) is struct
+    layer.scales.data = layer.scales.data * 2
+    assert native_library.prepared(layer.kernel_weight()) is not struct
+    moved = layer.packed | {"scales": packed["scales"] * 2}
+    assert not torch.equal(layer(x), y)
+    assert torch.equal(layer(x), layer.linear(x, moved))
+    # In the same place, but read in another order: copied at each call.
+    square = DenseFormat().pack(torch.randn(64, 64))
+    layer = FrozenLinear(64, 64, DenseFormat(), square)
+    y = layer(x)
+    layer.weight.data = layer.weight.data.T
+    torch.testing.assert_close(layer(x), x @ square["weight"])
+    square["weight"].zero_()
+    assert not torch.equal(layer(x), y) and not layer(x).any()
+
+
+def test_copies_of_a_layer_have_weights_of_their_own() -> None:
+    layer = FrozenLinear(64, 12, IntGroupFormat(), IntGroupFormat().pack(torch.randn(12, 64)))
+    x = torch.randn(3, 64)
+    y = layer(x)
+    for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        layer.scales.data.fill_(1.0)
+        assert copied.kernel_weight().tensors[2] is copied.scales
+        assert torch.equal(copied(x), y)
+        layer.scales.data.copy_(copied.scales)
+
+
+def test_inputs_of_another_width_are_refused() -> None:
+    weight, _ = packed_weight(IntGroupFormat(), (12, 64))
+    A, B = torch.randn(2, 64), torch.randn(12, 2)
+    for call in (
+        lambda: native.linear(torch.randn(3, 63), weight),
+        lambda: native.grad_input(torch.randn(3, 64), weight),
+        lambda: native_low_rank.lora_linear(torch.randn(3, 63), weight, A, B, 1.0),
+        lambda: native.int_group_grad_statistics(
+            torch.randn(3, 12), torch.randn(3, 65), weight, None
+        ),
+    ):
+        with pytest.raises(ValueError, match="is not the weight's"):
+            call()

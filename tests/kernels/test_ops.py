@@ -9,35 +9,44 @@ import pytest
 import torch
 from torch import Tensor
 
+from graft.formats.base import WeightFormat
 from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
+from graft.formats.dense import DenseFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
 from graft.kernels.backend.operation import Operation
-from graft.kernels.frozen import ops, row_ops
+from graft.kernels.frozen import ops
+from graft.kernels.packed.weight import Weight
 
 OUT, IN = 6, 45  # a short last group, a straddling block, an odd count of codes
 
 
+def weight_of(weight_format: WeightFormat) -> Weight:
+    return weight_format.kernel_weight(weight_format.pack(torch.randn(OUT, IN)), OUT, IN)
+
+
+def any_case(weight: Weight, dtype: torch.dtype) -> dict[str, tuple[Any, ...]]:
+    x = torch.randn(2, 3, IN, dtype=dtype)
+    grad = torch.randn(2, 3, OUT, dtype=dtype)
+    frozen = Weight(weight.layout, tuple(None if t is None else t.detach() for t in weight.tensors))
+    return {
+        "dequantize": (frozen, dtype),
+        "linear": (x.requires_grad_(), weight),
+        "grad_input": (grad, frozen),
+    }
+
+
 def int_case(bits: int, group_size: int, dtype: torch.dtype, statistics: str, trained: bool):
     def args(operation: str) -> tuple[Any, ...]:
-        weight_format = IntGroupFormat(bits=bits, group_size=group_size, statistics=statistics)
-        packed = weight_format.pack(torch.randn(OUT, IN))
-        codes = packed["codes"], packed.get("codes_high")
-        grid = packed["scales"], packed["offsets"]
+        weight = frozen = weight_of(IntGroupFormat(bits, group_size, statistics))
         if trained:
-            grid = tuple(tensor.float().requires_grad_() for tensor in grid)
-        x = torch.randn(2, 3, IN, dtype=dtype)
-        grad = torch.randn(2, 3, OUT, dtype=dtype)
-        frozen = tuple(tensor.detach() for tensor in grid)
+            grid = [tensor.float().requires_grad_() for tensor in weight.statistics]
+            weight, frozen = weight.moved(*grid), weight.moved(*(one.detach() for one in grid))
+        x, grad = torch.randn(2, 3, IN, dtype=dtype), torch.randn(2, 3, OUT, dtype=dtype)
         return {
-            "int_group_dequantize": (*codes, *frozen, bits, group_size, IN, dtype),
-            "int_group_linear": (x.requires_grad_(), *codes, *grid, bits, group_size),
-            "int_group_grad_input": (grad, *codes, *frozen, bits, group_size, IN),
-            "int_group_grad_statistics": (
-                *(grad, x.detach(), *codes, bits, group_size),
-                frozen[0],
-            ),
-            "int_group_grad_offsets": (grad, x.detach(), group_size),
+            **any_case(weight, dtype),
+            "int_group_grad_statistics": (grad, x, frozen, frozen.statistics[0]),
+            "int_group_grad_offsets": (grad, x, group_size),
             "int_group_quantize": (
                 torch.randn(OUT, IN, dtype=dtype),
                 *(bits, group_size, getattr(torch, statistics), 2.0**-20),
@@ -49,41 +58,22 @@ def int_case(bits: int, group_size: int, dtype: torch.dtype, statistics: str, tr
 
 def codebook_case(name: str, dtype: torch.dtype, double_quant: bool):
     def args(operation: str) -> tuple[Any, ...]:
-        weight = torch.randn(OUT, IN, dtype=dtype)
-        packed = CodebookFormat(name=name, double_quant=double_quant).pack(weight)
-        codes = packed["codes"], packed["absmax"], name, BLOCK_SIZE
-        nested = packed.get("absmax_scale"), packed.get("absmax_offset")
-        x = torch.randn(2, 3, IN, dtype=dtype, requires_grad=True)
         return {
-            "codebook_quantize": (weight, name, BLOCK_SIZE),
+            **any_case(weight_of(CodebookFormat(name, double_quant)), dtype),
+            "codebook_quantize": (torch.randn(OUT, IN, dtype=dtype), name, BLOCK_SIZE),
             "codebook_quantize_absmax": (torch.rand(700), torch.rand(1)),
-            "codebook_dequantize": (*codes, OUT, IN, dtype, *nested),
-            "codebook_linear": (x, *codes, OUT, *nested),
-            "codebook_grad_input": (torch.randn(2, 3, OUT, dtype=dtype), *codes, IN, *nested),
         }[operation]
 
     return args
 
 
 def int8_case(dtype: torch.dtype):
-    def args(operation: str) -> tuple[Any, ...]:
-        packed = Int8Format().pack(torch.randn(OUT, IN))
-        codes = packed["codes"], packed["scales"]
-        x = torch.randn(2, 3, IN, dtype=dtype, requires_grad=True)
-        grad = torch.randn(2, 3, OUT, dtype=dtype)
-        return {"int8_linear": (x, *codes), "int8_grad_input": (grad, *codes)}[operation]
-
-    return args
+    return lambda operation: any_case(weight_of(Int8Format()), dtype)[operation]
 
 
 def dense_case(dtype: torch.dtype):
-    def args(operation: str) -> tuple[Any, ...]:
-        weight = torch.randn(OUT, IN, dtype=dtype)
-        x = torch.randn(2, 3, IN, dtype=dtype, requires_grad=True)
-        grad = torch.randn(2, 3, OUT, dtype=dtype)
-        return {"dense_linear": (x, weight), "dense_grad_input": (grad, weight)}[operation]
-
-    return args
+    weight_format = DenseFormat(str(dtype).removeprefix("torch."))
+    return lambda operation: any_case(weight_of(weight_format), dtype)[operation]
 
 
 CASES: dict[str, Callable[[str], tuple[Any, ...]]] = {
@@ -100,20 +90,14 @@ CASES: dict[str, Callable[[str], tuple[Any, ...]]] = {
 PREFIX = {"int3": "int_group", "int4": "int_group", "int8": "int_group"} | {
     "nf4": "codebook",
     "fp4": "codebook",
-    "int8rows": "int8_",
-    "dense": "dense",
 }
-OPERATIONS = {
-    name: value
-    for module in (ops, row_ops)
-    for name, value in vars(module).items()
-    if isinstance(value, Operation)
-}
+ANY = ("dequantize", "linear", "grad_input")
+OPERATIONS = {name: value for name, value in vars(ops).items() if isinstance(value, Operation)}
 PAIRS = [
     (operation, case)
     for operation in OPERATIONS
     for case in CASES
-    if operation.startswith(PREFIX[case.split("-")[0]])
+    if operation in ANY or operation.startswith(PREFIX.get(case.split("-")[0], "no other"))
 ]
 
 
@@ -141,10 +125,8 @@ def linear_operations() -> dict[str, tuple[Callable[[Tensor], Tensor], Tensor]]:
     ):
         packed = weight_format.pack(weight)
         dense = weight_format.unpack(packed, OUT, IN, torch.float32).double()
-        made[repr(weight_format)] = (
-            lambda x, f=weight_format, p=packed: f.linear(x, p, OUT),
-            dense,
-        )
+        packed_weight = weight_format.kernel_weight(packed, OUT, IN)
+        made[repr(weight_format)] = (lambda x, w=packed_weight: ops.linear(x, w), dense)
     return made
 
 

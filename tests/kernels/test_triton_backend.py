@@ -34,6 +34,7 @@ from graft.kernels.frozen import reference
 from graft.kernels.frozen import triton as backend
 from graft.kernels.packed.codebooks import quantisation_bounds
 from graft.kernels.packed.planes import unpack_codes
+from graft.kernels.packed.weight import Weight
 
 
 @collected(not INTERPRETED and not ON_GPU)
@@ -52,17 +53,16 @@ def test_the_kernels_in_the_interpreter() -> None:
     assert "skipped" not in result.stdout
 
 
-def int_group(shape: tuple[int, int], bits: int, group_size: int, statistics: str) -> tuple:
-    """Codes, codes_high, scales, offsets, bits and group size of a random weight.
+def int_group(shape: tuple[int, int], bits: int, group_size: int, statistics: str) -> Weight:
+    """A random weight whose tensors are strided, as rounding anew or an update may leave them.
 
-    All are strided, as rounding anew or an update may leave them; the kernels read them as stored.
+    The kernels read them as stored.
     """
     weight_format = IntGroupFormat(bits=bits, group_size=group_size, statistics=statistics)
     packed = {
         name: tensor.T.contiguous().T for name, tensor in weight_format.pack(randn(*shape)).items()
     }
-    planes = packed["codes"], packed.get("codes_high")
-    return *planes, packed["scales"], packed["offsets"], bits, group_size
+    return weight_format.kernel_weight(packed, *shape)
 
 
 @pytest.fixture
@@ -91,8 +91,8 @@ INT_CASES = [(2, 32, F32), (2, 8, F16), (3, 128, F16), (3, 16, F32), (4, 8, F32)
 @pytest.mark.parametrize("group_size", GROUP_SIZES)
 def test_int_group_dequantize(bits: int, group_size: int, dtype: torch.dtype) -> None:
     statistics, columns = (F32, 1100) if group_size in (16, 64) else (F16, 170)
-    args = (*int_group((3, columns), bits, group_size, statistics), columns, dtype)
-    assert torch.equal(backend.int_group_dequantize(*args), reference.int_group_dequantize(*args))
+    weight = int_group((3, columns), bits, group_size, statistics)
+    assert torch.equal(backend.dequantize(weight, dtype), reference.dequantize(weight, dtype))
 
 
 @where_kernels_run
@@ -102,17 +102,17 @@ def test_int_group_products(
     bits: int, group_size: int, statistics: str, dtype: torch.dtype, launches: list
 ) -> None:
     for rows, columns in [(3, 45), (33, 70)]:
-        args = int_group((rows, columns), bits, group_size, statistics)
-        weight = reference.int_group_dequantize(*args, columns, dtype)
+        packed = int_group((rows, columns), bits, group_size, statistics)
+        weight = reference.dequantize(packed, dtype)
         for tokens in TOKENS if rows == 3 else TOKENS[:2]:
             launches.clear()
             x = randn(*tokens, columns, dtype=dtype)
-            y = backend.int_group_linear(x, *args)
+            y = backend.linear(x, packed)
             assert y.shape == (*tokens, rows) and y.dtype == dtype
             assert_is_product(y, x, weight.T)
             assert launches[0][0] == f"int_group_{'dequantize' if tokens == (17,) else 'linear'}"
         grad = randn(2, rows, dtype=dtype)
-        assert_is_product(backend.int_group_grad_input(grad, *args, columns), grad, weight)
+        assert_is_product(backend.grad_input(grad, packed), grad, weight)
 
 
 @where_kernels_run
@@ -122,11 +122,11 @@ def test_int_group_grad_scales(
     bits: int, group_size: int, statistics: str, dtype: torch.dtype
 ) -> None:
     for rows, columns in [(6, 45), (133, 160)]:
-        args = int_group((rows, columns), bits, group_size, statistics)
-        codes = unpack_codes(args[: 2 if bits == 3 else 1], bits, columns)
+        weight = int_group((rows, columns), bits, group_size, statistics)
+        codes = unpack_codes(weight.tensors[: 2 if bits == 3 else 1], bits, columns)
         for tokens in ((1,), (2, 20)):
             x, grad = randn(*tokens, columns, dtype=dtype), randn(*tokens, rows, dtype=dtype)
-            ours = backend.int_group_grad_statistics(grad, x, *args[:2], bits, group_size, None)[0]
+            ours = backend.int_group_grad_statistics(grad, x, weight, None)[0]
             a, b = grad.flatten(0, -2).double(), x.flatten(0, -2).double()
             terms = (a.T @ b) * codes, (a.abs().T @ b.abs()) * codes
             exact, size = (reference._in_groups(term, group_size).sum(-1) for term in terms)
@@ -158,9 +158,8 @@ def test_codebook_quantize(shape: tuple[int, int], name: str, dtype: torch.dtype
 def test_codebook_dequantize(
     shape: tuple[int, int], name: str, double: bool, dtype: torch.dtype
 ) -> None:
-    packed, nested = codebook(shape, name, double)
-    args = (*packed, *shape, dtype, *nested)
-    assert torch.equal(backend.codebook_dequantize(*args), reference.codebook_dequantize(*args))
+    weight = codebook(shape, name, double)
+    assert torch.equal(backend.dequantize(weight, dtype), reference.dequantize(weight, dtype))
 
 
 @where_kernels_run
@@ -188,18 +187,17 @@ def test_codebook_quantize_at_the_edges(name: str) -> None:
 def test_codebook_products(
     shape: tuple[int, int], name: str, double: bool, dtype: torch.dtype, launches: list
 ) -> None:
-    packed, nested = codebook(shape, name, double)
-    weight = reference.codebook_dequantize(*packed, *shape, dtype, *nested)
+    packed = codebook(shape, name, double)
+    weight = reference.dequantize(packed, dtype)
     for tokens in TOKENS:
         x, grad = randn(*tokens, shape[1], dtype=dtype), randn(*tokens, shape[0], dtype=dtype)
         launches.clear()
-        y = backend.codebook_linear(x, *packed, shape[0], *nested)
+        y = backend.linear(x, packed)
         assert y.shape == grad.shape and y.dtype == dtype
         assert_is_product(y, x, weight.T)
         fused = tokens != (17,) and shape[1] % BLOCK_SIZE == 0
         assert launches[0][0] == ("codebook_linear" if fused else "codebook_dequantize")
-        grad_x = backend.codebook_grad_input(grad, *packed, shape[1], *nested)
-        assert_is_product(grad_x, grad, weight)
+        assert_is_product(backend.grad_input(grad, packed), grad, weight)
 
 
 # int8, and what all linears share ----------------------------------------------------------------
@@ -209,28 +207,24 @@ def test_codebook_products(
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(6, 45), (33, 520)])
 def test_int8_products(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    packed = Int8Format().pack(randn(*shape))
-    packed["codes"] = packed["codes"].T.contiguous().T
-    weight = Int8Format().unpack(packed, *shape, dtype)
-    assert torch.equal(backend._int8_weight(**packed, dtype=dtype), weight)
+    tensors = Int8Format().pack(randn(*shape))
+    tensors["codes"] = tensors["codes"].T.contiguous().T
+    packed = Int8Format().kernel_weight(tensors, *shape)
+    weight = reference.dequantize(packed, dtype)
+    assert torch.equal(backend.dequantize(packed, dtype), weight)
     for tokens in TOKENS:
         x, grad = randn(*tokens, shape[1], dtype=dtype), randn(*tokens, shape[0], dtype=dtype)
-        assert_is_product(backend.int8_linear(x, **packed), x, weight.T)
-        assert_is_product(backend.int8_grad_input(grad, **packed), grad, weight)
+        assert_is_product(backend.linear(x, packed), x, weight.T)
+        assert_is_product(backend.grad_input(grad, packed), grad, weight)
 
 
 def linears(columns: int) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
     """Each linear operation as a function of x, with its weight [40, columns] in float32."""
-    args = int_group((40, columns), 4, 32, "float16")
-    nf4, _ = codebook((40, columns), "nf4", double=False)
-    int8 = Int8Format().pack(randn(40, columns))
-    int_weight = reference.int_group_dequantize(*args, columns, torch.float32)
-    nf4_weight = reference.codebook_dequantize(*nf4, 40, columns, torch.float32)
-    int8_weight = Int8Format().unpack(int8, 40, columns, torch.float32)
+    int8 = Int8Format().kernel_weight(Int8Format().pack(randn(40, columns)), 40, columns)
+    nf4 = codebook((40, columns), "nf4", double=False)
     return [
-        (lambda x: backend.int_group_linear(x, *args), int_weight),
-        (lambda x: backend.codebook_linear(x, *nf4, 40), nf4_weight),
-        (lambda x: backend.int8_linear(x, **int8), int8_weight),
+        (lambda x, w=weight: backend.linear(x, w), reference.dequantize(weight, torch.float32))
+        for weight in (int_group((40, columns), 4, 32, "float16"), nf4, int8)
     ]
 
 
@@ -256,10 +250,10 @@ def test_strided_inputs_no_tokens_and_float64() -> None:
         assert linear(randn(2, 0, 64)).shape == (2, 0, 40)
         wide = randn(3, 64, dtype=torch.float64)
         torch.testing.assert_close(linear(wide), wide @ weight.double().T)
-    args = int_group((6, 45), 3, 8, "float32")
+    weight = int_group((6, 45), 3, 8, "float32")
     grad, x = randn(4, 6, dtype=torch.float64), randn(4, 45, dtype=torch.float64)
     sides = (
-        module.int_group_grad_statistics(grad, x, *args[:2], 3, 8, None)[0]
+        module.int_group_grad_statistics(grad, x, weight, None)[0]
         for module in (backend, reference)
     )
     torch.testing.assert_close(*sides)

@@ -23,17 +23,16 @@ from graft.kernels.frozen import reference
 from graft.kernels.frozen import triton as backend
 from graft.kernels.latent import triton as triton_latent
 from graft.kernels.moves import triton as triton_moves
-from graft.kernels.packed.weight import Latent
+from graft.kernels.packed.weight import Latent, Weight
 from graft.kernels.pointwise import triton as triton_pointwise
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
-def int_group(bits: int, group_size: int) -> tuple[Any, ...]:
-    """Codes, codes_high, scales, offsets, bits and group size of a random weight [4, 64]."""
-    packed = IntGroupFormat(bits=bits, group_size=group_size).pack(torch.randn(4, 64))
-    planes = packed["codes"], packed.get("codes_high")
-    return *planes, packed["scales"], packed["offsets"], bits, group_size
+def int_group(bits: int, group_size: int) -> Weight:
+    """A random weight [4, 64]."""
+    weight_format = IntGroupFormat(bits=bits, group_size=group_size)
+    return weight_format.kernel_weight(weight_format.pack(torch.randn(4, 64)), 4, 64)
 
 
 def test_it_stands_before_the_reference_on_cuda_alone() -> None:
@@ -117,30 +116,27 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     kernels = vars(triton_launch._kernels()).items()
     compiled = {name: CompiledInstead(function, binaries) for name, function in kernels}
     monkeypatch.setattr(triton_launch, "_kernels", lambda: SimpleNamespace(**compiled))
-    args, dtype = int_group(3, 8), torch.bfloat16
+    weight, dtype = int_group(3, 8), torch.bfloat16
+    scales, offsets = weight.statistics
     x, grad = torch.randn(2, 64, dtype=dtype), torch.randn(2, 4, dtype=dtype)
-    packed = CodebookFormat(double_quant=True).pack(torch.randn(2, 64))
-    nf4 = packed["codes"], packed["absmax"], "nf4", BLOCK_SIZE
-    nested = packed["absmax_scale"], packed["absmax_offset"]
+    nested = CodebookFormat(double_quant=True)
+    nf4 = nested.kernel_weight(nested.pack(torch.randn(2, 64)), 2, 64)
     backend.codebook_quantize(x, "nf4", BLOCK_SIZE)
-    backend.codebook_dequantize(*nf4, 2, 64, dtype, *nested)
-    backend.codebook_linear(x, *nf4, 2, *nested)
-    backend.int_group_dequantize(*args, 64, dtype)
-    backend.int_group_linear(x, *args)
-    backend.int_group_grad_statistics(grad, x, *args[:2], 3, 8, None)
-    int8 = Int8Format().pack(torch.randn(4, 64))
-    backend.int8_linear(x, **int8)
-    backend._int8_weight(**int8, dtype=dtype)
-    triton_moves.move_offsets(args[3], torch.randn(4, 8), torch.randn(4, 4), 0.7, torch.float16)
-    triton_moves.move_scaled(args[2], args[2], torch.randn(4, 8), torch.float16)
+    int8 = Int8Format().kernel_weight(Int8Format().pack(torch.randn(4, 64)), 4, 64)
+    for packed in (nf4, weight, int8):
+        backend.dequantize(packed, dtype)
+        backend.linear(x, packed)
+    backend.int_group_grad_statistics(grad, x, weight, None)
+    triton_moves.move_offsets(offsets, torch.randn(4, 8), torch.randn(4, 4), 0.7, torch.float16)
+    triton_moves.move_scaled(scales, scales, torch.randn(4, 8), torch.float16)
     factors = torch.randn(4, 8), torch.randn(4, 4), 0.7, torch.randn(3, 8), torch.randn(4, 3)
-    triton_moves.move_by_factors(*args[2:4], *factors)
+    triton_moves.move_by_factors(scales, offsets, *factors)
     norm = triton_pointwise.rms_norm(x, torch.ones(64, dtype=dtype), 1e-5)
     triton_pointwise.rms_norm_backward(x, x, torch.ones(64, dtype=dtype), norm[1])
     triton_pointwise.silu_gate_backward(grad, grad, triton_pointwise.silu_gate(grad, grad))
     update = torch.ones(3, 64), torch.ones(4, 3)
     for bits, pair in ((8, (None, None)), (2, update), (3, update), (4, update)):
-        grid = torch.randn(4, 64, dtype=dtype), *int_group(bits, 32)[2:4]
+        grid = torch.randn(4, 64, dtype=dtype), *int_group(bits, 32).statistics
         triton_latent.latent_codes(Latent(*grid, *pair, 0.7, bits, 32))
         triton_latent.latent_grads(torch.randn(4, 64), Latent(*grid, *pair, 0.7, bits, 32))
     # Once from float64 to float16, with a scaling that is no float32.
@@ -151,13 +147,12 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     # The fused products' tiles hang on the width and on x's dtype, and not every tile compiles.
     for bits, kind in itertools.product((2, 3, 4, 8), DTYPES):
         packed_int = int_group(bits, 32)
-        backend.int_group_linear(x.to(kind), *packed_int)
-        backend.int_group_dequantize(*packed_int, 64, kind)
-        both = grad.to(kind), x.to(kind)
-        backend.int_group_grad_statistics(*both, *packed_int[:2], bits, 32, None)
+        backend.linear(x.to(kind), packed_int)
+        backend.dequantize(packed_int, kind)
+        backend.int_group_grad_statistics(grad.to(kind), x.to(kind), packed_int, None)
     for kind in DTYPES:
-        backend.codebook_linear(x.to(kind), *nf4, 2, *nested)
-        backend.int8_linear(x.to(kind), **int8)
+        backend.linear(x.to(kind), nf4)
+        backend.linear(x.to(kind), int8)
     # Contracting a product and an addition would round once where the reference rounds twice.
     exact = [
         name for name in binaries if any(word in name for word in ("dequant", "move", "latent"))

@@ -17,7 +17,6 @@ from triton_testing import (
     where_kernels_run,
 )
 
-from graft.formats.codebook import BLOCK_SIZE
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
 from graft.kernels.frozen import reference
@@ -25,7 +24,7 @@ from graft.kernels.latent import reference as reference_latent
 from graft.kernels.latent import triton as triton_latent
 from graft.kernels.low_rank import triton as triton_low_rank
 from graft.kernels.moves import triton as triton_moves
-from graft.kernels.packed.weight import Latent, Layout, Weight
+from graft.kernels.packed.weight import Latent
 from graft.kernels.pointwise import reference as reference_pointwise
 from graft.kernels.pointwise import triton as triton_pointwise
 
@@ -101,9 +100,7 @@ def test_norms_and_gates_that_no_kernel_takes(shape: tuple[int, int], dtype: tor
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", TOKENS)
 def test_low_rank_products(tokens: tuple[int, ...], dtype: torch.dtype) -> None:
-    packed, nested = codebook((33, 128), "nf4", True)
-    layout = Layout("codebook", 33, 128, group_size=BLOCK_SIZE, codebook="nf4")
-    weight = Weight(layout, (*packed[:2], *nested))
+    weight = codebook((33, 128), "nf4", True)
     A, B, scaling = randn(4, 128), randn(33, 4), 0.7
     x, grad = randn(*tokens, 128, dtype=dtype), randn(*tokens, 33, dtype=dtype)
     for name, given in (("lora_linear", x), ("lora_grad_input", grad)):

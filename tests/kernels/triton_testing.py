@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
+from graft.formats.codebook import CodebookFormat
 from graft.kernels.backend import triton_launch
+from graft.kernels.packed.weight import Weight
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ON_GPU = triton_launch._why_unavailable() is None and not INTERPRETED
@@ -51,11 +52,10 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape).to(DEVICE, dtype)
 
 
-def codebook(shape: tuple[int, int], name: str, double: bool) -> tuple[tuple, tuple]:
-    """(Codes, absmax, codebook and block size) and (absmax_scale, absmax_offset) of a weight."""
-    packed = CodebookFormat(name=name, double_quant=double).pack(randn(*shape))
-    nested = packed.get("absmax_scale"), packed.get("absmax_offset")
-    return (packed["codes"], packed["absmax"], name, BLOCK_SIZE), nested
+def codebook(shape: tuple[int, int], name: str, double: bool) -> Weight:
+    """A random weight."""
+    weight_format = CodebookFormat(name=name, double_quant=double)
+    return weight_format.kernel_weight(weight_format.pack(randn(*shape)), *shape)
 
 
 def assert_is_product(y: Tensor, a: Tensor, b: Tensor) -> None:

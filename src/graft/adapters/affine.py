@@ -68,7 +68,7 @@ class AffineAdapter(Adapter):
         """Return x W'ᵀ, W' on the moved grid, without keeping the moved statistics."""
         if not isinstance(base.weight_format, IntGroupFormat):
             return None
-        y: Tensor = affine_linear(x, *base.weight_format.operands(base.packed), self.u, self.v)
+        y: Tensor = affine_linear(x, base.kernel_weight(), self.u, self.v)
         return y
 
     def delta(self, base: FrozenLinear) -> Tensor:

@@ -16,8 +16,10 @@ from graft.adapters.config import AdapterConfig
 from graft.adapters.lora import Lora, LoraAdapter, QLora
 from graft.adapters.method import Kept, Method
 from graft.errors import GraftError
-from graft.kernels.low_rank.ops import Operands, lora_linear, operands
+from graft.kernels.frozen.ops import linear
+from graft.kernels.low_rank.ops import lora_linear
 from graft.kernels.low_rank.row_norms import dora_norms, row_squares
+from graft.kernels.packed.weight import Weight
 from graft.layers.frozen import FrozenLinear
 
 _TINY = torch.finfo(torch.float32).tiny
@@ -80,14 +82,14 @@ class DoraAdapter(LoraAdapter):
 
     def norms(self, base: FrozenLinear) -> Tensor:
         """Return |W + s B A| of each row, float32 [out_features], without a gradient."""
-        return self._norms(operands(base.kernel_weight()))
+        return self._norms(base.kernel_weight())
 
-    def _norms(self, weight: Operands) -> Tensor:
+    def _norms(self, weight: Weight) -> Tensor:
         low_rank = self.A.detach(), self.B.detach(), self.scaling
-        out: Tensor = dora_norms(*weight, *low_rank, self.squares)
+        out: Tensor = dora_norms(weight, *low_rank, self.squares)
         return out
 
-    def _factor(self, weight: Operands) -> Tensor:
+    def _factor(self, weight: Weight) -> Tensor:
         """Return m / |W + s B A|, float32 [out_features]; differentiable in m.
 
         Without gradients it is kept until a parameter changes: a token that is decoded costs less
@@ -104,14 +106,14 @@ class DoraAdapter(LoraAdapter):
 
     def _scaled(self, x: Tensor, base: FrozenLinear) -> Tensor:
         """Return m / |..| (W x + s B A x) in x's dtype."""
-        weight = operands(base.kernel_weight())
-        y: Tensor = lora_linear(x, *weight, self.A, self.B, self.scaling)[0]
+        weight = base.kernel_weight()
+        y: Tensor = lora_linear(x, weight, self.A, self.B, self.scaling)[0]
         return (y * self._factor(weight)).to(y.dtype)
 
     def added_output(self, x: Tensor, base: FrozenLinear) -> Tensor:
         """Return (m / |..| (W + s B A) - W) x in x's dtype."""
         dropped = functional.dropout(x, self.dropout, self.training)
-        own = base.weight_format.linear(dropped, base.packed, base.out_features)
+        own: Tensor = linear(dropped, base.kernel_weight())
         return self._scaled(dropped, base) - own
 
     def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor:
@@ -119,7 +121,7 @@ class DoraAdapter(LoraAdapter):
         if not (self.dropout and self.training):
             return self._scaled(x, base)
         dropped = functional.dropout(x, self.dropout, True)
-        lost = base.weight_format.linear(x - dropped, base.packed, base.out_features)
+        lost: Tensor = linear(x - dropped, base.kernel_weight())
         return lost + self._scaled(dropped, base)
 
     def delta(self, base: FrozenLinear) -> Tensor:

@@ -14,7 +14,7 @@ from graft.adapters.base import Adapter, StoredAdapter, fill, lora_scaling, low_
 from graft.adapters.config import AdapterConfig
 from graft.adapters.method import Kept, Method
 from graft.errors import GraftError
-from graft.kernels.low_rank.ops import lora_linear, operands
+from graft.kernels.low_rank.ops import lora_linear
 from graft.layers.frozen import FrozenLinear
 
 
@@ -93,8 +93,7 @@ class LoraAdapter(Adapter):
         """Return W x + s (B A x + b) in one pass over W; there is no such pass with dropout."""
         if self.dropout and self.training:
             return None
-        weight = operands(base.kernel_weight())
-        y: Tensor = lora_linear(x, *weight, self.A, self.B, self.scaling)[0]
+        y: Tensor = lora_linear(x, base.kernel_weight(), self.A, self.B, self.scaling)[0]
         return y if self.bias is None else y + (self.bias * self.scaling).to(y.dtype)
 
     def delta(self, base: FrozenLinear) -> Tensor:

@@ -29,7 +29,7 @@ from graft.formats.choice import latent_described
 from graft.formats.config import FormatConfig
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
-from graft.kernels.low_rank.ops import lora_linear, low_rank_product, operands
+from graft.kernels.low_rank.ops import lora_linear, low_rank_product
 from graft.layers.frozen import FrozenLinear
 
 _GRID_PARAMETERS = ("u_A", "u_B", "v_A", "v_B")
@@ -139,8 +139,8 @@ class MergeAwareAdapter(Adapter):
         if not isinstance(weight_format, LatentFormat):
             return None
         if not weight_format.rounds:
-            weight = operands(base.kernel_weight())
-            out: Tensor = lora_linear(x, *weight, self.A, self.B, self.scaling)[0]
+            weight = base.kernel_weight()
+            out: Tensor = lora_linear(x, weight, self.A, self.B, self.scaling)[0]
             return out
         update = LowRank(self.A, self.B, self.scaling)
         return weight_format.latent_linear(x, base.packed, update, *self._moves())

@@ -138,7 +138,7 @@ class QALoraAdapter(Adapter):
         """
         if not isinstance(base.weight_format, IntGroupFormat):
             return None
-        operands = *base.weight_format.operands(base.packed), self.A, self.B, self.scaling
+        operands = base.kernel_weight(), self.A, self.B, self.scaling
         y: Tensor
         if self.grid_rank:
             y = qalora_grid_linear(x, *operands, self.u_A, self.u_B)

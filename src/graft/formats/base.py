@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from graft.kernels.frozen.ops import dequantize
 from graft.kernels.packed.weight import Weight
 
 Packed = Mapping[str, Tensor]
@@ -62,68 +64,59 @@ class GridUpdate:
     weights: LowRank | None = None
 
 
-class WeightFormat(Protocol):
-    """How a frozen weight [out_features, in_features] is stored and multiplied with."""
+class WeightFormat(ABC):
+    """How a frozen weight [out_features, in_features] is stored, and read by the kernels.
 
-    @property
-    def name(self) -> str:
-        """The registry's name of the format."""
-        ...
+    A format is a frozen dataclass whose fields are its options and the registry's name of it.
+    """
+
+    name: str
+    quantised: ClassVar[bool] = True
+    """Whether it holds less than the weight itself."""
+    portable: ClassVar[bool] = False
+    """Whether the files of other programs can hold it: the weight itself, and integers."""
 
     @property
     def bits(self) -> int | None:
         """Bits per code; None for weights that have none."""
-        ...
-
-    @property
-    def quantised(self) -> bool:
-        """Whether it holds less than the weight itself."""
-        ...
-
-    @property
-    def portable(self) -> bool:
-        """Whether the files of other programs can hold it: the weight itself, and integers."""
-        ...
+        return None
 
     @property
     def workspace_bytes(self) -> int:
         """Bytes per weight that training needs for the layer at work, beside its gradients."""
-        ...
+        return 0
 
     def words(self) -> str:
-        """Return what it is, for a reader's eyes."""
-        ...
+        """Return what it is deployed as, for a reader's eyes."""
+        return self.name
 
     @property
     def deployed(self) -> WeightFormat:
         """The format of what `absorb` returns and a merge keeps: itself, but for the latent one."""
-        ...
+        return self
 
+    @abstractmethod
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
-        ...
 
+    @abstractmethod
     def storage(self, out_features: int, in_features: int) -> dict[str, TensorSpec]:
         """Return every packed tensor's shape and dtype; their sum is the weight's exact size."""
-        ...
 
+    @abstractmethod
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Round a weight [out_features, in_features] to the format."""
-        ...
+
+    @abstractmethod
+    def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
+        """Return the weight as the operations take it: `linear(x, weight)` and its like."""
 
     def unpack(
         self, packed: Packed, out_features: int, in_features: int, dtype: torch.dtype
     ) -> Tensor:
-        """Return the weight [out_features, in_features] that the packed tensors stand for."""
-        ...
-
-    def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
-        """Return y = x Wᵀ in x's dtype, differentiable in x (and in what `absorb` returned)."""
-        ...
-
-    def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
-        """Return the weight as the kernels see it, for operations that do more than multiply."""
-        ...
+        """Return the weight [out_features, in_features], computed in float32 and rounded once."""
+        out: Tensor = dequantize(self.kernel_weight(packed, out_features, in_features), dtype)
+        return out
 
     def absorb(self, packed: Packed, update: GridUpdate) -> dict[str, Tensor] | None:
         """Return packed tensors that hold the updated weight exactly; None when it has no grid.
@@ -131,27 +124,27 @@ class WeightFormat(Protocol):
         The result is differentiable in the update (straight through the rounding to storage), so
         the very same call serves the training forward and the merge.
         """
-        ...
+        return None
 
 
-@runtime_checkable
-class GridFormat(WeightFormat, Protocol):
+class GridFormat(WeightFormat):
     """What a solver needs: a grid of representable values per group, rounded to by column.
 
     Groups are those of the packed layout, whatever the order in which columns are rounded.
     """
 
+    @abstractmethod
     def fit_grid(self, weight: Tensor, importance: Tensor) -> dict[str, Tensor]:
         """Fit the grid's statistics to a weight float32 [out_features, in_features].
 
         importance: positive float64 [in_features], the weight of each input's squared error.
         """
-        ...
 
+    @abstractmethod
     def round_column(self, values: Tensor, grid: Packed, column: int) -> tuple[Tensor, Tensor]:
         """Round values float32 [out_features]; returns (codes uint8, rounded values float32)."""
-        ...
 
+    @abstractmethod
     def refit_grid(
         self, grid: Packed, codes: Tensor, weight: Tensor, hessian: Tensor
     ) -> dict[str, Tensor]:
@@ -160,18 +153,16 @@ class GridFormat(WeightFormat, Protocol):
         What is made small is trace((W - Q) H (W - Q)ᵀ), for a positive definite hessian float64
         [in_features, in_features]; a format that cannot do better returns the grid as it is.
         """
-        ...
 
+    @abstractmethod
     def pack_codes(self, codes: Tensor, grid: Packed, values: Tensor) -> dict[str, Tensor]:
         """Pack codes uint8 [out_features, in_features] and the grid.
 
         values: float [out_features, in_features], what was rounded to the codes.
         """
-        ...
 
 
-@runtime_checkable
-class OffsetGridFormat(GridFormat, Protocol):
+class OffsetGridFormat(GridFormat):
     """A grid w = scale * q + offset of `bits` wide q, whose offsets may be fitted by themselves.
 
     `pack` returns `scales` and `offsets` [out_features, groups], for groups of `group_size`
@@ -179,21 +170,21 @@ class OffsetGridFormat(GridFormat, Protocol):
     """
 
     @property
+    @abstractmethod
     def bits(self) -> int:
         """Bits of a code."""
-        ...
 
     @property
+    @abstractmethod
     def group_size(self) -> int:
         """Inputs that share a scale and an offset."""
-        ...
 
+    @abstractmethod
     def with_offsets(self, packed: Packed, codes: Tensor, offsets: Tensor) -> dict[str, Tensor]:
         """Return the packed weight on the same scales with other offsets and the codes for them.
 
         codes: uint8 [out_features, in_features]; offsets [out_features, groups] as they are stored.
         """
-        ...
 
 
 def storage_bytes(weight_format: WeightFormat, out_features: int, in_features: int) -> int:

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.formats.base import GridUpdate, Packed, TensorSpec
+from graft.formats.base import Packed, TensorSpec
 from graft.formats.entry import FormatEntry
 from graft.formats.grid_fit import fit_absmax
-from graft.formats.latent_grid import ReferenceLatent
+from graft.formats.latent_grid import LatentGrid
 from graft.kernels.frozen import ops
 from graft.kernels.packed.codebooks import CODEBOOK_NAMES, codebook, quantisation_bounds
 from graft.kernels.packed.weight import NESTED_BLOCK_SIZE, Layout, Weight, plain_absmax
@@ -24,7 +24,7 @@ next code's range, so that rounding it to bf16 does not choose another."""
 
 
 @dataclass(frozen=True)
-class CodebookFormat(ReferenceLatent):
+class CodebookFormat(LatentGrid):
     """w = codebook[code] * absmax of its block of 64 (QLoRA, arXiv 2305.14314, equations 3-6).
 
     Blocks run over the flattened weight, so they straddle rows when in_features is no multiple of
@@ -46,11 +46,6 @@ class CodebookFormat(ReferenceLatent):
             )
 
     @property
-    def deployed(self) -> CodebookFormat:
-        """Itself."""
-        return self
-
-    @property
     def bits(self) -> int:
         """Bits per code."""
         return 4
@@ -59,14 +54,6 @@ class CodebookFormat(ReferenceLatent):
     def group_size(self) -> int:
         """Weights that share a constant."""
         return BLOCK_SIZE
-
-    quantised = True
-    portable = False
-    workspace_bytes = 0
-
-    def words(self) -> str:
-        """Return what it is, for a reader's eyes."""
-        return self.name
 
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
@@ -91,29 +78,10 @@ class CodebookFormat(ReferenceLatent):
         codes, absmax = ops.codebook_quantize(weight.contiguous(), self.name, BLOCK_SIZE)
         return {"codes": codes, **self._pack_absmax(absmax)}
 
-    def unpack(
-        self, packed: Packed, out_features: int, in_features: int, dtype: torch.dtype
-    ) -> Tensor:
-        """Return codebook[code] * absmax, computed in float32 and rounded once to `dtype`."""
-        tensors, nested = (packed["codes"], packed["absmax"]), self._nested(packed)
-        options = self.name, BLOCK_SIZE, out_features, in_features, dtype
-        out: Tensor = ops.codebook_dequantize(*tensors, *options, *nested)
-        return out
-
-    def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
-        """Return y = x Wᵀ in x's dtype, differentiable in x."""
-        tensors, nested = (packed["codes"], packed["absmax"]), self._nested(packed)
-        out: Tensor = ops.codebook_linear(x, *tensors, self.name, BLOCK_SIZE, out_features, *nested)
-        return out
-
     def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
         """Return the weight as the kernels see it."""
         layout = Layout("codebook", out_features, in_features, 4, BLOCK_SIZE, self.name)
         return Weight(layout, (packed["codes"], packed["absmax"], *self._nested(packed)))
-
-    def absorb(self, packed: Packed, update: GridUpdate) -> dict[str, Tensor] | None:
-        """Return None: there is no offset that an update could move."""
-        return None
 
     # What a solver needs ---------------------------------------------------------------------
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.formats.base import GridUpdate, Packed, TensorSpec
+from graft.formats.base import Packed, TensorSpec, WeightFormat
 from graft.formats.entry import FormatEntry
-from graft.kernels.frozen import row_ops
 from graft.kernels.packed.weight import Layout, Weight
 
 _DTYPES = {
@@ -21,7 +20,7 @@ _DTYPES = {
 
 
 @dataclass(frozen=True)
-class DenseFormat:
+class DenseFormat(WeightFormat):
     """A weight kept as one tensor `weight` [out_features, in_features] of a floating dtype."""
 
     dtype: str = "float32"
@@ -36,23 +35,8 @@ class DenseFormat:
         """The stored dtype."""
         return _DTYPES[self.dtype]
 
-    @property
-    def bits(self) -> None:
-        """None: it has no codes."""
-        return None
-
-    @property
-    def deployed(self) -> DenseFormat:
-        """Itself."""
-        return self
-
     quantised = False
     portable = True
-    workspace_bytes = 0
-
-    def words(self) -> str:
-        """Return what it is, for a reader's eyes."""
-        return self.name
 
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
@@ -69,21 +53,12 @@ class DenseFormat:
     def unpack(
         self, packed: Packed, out_features: int, in_features: int, dtype: torch.dtype
     ) -> Tensor:
-        """Return the weight in `dtype`."""
+        """Return the weight in `dtype`, without a copy where it has that dtype."""
         return packed["weight"].to(dtype)
-
-    def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
-        """Return y = x Wᵀ in x's dtype."""
-        out: Tensor = row_ops.dense_linear(x, packed["weight"].to(x.dtype))
-        return out
 
     def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
         """Return the weight as the kernels see it."""
         return Weight(Layout("dense", out_features, in_features), (packed["weight"],))
-
-    def absorb(self, packed: Packed, update: GridUpdate) -> dict[str, Tensor] | None:
-        """Return None: a dense weight has no grid."""
-        return None
 
 
 DENSE = FormatEntry(DenseFormat)

@@ -9,10 +9,17 @@ import torch
 from torch import Tensor
 
 from graft.errors import GraftError
-from graft.formats.base import GridUpdate, LowRank, Packed, Scaled, TensorSpec
+from graft.formats.base import (
+    GridUpdate,
+    LowRank,
+    OffsetGridFormat,
+    Packed,
+    Scaled,
+    TensorSpec,
+)
 from graft.formats.entry import FormatEntry
 from graft.formats.grid_fit import fit_affine, refit_affine
-from graft.formats.latent_grid import Kept
+from graft.formats.latent_grid import LatentGrid
 from graft.kernels.frozen import ops
 from graft.kernels.frozen.reference import nearest_codes, round_once
 from graft.kernels.latent import ops as latent_ops
@@ -51,7 +58,7 @@ def _round_statistics(values: Tensor, stored_dtype: torch.dtype) -> Tensor:
 
 
 @dataclass(frozen=True)
-class IntGroupFormat:
+class IntGroupFormat(LatentGrid, OffsetGridFormat):
     """w = scale * q + offset, q an integer of `bits` bits, one scale and offset a group.
 
     Groups are `group_size` neighbouring inputs of one output row; the last group of a row may be
@@ -90,14 +97,7 @@ class IntGroupFormat:
     def _dtype(self) -> torch.dtype:
         return _STATISTICS[self.statistics]
 
-    @property
-    def deployed(self) -> IntGroupFormat:
-        """Itself."""
-        return self
-
-    quantised = True
     portable = True
-    workspace_bytes = 0
 
     def words(self) -> str:
         """Return what it is, for a reader's eyes."""
@@ -133,26 +133,6 @@ class IntGroupFormat:
         _check_finite(scales, offsets, self.statistics)
         high = {"codes_high": codes_high} if self.bits == 3 else {}
         return {"codes": codes, **high, "scales": scales, "offsets": offsets}
-
-    def unpack(
-        self, packed: Packed, out_features: int, in_features: int, dtype: torch.dtype
-    ) -> Tensor:
-        """Return scale * q + offset, computed in float32 and rounded once to `dtype`."""
-        out: Tensor = ops.int_group_dequantize(*self.operands(packed), in_features, dtype)
-        return out
-
-    def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
-        """Return y = x Wᵀ in x's dtype, differentiable in x, scales and offsets."""
-        out: Tensor = ops.int_group_linear(x, *self.operands(packed))
-        return out
-
-    def operands(self, packed: Packed) -> tuple[Any, ...]:
-        """Return codes, codes_high, scales, offsets, bits, group_size, as the operations take them.
-
-        codes_high is None unless bits is 3.
-        """
-        planes = packed["codes"], packed.get("codes_high")
-        return *planes, packed["scales"], packed["offsets"], self.bits, self.group_size
 
     def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
         """Return the weight as the kernels see it."""
@@ -228,6 +208,10 @@ class IntGroupFormat:
         planes = dict(zip(("codes", "codes_high"), pack_codes(codes, self.bits), strict=False))
         return planes | {"scales": grid["scales"], "offsets": grid["offsets"]}
 
+    def with_offsets(self, packed: Packed, codes: Tensor, offsets: Tensor) -> dict[str, Tensor]:
+        """Return the packed weight on the same scales with other offsets and the codes for them."""
+        return self.pack_codes(codes, {"scales": packed["scales"], "offsets": offsets})
+
     # What training inside the rounding needs -------------------------------------------------
 
     def pack_grid(self, grid: Packed) -> dict[str, Tensor]:
@@ -243,10 +227,24 @@ class IntGroupFormat:
         high = torch.where(codes == self.levels, torch.inf, codes + _WITHIN)
         return steps.clamp(low, high) * scales + offsets
 
-    def round_latent(self, kept: Kept, grid: Packed, update: LowRank | None) -> dict[str, Tensor]:
+    def round_to(self, weight: Tensor, grid: Packed) -> dict[str, Tensor]:
+        """Return the packed weight nearest to a weight, with the statistics as they are."""
+        return self._rounded(weight, grid, None)
+
+    def reaches(self, weight: Tensor, grid: Packed) -> Tensor:
+        """Return which elements lie between the first and the last code, or half a step beyond."""
+        group = torch.arange(weight.shape[1], device=weight.device) // self.group_size
+        scales, offsets = (grid[name].float()[:, group] for name in ("scales", "offsets"))
+        codes = ((weight - offsets) / scales).round_()
+        return (codes >= 0) & (codes <= self.levels)
+
+    def round_latent(self, kept: Weight, grid: Packed, update: LowRank | None) -> dict[str, Tensor]:
         """Return round((W + update - offset) / scale) in 0 to 2^bits - 1, in float32, packed."""
+        return self._rounded(latent_ops.kept_weight(kept), grid, update)
+
+    def _rounded(self, weight: Tensor, grid: Packed, update: LowRank | None) -> dict[str, Tensor]:
         codes, codes_high = latent_ops.latent_codes(
-            latent_ops.kept_weight(*kept, self.group_size),
+            weight,
             grid["scales"],
             grid["offsets"],
             *((None, None, 1.0) if update is None else (update.A, update.B, update.scaling)),
@@ -259,23 +257,17 @@ class IntGroupFormat:
     def latent_linear(
         self,
         x: Tensor,
-        kept: Kept,
+        kept: Weight,
         grid: Packed,
         update: LowRank,
         u: Tensor | None,
         v: Tensor | None,
     ) -> Tensor:
-        """Return y = x Wᵀ for the rounded weight, in one operation."""
-        statistics, low_rank = (grid["scales"], grid["offsets"]), (update.A, update.B)
-        options = self.bits, self.group_size
-        y: Tensor = latent_ops.latent_linear(
-            x, *kept, *statistics, *low_rank, update.scaling, u, v, *options
-        )
+        """Return y = x Wᵀ for the rounded weight, in one operation; u and v move its statistics."""
+        low_rank = update.A, update.B, update.scaling
+        statistics, options = (grid["scales"], grid["offsets"]), (self.bits, self.group_size)
+        y: Tensor = latent_ops.latent_linear(x, kept, *statistics, *low_rank, u, v, *options)
         return y
-
-    def with_offsets(self, packed: Packed, codes: Tensor, offsets: Tensor) -> dict[str, Tensor]:
-        """Return the packed weight on the same scales with other offsets and the codes for them."""
-        return self.pack_codes(codes, {"scales": packed["scales"], "offsets": offsets})
 
 
 def _check_finite(scales: Tensor, offsets: Tensor, statistics: str) -> None:

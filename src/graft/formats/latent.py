@@ -10,11 +10,18 @@ import torch
 from torch import Tensor
 
 from graft.errors import GraftError
-from graft.formats.base import GridUpdate, LowRank, Packed, TensorSpec, WeightFormat
+from graft.formats.base import (
+    GridFormat,
+    GridUpdate,
+    LowRank,
+    Packed,
+    TensorSpec,
+    WeightFormat,
+)
 from graft.formats.dense import DenseFormat
 from graft.formats.entry import FormatEntry
 from graft.formats.int_group import IntGroupFormat
-from graft.formats.latent_grid import Kept, LatentGrid
+from graft.formats.latent_grid import LatentGrid
 from graft.formats.registry import describe_format, parse_format, settings_of
 from graft.kernels.latent.ops import whole_blocks
 from graft.kernels.packed.weight import Weight
@@ -23,7 +30,7 @@ _INT8_NAMES = {"codes": "weight", "scales": "weight_scales", "offsets": "weight_
 
 
 @dataclass(frozen=True)
-class LatentFormat:
+class LatentFormat(GridFormat):
     """w = round(W) to a grid: a quantised weight with W, before the rounding, beside it.
 
     The layer computes with the rounded weight; an update of W (`GridUpdate.weights`) rounds it anew
@@ -71,9 +78,6 @@ class LatentFormat:
     def group_size(self) -> int:
         """Weights that share a statistic."""
         return self.grid.group_size
-
-    quantised = True
-    portable = False
 
     @property
     def workspace_bytes(self) -> int:
@@ -134,10 +138,6 @@ class LatentFormat:
         """Return the weight that the layer computes with."""
         return self._computed.unpack(self.rounded(packed), out_features, in_features, dtype)
 
-    def linear(self, x: Tensor, packed: Packed, out_features: int) -> Tensor:
-        """Return y = x Wᵀ in x's dtype, W as the layer computes with it."""
-        return self._computed.linear(x, self.rounded(packed), out_features)
-
     def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
         """Return the weight that the layer computes with as the kernels see it."""
         return self._computed.kernel_weight(self.rounded(packed), out_features, in_features)
@@ -171,7 +171,7 @@ class LatentFormat:
                 )
             return self.grid.absorb(packed, update)
         rounded = self.grid.round_latent(
-            self._kept_operands(packed), self._statistics(packed), update.weights
+            self.kept_weight(packed), self._statistics(packed), update.weights
         )
         # The codes answered to the move of W; what is left is that of the grid.
         grid_alone = replace(update, weights=None)
@@ -183,21 +183,22 @@ class LatentFormat:
     ) -> Tensor:
         """Return y = x Wᵀ for what `absorb` returns, differentiable in x, A, B, u and v."""
         return self.grid.latent_linear(
-            x, self._kept_operands(packed), self._statistics(packed), update, u, v
+            x, self.kept_weight(packed), self._statistics(packed), update, u, v
         )
 
-    def _kept_operands(self, packed: Packed) -> Kept:
-        return packed["weight"], packed.get("weight_scales"), packed.get("weight_offsets")
+    def kept_weight(self, packed: Packed) -> Weight:
+        """Return W as it is kept, as the operations take it."""
+        return self._kept.kernel_weight(self._kept_alone(packed), *packed["weight"].shape)
 
     def _statistics(self, packed: Packed) -> Packed:
         return {name: one for name, one in packed.items() if not name.startswith("weight")}
 
     def _kept_alone(self, packed: Packed) -> Packed:
         """Return W in the format that it is kept in."""
-        weight, scales, offsets = self._kept_operands(packed)
-        if scales is None or offsets is None:
-            return {"weight": weight}
-        return {"codes": whole_blocks(weight), "scales": scales, "offsets": offsets}
+        if self.dtype != "int8":
+            return {"weight": packed["weight"]}
+        own = {name: packed[kept] for name, kept in _INT8_NAMES.items()}
+        return own | {"codes": whole_blocks(own["codes"])}
 
     # What a solver needs ---------------------------------------------------------------------
 

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from operator import is_
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from graft.formats.base import Packed, WeightFormat
+from graft.kernels.frozen.ops import linear
 from graft.kernels.packed.weight import Weight
+
+
+class _Held(NamedTuple):
+    """The weight of a layer, and what it was made from."""
+
+    weight_format: WeightFormat
+    parameters: tuple[Tensor, ...]
+    weight: Weight
 
 
 class FrozenLinear(nn.Module):
@@ -39,6 +51,7 @@ class FrozenLinear(nn.Module):
         for name, tensor in packed.items():
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self._packed_names = tuple(packed)
+        self._held: _Held | None = None
         frozen_bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", frozen_bias)
 
@@ -63,19 +76,38 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + bias in x's dtype; x [..., in_features]."""
-        return self.linear(x, self.packed)
+        return self.add_bias(linear(x, self.kernel_weight()))
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         """Return the layer's output with other packed tensors in place of its own."""
-        return self.add_bias(self.weight_format.linear(x, packed, self.out_features))
+        return self.add_bias(linear(x, self._weight_of(packed)))
 
     def add_bias(self, y: Tensor) -> Tensor:
         """Return y + bias, if there is one."""
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def kernel_weight(self) -> Weight:
-        """Return the packed weight as the kernels see it."""
-        return self.weight_format.kernel_weight(self.packed, self.out_features, self.in_features)
+        """Return the packed weight as the operations take it.
+
+        It is the same until a parameter or the format is replaced, unless it is computed from the
+        packed tensors.
+        """
+        held, parameters = self._held, map(self._parameters.get, self._packed_names)
+        if (
+            held is not None
+            and held.weight_format is self.weight_format
+            and all(map(is_, held.parameters, parameters))
+        ):
+            return held.weight
+        packed = self.packed
+        weight = self._weight_of(packed)
+        own = tuple(packed.values())
+        if all(part is None or any(part is tensor for tensor in own) for part in weight.tensors):
+            self._held = _Held(self.weight_format, own, weight)
+        return weight
+
+    def _weight_of(self, packed: Packed) -> Weight:
+        return self.weight_format.kernel_weight(packed, self.out_features, self.in_features)
 
     def dense_weight(
         self, dtype: torch.dtype = torch.float32, packed: Packed | None = None

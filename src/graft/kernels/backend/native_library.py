@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import importlib.machinery
 from functools import cache
+from operator import is_
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -123,34 +124,61 @@ def address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def descriptor(weight: Weight) -> tuple[PackedWeight, Any]:
-    """Return the C struct of a weight, and what must stay alive while it is used."""
-    layout = weight.layout
+class Prepared(NamedTuple):
+    """A weight as the kernels take it."""
+
+    struct: PackedWeight
+    reference: Any
+    """The struct's address, as an argument of a kernel."""
+    alive: tuple[Tensor | None, ...]
+    """What the struct points at."""
+    state: list[tuple[int, torch.dtype, tuple[int, ...]] | None]
+    """Where the tensors lay, of what dtype and in what order of memory."""
+
+
+def prepared(weight: Weight) -> Prepared:
+    """Return the C struct of a weight: the one it has, until a tensor of it lies elsewhere."""
+    if not weight.lasts:
+        return _prepare(weight, [])
+    known: Prepared | None = weight.prepared
+    state = [
+        None if tensor is None else (tensor.data_ptr(), tensor.dtype, tensor.stride())
+        for tensor in weight.tensors
+    ]
+    if known is None or known.state != state:
+        weight.prepared = known = _prepare(weight, state)
+    return known
+
+
+def _prepare(weight: Weight, state: list[Any]) -> Prepared:
     tensors = tuple(None if t is None else t.contiguous() for t in weight.tensors)
+    struct = _struct(weight, tensors)
+    if not all(map(is_, tensors, weight.tensors)):
+        state = []  # a copy does not follow what is written into its original
+    return Prepared(struct, ctypes.byref(struct), tensors, state)
+
+
+def _struct(weight: Weight, tensors: tuple[Tensor | None, ...]) -> PackedWeight:
+    layout = weight.layout
     out = PackedWeight(_KINDS[layout.kind], layout.out_features, layout.in_features)
     out.bits, out.group_size, out.data = layout.bits, layout.group_size, address(tensors[0])
     if layout.kind == "dense":
         assert tensors[0] is not None
         out.dtype = DTYPES[tensors[0].dtype]
-        return out, tensors
-    if layout.kind == "codebook":
+    elif layout.kind == "codebook":
         _, absmax, scale, offset = tensors
-        out.codebook = codebook_values(layout.codebook).data_ptr()
+        out.codebook = address(codebook_values(layout.codebook))
         if scale is None:
             out.scales = address(absmax)
         else:
-            out.nested, out.nested_scale, out.nested_offset = (
-                address(absmax),
-                address(scale),
-                address(offset),
-            )
-            out.nested_code = dynamic_code().data_ptr()
-        return out, tensors
-    if layout.kind == "int8":
+            out.nested, out.nested_code = address(absmax), address(dynamic_code())
+            out.nested_scale, out.nested_offset = address(scale), address(offset)
+    elif layout.kind == "int8":
         out.scales = address(tensors[1])
-        return out, tensors
-    _, codes_high, scales, offsets = tensors
-    out.codes_high, out.scales, out.offsets = address(codes_high), address(scales), address(offsets)
-    out.dtype = 0 if scales is None else DTYPES[scales.dtype]
-    out.offsets_dtype = 0 if offsets is None else DTYPES[offsets.dtype]
-    return out, tensors
+    else:
+        _, codes_high, scales, offsets = tensors
+        out.codes_high = address(codes_high)
+        out.scales, out.offsets = address(scales), address(offsets)
+        out.dtype = 0 if scales is None else DTYPES[scales.dtype]
+        out.offsets_dtype = 0 if offsets is None else DTYPES[offsets.dtype]
+    return out

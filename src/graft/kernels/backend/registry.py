@@ -71,14 +71,22 @@ def backend_of(operation: str, device: torch.device) -> Backend:
 
     Raises LookupError when no available backend implements it there, and says why.
     """
-    reasons = []
+    device_type = device.type
     for backend in _backends:
-        if backend.device_types is not None and device.type not in backend.device_types:
-            reasons.append(f"{backend.name} does not compute on {device.type}")
-        elif operation not in backend.operations:
-            reasons.append(f"{backend.name} does not implement it")
-        elif (reason := backend.why_unavailable()) is not None:
-            reasons.append(f"{backend.name} is unavailable: {reason}")
-        else:
+        # In this order: the first two are quick, and every product on a GPU waits for them.
+        if (
+            (backend.device_types is None or device_type in backend.device_types)
+            and operation in backend.operations
+            and backend.why_unavailable() is None
+        ):
             return backend
-    raise LookupError(f"no backend computes {operation} on {device}: {'; '.join(reasons)}")
+    reasons = "; ".join(_why_not(backend, operation, device_type) for backend in _backends)
+    raise LookupError(f"no backend computes {operation} on {device}: {reasons}")
+
+
+def _why_not(backend: Backend, operation: str, device_type: str) -> str:
+    if backend.device_types is not None and device_type not in backend.device_types:
+        return f"{backend.name} does not compute on {device_type}"
+    if operation not in backend.operations:
+        return f"{backend.name} does not implement it"
+    return f"{backend.name} is unavailable: {backend.why_unavailable()}"

@@ -19,7 +19,7 @@ from graft.kernels.backend.native_library import (
     PackedWeight,
     address,
     call,
-    descriptor,
+    prepared,
 )
 from graft.kernels.packed.weight import Weight
 
@@ -157,9 +157,9 @@ class NativeDecoder:
         return logits
 
     def _weight(self, weight: Weight) -> PackedWeight:
-        struct, alive = descriptor(weight)
-        self._alive.append(alive)
-        return struct
+        made = prepared(weight)
+        self._alive.append(made.alive)
+        return made.struct
 
     def _projection(self, projection: Projection) -> _Projection:
         bias = None if projection.bias is None else self._floats(projection.bias)

@@ -15,10 +15,6 @@ from graft.kernels.packed.weight import NESTED_BLOCK_SIZE, Weight, plain_absmax
 reference = register_backend(Backend(name="reference", priority=0))
 
 
-def _planes(codes: Tensor, codes_high: Tensor | None) -> tuple[Tensor, ...]:
-    return (codes,) if codes_high is None else (codes, codes_high)
-
-
 def _in_groups(matrix: Tensor, group_size: int) -> Tensor:
     """View [rows, columns] as [rows, groups, group_size]; a short last group is filled with 0."""
     short = -matrix.shape[-1] % group_size
@@ -26,75 +22,90 @@ def _in_groups(matrix: Tensor, group_size: int) -> Tensor:
     return out
 
 
-@reference.implements("int_group_dequantize")
-def int_group_dequantize(
-    codes: Tensor,
-    codes_high: Tensor | None,
-    scales: Tensor,
-    offsets: Tensor,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Compute w = scale * q + offset in float32 and round once to `dtype`."""
-    values = unpack_codes(_planes(codes, codes_high), bits, in_features)
-    grouped = _in_groups(values, group_size).to(torch.float32)
+# A weight of any kind ----------------------------------------------------------------------------
+
+
+@reference.implements("dequantize")
+def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Compute the weight in float32 and round once to `dtype`."""
+    dense = _READERS[weight.layout.kind](weight, dtype)
+    return dense.clone() if dense is weight.tensors[0] else dense
+
+
+@reference.implements("linear")
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """Compute y = x Wᵀ with the dequantised weight."""
+    return functional.linear(x, _READERS[weight.layout.kind](weight, x.dtype))
+
+
+@reference.implements("grad_input")
+def grad_input(grad: Tensor, weight: Weight) -> Tensor:
+    """Compute dx = dy W with the dequantised weight."""
+    return grad @ _READERS[weight.layout.kind](weight, grad.dtype)
+
+
+def _read_dense(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return the weight itself where it is of that dtype."""
+    (dense,) = weight.tensors
+    assert dense is not None
+    return dense.to(dtype)
+
+
+def _codes(weight: Weight) -> Tensor:
+    """Return an int group weight's codes uint8 [out_features, in_features]."""
+    layout = weight.layout
+    planes = tuple(plane for plane in weight.tensors[:2] if plane is not None)
+    return unpack_codes(planes, layout.bits, layout.in_features)
+
+
+def _read_int_group(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return w = scale * q + offset."""
+    scales, offsets = weight.statistics
+    grouped = _in_groups(_codes(weight), weight.layout.group_size).to(torch.float32)
     # code * scale is exact in float32 (8 bits times fp16's 11), so mul_ then add_ rounds once.
     grouped.mul_(scales.unsqueeze(-1).float()).add_(offsets.unsqueeze(-1).float())
-    return grouped.flatten(-2)[:, :in_features].to(dtype).contiguous()
+    return grouped.flatten(-2)[:, : weight.layout.in_features].to(dtype).contiguous()
 
 
-@reference.implements("int_group_linear")
-def int_group_linear(
-    x: Tensor,
-    codes: Tensor,
-    codes_high: Tensor | None,
-    scales: Tensor,
-    offsets: Tensor,
-    bits: int,
-    group_size: int,
-) -> Tensor:
-    """Compute y = x Wᵀ with the dequantised weight."""
-    weight = int_group_dequantize(
-        codes, codes_high, scales, offsets, bits, group_size, x.shape[-1], x.dtype
-    )
-    return functional.linear(x, weight)
+def _read_codebook(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return w = codebook[code] * absmax of its block."""
+    layout, (codes, absmax, *nested) = weight.layout, weight.tensors
+    assert codes is not None and absmax is not None
+    absmax = plain_absmax(absmax, *nested)
+    shape, block_size = (layout.out_features, layout.in_features), layout.group_size
+    table = codebook_values(layout.codebook).to(codes.device)
+    pairs = torch.cartesian_prod(table, table)  # both values of a byte, high nibble first
+    values = pairs.index_select(0, codes.int()).view(-1)
+    values = functional.pad(values, (0, absmax.numel() * block_size - values.numel()))
+    values = values.view(-1, block_size).mul_(absmax.unsqueeze(-1)).view(-1)
+    dense = values[: shape[0] * shape[1]].to(dtype)
+    return (dense if dense.numel() == values.numel() else dense.clone()).view(shape)
 
 
-@reference.implements("int_group_grad_input")
-def int_group_grad_input(
-    grad: Tensor,
-    codes: Tensor,
-    codes_high: Tensor | None,
-    scales: Tensor,
-    offsets: Tensor,
-    bits: int,
-    group_size: int,
-    in_features: int,
-) -> Tensor:
-    """Compute dx = dy W."""
-    weight = int_group_dequantize(
-        codes, codes_high, scales, offsets, bits, group_size, in_features, grad.dtype
-    )
-    out: Tensor = grad @ weight
-    return out
+def _read_int8(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Return w = scale[row] * code."""
+    codes, scales = weight.tensors
+    assert codes is not None and scales is not None
+    return (codes.float() * scales.unsqueeze(-1)).to(dtype)
+
+
+_READERS = {
+    "dense": _read_dense,
+    "codebook": _read_codebook,
+    "int_group": _read_int_group,
+    "int8": _read_int8,
+}
+
+# int group: w = scale * q + offset ---------------------------------------------------------------
 
 
 @reference.implements("int_group_grad_statistics")
 def int_group_grad_statistics(
-    grad: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    codes_high: Tensor | None,
-    bits: int,
-    group_size: int,
-    units: Tensor | None,
+    grad: Tensor, x: Tensor, weight: Weight, units: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Compute d scale[o, g] = sum over j in g of (dyᵀ x)[o, j] * q[o, j], and d offset; float32."""
-    in_features = x.shape[-1]
-    product = (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, in_features)).float()
-    values = unpack_codes(_planes(codes, codes_high), bits, in_features)
+    product = (grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])).float()
+    values, group_size = _codes(weight), weight.layout.group_size
     grad_scales = _in_groups(product.mul_(values), group_size).sum(-1)
     grad_offsets = int_group_grad_offsets(grad, x, group_size)
     if units is None:
@@ -154,6 +165,9 @@ def nearest_codes(values: Tensor, scales: Tensor, offsets: Tensor, bits: int) ->
     return codes.to(torch.uint8)
 
 
+# codebook: w = codebook[code] * absmax -----------------------------------------------------------
+
+
 @reference.implements("codebook_quantize")
 def codebook_quantize(weight: Tensor, codebook: str, block_size: int) -> tuple[Tensor, Tensor]:
     """Quantise the flattened weight block by block to the nearest codebook value.
@@ -208,116 +222,12 @@ def codebook_quantize_absmax(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Te
     return codes[: absmax.numel()].clone(), scales
 
 
-@reference.implements("codebook_dequantize")
-def codebook_dequantize(
-    codes: Tensor,
-    absmax: Tensor,
-    codebook: str,
-    block_size: int,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-    absmax_scale: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
-) -> Tensor:
-    """Compute w = codebook[code] * absmax of its block in float32 and round once to `dtype`."""
-    absmax = plain_absmax(absmax, absmax_scale, absmax_offset)
-    count = out_features * in_features
-    table = codebook_values(codebook).to(codes.device)
-    pairs = torch.cartesian_prod(table, table)  # both values of a byte, high nibble first
-    values = pairs.index_select(0, codes.int()).view(-1)
-    values = functional.pad(values, (0, absmax.numel() * block_size - values.numel()))
-    values = values.view(-1, block_size).mul_(absmax.unsqueeze(-1)).view(-1)
-    weight = values[:count].to(dtype)
-    return (weight if weight.numel() == values.numel() else weight.clone()).view(
-        out_features, in_features
-    )
-
-
-@reference.implements("codebook_linear")
-def codebook_linear(
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    codebook: str,
-    block_size: int,
-    out_features: int,
-    absmax_scale: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
-) -> Tensor:
-    """Compute y = x Wᵀ with the dequantised weight."""
-    shape, nested = (out_features, x.shape[-1]), (absmax_scale, absmax_offset)
-    weight = codebook_dequantize(codes, absmax, codebook, block_size, *shape, x.dtype, *nested)
-    return functional.linear(x, weight)
-
-
-@reference.implements("codebook_grad_input")
-def codebook_grad_input(
-    grad: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    codebook: str,
-    block_size: int,
-    in_features: int,
-    absmax_scale: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
-) -> Tensor:
-    """Compute dx = dy W."""
-    shape, nested = (grad.shape[-1], in_features), (absmax_scale, absmax_offset)
-    weight = codebook_dequantize(codes, absmax, codebook, block_size, *shape, grad.dtype, *nested)
-    out: Tensor = grad @ weight
-    return out
-
-
-@reference.implements("dense_linear")
-def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Compute y = x Wᵀ."""
-    return functional.linear(x, weight)
-
-
-@reference.implements("dense_grad_input")
-def dense_grad_input(grad: Tensor, weight: Tensor) -> Tensor:
-    """Compute dx = dy W."""
-    out: Tensor = grad @ weight
-    return out
-
-
-@reference.implements("int8_linear")
-def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Compute y = x Wᵀ with w = scale[row] * code."""
-    return functional.linear(x, _int8_weight(codes, scales, x.dtype))
-
-
-@reference.implements("int8_grad_input")
-def int8_grad_input(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Compute dx = dy W."""
-    return grad @ _int8_weight(codes, scales, grad.dtype)
-
-
-def _int8_weight(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return (codes.float() * scales.unsqueeze(-1)).to(dtype)
-
-
 # Low-rank updates: compositions of whatever computes the parts on the device ----------------------
 
 
 def frozen_product(operation: str, x: Tensor, weight: Weight) -> Tensor:
-    """Compute x Wᵀ ('linear') or x W ('grad_input') for a weight of any kind, on any backend."""
-    layout, tensors = weight.layout, weight.tensors
-    compute = implementation(f"{layout.kind}_{operation}", x.device)
-    forward = operation == "linear"
-    if layout.kind == "codebook":
-        codes, absmax, scale, offset = tensors
-        features = layout.out_features if forward else layout.in_features
-        block = layout.codebook, layout.group_size
-        out: Tensor = compute(x, codes, absmax, *block, features, scale, offset)
-    elif layout.kind == "int_group":
-        options = (layout.bits, layout.group_size) + (() if forward else (layout.in_features,))
-        out = compute(x, *tensors, *options)
-    elif layout.kind == "dense":
-        out = compute(x, *(tensor.to(x.dtype) for tensor in tensors if tensor is not None))
-    else:
-        out = compute(x, *tensors)
+    """Compute x Wᵀ ('linear') or x W ('grad_input') on any backend."""
+    out: Tensor = implementation(operation, x.device)(x, weight)
     return out
 
 

@@ -12,6 +12,7 @@ times smaller than the layer's.
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from graft.kernels.frozen import reference
 from graft.kernels.packed.codebooks import codebook as codebook_values
 from graft.kernels.packed.codebooks import dynamic_code, quantisation_bounds
 from graft.kernels.packed.planes import BLOCK, PLANES
-from graft.kernels.packed.weight import NESTED_BLOCK_SIZE
+from graft.kernels.packed.weight import NESTED_BLOCK_SIZE, Layout, Weight
 
 _FUSED_TOKENS = 16
 """A product with at most so many tokens is fused: one tile of the tensor cores."""
@@ -66,105 +67,85 @@ def _fused_linear(
     return summed.view(*x.shape[:-1], out_features)
 
 
+# A weight of any kind ----------------------------------------------------------------------------
+
+
+@triton.implements("dequantize")
+def dequantize(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """Compute the weight in float32 and round once to `dtype`."""
+    compute = _DEQUANTIZE.get(weight.layout.kind, reference.dequantize)
+    return compute(weight, dtype)
+
+
+@triton.implements("linear")
+def linear(x: Tensor, weight: Weight) -> Tensor:
+    """Compute y = x Wᵀ, fused for few tokens."""
+    fused = _FUSED.get(weight.layout.kind)
+    if fused is None:
+        return reference.linear(x, weight)
+    if not _is_fused(x) or weight.layout.in_features % _whole_columns(weight):
+        return functional.linear(x, dequantize(weight, x.dtype))
+    return fused(x, weight)
+
+
+@triton.implements("grad_input")
+def grad_input(grad: Tensor, weight: Weight) -> Tensor:
+    """Compute dx = dy W."""
+    if weight.layout.kind not in _DEQUANTIZE:
+        return reference.grad_input(grad, weight)
+    return grad @ dequantize(weight, grad.dtype)
+
+
+def _whole_columns(weight: Weight) -> int:
+    """Return how many columns a fused product takes at once: a block must not straddle two rows."""
+    return weight.layout.group_size if weight.layout.kind == "codebook" else 1
+
+
 # int group: w = scale * q + offset ---------------------------------------------------------------
 
 
-def _layout(
-    codes: Tensor, bits: int, group_size: int, in_features: int
-) -> tuple[tuple[int, int, int, int], dict[str, int]]:
+def _sizes(layout: Layout) -> tuple[tuple[int, int, int, int], dict[str, int]]:
     """Return (out_features, in_features, groups, blocks) and the kernels' constants."""
-    sizes = codes.shape[0], in_features, tiles(in_features, group_size), tiles(in_features, BLOCK)
+    columns, group_size, bits = layout.in_features, layout.group_size, layout.bits
+    sizes = layout.out_features, columns, tiles(columns, group_size), tiles(columns, BLOCK)
     return sizes, {"BITS": bits, "PLANE": PLANES[bits][0], "GROUP": group_size}
 
 
-@triton.implements("int_group_dequantize")
-def int_group_dequantize(
-    codes: Tensor,
-    codes_high: Tensor | None,
-    scales: Tensor,
-    offsets: Tensor,
-    bits: int,
-    group_size: int,
-    in_features: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Compute w = scale * q + offset in float32 and round once to `dtype`."""
-    sizes, constants = _layout(codes, bits, group_size, in_features)
-    out = codes.new_empty(sizes[:2], dtype=dtype)
-    packed = as_stored(codes, codes_high, scales, offsets)
+def _dequantize_int_group(weight: Weight, dtype: torch.dtype) -> Tensor:
+    packed, (sizes, constants) = as_stored(*weight.tensors), _sizes(weight.layout)
+    assert packed[0] is not None
+    out = packed[0].new_empty(sizes[:2], dtype=dtype)
     constants |= {"ROWS": 4, "BLOCKS": 32}
     grid = tiles(sizes[0], 4), tiles(sizes[3], 32)
     launch("int_group_dequantize", grid, out, *packed, *sizes, **constants)
     return out
 
 
-@triton.implements("int_group_linear")
-def int_group_linear(
-    x: Tensor,
-    codes: Tensor,
-    codes_high: Tensor | None,
-    scales: Tensor,
-    offsets: Tensor,
-    bits: int,
-    group_size: int,
-) -> Tensor:
-    """Compute y = x Wᵀ, fused for few tokens."""
-    if not _is_fused(x):
-        weight = int_group_dequantize(
-            codes, codes_high, scales, offsets, bits, group_size, x.shape[-1], x.dtype
-        )
-        return functional.linear(x, weight)
-    sizes, constants = _layout(codes, bits, group_size, x.shape[-1])
-    packed = as_stored(codes, codes_high, scales, offsets)
+def _int_group_linear(x: Tensor, weight: Weight) -> Tensor:
+    sizes, constants = _sizes(weight.layout)
     # float32 needs registers for its operands, and a product at least 16 columns of each part.
     tile = max(1, 4 // constants["PLANE"]) if x.dtype == torch.float32 else 8
-    steps = tiles(sizes[3], tile)
+    packed, steps = as_stored(*weight.tensors), tiles(sizes[3], tile)
     return _fused_linear("int_group_linear", x, packed, sizes, steps, BLOCKS=tile, **constants)
-
-
-@triton.implements("int_group_grad_input")
-def int_group_grad_input(
-    grad: Tensor,
-    codes: Tensor,
-    codes_high: Tensor | None,
-    scales: Tensor,
-    offsets: Tensor,
-    bits: int,
-    group_size: int,
-    in_features: int,
-) -> Tensor:
-    """Compute dx = dy W."""
-    weight: Tensor = int_group_dequantize(
-        codes, codes_high, scales, offsets, bits, group_size, in_features, grad.dtype
-    )
-    return grad @ weight
 
 
 @triton.implements("int_group_grad_statistics")
 def int_group_grad_statistics(
-    grad: Tensor,
-    x: Tensor,
-    codes: Tensor,
-    codes_high: Tensor | None,
-    bits: int,
-    group_size: int,
-    units: Tensor | None,
+    grad: Tensor, x: Tensor, weight: Weight, units: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Compute d scale[o, g] = sum over j in g of (dyᵀ x)[o, j] * q[o, j], and d offset; float32.
 
     The product [out_features, in_features] stays in registers, a tile at a time, in float32.
     """
     if x.dtype not in DTYPES:
-        packed = codes, codes_high, bits, group_size, units
-        both: tuple[Tensor, Tensor] = reference.int_group_grad_statistics(grad, x, *packed)
-        return both
-    grad_offsets = reference.int_group_grad_offsets(grad, x, group_size)
-    sizes, constants = _layout(codes, bits, group_size, x.shape[-1])
+        return reference.int_group_grad_statistics(grad, x, weight, units)
+    grad_offsets = reference.int_group_grad_offsets(grad, x, weight.layout.group_size)
+    sizes, constants = _sizes(weight.layout)
     grad_scales = x.new_empty((sizes[0], sizes[2]), dtype=torch.float32)
     grad, x = as_matrix(grad), as_matrix(x)
     rows, tokens = (64, 16) if x.dtype == torch.float32 else (128, 32)
     constants |= {"ROWS": rows, "COLUMNS": 128, "TOKENS": tokens, "num_warps": 8}
-    arguments = grad, x, *as_stored(codes, codes_high), x.shape[0], *sizes
+    arguments = grad, x, *as_stored(*weight.tensors[:2]), x.shape[0], *sizes
     grid = tiles(sizes[0], rows), tiles(sizes[1], 128)
     launch("int_group_grad_scales", grid, grad_scales, *arguments, **constants)
     if units is None:
@@ -211,108 +192,61 @@ def codebook_quantize(weight: Tensor, codebook: str, block_size: int) -> tuple[T
     return codes, absmax
 
 
-def _packed_codebook(
-    codes: Tensor,
-    absmax: Tensor,
-    codebook: str,
-    absmax_scale: Tensor | None,
-    absmax_offset: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """Return the kernels' arguments of a packed weight: its tensors among their tables."""
-    dynamic = None if absmax_scale is None else _dynamic_code(codes.device)
-    nested = dynamic, absmax_scale, absmax_offset
-    return as_stored(codes, absmax, *nested, _values(codebook, codes.device))
+def _codebook_operands(weight: Weight) -> tuple[tuple[Any, ...], dict[str, int]]:
+    """Return the kernels' tensors, the packed ones among their tables, and their constants."""
+    layout, (codes, absmax, *nested) = weight.layout, weight.tensors
+    assert codes is not None
+    _check_block_size(layout.group_size)
+    dynamic = None if nested[0] is None else _dynamic_code(codes.device)
+    values = _values(layout.codebook, codes.device)
+    packed = as_stored(codes, absmax, dynamic, *nested, values)
+    return packed, {"BLOCK": layout.group_size, "NESTED": NESTED_BLOCK_SIZE}
 
 
-@triton.implements("codebook_dequantize")
-def codebook_dequantize(
-    codes: Tensor,
-    absmax: Tensor,
-    codebook: str,
-    block_size: int,
-    out_features: int,
-    in_features: int,
-    dtype: torch.dtype,
-    absmax_scale: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
-) -> Tensor:
-    """Compute w = codebook[code] * absmax of its block in float32 and round once to `dtype`."""
-    _check_block_size(block_size)
-    out = codes.new_empty((out_features, in_features), dtype=dtype)
-    packed = _packed_codebook(codes, absmax, codebook, absmax_scale, absmax_offset)
+def _dequantize_codebook(weight: Weight, dtype: torch.dtype) -> Tensor:
+    packed, constants = _codebook_operands(weight)
+    codes, absmax = packed[:2]
+    shape = weight.layout.out_features, weight.layout.in_features
+    out: Tensor = codes.new_empty(shape, dtype=dtype)
     sizes = out.numel(), codes.numel(), absmax.numel()
-    constants = {"BLOCK": block_size, "NESTED": NESTED_BLOCK_SIZE, "BLOCKS": 64}
-    launch("codebook_dequantize", (tiles(sizes[2], 64),), out, *packed, *sizes, **constants)
+    grid = (tiles(sizes[2], 64),)
+    launch("codebook_dequantize", grid, out, *packed, *sizes, **constants, BLOCKS=64)
     return out
 
 
-@triton.implements("codebook_linear")
-def codebook_linear(
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    codebook: str,
-    block_size: int,
-    out_features: int,
-    absmax_scale: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
-) -> Tensor:
-    """Compute y = x Wᵀ, fused for few tokens when no block straddles two rows."""
-    sizes, nested = (out_features, x.shape[-1]), (absmax_scale, absmax_offset)
-    if sizes[1] % block_size or not _is_fused(x):
-        weight = codebook_dequantize(codes, absmax, codebook, block_size, *sizes, x.dtype, *nested)
-        return functional.linear(x, weight)
-    _check_block_size(block_size)
-    packed = _packed_codebook(codes, absmax, codebook, *nested)
+def _codebook_linear(x: Tensor, weight: Weight) -> Tensor:
+    packed, constants = _codebook_operands(weight)
+    sizes = weight.layout.out_features, weight.layout.in_features
     tile = 1 if x.dtype == torch.float32 else 4
-    constants = {"BLOCK": block_size, "NESTED": NESTED_BLOCK_SIZE, "BLOCKS": tile}
-    steps = tiles(sizes[1], tile * block_size)
-    return _fused_linear("codebook_linear", x, packed, sizes, steps, **constants)
-
-
-@triton.implements("codebook_grad_input")
-def codebook_grad_input(
-    grad: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    codebook: str,
-    block_size: int,
-    in_features: int,
-    absmax_scale: Tensor | None = None,
-    absmax_offset: Tensor | None = None,
-) -> Tensor:
-    """Compute dx = dy W."""
-    shape, nested = (grad.shape[-1], in_features), (absmax_scale, absmax_offset)
-    weight: Tensor = codebook_dequantize(
-        codes, absmax, codebook, block_size, *shape, grad.dtype, *nested
-    )
-    return grad @ weight
+    steps = tiles(sizes[1], tile * constants["BLOCK"])
+    return _fused_linear("codebook_linear", x, packed, sizes, steps, **constants, BLOCKS=tile)
 
 
 # int8: w = scale[row] * code ---------------------------------------------------------------------
 
 
-def _int8_weight(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """Compute w = scale[row] * code in float32 and round once to `dtype`."""
-    out = codes.new_empty(codes.shape, dtype=dtype)
-    grid = tiles(codes.shape[0], 4), tiles(codes.shape[1], 512)
-    arguments = *as_stored(codes, scales), *codes.shape
-    launch("int8_dequantize", grid, out, *arguments, ROWS=4, COLUMNS=512)
+def _dequantize_int8(weight: Weight, dtype: torch.dtype) -> Tensor:
+    packed, shape = (
+        as_stored(*weight.tensors),
+        (weight.layout.out_features, weight.layout.in_features),
+    )
+    assert packed[0] is not None
+    out = packed[0].new_empty(shape, dtype=dtype)
+    grid = tiles(shape[0], 4), tiles(shape[1], 512)
+    launch("int8_dequantize", grid, out, *packed, *shape, ROWS=4, COLUMNS=512)
     return out
 
 
-@triton.implements("int8_linear")
-def int8_linear(x: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Compute y = x Wᵀ with w = scale[row] * code, fused for few tokens."""
-    if not _is_fused(x):
-        return functional.linear(x, _int8_weight(codes, scales, x.dtype))
+def _int8_linear(x: Tensor, weight: Weight) -> Tensor:
     tile = 32 if x.dtype == torch.float32 else 256
-    steps = tiles(codes.shape[1], tile)
-    packed = as_stored(codes, scales)
-    return _fused_linear("int8_linear", x, packed, tuple(codes.shape), steps, COLUMNS=tile)
+    sizes = weight.layout.out_features, weight.layout.in_features
+    packed, steps = as_stored(*weight.tensors), tiles(sizes[1], tile)
+    return _fused_linear("int8_linear", x, packed, sizes, steps, COLUMNS=tile)
 
 
-@triton.implements("int8_grad_input")
-def int8_grad_input(grad: Tensor, codes: Tensor, scales: Tensor) -> Tensor:
-    """Compute dx = dy W."""
-    return grad @ _int8_weight(codes, scales, grad.dtype)
+_DEQUANTIZE = {
+    "int_group": _dequantize_int_group,
+    "codebook": _dequantize_codebook,
+    "int8": _dequantize_int8,
+}
+_FUSED = {"int_group": _int_group_linear, "codebook": _codebook_linear, "int8": _int8_linear}

@@ -17,11 +17,11 @@ import graft.kernels.latent.reference
 import graft.kernels.latent.triton  # noqa: F401  (these modules register the operations)
 from graft.kernels.backend.operation import Operation
 from graft.kernels.backend.registry import implementation
-from graft.kernels.frozen.ops import int_group_dequantize, int_group_grad_input
+from graft.kernels.frozen.ops import dequantize, grad_input
 from graft.kernels.low_rank.ops import token_product
-from graft.kernels.moves.ops import moved_statistics
+from graft.kernels.moves.ops import moved_weight
 from graft.kernels.packed.planes import BLOCK, empty_planes
-from graft.kernels.packed.weight import Latent
+from graft.kernels.packed.weight import Latent, Layout, Weight, save_weight, saved_weight
 
 
 @Operation
@@ -107,31 +107,33 @@ def whole_blocks(codes: Tensor) -> Tensor:
     return torch.nn.functional.pad(codes, (0, missing)) if missing else codes
 
 
-def kept_weight(
-    weight: Tensor, weight_scales: Tensor | None, weight_offsets: Tensor | None, group_size: int
-) -> Tensor:
-    """Return a latent weight that is kept in 8 bits in float32, any other as it is."""
-    if weight_scales is None or weight_offsets is None:
-        return weight
-    packed = whole_blocks(weight), None, weight_scales, weight_offsets
-    out: Tensor = int_group_dequantize(*packed, 8, group_size, weight.shape[1], torch.float32)
-    return out
+def kept_weight(weight: Weight) -> Tensor:
+    """Return a latent weight that is kept in 8 bits in float32, a dense one as it is."""
+    first = weight.tensors[0]
+    assert first is not None
+    return first if weight.layout.kind == "dense" else dequantize(weight, torch.float32)
 
 
-def _moved(
-    scales: Tensor, offsets: Tensor, u: Tensor | None, v: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _rounded(
+    weight: Weight,
+    latent: Latent,
+    planes: tuple[Tensor, Tensor | None],
+    u: Tensor | None,
+    v: Tensor | None,
+) -> Weight:
+    """Return the int group weight of a latent weight's codes, on the grid moved by u and v."""
+    shape = weight.layout.out_features, weight.layout.in_features
+    layout = Layout("int_group", *shape, latent.bits, latent.group_size)
+    rounded = Weight(layout, (*planes, latent.scales, latent.offsets))
     if u is None or v is None:
-        return scales, offsets
-    return moved_statistics(scales, offsets, u.detach(), v.detach())
+        return rounded
+    return moved_weight(rounded, u.detach(), v.detach())
 
 
 @Operation
 def latent_linear(
     x: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor | None,
-    weight_offsets: Tensor | None,
+    weight: Weight,
     scales: Tensor,
     offsets: Tensor,
     A: Tensor,
@@ -146,24 +148,20 @@ def latent_linear(
 
     Differentiable in x, A, B, u and v, straight through both roundings (L4Q, arXiv 2402.04902;
     there the grid of the codes moves too, here it stays, so that the codes answer to A and B alone
-    and the grid to u and v). The weight is rounded once more in the backward pass. With scales and
-    offsets of its own it is kept in 8 bits, and multiplied out for the time of the call.
+    and the grid to u and v). The weight is rounded once more in the backward pass. One that is kept
+    in 8 bits is multiplied out for the time of the call.
     """
-    dense = kept_weight(weight, weight_scales, weight_offsets, group_size)
-    latent = Latent(dense, scales, offsets, A, B, scaling, bits, group_size)
-    codes, high = implementation("latent_codes", x.device)(latent)
-    moved = _moved(scales, offsets, u, v)
-    compute = implementation("int_group_linear", x.device)
-    y: Tensor = compute(x, codes, high, *moved, bits, group_size)
+    kept = kept_weight(weight)
+    latent = Latent(kept, scales, offsets, A, B, scaling, bits, group_size)
+    rounded = _rounded(weight, latent, implementation("latent_codes", x.device)(latent), u, v)
+    y: Tensor = implementation("linear", x.device)(x, rounded)
     return y
 
 
 @latent_linear.register_fake
 def _(
     x: Tensor,
-    weight: Tensor,
-    weight_scales: Tensor | None,
-    weight_offsets: Tensor | None,
+    weight: Weight,
     scales: Tensor,
     offsets: Tensor,
     A: Tensor,
@@ -174,31 +172,30 @@ def _(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return x.new_empty((*x.shape[:-1], weight.layout.out_features))
 
 
 def _latent_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.scaling, u, v, ctx.bits, ctx.group_size = inputs
-    ctx.save_for_backward(*tensors, u, v)
+    x, weight, scales, offsets, A, B, ctx.scaling, u, v, ctx.bits, ctx.group_size = inputs
+    save_weight(ctx, weight, x, scales, offsets, A, B, u, v)
 
 
-def _latent_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, kept, kept_scales, kept_offsets, scales, offsets, A, B, u, v = ctx.saved_tensors
+def _latent_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weight, (x, scales, offsets, A, B, u, v) = saved_weight(ctx)
     A, B = A.detach(), B.detach()
-    bits, group_size = ctx.bits, ctx.group_size
-    weight = kept_weight(kept, kept_scales, kept_offsets, group_size)
-    latent = weight, scales, offsets, A, B, ctx.scaling, bits, group_size
+    kept = kept_weight(weight)
+    latent = Latent(kept, scales, offsets, A, B, ctx.scaling, ctx.bits, ctx.group_size)
     grad, grad_x = grad.contiguous(), None
     if ctx.needs_input_grad[0]:
         codes, high = latent_codes(*latent)
-        packed = codes, high if bits == 3 else None, *_moved(scales, offsets, u, v)
-        grad_x = int_group_grad_input(grad, *packed, bits, group_size, x.shape[-1])
+        planes = codes, high if ctx.bits == 3 else None
+        grad_x = grad_input(grad, _rounded(weight, latent, planes, u, v))
     grad_weight, grad_u, grad_v = latent_grads(token_product(grad, x), *latent)
     grad_A = (B.T @ grad_weight) * ctx.scaling
     grad_B = (grad_weight @ A.T) * ctx.scaling
     if u is None:
         grad_u = grad_v = None
-    return grad_x, *5 * [None], grad_A, grad_B, None, grad_u, grad_v, None, None
+    return grad_x, *3 * [None], grad_A, grad_B, None, grad_u, grad_v, None, None
 
 
 latent_linear.register_autograd(_latent_backward, setup_context=_latent_save)

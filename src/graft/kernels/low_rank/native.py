@@ -7,9 +7,9 @@ import ctypes
 import torch
 from torch import Tensor
 
-from graft.kernels.backend.native_library import COMPUTE, DTYPES, LowRank, address, call, descriptor
+from graft.kernels.backend.native_library import COMPUTE, DTYPES, LowRank, address, call, prepared
 from graft.kernels.frozen import reference
-from graft.kernels.frozen.native import native, reads, token_count
+from graft.kernels.frozen.native import check_width, native, reads, token_count
 from graft.kernels.packed.weight import Weight
 
 _NARROW = 128
@@ -17,8 +17,13 @@ _NARROW = 128
 
 
 def _low_rank_product(
-    name: str, x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float, columns: int
+    name: str, x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
+    layout, is_forward = weight.layout, name == "linear"
+    features, columns = layout.in_features, layout.out_features
+    if not is_forward:
+        features, columns = columns, features
+    check_width(x, features)
     matrix = x.contiguous()
     down, up = A.to(x.dtype).contiguous(), B.to(x.dtype).contiguous()
     out = x.new_empty((*x.shape[:-1], columns))
@@ -26,18 +31,9 @@ def _low_rank_product(
     if not x.numel():
         return out, hidden
     low_rank = LowRank(A.shape[0], scaling, address(down), address(up))
-    struct, alive = descriptor(weight)
-    where = ctypes.byref(struct), ctypes.byref(low_rank)
-    call(
-        name,
-        *where,
-        DTYPES[x.dtype],
-        address(matrix),
-        token_count(x),
-        address(out),
-        address(hidden),
-    )
-    del alive
+    where = prepared(weight).reference, ctypes.byref(low_rank)
+    sizes = DTYPES[x.dtype], address(matrix), token_count(x)
+    call(name, *where, *sizes, address(out), address(hidden))
     return out, hidden
 
 
@@ -48,7 +44,7 @@ def lora_linear(
     """Compute y = x Wᵀ + hidden Bᵀ and hidden = scaling x Aᵀ in one pass over W."""
     if not reads(x, weight):
         return reference.lora_linear(x, weight, A, B, scaling)
-    return _low_rank_product("linear", x, weight, A, B, scaling, weight.layout.out_features)
+    return _low_rank_product("linear", x, weight, A, B, scaling)
 
 
 @native.implements("lora_grad_input")
@@ -58,7 +54,7 @@ def lora_grad_input(
     """Compute dx = dy W + hidden A and hidden = scaling dy B in one pass over W."""
     if not reads(grad, weight):
         return reference.lora_grad_input(grad, weight, A, B, scaling)
-    return _low_rank_product("grad_input", grad, weight, A, B, scaling, weight.layout.in_features)
+    return _low_rank_product("grad_input", grad, weight, A, B, scaling)
 
 
 @native.implements("token_product")

@@ -14,88 +14,39 @@ from torch import Tensor
 
 from graft.kernels.backend.operation import Operation
 from graft.kernels.backend.registry import implementation
-from graft.kernels.frozen.ops import int_group_grad_input
-from graft.kernels.packed.weight import Weight, weight_of
-
-Operands = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, str]
-"""A weight as the arguments of an operation."""
-
-
-def operands(weight: Weight) -> Operands:
-    """Return a weight as the arguments of an operation: its tensors, filled up, and its layout."""
-    first, second, third, fourth = (*weight.tensors, None, None, None)[:4]
-    assert first is not None
-    return first, second, third, fourth, weight.layout.text()
-
+from graft.kernels.frozen.ops import grad_input
+from graft.kernels.packed.weight import Weight, save_weight, saved_weight
 
 # LoRA: y = x Wᵀ + hidden Bᵀ, hidden = scaling x Aᵀ ------------------------------------------------
 
 
 @Operation
 def lora_linear(
-    x: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    third: Tensor | None,
-    fourth: Tensor | None,
-    layout: str,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
+    x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Return (y, hidden); y is differentiable in x, A and B (LoRA, arXiv 2106.09685, eq. 3)."""
-    weight = weight_of(layout, first, second, third, fourth)
     out: tuple[Tensor, Tensor] = implementation("lora_linear", x.device)(x, weight, A, B, scaling)
     return out
 
 
 @lora_linear.register_fake
-def _(
-    x: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    third: Tensor | None,
-    fourth: Tensor | None,
-    layout: str,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     rows = x.shape[:-1]
     return x.new_empty((*rows, B.shape[0])), x.new_empty((*rows, A.shape[0]))
 
 
 @Operation
 def lora_grad_input(
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    third: Tensor | None,
-    fourth: Tensor | None,
-    layout: str,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
+    grad: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Return (dx = dy W + hidden A, hidden = scaling dy B)."""
-    weight = weight_of(layout, first, second, third, fourth)
     compute = implementation("lora_grad_input", grad.device)
     out: tuple[Tensor, Tensor] = compute(grad, weight, A, B, scaling)
     return out
 
 
 @lora_grad_input.register_fake
-def _(
-    grad: Tensor,
-    first: Tensor,
-    second: Tensor | None,
-    third: Tensor | None,
-    fourth: Tensor | None,
-    layout: str,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
+def _(grad: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     rows = grad.shape[:-1]
     return grad.new_empty((*rows, A.shape[1])), grad.new_empty((*rows, A.shape[0]))
 
@@ -113,23 +64,23 @@ def _(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _lora_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, *packed, ctx.layout, A, B, ctx.scaling = inputs
-    ctx.save_for_backward(x, A, B, output[1], *packed)
+    x, weight, A, B, ctx.scaling = inputs
+    save_weight(ctx, weight, x, A, B, output[1])
     ctx.set_materialize_grads(False)
 
 
 def _lora_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
-    x, A, B, hidden, *packed = ctx.saved_tensors
+    weight, (x, A, B, hidden) = saved_weight(ctx)
     grad = grad.contiguous()
     grad_x = None
     if ctx.needs_input_grad[0]:
         low_rank = A.detach(), B.detach(), ctx.scaling
-        grad_x, grad_hidden = lora_grad_input(grad, *packed, ctx.layout, *low_rank)
+        grad_x, grad_hidden = lora_grad_input(grad, weight, *low_rank)
     else:
         grad_hidden = (grad @ B.detach().to(grad.dtype)) * ctx.scaling
     grad_A = token_product(grad_hidden, x)
     grad_B = token_product(grad, hidden)
-    return grad_x, *5 * [None], grad_A, grad_B, None
+    return grad_x, None, grad_A, grad_B, None
 
 
 lora_linear.register_autograd(_lora_backward, setup_context=_lora_save)
@@ -177,16 +128,7 @@ def low_rank_product(A: Tensor, B: Tensor) -> Tensor:
 
 @Operation
 def qalora_linear(
-    x: Tensor,
-    codes: Tensor,
-    codes_high: Tensor | None,
-    scales: Tensor,
-    offsets: Tensor,
-    bits: int,
-    group_size: int,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
+    x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Return (y, pooled = group sums of x); y is differentiable in x, A and B.
 
@@ -195,50 +137,38 @@ def qalora_linear(
     pooled inputs (QA-LoRA, arXiv 2309.14717, section 3.3): no [out_features, groups] gradient of
     the offsets is formed.
     """
+    scales, offsets = weight.statistics
     moved = implementation("move_offsets", x.device)(offsets, A, B, scaling, offsets.dtype)
-    compute = implementation("int_group_linear", x.device)
-    y = compute(x, codes, codes_high, scales, moved, bits, group_size)
-    return y, implementation("pool", x.device)(x, group_size)
+    y = implementation("linear", x.device)(x, weight.moved(scales, moved))
+    return y, implementation("pool", x.device)(x, weight.layout.group_size)
 
 
 @qalora_linear.register_fake
-def _(
-    x: Tensor,
-    codes: Tensor,
-    codes_high: Tensor | None,
-    scales: Tensor,
-    offsets: Tensor,
-    bits: int,
-    group_size: int,
-    A: Tensor,
-    B: Tensor,
-    scaling: float,
-) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     rows = x.shape[:-1]
-    return x.new_empty((*rows, codes.shape[0])), x.new_empty((*rows, A.shape[1]))
+    return x.new_empty((*rows, B.shape[0])), x.new_empty((*rows, A.shape[1]))
 
 
 def _qalora_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    x, *packed, ctx.bits, ctx.group_size, A, B, ctx.scaling = inputs
-    ctx.in_features = x.shape[-1]
-    ctx.save_for_backward(output[1], A, B, *packed)
+    _, weight, A, B, ctx.scaling = inputs
+    save_weight(ctx, weight, output[1], A, B)
     ctx.set_materialize_grads(False)
 
 
-def _qalora_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    pooled, A, B, codes, codes_high, scales, offsets = ctx.saved_tensors
+def _qalora_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...]:
+    weight, (pooled, A, B) = saved_weight(ctx)
     grad, A, B = grad.contiguous(), A.detach(), B.detach()
     grad_x = None
     if ctx.needs_input_grad[0]:
+        scales, offsets = weight.statistics
         moved = move_offsets(offsets, A, B, ctx.scaling, offsets.dtype)
-        options = ctx.bits, ctx.group_size, ctx.in_features
-        grad_x = int_group_grad_input(grad, codes, codes_high, scales, moved, *options)
+        grad_x = grad_input(grad, weight.moved(scales, moved))
     # A low-rank layer without a frozen weight: its product is left out.
     hidden = (pooled @ A.T.to(pooled.dtype)) * ctx.scaling
     grad_hidden = (grad @ B.to(grad.dtype)) * ctx.scaling
     grad_A = token_product(grad_hidden, pooled)
     grad_B = token_product(grad, hidden)
-    return grad_x, *6 * [None], grad_A, grad_B, None
+    return grad_x, None, grad_A, grad_B, None
 
 
 qalora_linear.register_autograd(_qalora_backward, setup_context=_qalora_save)

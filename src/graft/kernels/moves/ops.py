@@ -9,7 +9,8 @@ from torch import Tensor
 
 from graft.kernels.backend.operation import Operation
 from graft.kernels.backend.registry import implementation
-from graft.kernels.frozen.ops import int_group_grad_input, int_group_grad_statistics
+from graft.kernels.frozen.ops import grad_input, int_group_grad_statistics
+from graft.kernels.packed.weight import Weight, save_weight, saved_weight
 
 
 @Operation
@@ -57,32 +58,25 @@ def moved_statistics(
     )
 
 
-def _output_of(x: Tensor, codes: Tensor, *rest: Any) -> Tensor:
+def moved_weight(weight: Weight, u: Tensor, v: Tensor) -> Weight:
+    """Return an int group weight on the grid that `moved_statistics` moves."""
+    return weight.moved(*moved_statistics(*weight.statistics, u, v))
+
+
+def _output_of(x: Tensor, weight: Weight, *rest: Any) -> Tensor:
     """Return an output of the right shape, without computing it."""
-    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+    return x.new_empty((*x.shape[:-1], weight.layout.out_features))
 
 
 @Operation
-def affine_linear(
-    x: Tensor,
-    codes: Tensor,
-    codes_high: Tensor | None,
-    scales: Tensor,
-    offsets: Tensor,
-    bits: int,
-    group_size: int,
-    u: Tensor,
-    v: Tensor,
-) -> Tensor:
+def affine_linear(x: Tensor, weight: Weight, u: Tensor, v: Tensor) -> Tensor:
     """Return y = x Wᵀ, W on the grid moved by u and v; differentiable in x, u and v.
 
     The statistics move as a merge moves them, and once more in the backward pass, where
     du = scales * d scales' and dv = scales * d offsets' (straight through the rounding) come from
     one product.
     """
-    moved = moved_statistics(scales, offsets, u, v)
-    compute = implementation("int_group_linear", x.device)
-    y: Tensor = compute(x, codes, codes_high, *moved, bits, group_size)
+    y: Tensor = implementation("linear", x.device)(x, moved_weight(weight, u, v))
     return y
 
 
@@ -90,19 +84,17 @@ affine_linear.register_fake(_output_of)
 
 
 def _affine_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *packed, ctx.bits, ctx.group_size, u, v = inputs
-    ctx.save_for_backward(x, *packed, u, v)
+    x, weight, u, v = inputs
+    save_weight(ctx, weight, x, u, v)
 
 
-def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, codes, codes_high, scales, offsets, u, v = ctx.saved_tensors
-    grad, options = grad.contiguous(), (ctx.bits, ctx.group_size)
-    grad_x = None
+def _affine_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weight, (x, u, v) = saved_weight(ctx)
+    grad, grad_x = grad.contiguous(), None
     if ctx.needs_input_grad[0]:
-        moved = moved_statistics(scales, offsets, u.detach(), v.detach())
-        grad_x = int_group_grad_input(grad, codes, codes_high, *moved, *options, x.shape[-1])
-    both = int_group_grad_statistics(grad, x, codes, codes_high, *options, scales)
-    return grad_x, *6 * [None], *both
+        grad_x = grad_input(grad, moved_weight(weight, u.detach(), v.detach()))
+    scales, _ = weight.statistics
+    return grad_x, None, *int_group_grad_statistics(grad, x, weight, scales)
 
 
 affine_linear.register_autograd(_affine_backward, setup_context=_affine_save)
@@ -131,12 +123,7 @@ def _(
 @Operation
 def qalora_grid_linear(
     x: Tensor,
-    codes: Tensor,
-    codes_high: Tensor | None,
-    scales: Tensor,
-    offsets: Tensor,
-    bits: int,
-    group_size: int,
+    weight: Weight,
     A: Tensor,
     B: Tensor,
     scaling: float,
@@ -149,10 +136,10 @@ def qalora_grid_linear(
     statistics come from one product, and those of the factors from them. Nothing of the size of
     the statistics is kept between forward and backward.
     """
+    scales, offsets = weight.statistics
     factors = A, B, scaling, u_A, u_B
     moved = implementation("move_by_factors", x.device)(scales, offsets, *factors)
-    compute = implementation("int_group_linear", x.device)
-    y: Tensor = compute(x, codes, codes_high, *moved, bits, group_size)
+    y: Tensor = implementation("linear", x.device)(x, weight.moved(*moved))
     return y
 
 
@@ -160,22 +147,22 @@ qalora_grid_linear.register_fake(_output_of)
 
 
 def _qalora_grid_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, *packed, ctx.bits, ctx.group_size, A, B, ctx.scaling, u_A, u_B = inputs
-    ctx.save_for_backward(x, *packed, A, B, u_A, u_B)
+    x, weight, A, B, ctx.scaling, u_A, u_B = inputs
+    save_weight(ctx, weight, x, A, B, u_A, u_B)
 
 
-def _qalora_grid_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    x, codes, codes_high, scales, offsets, *factors = ctx.saved_tensors
+def _qalora_grid_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    weight, (x, *factors) = saved_weight(ctx)
     A, B, u_A, u_B = (factor.detach() for factor in factors)
-    grad, options = grad.contiguous(), (ctx.bits, ctx.group_size)
-    grad_x = None
+    scales, offsets = weight.statistics
+    grad, grad_x = grad.contiguous(), None
     if ctx.needs_input_grad[0]:
         moved = move_by_factors(scales, offsets, A, B, ctx.scaling, u_A, u_B)
-        grad_x = int_group_grad_input(grad, codes, codes_high, *moved, *options, x.shape[-1])
-    d_scales, d_offsets = int_group_grad_statistics(grad, x, codes, codes_high, *options, None)
+        grad_x = grad_input(grad, weight.moved(*moved))
+    d_scales, d_offsets = int_group_grad_statistics(grad, x, weight, None)
     d_u, d_offsets = d_scales * scales, d_offsets * ctx.scaling
     d_A, d_B = B.T @ d_offsets, d_offsets @ A.T
-    return grad_x, *6 * [None], d_A, d_B, None, u_B.T @ d_u, d_u @ u_A.T
+    return grad_x, None, d_A, d_B, None, u_B.T @ d_u, d_u @ u_A.T
 
 
 qalora_grid_linear.register_autograd(_qalora_grid_backward, setup_context=_qalora_grid_save)

@@ -15,7 +15,7 @@ from transformers import DynamicCache, PreTrainedModel
 from graft.adapters.adapted import AdaptedLinear
 from graft.kernels.backend.native_library import COMPUTE, why_unavailable
 from graft.kernels.decoding.native import DecoderLayer, DecoderWeights, NativeDecoder, Projection
-from graft.kernels.packed.weight import Layout, Weight
+from graft.kernels.packed.weight import dense_weight
 from graft.layers.frozen import FrozenLinear
 from graft.model.families import FAMILIES, is_class
 
@@ -95,8 +95,7 @@ def _projection(model: PreTrainedModel, name: str) -> Projection:
     elif isinstance(module, FrozenLinear):
         weight = module.kernel_weight()
     else:
-        dense = module.get_parameter("weight").detach()
-        weight = Weight(Layout("dense", *dense.shape), (dense,))
+        weight = dense_weight(module.get_parameter("weight").detach())
     bias = dict(base.named_parameters()).get("bias")
     dtype = model.get_parameter(_EMBEDDING).dtype
     return Projection(weight, None if bias is None else bias.detach().to(dtype))
@@ -153,7 +152,7 @@ def _describe(model: PreTrainedModel, positions: int) -> DecoderWeights:
         head_dim=attention.head_dim,
         epsilon=model.config.rms_norm_eps,
         attention_scaling=attention.scaling,
-        embedding=Weight(Layout("dense", *embedding.shape), (embedding,)),
+        embedding=dense_weight(embedding),
         norm=body.norm.weight,
         head=_projection(model, "lm_head"),
         cosines=cosines[0],
