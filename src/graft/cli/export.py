@@ -16,9 +16,7 @@ class ExportArguments:
     model: Positional
     """A run or a model folder."""
     to: ExportTarget
-    """gguf: llama.cpp; ollama: the same file and a Modelfile; mlx: mlx-lm; onnx: ONNX Runtime;
-    openvino: OpenVINO; hf: Transformers, dequantised; peft: the adapter alone (of lora, qlora, and
-    qalora with --grid-rank 0)."""
+    """What to write, by the program that reads it."""
     out: str
     """File (gguf) or folder to write."""
     requantize: bool = False

@@ -21,7 +21,7 @@ class VerifyArguments:
     model: Positional
     """The run or model folder that was exported."""
     file: Positional
-    """The .gguf file, or the folder of --to ollama, mlx, onnx, openvino or hf."""
+    """The file or folder that `graft export` wrote, to any target that runs by itself."""
     data: str | None = None
     """Held-out examples to compare on; by default those of the run."""
     requantize: bool = False
