@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from graft.adapters.config import AdapterConfig, Init
+from graft.data.shapes.registry import PLAIN
 from graft.errors import GraftError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ OnTensor = Callable[[int, int], None]
 class Origin:
     """What is known of the training behind a model, as far as a target may need it."""
 
-    kind: str = "text"
+    kind: str = PLAIN
     """Of the rows that it was trained on."""
     separator: str = "\n"
     """Between the prompt and the answer of such a row."""
