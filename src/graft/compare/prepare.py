@@ -51,6 +51,8 @@ SETTINGS = "settings.json"
 _MAY_CHANGE = ("contenders", "bits", "seeds", "keep", "out")
 _PROMPTS = 32
 _SPLIT_SEED = 0
+_DEPLOYED = "int"
+"""The format that +SOLVER quantises a dense merge to."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,7 @@ def _wanted(config: CompareConfig, problems: Problems) -> list[Entry]:
             with found.collecting():
                 description = format_description(run, run.method)
                 check_solver(chosen_solver(run, run.method, run.bits), description)
-                descriptions.append(description or {"format": "dense"})
+                descriptions += [] if description is None else [description]
         for description in descriptions:
             with found.collecting():
                 parse_format(description)
@@ -199,7 +201,7 @@ def _bad_numbers(config: CompareConfig) -> list[str]:
 
 def int_format(bits: int, config: CompareConfig) -> dict[str, Any]:
     """Return the description of the format that deployed models are quantised to."""
-    return {"format": "int", "bits": bits, "group_size": config.group_size}
+    return {"format": _DEPLOYED, "bits": bits, "group_size": config.group_size}
 
 
 # The held-out prompts -----------------------------------------------------------------------------
