@@ -20,6 +20,7 @@ from graft.model.load import load_model
 from graft.model.running.checkpointing import CHECKPOINTING
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
+from graft.plan import skeleton
 from graft.plan.memory import (
     HEAP_BUFFERS,
     HEAP_BYTES,
@@ -28,6 +29,7 @@ from graft.plan.memory import (
     free_bytes,
     plan_memory,
 )
+from graft.plan.skeleton import count_weights
 
 FORMATS = [
     ("int", {"bits": 4}),
@@ -387,3 +389,15 @@ def test_a_model_that_is_not_there(tmp_path):
         plan(tmp_path / "nowhere")
     with pytest.raises(GraftError, match="no folder .*and the hub"):
         plan("nobody/nothing")
+
+
+def test_weights_are_counted_once(model_folder, monkeypatch):
+    counted = []
+
+    def counting(planned):
+        counted.append(planned)
+        return count_weights(planned)
+
+    monkeypatch.setattr(skeleton, "count_weights", counting)
+    plan(model_folder("llama"), checkpointing="auto")
+    assert len(counted) == 1

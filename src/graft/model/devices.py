@@ -12,16 +12,16 @@ from graft.errors import GraftError
 
 def resolve_device(name: str) -> torch.device:
     """Return the device for 'auto', 'cpu', 'cuda' or 'mps'; raises GraftError if it is not here."""
-    available = {
+    devices = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
+    available = [device for device, usable in devices.items() if usable]
     if name == "auto":
-        return torch.device(next(device for device, there in available.items() if there))
-    if not available[name]:
-        there = ", ".join(device for device, is_there in available.items() if is_there)
-        raise GraftError(f"device {name!r} is not available here; there is: {there}")
+        return torch.device(available[0])
+    if name not in available:
+        raise GraftError(f"device {name!r} is not available here; there is: {', '.join(available)}")
     return torch.device(name)
 
 

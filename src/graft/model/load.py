@@ -17,6 +17,7 @@ from graft.formats.base import Packed, WeightFormat
 from graft.layers.registry import kind_of
 from graft.model.devices import resolve_device, resolve_dtype
 from graft.model.folder import read_generation_config
+from graft.model.internals import initialise
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import linear_shape, select_targets
 from graft.model.weight_files import WeightFiles
@@ -206,7 +207,7 @@ class _Loader:
         parent = self.model.get_submodule(parent_name)
         dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
         value: Any = tensor.to(self.device, dtype)
-        if isinstance(parent._parameters.get(child), nn.Parameter):
+        if isinstance(getattr(parent, child), nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
         setattr(parent, child, value)
 
@@ -218,15 +219,15 @@ class _Loader:
                 continue
             # transformers draws every tensor of a module anew. Those that are loaded already
             # (Gemma's scaled embedding has both kinds) wait aside meanwhile.
-            aside: list[tuple[dict[str, Any], str, Any]] = []
-            kinds: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-            for tensors in kinds:
-                for name, tensor in tensors.items():
-                    if tensor is not None and name not in missing:
-                        aside.append((tensors, name, tensor))
-                        tensors[name] = torch.empty_like(tensor, device="meta")
+            aside = dict(module.named_parameters(recurse=False, remove_duplicate=False))
+            loaded = {n: b for n, b in module.named_buffers(recurse=False) if n not in missing}
+            for name, parameter in aside.items():
+                empty = torch.empty_like(parameter, device="meta")
+                setattr(module, name, nn.Parameter(empty, requires_grad=False))
+            for name, buffer in loaded.items():
+                setattr(module, name, torch.empty_like(buffer, device="meta"))
             for name, buffer in missing.items():
                 setattr(module, name, torch.empty_like(buffer, device=self.device))
-            self.model._init_weights(module)
-            for tensors, name, tensor in aside:
-                tensors[name] = tensor
+            initialise(self.model, module)
+            for name, tensor in (aside | loaded).items():
+                setattr(module, name, tensor)

@@ -116,7 +116,7 @@ def _setting(
 ) -> _Setting:
     config = model.config
     on_cpu = device.type == "cpu"
-    own = has_own_pointwise(device)
+    has_kernels = has_own_pointwise(device)
     norms_train = method_of(adapter).trains_everything(adapter)
     heads = int(getattr(config, "num_attention_heads", 1))
     hidden = model.get_input_embeddings().get_parameter("weight").shape[1]
@@ -129,8 +129,8 @@ def _setting(
         attention_width=heads * head_dim,
         rms_norm=not any(isinstance(module, nn.LayerNorm) for module in model.modules()),
         norms_train=norms_train,
-        own_norms=own and not norms_train and bool(own_norms(model)),
-        own_gates=own and bool(own_gates(model)),
+        own_norms=has_kernels and not norms_train and bool(own_norms(model)),
+        own_gates=has_kernels and bool(own_gates(model)),
         activation=str(_first(config, "hidden_act", "activation_function", "hidden_activation")),
         unfused_attention=on_cpu and bool(_first(config, "attention_dropout", "attn_pdrop")),
         residual_dropout=bool(_first(config, "resid_pdrop", "hidden_dropout", "dropout")),

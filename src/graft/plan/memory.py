@@ -21,7 +21,7 @@ from graft.model.subject import Subject
 from graft.optimizers.base import OptimizerKind
 from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
 from graft.plan.activations import plan_activations
-from graft.plan.skeleton import PlannedModel, WeightCounts, count_weights, plan_model
+from graft.plan.skeleton import PlannedModel, WeightCounts, plan_model
 
 PROCESS_BYTES = 450 * 2**20
 """What Python holds beside the model when the weights are about to be read, on Linux (x86-64, torch
@@ -129,9 +129,9 @@ def plan_memory(
     The modules that training uses are built on the meta device, and their tensors counted; no
     weights are read. With weight_format None the targets stay as they are (dense, or as the folder
     has them quantised). A method without an adapter trains them, with gradients and the optimizer's
-    states in their own dtype. sequence_length is the longest row's, in tokens. On a GPU the plan
-    counts the GPU's memory alone. calibration_rows: how many rows the codes are calibrated on,
-    before training or between two steps; 0 for a solver that needs none.
+    states in their own dtype. sequence_length: the longest row's, in tokens. calibration_rows: how
+    many rows the codes are calibrated on, before training or between two steps; 0 for a solver that
+    needs none. A GPU's plan counts its memory alone.
 
     checkpointing 'auto' gives the plan of the first of none, products, half and layers whose peak
     of training fits into 80 % of the memory that is free now, and of layers when none does.
@@ -153,7 +153,7 @@ def plan_memory(
     shape = batch_size, sequence_length, calibration_rows, OPTIMIZERS[optimizer]
     if checkpointing != "auto":
         return _plan(planned, adapter, checkpointing, *shape)
-    plans = [_plan(planned, adapter, one, *shape) for one in CHECKPOINTING]
+    plans = [_plan(planned, adapter, choice, *shape) for choice in CHECKPOINTING]
     if not planned.model.supports_gradient_checkpointing:
         reason = f"none: {type(planned.model).__name__} cannot recompute its layers"
         return replace(plans[0], checkpointing_reason=reason)
@@ -214,7 +214,7 @@ def _plan(
         sequence_length=sequence_length,
         checkpointing=checkpointing,
     )
-    counts = count_weights(planned)
+    counts = planned.counts
     tokens = batch_size * sequence_length
     process = 0 if planned.device.type == "cuda" else PROCESS_BYTES
     loss = _loss_bytes(planned, tokens)

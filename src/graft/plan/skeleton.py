@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -34,6 +35,11 @@ class PlannedModel:
     """Where it will train."""
     file_bytes: int
     """Tensors in the file that `save_model` writes of the base, without the header."""
+
+    @cached_property
+    def counts(self) -> WeightCounts:
+        """How many weights it has, and their bytes."""
+        return count_weights(self)
 
 
 def plan_model(
@@ -156,8 +162,8 @@ def count_weights(planned: PlannedModel) -> WeightCounts:
     for parameter in model.parameters():
         if id(parameter) in packed:
             continue
-        own = id(parameter) in adapters or not parameter.is_floating_point()
-        itemsize = parameter.itemsize if own else planned.dtype.itemsize
+        kept = id(parameter) in adapters or not parameter.is_floating_point()
+        itemsize = parameter.itemsize if kept else planned.dtype.itemsize
         total += parameter.numel()
         if parameter.requires_grad:
             trained += parameter.numel()

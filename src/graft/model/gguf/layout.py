@@ -49,8 +49,8 @@ def gguf_names(config: PretrainedConfig) -> Callable[[str], str | None]:
 
 def head_dim(config: PretrainedConfig) -> int:
     """Return the width of one attention head."""
-    own = getattr(config, "head_dim", None)  # Qwen2's configuration has none
-    return int(own or config.hidden_size // config.num_attention_heads)
+    stated = getattr(config, "head_dim", None)  # Qwen2's configuration has none
+    return int(stated or config.hidden_size // config.num_attention_heads)
 
 
 def key_value_heads(config: PretrainedConfig) -> int:
@@ -59,8 +59,8 @@ def key_value_heads(config: PretrainedConfig) -> int:
         if config.new_decoder_architecture:
             return int(config.num_kv_heads)
         return 1 if config.multi_query else int(config.num_attention_heads)
-    own = getattr(config, "num_key_value_heads", None)  # GPT-2's configuration has none
-    return int(own or config.num_attention_heads)
+    stated = getattr(config, "num_key_value_heads", None)  # GPT-2's configuration has none
+    return int(stated or config.num_attention_heads)
 
 
 def rope_factors(config: PretrainedConfig) -> torch.Tensor | None:
@@ -142,9 +142,9 @@ def encode_q4_1(weight_format: IntGroupFormat, packed: Packed, in_features: int)
         (codes,) = pack_codes(unpack_codes(planes, weight_format.bits, in_features), 4)
     statistics = [packed[name] for name in ("scales", "offsets")]
     if repeats > 1:
-        statistics = [one.repeat_interleave(repeats, -1)[:, :blocks] for one in statistics]
-    statistics = [one.unsqueeze(-1).view(torch.uint8) for one in statistics]
-    return torch.cat([*statistics, codes.unflatten(-1, (blocks, _CODE_BYTES))], -1).flatten(1)
+        statistics = [values.repeat_interleave(repeats, -1)[:, :blocks] for values in statistics]
+    halves = [values.unsqueeze(-1).view(torch.uint8) for values in statistics]
+    return torch.cat([*halves, codes.unflatten(-1, (blocks, _CODE_BYTES))], -1).flatten(1)
 
 
 def decode_q4_1(rows: Tensor) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ from transformers.masking_utils import sdpa_mask
 from graft.kernels.attention.ops import attention
 from graft.kernels.backend.native_library import COMPUTE, why_unavailable
 from graft.model.families import family_of
+from graft.model.internals import attention_of
 
 NAME = "graft"
 """Of the implementation, as `PreTrainedModel.set_attn_implementation` takes it."""
@@ -29,7 +30,7 @@ def use_own_attention(model: PreTrainedModel) -> bool:
     known = family_of(model.config).plain_attention
     # A model with code of its own may bear a known name.
     known = known and type(model).__module__.startswith("transformers.models.")
-    if not known or model.config._attn_implementation != "sdpa" or why_unavailable() is not None:
+    if not known or attention_of(model) != "sdpa" or why_unavailable() is not None:
         return False
     model.set_attn_implementation(NAME)
     return True

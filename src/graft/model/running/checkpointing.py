@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     SelectiveCheckpointContext,
@@ -16,6 +15,7 @@ from torch.utils.checkpoint import (
 from transformers import PreTrainedModel
 
 from graft.errors import GraftError
+from graft.model.internals import OpOverload, arguments_of, name_of, tree_leaves
 
 Checkpointing = Literal["none", "products", "half", "layers"]
 """What a decoder layer keeps for its backward pass; it recomputes the rest.
@@ -135,7 +135,7 @@ class _Policy:
             keep = not drops_out and keeps_attention(self.checkpointing, width, key.shape[2])
         elif kind is not None:
             shape = self.hidden_size, args[kind].shape[-1], _out_features(context, op, args)
-            of_layer = not op._schema.name.endswith("bmm")  # else of unfused attention
+            of_layer = not name_of(op).endswith("bmm")  # else of unfused attention
             wide = self.wide[context.is_recompute] if of_layer else 0
             keep = keeps_product(self.checkpointing, *shape, wide)
             self.wide[context.is_recompute] += of_layer and is_wide(*shape)
@@ -173,9 +173,9 @@ def _features(output: Any) -> int:
 
 
 @cache
-def _kind(op: torch._ops.OpOverload) -> int | Literal["attention"] | None:
+def _kind(op: OpOverload) -> int | Literal["attention"] | None:
     """Return 'attention', or which argument of a product has its in_features last, or None."""
-    namespace, _, name = op._schema.name.partition("::")
+    namespace, _, name = name_of(op).partition("::")
     if namespace == "aten" and name.startswith("_scaled_dot_product"):
         return "attention"
     if namespace == "graft":
@@ -183,9 +183,9 @@ def _kind(op: torch._ops.OpOverload) -> int | Literal["attention"] | None:
     return _FIRST_FACTOR.get(name)
 
 
-def _argument(op: torch._ops.OpOverload, args: Any, kwargs: Any, name: str) -> Any:
+def _argument(op: OpOverload, args: Any, kwargs: Any, name: str) -> Any:
     """Return an operation's argument by name, given or default; None when it has no such one."""
-    for position, argument in enumerate(op._schema.arguments):
+    for position, argument in enumerate(arguments_of(op)):
         if argument.name == name:
             given = args[position] if position < len(args) else argument.default_value
             return kwargs.get(name, given)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from graft.data.batches import IGNORED
+from graft.model.internals import with_child
 
 CHUNK_BYTES = 32 * 2**20
 """Of a chunk's logits in float32, as long as the chunk has between 128 and 512 tokens."""
@@ -67,8 +68,7 @@ class _Head:
         self._output = output
         body = copy.copy(model.base_model)
         body.forward = lambda *args, **kwargs: output
-        self._model = copy.copy(model)
-        self._model._modules = {**model._modules, model.base_model_prefix: body}
+        self._model = with_child(model, model.base_model_prefix, body)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         self._output["last_hidden_state"] = hidden[None]
@@ -105,7 +105,8 @@ def _splits(model: PreTrainedModel, input_ids: Tensor) -> bool:
     The first call for a model takes a few tokens through it to find out; nothing is changed.
     """
     if model not in _found_to_split:
-        possible = model.base_model_prefix in model._modules and _takes_positions(model)
+        has_body = model.base_model_prefix in dict(model.named_children())
+        possible = has_body and _takes_positions(model)
         _found_to_split[model] = possible and _agrees(model, input_ids[:1, :4])
     return _found_to_split[model]
 

@@ -71,8 +71,8 @@ def use_own_pointwise(model: PreTrainedModel) -> int:
     ]
     for name in norms:
         norm = model.get_submodule(name)
-        own = RMSNorm(norm.get_parameter("weight"), float(norm.variance_epsilon))  # type: ignore[arg-type]
-        replace_module(model, name, own)
+        epsilon = float(norm.variance_epsilon)  # type: ignore[arg-type]
+        replace_module(model, name, RMSNorm(norm.get_parameter("weight"), epsilon))
     gates = own_gates(model)
     for name in gates:
         parts = (model.get_submodule(f"{name}.{part}_proj") for part in ("gate", "up", "down"))

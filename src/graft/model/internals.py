@@ -1,0 +1,68 @@
+"""What graft uses of PyTorch and Transformers beyond their public interfaces, and why.
+
+Nothing else under graft.model does; a new version of either is checked against this one file.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, TypeVar
+
+from torch import nn
+from torch._ops import OpOverload
+from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
+
+__all__ = [
+    "OpOverload",
+    "arguments_of",
+    "attention_of",
+    "initialise",
+    "name_of",
+    "tree_leaves",
+    "with_child",
+]
+# OpOverload is what a checkpointing policy is called with, and has no public name. tree_leaves
+# finds the tensors in whatever an operation returns.
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def name_of(op: OpOverload) -> str:
+    """Return an operation's name, as 'aten::mm', without that of its overload.
+
+    The public name has both, joined by a dot, which a name may hold itself.
+    """
+    return str(op._schema.name)
+
+
+def arguments_of(op: OpOverload) -> list[Any]:
+    """Return an operation's arguments in order, each with `name` and `default_value`.
+
+    A policy gets positional and named ones, and there is no other list of what they are called.
+    """
+    return list(op._schema.arguments)
+
+
+def attention_of(model: PreTrainedModel) -> str | None:
+    """Return the name of a model's attention, for which there is a public setter alone."""
+    return model.config._attn_implementation
+
+
+def initialise(model: PreTrainedModel, module: nn.Module) -> None:
+    """Compute a module's tensors as Transformers does when it builds the model.
+
+    No file holds rotary frequencies and their like, and each family knows its own; the public way
+    draws all modules of the model anew.
+    """
+    model._init_weights(module)
+
+
+def with_child(model: Model, name: str, child: nn.Module) -> Model:
+    """Return a shallow copy of a model with another child, which the model itself does not get.
+
+    A copy shares its dictionary of children with the model, and to set one would change both.
+    """
+    changed = copy.copy(model)
+    changed._modules = {**model._modules, name: child}
+    return changed
