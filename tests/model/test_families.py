@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from graft.formats.registry import make_format
 from graft.model.decoder_layers import by_decoder_layer, decoder_layer_of
-from graft.model.families import FAMILIES, Family, family_of
+from graft.model.families import FAMILIES, Architecture, Family, exported, family_of
 from graft.model.running.pointwise import own_norms
 
 
@@ -69,3 +69,16 @@ def test_layers_outside_are_groups_by_themselves(family, load) -> None:
     assert [len(inside) for inside in grouped.values()][-1] == 1
     assert list(grouped)[-1] == "lm_head"
     assert sum(grouped.values(), []) == names
+
+
+@pytest.mark.parametrize("target", ["gguf", "mlx", "graph"])
+def test_what_a_target_computes_for_a_family_is_in_its_row(target, monkeypatch) -> None:
+    known = exported(target)
+    assert list(known) == [name for name, row in FAMILIES.items() if target in row.exports]
+    assert target != "gguf" or all(FAMILIES[name].gguf for name in known)
+    assert target != "mlx" or all(FAMILIES[name].in_mlx for name in known)
+    for name, architecture in known.items():
+        config = CONFIG_MAPPING[name]()
+        assert all(hasattr(config, setting) for setting in architecture.settings)
+    monkeypatch.setitem(FAMILIES, "toy", Family(model_type="toy", exports={target: Architecture()}))
+    assert "toy" in exported(target)

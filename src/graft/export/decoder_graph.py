@@ -15,17 +15,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graft.export.layers import Architecture, activation, require_finite
+from graft.export.layers import activation, require_finite
 from graft.formats.int_group import IntGroupFormat
 from graft.layers.frozen import FrozenLinear
+from graft.model.families import family_of
 from graft.model.gguf.layout import head_dim
 
 Node = Any
 """A value in the graph of whatever runtime."""
 Size = int | Node
-
-_SILU_OR_TANH = Architecture(("silu", "gelu_pytorch_tanh"))
-ARCHITECTURES = {name: _SILU_OR_TANH for name in ("llama", "mistral", "qwen2", "qwen3", "gemma")}
 
 
 class GraphOps(Protocol):
@@ -106,7 +104,7 @@ class DecoderGraph:
         self._model, self._ops, self._config = model, ops, config
         self._heads, self._width = int(config.num_attention_heads), head_dim(config)
         self._groups = int(config.num_key_value_heads)
-        self._gemma = config.model_type == "gemma"
+        self._family = family_of(config)
 
     def build(self) -> None:
         """Add every operation, from the ids to the logits."""
@@ -115,11 +113,11 @@ class DecoderGraph:
         mask = ops.ids("attention_mask", ("batch", "total"))
         positions = ops.ids("position_ids", ("batch", "tokens"))
         self._tokens, self._total = ops.size(ids, 1), ops.size(mask, 1)
-        window = self._config.sliding_window if self._config.model_type == "mistral" else None
+        window = self._config.sliding_window if self._family.windowed else None
         self._visible = ops.visible(mask, self._tokens, self._total, window)
         self._cos, self._sin = self._rotary(positions, decoder.get_submodule("rotary_emb"))
         hidden = ops.rows("model.embed_tokens", self._embedding(), ids)
-        if self._gemma:
+        if self._family.scales_embeddings:
             scale = torch.tensor(float(self._config.hidden_size) ** 0.5)
             hidden = ops.multiply(hidden, ops.constant("embedding_scale", scale))
         layers = list(decoder.get_submodule("layers").children())
@@ -224,11 +222,12 @@ class DecoderGraph:
         return ops.multiply(half, ops.add(ops.unary("tanh", inner), number(1.0)))
 
     def _norm(self, x: Node, module: nn.Module, name: str) -> Node:
-        """Return x / sqrt(mean(x²) + eps) times the weight, or 1 + weight in Gemma."""
+        """Return x / sqrt(mean(x²) + eps) times the weight, or 1 + weight as the family has it."""
         ops = self._ops
         eps = getattr(module, "variance_epsilon", None) or module.eps
         mean = ops.add(ops.mean_square(x), ops.constant("eps", torch.tensor(float(eps))))  # type: ignore[arg-type]
-        weight = module.get_parameter("weight").detach().float() + (1.0 if self._gemma else 0.0)
+        added = 1.0 if self._family.norms_add_one else 0.0
+        weight = module.get_parameter("weight").detach().float() + added
         normed = ops.multiply(x, ops.reciprocal_root(mean))
         return ops.multiply(normed, ops.constant(f"{name}.weight", weight))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import torch
@@ -17,20 +17,10 @@ from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.kernels.packed.planes import PLANES, unpack_codes
 from graft.layers.frozen import FrozenLinear
+from graft.model.families import Architecture
 
 _CACHED = 1 << 18
 """Bytes of codes that are moved at a time, with room for a few temporaries in a core's cache."""
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """What a target computes for a model_type, whatever else its configuration may ask for."""
-
-    activations: tuple[str, ...] = ("silu",)
-    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
-    partial_rotary: bool = False
-    settings: Mapping[str, bool] = field(default_factory=dict)
-    """Switches of the configuration that the target does not read, as it takes them to be."""
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,19 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 
+@dataclass(frozen=True)
+class Architecture:
+    """What an export target computes for a family, whatever else its configuration may ask for."""
+
+    activations: tuple[str, ...] = ("silu",)
+    rope_types: tuple[str, ...] = ("default", "linear", "llama3")
+    partial_rotary: bool = False
+    settings: Mapping[str, bool] = field(default_factory=dict)
+    """Switches of the configuration that the target does not read, as it takes them to be."""
+    note: str = ""
+    """What it computes a little differently, in words."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class GgufLayout:
     """How a family's weights lie in a GGUF file, and what llama.cpp calls its settings."""
@@ -34,6 +47,12 @@ class GgufLayout:
     """Switches of its configuration, each by the layer whose bias says that it is on."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """What its configuration holds and a file does not say."""
+    epsilon: str = "rms_norm_eps"
+    """The setting with the norms' epsilon: of an RMSNorm, or of a LayerNorm."""
+    feed_forward: str = "intermediate_size"
+    """The setting with the width of the MLP, which is four times the model's where it is None."""
+    rotary: bool = True
+    """Its positions are rotary, not learned."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +72,10 @@ class Family:
     """Class of the model, where the native kernels decode it: Llama's modules and names."""
     norms_add_one: bool = False
     """Its norms multiply by 1 + weight."""
+    scales_embeddings: bool = False
+    """It multiplies embeddings by sqrt(hidden_size)."""
+    windowed: bool = False
+    """Its `sliding_window`, where it is no None, bounds how far attention looks back."""
     multi_query: bool = False
     """Its keys and values have one head, unless `multi_query` or `new_decoder_architecture` of its
     configuration say otherwise, as in Falcon."""
@@ -60,7 +83,17 @@ class Family:
     """mlx-lm takes its modules and weights from Transformers unchanged."""
     gguf: GgufLayout | None = None
     """None: llama.cpp's form of it is not known here."""
+    exports: Mapping[str, Architecture] = field(default_factory=dict)
+    """What each target computes for it, by the target's name; 'graph' is the decoder of plain
+    operations that ONNX Runtime and OpenVINO share."""
 
+
+_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+"""Names of GELU's approximation by tanh."""
+_GELU = (*_TANH, "gelu")
+_GRAPH = Architecture(("silu", "gelu_pytorch_tanh"))
+_UNSCALED = ("default", "linear")
+_ALL = {"gguf": Architecture(), "mlx": Architecture(), "graph": _GRAPH}
 
 _ROWS = (
     Family(
@@ -76,6 +109,7 @@ _ROWS = (
             paired_rotary=True,
             bias_settings={"attention_bias": "attn_q", "mlp_bias": "ffn_gate"},
         ),
+        exports=_ALL,
     ),
     Family(
         model_type="mistral",
@@ -83,8 +117,10 @@ _ROWS = (
         norm="MistralRMSNorm",
         gate="MistralMLP",
         decoder="MistralForCausalLM",
+        windowed=True,
         in_mlx=True,
         gguf=GgufLayout(architecture="llama", paired_rotary=True),
+        exports=_ALL,
     ),
     Family(
         model_type="qwen2",
@@ -94,6 +130,7 @@ _ROWS = (
         decoder="Qwen2ForCausalLM",
         in_mlx=True,
         gguf=GgufLayout(architecture="qwen2", read=True, optional_head_dim=True),
+        exports=_ALL | {"gguf": Architecture(rope_types=_UNSCALED)},
     ),
     Family(
         model_type="qwen3",
@@ -104,29 +141,81 @@ _ROWS = (
         gguf=GgufLayout(
             architecture="qwen3", read=True, bias_settings={"attention_bias": "attn_q"}
         ),
+        exports=_ALL | {"gguf": Architecture(rope_types=_UNSCALED)},
     ),
     Family(
         model_type="gemma",
         plain_attention=True,
         norms_add_one=True,
+        scales_embeddings=True,
         in_mlx=True,
         gguf=GgufLayout(
             architecture="gemma", read=True, settings={"hidden_activation": "gelu_pytorch_tanh"}
         ),
+        exports={
+            "gguf": Architecture(("gelu_pytorch_tanh",), _UNSCALED),
+            "mlx": Architecture(
+                ("gelu_pytorch_tanh",),
+                ("default",),
+                note="mlx-lm computes GELU itself where the model has its approximation by tanh",
+            ),
+            "graph": _GRAPH,
+        },
     ),
-    Family(model_type="gpt2", plain_attention=True, gguf=GgufLayout(architecture="gpt2")),
+    Family(
+        model_type="gpt2",
+        plain_attention=True,
+        gguf=GgufLayout(
+            architecture="gpt2", epsilon="layer_norm_epsilon", feed_forward="n_inner", rotary=False
+        ),
+        exports={
+            "gguf": Architecture(
+                _GELU,
+                ("default",),
+                settings={
+                    "scale_attn_weights": True,
+                    "scale_attn_by_inverse_layer_idx": False,
+                    "add_cross_attention": False,
+                },
+            )
+        },
+    ),
     Family(
         model_type="falcon",
         multi_query=True,
-        gguf=GgufLayout(architecture="falcon", fused_rows="self_attention.query_key_value"),
+        gguf=GgufLayout(
+            architecture="falcon",
+            fused_rows="self_attention.query_key_value",
+            epsilon="layer_norm_epsilon",
+            feed_forward="ffn_hidden_size",
+        ),
+        exports={
+            "gguf": Architecture(
+                _GELU,
+                _UNSCALED,
+                settings={"alibi": False, "parallel_attn": True, "bias": False},
+            )
+        },
     ),
-    Family(model_type="phi", in_mlx=True, gguf=GgufLayout(architecture="phi2")),
+    Family(
+        model_type="phi",
+        in_mlx=True,
+        gguf=GgufLayout(architecture="phi2", epsilon="layer_norm_eps"),
+        exports={
+            "gguf": Architecture(_GELU, _UNSCALED, True, settings={"qk_layernorm": False}),
+            "mlx": Architecture(
+                ("gelu_new",), ("default",), True, settings={"qk_layernorm": False}
+            ),
+        },
+    ),
     Family(
         model_type="phi3",
         plain_attention=True,
         norm="Phi3RMSNorm",
+        windowed=True,
         in_mlx=True,
         gguf=GgufLayout(architecture="phi3"),
+        exports={"gguf": Architecture(rope_types=("default",), partial_rotary=True)},
     ),
     Family(
         model_type="granite",
@@ -160,6 +249,12 @@ FAMILIES = {row.model_type: row for row in _ROWS}
 def family_of(config: PreTrainedConfig) -> Family:
     """Return what is known of a model's family, which may be nothing but its name."""
     return FAMILIES.get(config.model_type) or Family(model_type=config.model_type)
+
+
+def exported(target: str) -> dict[str, Architecture]:
+    """Return what a target computes, by model_type, for the families that it is known for."""
+    rows = FAMILIES.items()
+    return {name: family.exports[target] for name, family in rows if target in family.exports}
 
 
 def is_class(module: object, names: Collection[str]) -> bool:

@@ -7,46 +7,19 @@ from typing import TYPE_CHECKING
 
 import gguf
 
-from graft.export.layers import Architecture, activation, config_problems
-from graft.model.gguf.layout import ROPE_PARAMETERS_KEY, head_dim, key_value_heads
+from graft.export.layers import activation, config_problems
+from graft.model.families import exported, family_of
+from graft.model.gguf.layout import ROPE_PARAMETERS_KEY, gguf_layout, head_dim, key_value_heads
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
-"""Names of the GELU that llama.cpp computes: the approximation by tanh."""
 _ERF = "gelu"
-ARCHITECTURES = {
-    "llama": Architecture(),
-    "mistral": Architecture(),
-    "qwen2": Architecture(rope_types=("default", "linear")),
-    "qwen3": Architecture(rope_types=("default", "linear")),
-    "gemma": Architecture(("gelu_pytorch_tanh",), ("default", "linear")),
-    "gpt2": Architecture(
-        (*_TANH, _ERF),
-        ("default",),
-        settings={
-            "scale_attn_weights": True,
-            "scale_attn_by_inverse_layer_idx": False,
-            "add_cross_attention": False,
-        },
-    ),
-    "falcon": Architecture(
-        (*_TANH, _ERF),
-        ("default", "linear"),
-        settings={"alibi": False, "parallel_attn": True, "bias": False},
-    ),
-    "phi": Architecture(
-        (*_TANH, _ERF), ("default", "linear"), True, settings={"qk_layernorm": False}
-    ),
-    "phi3": Architecture(rope_types=("default",), partial_rotary=True),
-}
-"""What llama.cpp computes for each of gguf_layout's architectures."""
 
 
 def gguf_config_problems(config: PretrainedConfig) -> list[str]:
     """Return every reason why llama.cpp's architecture of that name cannot run this model."""
-    return config_problems(config, "GGUF", ARCHITECTURES)
+    return config_problems(config, "GGUF", exported("gguf"))
 
 
 def gguf_config_notes(config: PretrainedConfig) -> tuple[str, ...]:
@@ -76,29 +49,24 @@ def add_model_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: 
     writer.add_head_count_kv(key_value_heads(config))
     writer.add_key_length(head_dim(config))
     writer.add_value_length(head_dim(config))
-    eps = getattr(config, "rms_norm_eps", None)
-    if eps is not None:
-        writer.add_layer_norm_rms_eps(eps)
+    layout = gguf_layout(config)
+    epsilon = getattr(config, layout.epsilon)
+    if layout.epsilon == "rms_norm_eps":
+        writer.add_layer_norm_rms_eps(epsilon)
     else:
-        phi = config.model_type == "phi"
-        writer.add_layer_norm_eps(config.layer_norm_eps if phi else config.layer_norm_epsilon)
-    if config.model_type != "gpt2":
+        writer.add_layer_norm_eps(epsilon)
+    if layout.rotary:
         _add_rope_metadata(writer, config)
 
 
 def context_length(config: PretrainedConfig) -> int:
     """Return the number of tokens up to which llama.cpp computes what the model does."""
-    windowed = config.model_type in ("mistral", "phi3")
-    window = getattr(config, "sliding_window", None) if windowed else None
+    window = config.sliding_window if family_of(config).windowed else None
     return int(min(config.max_position_embeddings, window or 2**31))
 
 
 def _feed_forward_length(config: PretrainedConfig) -> int:
-    if config.model_type == "gpt2":
-        return int(config.n_inner or 4 * config.hidden_size)
-    if config.model_type == "falcon":
-        return int(config.ffn_hidden_size)
-    return int(config.intermediate_size)
+    return int(getattr(config, gguf_layout(config).feed_forward) or 4 * config.hidden_size)
 
 
 def _add_rope_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:

@@ -11,7 +11,6 @@ import torch
 from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from graft.adapters.adapted import AdaptedLinear
 from graft.errors import GraftError
@@ -20,6 +19,7 @@ from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.layers.frozen import FrozenLinear
+from graft.layers.registry import find_kind
 from graft.model.families import family_of
 from graft.model.gguf.layout import (
     Q4_1_BLOCK,
@@ -169,8 +169,8 @@ def _plan_weight(
     dense: bool,
 ) -> None:
     if not isinstance(module, FrozenLinear):
-        stored = module.get_parameter("weight")
-        weight = stored.T if isinstance(module, Conv1D) else stored
+        held_by, stored = find_kind(module), module.get_parameter("weight")
+        weight = stored if held_by is None else held_by.rows(module, stored)
         # llama.cpp wants vectors (the norms) in float32.
         _plan_float(
             plan, target, weight, order, kind if weight.dim() > 1 else GGMLQuantizationType.F32

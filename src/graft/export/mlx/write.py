@@ -19,7 +19,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from graft.adapters.attach import frozen_layers
 from graft.errors import raise_problems
 from graft.export.layers import (
-    Architecture,
     FolderReport,
     config_problems,
     format_problems,
@@ -34,32 +33,24 @@ from graft.files import new_folder, write_json
 from graft.formats.base import WeightFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.layers.frozen import FrozenLinear
+from graft.model.families import exported
 from graft.model.load import LoadedModel
 from graft.model.save import named_tensors, narrowed, plain_config, write_tokenizer_files
 from graft.model.tensor_file import FileTensor, OnTensor, write_tensor_file
 
-ARCHITECTURES = {
-    "llama": Architecture(),
-    "mistral": Architecture(),
-    "qwen2": Architecture(),
-    "qwen3": Architecture(),
-    "gemma": Architecture(("gelu_pytorch_tanh",), ("default",)),
-    "phi": Architecture(("gelu_new",), ("default",), True, settings={"qk_layernorm": False}),
-}
-"""Whose module names and weights mlx-lm shares with Transformers; it heeds no other setting."""
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (32, 64, 128)
 
 
 def check_mlx_plan(config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
     """Return every reason why a model in that format cannot be exported, before it exists."""
-    problems = config_problems(config, "MLX", ARCHITECTURES)
+    problems = config_problems(config, "MLX", exported("mlx"))
     return problems + format_problems(weight_format, "MLX", BITS, GROUP_SIZES)
 
 
 def check_mlx(model: PreTrainedModel) -> list[str]:
     """Return every reason why this model cannot be exported; reads no weights."""
-    problems = config_problems(model.config, "MLX", ARCHITECTURES)
+    problems = config_problems(model.config, "MLX", exported("mlx"))
     return problems + layer_problems(model, "MLX", BITS, GROUP_SIZES)
 
 
@@ -104,9 +95,8 @@ def _model_notes(config: PretrainedConfig) -> tuple[str, ...]:
             f"the model attends to the last {window} tokens, mlx-lm to all of them: longer texts "
             "get other answers there"
         )
-    if config.model_type == "gemma":
-        notes.append("mlx-lm computes GELU itself where the model has its approximation by tanh")
-    return tuple(notes)
+    note = exported("mlx")[config.model_type].note
+    return (*notes, note) if note else tuple(notes)
 
 
 def _tensors(

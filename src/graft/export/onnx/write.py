@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from graft.errors import raise_problems
-from graft.export.decoder_graph import ARCHITECTURES, DecoderGraph, Node, Size
+from graft.export.decoder_graph import DecoderGraph, Node, Size
 from graft.export.layers import (
     config_problems,
     format_problems,
@@ -30,6 +30,7 @@ from graft.export.layers import (
 from graft.files import new_folder
 from graft.formats.base import WeightFormat
 from graft.layers.frozen import FrozenLinear
+from graft.model.families import exported
 from graft.model.load import LoadedModel
 from graft.model.save import write_model_files
 from graft.model.tensor_file import FileTensor, OnTensor, starts, write_tensors
@@ -45,13 +46,13 @@ _UNARY = {"cos": "Cos", "sin": "Sin", "sigmoid": "Sigmoid", "tanh": "Tanh"}
 
 def check_onnx_plan(config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
     """Return every reason why a model in that format cannot be exported, before it exists."""
-    problems = package_problems("onnx") + config_problems(config, "ONNX", ARCHITECTURES)
+    problems = package_problems("onnx") + config_problems(config, "ONNX", exported("graph"))
     return problems + format_problems(weight_format, "ONNX", BITS, GROUP_SIZES)
 
 
 def check_onnx(model: PreTrainedModel) -> list[str]:
     """Return every reason why this model cannot be exported; reads no weights."""
-    problems = package_problems("onnx") + config_problems(model.config, "ONNX", ARCHITECTURES)
+    problems = package_problems("onnx") + config_problems(model.config, "ONNX", exported("graph"))
     return problems + layer_problems(model, "ONNX", BITS, GROUP_SIZES)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from graft.errors import raise_problems
-from graft.export.decoder_graph import ARCHITECTURES, DecoderGraph, Node, Size
+from graft.export.decoder_graph import DecoderGraph, Node, Size
 from graft.export.layers import (
     FolderReport,
     config_problems,
@@ -40,6 +40,7 @@ from graft.files import new_folder, replacing
 from graft.formats.base import WeightFormat
 from graft.formats.int_group import GROUP_SIZES
 from graft.layers.frozen import FrozenLinear
+from graft.model.families import exported
 from graft.model.load import LoadedModel
 from graft.model.save import write_model_files
 from graft.model.tensor_file import FileTensor, OnTensor, starts, write_tensors
@@ -57,14 +58,14 @@ _HINT = (
 
 def check_openvino_plan(config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
     """Return every reason why a model in that format cannot be exported, before it exists."""
-    problems = package_problems("openvino") + config_problems(config, "OpenVINO", ARCHITECTURES)
+    problems = package_problems("openvino") + config_problems(config, "OpenVINO", exported("graph"))
     return problems + format_problems(weight_format, "OpenVINO", BITS, GROUP_SIZES)
 
 
 def check_openvino(model: PreTrainedModel) -> list[str]:
     """Return every reason why this model cannot be exported; reads no weights."""
     problems = package_problems("openvino")
-    problems += config_problems(model.config, "OpenVINO", ARCHITECTURES)
+    problems += config_problems(model.config, "OpenVINO", exported("graph"))
     return problems + layer_problems(model, "OpenVINO", BITS, GROUP_SIZES)
 
 
