@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from graft.kernels.backend import native_library
 from graft.kernels.backend.operation import Operation
@@ -63,8 +64,7 @@ def _results(
     call: Callable[..., Any], arguments: tuple[Any, ...], flat: tuple[Any, ...]
 ) -> list[Any]:
     """Return the outputs of a call, and the gradients of their sum."""
-    out = call(*arguments)
-    outputs = list(out) if isinstance(out, tuple | list) else [out]
+    outputs = tree_leaves(call(*arguments))
     inputs = [a for a in flat if isinstance(a, Tensor) and a.requires_grad]
     roots = [one for one in outputs if one.requires_grad]
     if not inputs:

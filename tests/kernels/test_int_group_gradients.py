@@ -8,7 +8,7 @@ from torch import Tensor
 
 from graft.kernels.frozen import ops
 from graft.kernels.packed.planes import pack_codes
-from graft.kernels.packed.weight import Layout, Weight
+from graft.kernels.packed.weight import Layout, Weight, int_group_weight
 
 
 def dense_weight(codes: Tensor, scales: Tensor, offsets: Tensor, group_size: int) -> Tensor:
@@ -27,9 +27,8 @@ def dense_weight(codes: Tensor, scales: Tensor, offsets: Tensor, group_size: int
 def weight_of(
     codes: Tensor, scales: Tensor, offsets: Tensor, bits: int = 4, group_size: int = 8
 ) -> Weight:
-    low, *high = pack_codes(codes, bits)
     layout = Layout("int_group", *codes.shape, bits, group_size)
-    return Weight(layout, (low, high[0] if high else None, scales, offsets))
+    return int_group_weight(pack_codes(codes, bits), scales, offsets, layout)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -25,7 +25,7 @@ from graft.kernels.frozen.reference import nearest_codes, round_once
 from graft.kernels.latent import ops as latent_ops
 from graft.kernels.low_rank import ops as low_rank_ops
 from graft.kernels.moves import ops as affine_ops
-from graft.kernels.packed.planes import PLANES, pack_codes, plane_bytes
+from graft.kernels.packed.planes import PLANES, named_planes, pack_codes, plane_bytes
 from graft.kernels.packed.weight import Layout, Weight
 
 GROUP_SIZES = (8, 16, 32, 64, 128)
@@ -127,12 +127,11 @@ class IntGroupFormat(LatentGrid, OffsetGridFormat):
 
     def pack(self, weight: Tensor) -> dict[str, Tensor]:
         """Round to nearest on the grid from each group's minimum to its maximum."""
-        codes, codes_high, scales, offsets = ops.int_group_quantize(
+        planes, scales, offsets = ops.int_group_quantize(
             weight, self.bits, self.group_size, self._dtype, SMALLEST_SCALE
         )
         _check_finite(scales, offsets, self.statistics)
-        high = {"codes_high": codes_high} if self.bits == 3 else {}
-        return {"codes": codes, **high, "scales": scales, "offsets": offsets}
+        return {**named_planes(planes), "scales": scales, "offsets": offsets}
 
     def kernel_weight(self, packed: Packed, out_features: int, in_features: int) -> Weight:
         """Return the weight as the kernels see it."""
@@ -205,7 +204,7 @@ class IntGroupFormat(LatentGrid, OffsetGridFormat):
         Raises GraftError when the grid is not finite.
         """
         _check_finite(grid["scales"], grid["offsets"], self.statistics)
-        planes = dict(zip(("codes", "codes_high"), pack_codes(codes, self.bits), strict=False))
+        planes = named_planes(pack_codes(codes, self.bits))
         return planes | {"scales": grid["scales"], "offsets": grid["offsets"]}
 
     def with_offsets(self, packed: Packed, codes: Tensor, offsets: Tensor) -> dict[str, Tensor]:
@@ -243,7 +242,7 @@ class IntGroupFormat(LatentGrid, OffsetGridFormat):
         return self._rounded(latent_ops.kept_weight(kept), grid, update)
 
     def _rounded(self, weight: Tensor, grid: Packed, update: LowRank | None) -> dict[str, Tensor]:
-        codes, codes_high = latent_ops.latent_codes(
+        planes = latent_ops.latent_codes(
             weight,
             grid["scales"],
             grid["offsets"],
@@ -251,8 +250,7 @@ class IntGroupFormat(LatentGrid, OffsetGridFormat):
             self.bits,
             self.group_size,
         )
-        high = {"codes_high": codes_high} if self.bits == 3 else {}
-        return {"codes": codes, **high, **self.pack_grid(grid)}
+        return {**named_planes(planes), **self.pack_grid(grid)}
 
     def latent_linear(
         self,

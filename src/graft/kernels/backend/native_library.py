@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.machinery
+from collections.abc import Sequence
 from functools import cache
 from operator import is_
 from pathlib import Path
@@ -122,6 +123,12 @@ def call(name: str, *arguments: Any) -> None:
 def address(tensor: Tensor | None) -> int | None:
     """Return where a tensor's numbers lie."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def plane_addresses(planes: Sequence[Tensor]) -> tuple[int | None, int | None]:
+    """Return where the low and the high plane of codes lie; only 3-bit codes have a high one."""
+    low, high, *_ = (*planes, None)
+    return address(low), address(high)
 
 
 class Prepared(NamedTuple):

@@ -18,6 +18,7 @@ from graft.kernels.backend.native_library import (
     address,
     call,
     library,
+    plane_addresses,
     prepared,
     why_unavailable,
 )
@@ -133,13 +134,13 @@ def int_group_grad_statistics(
 @native.implements("int_group_quantize")
 def int_group_quantize(
     weight: Tensor, bits: int, group_size: int, statistics: torch.dtype, smallest_scale: float
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Round to nearest between each group's minimum and maximum."""
     if weight.dtype not in COMPUTE:
         weight = weight.float()
     matrix = weight.contiguous()
     rows, columns = matrix.shape
-    codes, codes_high = empty_planes(matrix, bits)
+    planes = empty_planes(matrix, bits)
     shape = rows, -(-columns // group_size)
     scales, offsets = (matrix.new_empty(shape, dtype=statistics) for _ in range(2))
     status = library().graft_int_group_quantize(
@@ -148,14 +149,15 @@ def int_group_quantize(
         *(rows, columns, bits, group_size),
         DTYPES[statistics],
         smallest_scale,
-        *(address(codes), address(codes_high), address(scales), address(offsets)),
+        *plane_addresses(planes),
+        *(address(scales), address(offsets)),
         torch.get_num_threads(),
     )
     if status < 0:
         raise MemoryError("graft's native kernel int_group_quantize found no memory")
     if status > 0:
         scales.fill_(float("nan"))
-    return codes, codes_high, scales, offsets
+    return planes, scales, offsets
 
 
 # codebook: w = codebook[code] * absmax -----------------------------------------------------------

@@ -15,7 +15,7 @@ from torch import Tensor
 import graft.kernels.backends  # noqa: F401  (registers them)
 from graft.kernels.backend.operation import Operation
 from graft.kernels.backend.registry import implementation
-from graft.kernels.packed.planes import PLANES, plane_bytes
+from graft.kernels.packed.planes import empty_planes
 from graft.kernels.packed.weight import (
     NESTED_BLOCK_SIZE,
     Weight,
@@ -140,34 +140,25 @@ def _(grad: Tensor, x: Tensor, group_size: int) -> Tensor:
 @Operation
 def int_group_quantize(
     weight: Tensor, bits: int, group_size: int, statistics: torch.dtype, smallest_scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (codes, codes_high, scales, offsets) of a weight, rounded to nearest in each group.
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Return (planes, scales, offsets) of a weight, rounded to nearest in each group.
 
-    codes_high is empty unless bits is 3. Where the weight or its statistics are not finite, so is
-    at least one of the scales and offsets.
+    Where the weight or its statistics are not finite, so is at least one of the scales and offsets.
     """
     compute = implementation("int_group_quantize", weight.device)
-    codes, codes_high, scales, offsets = compute(
-        weight, bits, group_size, statistics, smallest_scale
-    )
-    if codes_high is None:
-        codes_high = codes.new_empty((codes.shape[0], 0))
-    return codes, codes_high, scales, offsets
+    out: tuple[list[Tensor], Tensor, Tensor]
+    out = compute(weight, bits, group_size, statistics, smallest_scale)
+    return out
 
 
 @int_group_quantize.register_fake
 def _(
     weight: Tensor, bits: int, group_size: int, statistics: torch.dtype, smallest_scale: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     rows, columns = weight.shape
-    planes = [plane_bytes(plane, columns) for plane in PLANES[bits]]
-    low, high = planes[0], planes[1] if len(planes) > 1 else 0
-    codes, codes_high = (
-        weight.new_empty((rows, width), dtype=torch.uint8) for width in (low, high)
-    )
     shape = rows, -(-columns // group_size)
     scales, offsets = (weight.new_empty(shape, dtype=statistics) for _ in range(2))
-    return codes, codes_high, scales, offsets
+    return empty_planes(weight, bits), scales, offsets
 
 
 # codebook (nf4, fp4): w = codebook[code] * absmax ------------------------------------------------

@@ -54,7 +54,7 @@ def _read_dense(weight: Weight, dtype: torch.dtype) -> Tensor:
 def _codes(weight: Weight) -> Tensor:
     """Return an int group weight's codes uint8 [out_features, in_features]."""
     layout = weight.layout
-    planes = tuple(plane for plane in weight.tensors[:2] if plane is not None)
+    planes = [plane for plane in weight.tensors[:2] if plane is not None]
     return unpack_codes(planes, layout.bits, layout.in_features)
 
 
@@ -123,7 +123,7 @@ def int_group_grad_offsets(grad: Tensor, x: Tensor, group_size: int) -> Tensor:
 @reference.implements("int_group_quantize")
 def int_group_quantize(
     weight: Tensor, bits: int, group_size: int, statistics: torch.dtype, smallest_scale: float
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     """Round to nearest between each group's minimum and maximum."""
     pieces = []
     # Row pieces keep the float32 temporaries small beside the weight.
@@ -133,13 +133,12 @@ def int_group_quantize(
         grouped = _in_groups(values, group_size)
         codes = nearest_codes(grouped, scales.float()[..., None], offsets.float()[..., None], bits)
         codes = codes.flatten(-2)[:, : values.shape[1]]
-        planes = pack_codes(codes, bits)
-        pieces.append((planes[0], planes[1] if len(planes) > 1 else None, scales, offsets))
+        pieces.append((pack_codes(codes, bits), scales, offsets))
     if len(pieces) == 1:
         return pieces[0]
-    low, high, all_scales, all_offsets = zip(*pieces, strict=True)
-    codes_high = None if high[0] is None else torch.cat(high)
-    return torch.cat(low), codes_high, torch.cat(all_scales), torch.cat(all_offsets)
+    all_planes, all_scales, all_offsets = zip(*pieces, strict=True)
+    planes = [torch.cat(plane) for plane in zip(*all_planes, strict=True)]
+    return planes, torch.cat(all_scales), torch.cat(all_offsets)
 
 
 def fit_groups(

@@ -7,7 +7,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from graft.kernels.backend.native_library import COMPUTE, DTYPES, address, call
+from graft.kernels.backend.native_library import COMPUTE, DTYPES, address, call, plane_addresses
 from graft.kernels.frozen.native import native
 from graft.kernels.latent import reference
 from graft.kernels.packed.planes import empty_planes
@@ -44,15 +44,15 @@ def _computes(latent: Latent) -> bool:
 
 
 @native.implements("latent_codes")
-def latent_codes(latent: Latent) -> tuple[Tensor, Tensor | None]:
+def latent_codes(latent: Latent) -> list[Tensor]:
     """Round the latent weight to packed codes, row by row."""
     if not _computes(latent):
         return reference.latent_codes(latent)
-    codes, high = empty_planes(latent.weight, latent.bits)
+    planes = empty_planes(latent.weight, latent.bits)
     struct, alive = _struct(latent)
-    call("latent_codes", ctypes.byref(struct), address(codes), address(high))
+    call("latent_codes", ctypes.byref(struct), *plane_addresses(planes))
     del alive
-    return codes, high
+    return planes
 
 
 @native.implements("latent_grads")

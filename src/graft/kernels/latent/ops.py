@@ -21,7 +21,14 @@ from graft.kernels.frozen.ops import dequantize, grad_input
 from graft.kernels.low_rank.ops import token_product
 from graft.kernels.moves.ops import moved_weight
 from graft.kernels.packed.planes import BLOCK, empty_planes
-from graft.kernels.packed.weight import Latent, Layout, Weight, save_weight, saved_weight
+from graft.kernels.packed.weight import (
+    Latent,
+    Layout,
+    Weight,
+    int_group_weight,
+    save_weight,
+    saved_weight,
+)
 
 
 @Operation
@@ -34,15 +41,16 @@ def latent_codes(
     scaling: float,
     bits: int,
     group_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Return the packed (codes, codes_high) of a latent weight [out_features, in_features].
+) -> list[Tensor]:
+    """Return the packed planes of a latent weight [out_features, in_features].
 
     Float32 throughout: the terms of B A are added in their order, so that every backend rounds the
-    same numbers. codes_high is empty unless bits is 3.
+    same numbers.
     """
     compute = implementation("latent_codes", weight.device)
-    codes, high = compute(Latent(weight, scales, offsets, A, B, scaling, bits, group_size))
-    return codes, codes.new_empty(0) if high is None else high
+    planes: list[Tensor]
+    planes = compute(Latent(weight, scales, offsets, A, B, scaling, bits, group_size))
+    return planes
 
 
 @latent_codes.register_fake
@@ -55,9 +63,8 @@ def _(
     scaling: float,
     bits: int,
     group_size: int,
-) -> tuple[Tensor, Tensor]:
-    codes, high = empty_planes(weight, bits)
-    return codes, codes.new_empty(0) if high is None else high
+) -> list[Tensor]:
+    return empty_planes(weight, bits)
 
 
 @Operation
@@ -117,14 +124,14 @@ def kept_weight(weight: Weight) -> Tensor:
 def _rounded(
     weight: Weight,
     latent: Latent,
-    planes: tuple[Tensor, Tensor | None],
+    planes: list[Tensor],
     u: Tensor | None,
     v: Tensor | None,
 ) -> Weight:
     """Return the int group weight of a latent weight's codes, on the grid moved by u and v."""
     shape = weight.layout.out_features, weight.layout.in_features
     layout = Layout("int_group", *shape, latent.bits, latent.group_size)
-    rounded = Weight(layout, (*planes, latent.scales, latent.offsets))
+    rounded = int_group_weight(planes, latent.scales, latent.offsets, layout)
     if u is None or v is None:
         return rounded
     return moved_weight(rounded, u.detach(), v.detach())
@@ -187,9 +194,7 @@ def _latent_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     latent = Latent(kept, scales, offsets, A, B, ctx.scaling, ctx.bits, ctx.group_size)
     grad, grad_x = grad.contiguous(), None
     if ctx.needs_input_grad[0]:
-        codes, high = latent_codes(*latent)
-        planes = codes, high if ctx.bits == 3 else None
-        grad_x = grad_input(grad, _rounded(weight, latent, planes, u, v))
+        grad_x = grad_input(grad, _rounded(weight, latent, latent_codes(*latent), u, v))
     grad_weight, grad_u, grad_v = latent_grads(token_product(grad, x), *latent)
     grad_A = (B.T @ grad_weight) * ctx.scaling
     grad_B = (grad_weight @ A.T) * ctx.scaling

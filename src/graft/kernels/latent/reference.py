@@ -27,11 +27,10 @@ def _steps(latent: Latent) -> Tensor:
 
 
 @reference.implements("latent_codes")
-def latent_codes(latent: Latent) -> tuple[Tensor, Tensor | None]:
+def latent_codes(latent: Latent) -> list[Tensor]:
     """Round the latent weight to codes and pack them."""
     codes = _steps(latent).round_().clamp_(0, (1 << latent.bits) - 1).to(torch.uint8)
-    planes = pack_codes(codes, latent.bits)
-    return planes[0], planes[1] if len(planes) > 1 else None
+    return pack_codes(codes, latent.bits)
 
 
 @reference.implements("latent_grads")

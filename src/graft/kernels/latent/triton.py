@@ -35,19 +35,21 @@ def _operands(latent: Latent) -> tuple[tuple[Tensor | None, ...], int, dict[str,
 
 
 @triton.implements("latent_codes")
-def latent_codes(latent: Latent) -> tuple[Tensor, Tensor | None]:
+def latent_codes(latent: Latent) -> list[Tensor]:
     """Round the latent weight to packed codes."""
     if not _computes(latent):
         return reference.latent_codes(latent)
     rows, columns = latent.weight.shape
-    codes, high = empty_planes(latent.weight, latent.bits)
+    planes = empty_planes(latent.weight, latent.bits)
     tensors, rank, constants = _operands(latent)
     blocks = tiles(columns, BLOCK)
     sizes = rows, columns, latent.scales.shape[1], blocks, rank
     constants |= {"PLANE": PLANES[latent.bits][0], "ROWS": 4, "BLOCKS": 16}
     grid = tiles(rows, 4), tiles(blocks, 16)
+    codes, high, *_ = (*planes, None)
+    assert codes is not None
     launch("latent_codes", grid, codes, high, *tensors, *sizes, **constants)
-    return codes, high
+    return planes
 
 
 @triton.implements("latent_grads")

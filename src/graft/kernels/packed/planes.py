@@ -11,10 +11,14 @@ in planes, so that every width unpacks with the same few instructions:
 - 1-bit plane: bit j of the block's little-endian 32-bit word is code j (4 bytes): two AVX-512 mask
   registers, or one CUDA word.
 
-3-bit codes are a 2-bit plane (low bits) and a 1-bit plane (high bit).
+3-bit codes are a 2-bit plane (low bits) and a 1-bit plane (high bit); all others are one plane.
+Planes are a list, low bits first, or, where each has a place of its own, None for one that is not
+there.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -29,17 +33,21 @@ def plane_bytes(plane_bits: int, columns: int) -> int:
     return -(-columns // BLOCK) * BLOCK * plane_bits // 8
 
 
-def empty_planes(like: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
-    """Return room, uninitialised, for the packed codes of a matrix: (codes, codes_high or None)."""
+def named_planes(planes: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Return planes under the names of their packed tensors: codes, and for 3 bits codes_high."""
+    return dict(zip(("codes", "codes_high"), planes, strict=False))
+
+
+def empty_planes(like: Tensor, bits: int) -> list[Tensor]:
+    """Return room, uninitialised, for the packed codes of a matrix."""
     rows, columns = like.shape
-    low, *high = (
+    return [
         like.new_empty((rows, plane_bytes(plane, columns)), dtype=torch.uint8)
         for plane in PLANES[bits]
-    )
-    return low, high[0] if high else None
+    ]
 
 
-def pack_codes(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
+def pack_codes(codes: Tensor, bits: int) -> list[Tensor]:
     """Pack codes uint8 [rows, columns] into planes, each uint8 [rows, bytes] and contiguous."""
     rows, columns = codes.shape
     padded = torch.nn.functional.pad(codes.contiguous(), (0, -columns % BLOCK))
@@ -49,10 +57,10 @@ def pack_codes(codes: Tensor, bits: int) -> tuple[Tensor, ...]:
         values = (blocks >> shift) & ((1 << plane_bits) - 1)
         planes.append(_pack_plane(values, plane_bits).reshape(rows, -1))
         shift += plane_bits
-    return tuple(planes)
+    return planes
 
 
-def unpack_codes(planes: tuple[Tensor, ...], bits: int, columns: int) -> Tensor:
+def unpack_codes(planes: Sequence[Tensor], bits: int, columns: int) -> Tensor:
     """Unpack planes, each uint8 [rows, bytes], into codes uint8 [rows, columns]."""
     rows = planes[0].shape[0]
     codes, shift = None, 0

@@ -95,6 +95,14 @@ def dense_weight(tensor: Tensor) -> Weight:
     return Weight(Layout("dense", *tensor.shape), (tensor,))
 
 
+def int_group_weight(
+    planes: Sequence[Tensor], scales: Tensor, offsets: Tensor, layout: Layout
+) -> Weight:
+    """Return the weight of packed codes and their statistics."""
+    codes, codes_high, *_ = (*planes, None)
+    return Weight(layout, (codes, codes_high, scales, offsets))
+
+
 def weight_of(layout: str, *tensors: Tensor | None) -> Weight:
     """Return the weight that an operator's arguments stand for: its layout's word, its tensors."""
     parsed = Layout.parse(layout)
