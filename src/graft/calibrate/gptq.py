@@ -68,7 +68,8 @@ def gptq_pack(
         for j in range(start, stop):
             column = columns[j]
             values[column] = rows[j]
-            codes[column], rounded = weight_format.round_column(rows[j].float(), grid, column)
+            place = column, len(columns)
+            codes[column], rounded = weight_format.round_column(rows[j].float(), grid, *place)
             errors[j - start] = (rows[j] - rounded) / factor[j, j]
             rows[j + 1 : stop].addr_(factor[j, j + 1 : stop], errors[j - start], alpha=-1)
         rows[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)

@@ -141,8 +141,13 @@ class GridFormat(WeightFormat):
         """
 
     @abstractmethod
-    def round_column(self, values: Tensor, grid: Packed, column: int) -> tuple[Tensor, Tensor]:
-        """Round values float32 [out_features]; returns (codes uint8, rounded values float32)."""
+    def round_column(
+        self, values: Tensor, grid: Packed, column: int, columns: int
+    ) -> tuple[Tensor, Tensor]:
+        """Round one of `columns` columns; returns (codes uint8, rounded values float32).
+
+        values: float32 [out_features].
+        """
 
     @abstractmethod
     def refit_grid(

@@ -86,18 +86,19 @@ class CodebookFormat(LatentGrid):
     # What a solver needs ---------------------------------------------------------------------
 
     def fit_grid(self, weight: Tensor, importance: Tensor) -> dict[str, Tensor]:
-        """Return absmax float32 [blocks], also as it will be stored, and the weight's shape."""
+        """Return absmax float32 [blocks], and as it will be stored."""
         _, largest = ops.codebook_quantize(weight.float().contiguous(), self.name, BLOCK_SIZE)
         values = codebook(self.name).to(weight.device).sort().values
         absmax = fit_absmax(weight, importance, largest, values, BLOCK_SIZE)
         packed = self._pack_absmax(absmax)
         stored = plain_absmax(packed["absmax"], *self._nested(packed))
-        return {"absmax": absmax, "stored_absmax": stored, "shape": torch.tensor(weight.shape)}
+        return {"absmax": absmax, "stored_absmax": stored}
 
-    def round_column(self, values: Tensor, grid: Packed, column: int) -> tuple[Tensor, Tensor]:
+    def round_column(
+        self, values: Tensor, grid: Packed, column: int, columns: int
+    ) -> tuple[Tensor, Tensor]:
         """Round values float32 [out_features] of one column to the nearest representable ones."""
-        rows, columns = grid["shape"].tolist()
-        flat_index = torch.arange(rows, device=values.device) * columns + column
+        flat_index = torch.arange(len(values), device=values.device) * columns + column
         absmax = grid["stored_absmax"][flat_index // BLOCK_SIZE]
         bounds, code_of_rank = quantisation_bounds(self.name)
         normalised = values / absmax.clamp(min=1e-38)

@@ -179,7 +179,9 @@ class IntGroupFormat(LatentGrid, OffsetGridFormat):
         _check_finite(scales, offsets, self.statistics)
         return {"scales": scales, "offsets": offsets}
 
-    def round_column(self, values: Tensor, grid: Packed, column: int) -> tuple[Tensor, Tensor]:
+    def round_column(
+        self, values: Tensor, grid: Packed, column: int, columns: int
+    ) -> tuple[Tensor, Tensor]:
         """Round values float32 [out_features] of one column to the nearest representable ones."""
         group = column // self.group_size
         scales, offsets = grid["scales"][:, group].float(), grid["offsets"][:, group].float()

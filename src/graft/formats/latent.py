@@ -212,9 +212,11 @@ class LatentFormat(GridFormat):
         """Return the statistics that suit the codes best, as the grid's own format does."""
         return self.grid.refit_grid(grid, codes, weight, hessian)
 
-    def round_column(self, values: Tensor, grid: Packed, column: int) -> tuple[Tensor, Tensor]:
+    def round_column(
+        self, values: Tensor, grid: Packed, column: int, columns: int
+    ) -> tuple[Tensor, Tensor]:
         """Round values of one column as the grid's own format does."""
-        return self.grid.round_column(values, grid, column)
+        return self.grid.round_column(values, grid, column, columns)
 
     def pack_codes(self, codes: Tensor, grid: Packed, values: Tensor) -> dict[str, Tensor]:
         """Keep the values that were rounded, each within the range that rounds to its code.
