@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported, so set before it is
@@ -24,6 +25,14 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_plots() -> Iterator[None]:
+    """Leave out the PNG of each run: it takes longer than to train these models."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graft.api.run.report.plot_loss", lambda history, path, title: None)
+        yield
 
 
 def _shared(kind: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -91,14 +90,6 @@ def configured(tiny_base: Path, rows: Path, out: Path, **changes: object) -> Com
         "max_new_tokens": 4,
     }
     return CompareConfig(**{**settings, **changes})  # type: ignore[arg-type]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _no_plots() -> Iterator[None]:
-    """Leave out the PNG of each run: it takes longer than to train these models."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("graft.api.run.report.plot_loss", lambda history, path, title: None)
-        yield
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ from graft.objectives.next_token import NEXT_TOKEN
 from graft.optimizers.adamw import ADAMW
 from graft.train.config import LoopConfig
 from graft.train.loop import TrainingTask, read_metrics, train
+from graft.train.plots import plot_loss
 
 
 def settings(base: Path, rows: Path, out: Path, **changes: object) -> graft.TrainConfig:
@@ -231,7 +232,8 @@ def test_checkpointing_is_picked_by_the_plan(tiny_base, rows, tmp_path, monkeypa
     assert report.checkpointing in (run / "report.md").read_text()
 
 
-def test_reports_and_metrics(tiny_base, rows, tmp_path):
+def test_reports_and_metrics(tiny_base, rows, tmp_path, monkeypatch):
+    monkeypatch.setattr("graft.api.run.report.plot_loss", plot_loss)
     run = tmp_path / "run"
     report = graft.finetune(settings(tiny_base, rows, run, method="qalora", eval_every=2))
     stored = json.loads((run / "report.json").read_text())
