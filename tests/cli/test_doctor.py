@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,8 +15,9 @@ from graft.api import doctor
 from graft.api.doctor import diagnose
 from graft.cli.main import main
 from graft.kernels.backend import native_library
+from graft.kernels.backend.native_library import native
+from graft.kernels.backend.reference import reference
 from graft.kernels.backend.registry import backends, implementation
-from graft.kernels.frozen.native import native
 
 SECTIONS = ["versions", "kernels", "processor", "memory", "gpu", "extras"]
 
@@ -75,6 +77,16 @@ def test_what_a_backend_leaves_to_another(monkeypatch) -> None:
     expected = f"native for {len(operations) - len(left)} operations, reference for {len(left)}"
     assert "pool" in left
     assert diagnose()["kernels"]["on cpu"] == expected
+
+
+def test_every_operation_that_is_implemented_is_counted(monkeypatch) -> None:
+    monkeypatch.setattr(native_library, "_load", lambda: None)
+    monkeypatch.setattr(doctor, "instructions", lambda: "any")
+    monkeypatch.delitem(native.operations, "pool")
+    counts = re.findall(r"for (\d+)", diagnose()["kernels"]["on cpu"])
+    assert sum(map(int, counts)) == len(reference.operations)
+    families = ("attention", "linear", "latent_codes", "lora_linear", "move_scaled", "rms_norm")
+    assert set(families) <= set(reference.operations)
 
 
 def test_another_device_has_its_own_backend(monkeypatch) -> None:

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
+import importlib
+import pkgutil
+from pathlib import Path
+
 import pytest
 import torch
 
-from graft.kernels.attention import ops as attention_ops
+import graft.kernels as kernels
 from graft.kernels.backend import registry
 from graft.kernels.backend.operation import Operation
+from graft.kernels.backend.reference import reference
 from graft.kernels.backend.registry import Backend, backends, implementation, register_backend
-from graft.kernels.frozen import ops
-from graft.kernels.latent import ops as latent_ops
-from graft.kernels.low_rank import ops as low_rank_ops
-from graft.kernels.moves import ops as affine_ops
-from graft.kernels.pointwise import ops as pointwise_ops
+from graft.kernels.low_rank import reference as low_rank_reference
+from graft.kernels.moves import reference as moves_reference
+from graft.kernels.packed.weight import Layout, Weight
 
 CPU = torch.device("cpu")
 
@@ -60,23 +63,55 @@ def test_a_name_is_registered_once() -> None:
         add("one", 2, "")
 
 
+def declared() -> dict[str, Operation]:
+    """Return every operation that any module of the kernels declares."""
+    found = {}
+    for module in pkgutil.walk_packages(kernels.__path__, kernels.__name__ + "."):
+        if module.name.endswith("triton_kernels") or "._native" in module.name:
+            continue  # which need triton, or are no Python
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, Operation):
+                found[value.name] = value
+    return found
+
+
+# An adapted layer's operation that is made of others needs no implementation of its own.
+COMPOSED = {
+    "affine_linear",
+    "dora_norms",
+    "latent_linear",
+    "qalora_grid_linear",
+    "qalora_linear",
+}
+
+
 def test_the_reference_backend_implements_every_operation() -> None:
-    (reference,) = (backend for backend in backends() if backend.name == "reference")
-    declared = {
-        name
-        for module in (
-            affine_ops,
-            latent_ops,
-            ops,
-            low_rank_ops,
-            attention_ops,
-            pointwise_ops,
-        )
-        for name, value in vars(module).items()
-        if isinstance(value, Operation)
-    }
-    # An adapted layer's operation that is made of others needs no implementation of its own.
-    composed = {"qalora_linear", "qalora_grid_linear", "affine_linear", "latent_linear"}
-    assert declared - composed == set(reference.operations) - {"pool"}
+    assert set(declared()) - COMPOSED == set(reference.operations) - {"pool"}
     assert reference.device_types is None
     assert reference.why_unavailable() is None
+    for backend in backends():
+        assert set(backend.operations) <= set(reference.operations)
+
+
+def test_whoever_declares_operations_registers_all_implementations() -> None:
+    """So that what computes does not depend on what was imported before."""
+    (root,) = map(Path, kernels.__path__)
+    texts = {file: file.read_text(encoding="utf-8") for file in root.rglob("*.py")}
+    declaring = [file for file, text in texts.items() if "\n@Operation\n" in text]
+    assert len(declaring) >= 7
+    assert all("import graft.kernels.backends " in texts[file] for file in declaring)
+    (listed,) = (text for file, text in texts.items() if file.name == "backends.py")
+    for file, text in texts.items():
+        module = ".".join(file.with_suffix("").relative_to(root).parts)
+        assert ('.implements("' in text) == (f"import graft.kernels.{module}" in listed)
+
+
+@pytest.mark.usefixtures("empty")
+def test_the_reference_calls_no_other_backend() -> None:
+    layout = Layout("int_group", 6, 32, bits=4, group_size=8)
+    tensors = torch.zeros(6, 16, dtype=torch.uint8), None, torch.ones(6, 4), torch.zeros(6, 4)
+    weight, factors = Weight(layout, tensors), (torch.ones(2, 32), torch.ones(6, 2), 1.0)
+    low_rank_reference.lora_linear(torch.ones(3, 32), weight, *factors)
+    low_rank_reference.lora_grad_input(torch.ones(3, 6), weight, *factors)
+    moves = torch.ones(2, 4), torch.ones(6, 2), 1.0, torch.ones(2, 4), torch.ones(6, 2)
+    moves_reference.move_by_factors(*weight.statistics, *moves)

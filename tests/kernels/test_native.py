@@ -18,6 +18,9 @@ from graft.formats.int_group import IntGroupFormat
 from graft.kernels.backend import native_library
 from graft.kernels.frozen import native, reference
 from graft.kernels.low_rank import native as native_low_rank
+from graft.kernels.low_rank import reference as reference_low_rank
+from graft.kernels.moves import native as native_moves
+from graft.kernels.moves import reference as reference_moves
 from graft.kernels.packed.weight import Weight
 from graft.layers.frozen import FrozenLinear
 
@@ -118,7 +121,7 @@ def test_statistics_gradients_and_pooling(
         assert_near(
             native_low_rank.int_group_grad_offsets(grad, x, group_size), expected, torch.float32
         )
-        pooled = reference.pool(x.double(), group_size)
+        pooled = reference_low_rank.pool(x.double(), group_size)
         assert_near(native_low_rank.pool(x, group_size), pooled, dtype)
 
 
@@ -159,7 +162,7 @@ def test_offsets_move_as_in_the_reference(level: str) -> None:
         A[:, :4] *= 1e-7  # sums that float16 holds as subnormal numbers, and ties
         arguments = offsets, A, B, 0.5, stored
         assert torch.equal(
-            native_low_rank.move_offsets(*arguments), reference.move_offsets(*arguments)
+            native_moves.move_offsets(*arguments), reference_moves.move_offsets(*arguments)
         )
 
 
@@ -171,8 +174,8 @@ def test_statistics_move_in_units_of_the_scales_as_in_the_reference(level: str) 
         moves[:4] *= 1e-7
         values[0, 0], moves[0, 0] = 60000.0, 1e6  # overflows float16
         arguments = values, scales, moves, stored
-        expected = reference.move_scaled(*arguments)
-        assert torch.equal(native_low_rank.move_scaled(*arguments), expected)
+        expected = reference_moves.move_scaled(*arguments)
+        assert torch.equal(native_moves.move_scaled(*arguments), expected)
         assert expected.isfinite().all() == (stored == torch.float32)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy
 import torch
 
-from graft.kernels.frozen.reference import round_once
+from graft.kernels.moves.reference import round_once
 
 
 def test_float64_is_rounded_once() -> None:

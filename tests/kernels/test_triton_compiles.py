@@ -18,8 +18,8 @@ from graft.formats.codebook import BLOCK_SIZE, CodebookFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
 from graft.kernels.backend import triton_launch
+from graft.kernels.backend.reference import reference
 from graft.kernels.backend.registry import backends
-from graft.kernels.frozen import reference
 from graft.kernels.frozen import triton as backend
 from graft.kernels.latent import triton as triton_latent
 from graft.kernels.moves import triton as triton_moves
@@ -38,8 +38,8 @@ def int_group(bits: int, group_size: int) -> Weight:
 def test_it_stands_before_the_reference_on_cuda_alone() -> None:
     names = [known.name for known in backends()]
     assert names.index("triton") < names.index("reference")
-    assert backend.triton.device_types == {"cuda"}
-    assert set(backend.triton.operations) <= set(reference.reference.operations)
+    assert triton_launch.triton.device_types == {"cuda"}
+    assert set(triton_launch.triton.operations) <= set(reference.operations)
 
 
 def test_it_says_why_it_is_unavailable(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,10 +19,11 @@ from triton_testing import (
 
 from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
-from graft.kernels.frozen import reference
 from graft.kernels.latent import reference as reference_latent
 from graft.kernels.latent import triton as triton_latent
+from graft.kernels.low_rank import reference as reference_low_rank
 from graft.kernels.low_rank import triton as triton_low_rank
+from graft.kernels.moves import reference as reference_moves
 from graft.kernels.moves import triton as triton_moves
 from graft.kernels.packed.weight import Latent
 from graft.kernels.pointwise import reference as reference_pointwise
@@ -39,17 +40,17 @@ def test_statistics_move_as_in_the_reference(stored: torch.dtype) -> None:
     A[:, :4] *= 1e-7  # sums that float16 holds as subnormal numbers
     for scaling in (1.0, 0.7):
         ours = triton_moves.move_offsets(offsets.T.contiguous().T, A, B, scaling, stored)
-        assert torch.equal(ours, reference.move_offsets(offsets, A, B, scaling, stored))
+        assert torch.equal(ours, reference_moves.move_offsets(offsets, A, B, scaling, stored))
     u_A, u_B = randn(6, 40), randn(33, 6)
     factors = offsets.abs().T.contiguous().T, offsets, A, B, 0.7, u_A, u_B
-    both = triton_moves.move_by_factors(*factors), reference.move_by_factors(*factors)
+    both = triton_moves.move_by_factors(*factors), reference_moves.move_by_factors(*factors)
     for ours, theirs in zip(*both, strict=True):
         assert torch.equal(ours, theirs) and ours.dtype == theirs.dtype
     # So many that some lie where rounding by way of float32 would go the other way.
     values, scales = (randn(900, 33, dtype=stored) for _ in range(2))
     moves = randn(900, 33)
     values[0, 0], moves[0, 0] = 60000.0, 1e6  # overflows float16
-    expected = reference.move_scaled(values, scales, moves, stored)
+    expected = reference_moves.move_scaled(values, scales, moves, stored)
     assert torch.equal(triton_moves.move_scaled(values, scales, moves, stored), expected)
 
 
@@ -104,7 +105,7 @@ def test_low_rank_products(tokens: tuple[int, ...], dtype: torch.dtype) -> None:
     A, B, scaling = randn(4, 128), randn(33, 4), 0.7
     x, grad = randn(*tokens, 128, dtype=dtype), randn(*tokens, 33, dtype=dtype)
     for name, given in (("lora_linear", x), ("lora_grad_input", grad)):
-        compute = getattr(reference, name), getattr(triton_low_rank, name)
+        compute = getattr(reference_low_rank, name), getattr(triton_low_rank, name)
         exact = compute[0](given.double(), weight, A, B, scaling)
         for one, other in zip(compute[1](given, weight, A, B, scaling), exact, strict=True):
             assert one.dtype == dtype and one.shape == other.shape

@@ -9,7 +9,7 @@ from graft.calibrate.base import Solver
 from graft.errors import GraftError
 from graft.formats.base import OffsetGridFormat, Packed, WeightFormat
 from graft.formats.grid_fit import grouped, nearest, pieces
-from graft.kernels.frozen.reference import round_once
+from graft.kernels.moves.reference import round_once
 
 NORM = 0.7
 ROUNDS = 20

@@ -11,7 +11,7 @@ from torch import Tensor
 from graft.errors import GraftError
 from graft.formats.base import Packed
 from graft.formats.int_group import GROUP_SIZES, SMALLEST_SCALE, IntGroupFormat
-from graft.kernels.frozen.reference import round_once
+from graft.kernels.moves.reference import round_once
 from graft.kernels.packed.planes import PLANES
 
 BITS = tuple(PLANES)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graft.kernels.frozen.reference import fit_groups, round_once
+from graft.kernels.frozen.reference import fit_groups
+from graft.kernels.moves.reference import round_once
 
 ROUNDS = 10
 """Rounds of the alternating fit; the error of nearly every group has settled by then."""

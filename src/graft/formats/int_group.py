@@ -21,10 +21,11 @@ from graft.formats.entry import FormatEntry
 from graft.formats.grid_fit import fit_affine, refit_affine
 from graft.formats.latent_grid import LatentGrid
 from graft.kernels.frozen import ops
-from graft.kernels.frozen.reference import nearest_codes, round_once
+from graft.kernels.frozen.reference import nearest_codes
 from graft.kernels.latent import ops as latent_ops
 from graft.kernels.low_rank import ops as low_rank_ops
 from graft.kernels.moves import ops as affine_ops
+from graft.kernels.moves.reference import round_once
 from graft.kernels.packed.planes import PLANES, named_planes, pack_codes, plane_bytes
 from graft.kernels.packed.weight import Layout, Weight
 

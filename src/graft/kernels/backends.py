@@ -1,9 +1,19 @@
-"""Importing this module registers every backend."""
+"""Importing this module registers every implementation of every operation, by family."""
 
-from graft.kernels.frozen import reference
-from graft.kernels.frozen import triton as triton_backend
-from graft.kernels.low_rank import native as native_low_rank
-from graft.kernels.low_rank import triton as triton_low_rank
-from graft.kernels.moves import triton as triton_moves
-
-__all__ = ["native_low_rank", "reference", "triton_backend", "triton_low_rank", "triton_moves"]
+import graft.kernels.attention.native
+import graft.kernels.attention.reference
+import graft.kernels.frozen.native
+import graft.kernels.frozen.reference
+import graft.kernels.frozen.triton
+import graft.kernels.latent.native
+import graft.kernels.latent.reference
+import graft.kernels.latent.triton
+import graft.kernels.low_rank.native
+import graft.kernels.low_rank.reference
+import graft.kernels.low_rank.triton
+import graft.kernels.moves.native
+import graft.kernels.moves.reference
+import graft.kernels.moves.triton
+import graft.kernels.pointwise.native
+import graft.kernels.pointwise.reference
+import graft.kernels.pointwise.triton  # noqa: F401

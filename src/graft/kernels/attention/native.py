@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from graft.kernels.attention import reference
-from graft.kernels.backend.native_library import COMPUTE, DTYPES, address, call
-from graft.kernels.frozen.native import native
+from graft.kernels.backend.native_library import COMPUTE, DTYPES, address, call, native
 
 _int = ctypes.c_int64
 

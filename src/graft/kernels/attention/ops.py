@@ -12,8 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import graft.kernels.attention.native
-import graft.kernels.attention.reference  # noqa: F401  (these modules register the operations)
+import graft.kernels.backends  # noqa: F401  (registers them)
 from graft.kernels.backend.operation import Operation
 from graft.kernels.backend.registry import implementation
 

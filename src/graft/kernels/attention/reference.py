@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from graft.kernels.frozen.reference import reference
+from graft.kernels.backend.reference import reference
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:

@@ -1,4 +1,10 @@
-"""The native library behind ctypes: its C interface (csrc/graft.h), its threads, its weights."""
+"""The native CPU backend: C++ kernels (csrc/) behind ctypes, their threads and their weights.
+
+The library is plain C (csrc/graft.h), and ctypes lets go of the interpreter while a kernel runs.
+Its threads are those of the OpenMP runtime that PyTorch has loaded, so that the two do not fight
+for the cores. Products are in bfloat16 (summed in float32) or in float32; other dtypes go to the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from graft.kernels.backend.registry import Backend, register_backend
 from graft.kernels.packed.codebooks import codebook as codebook_values
 from graft.kernels.packed.codebooks import dynamic_code
 from graft.kernels.packed.weight import Weight
@@ -105,6 +112,16 @@ def why_unavailable() -> str | None:
     """Return why the library cannot be used, or None."""
     loaded = _load()
     return loaded if isinstance(loaded, str) else None
+
+
+native = register_backend(
+    Backend(
+        name="native",
+        priority=10,
+        device_types=frozenset({"cpu"}),
+        why_unavailable=why_unavailable,
+    )
+)
 
 
 def instructions() -> str | None:

@@ -1,11 +1,4 @@
-"""The native CPU backend: C++ kernels (csrc/) that read the packed layout as it lies on disk.
-
-The library is plain C and is reached through ctypes, which lets go of the interpreter while a
-kernel runs. Its threads are those of the OpenMP runtime that PyTorch has loaded, so that the two
-do not fight for the cores.
-
-Products are in bfloat16 (summed in float32) or in float32; other dtypes go to the reference.
-"""
+"""Frozen weights by the native kernels, which read the packed layout as it lies on disk."""
 
 from __future__ import annotations
 
@@ -18,24 +11,14 @@ from graft.kernels.backend.native_library import (
     address,
     call,
     library,
+    native,
     plane_addresses,
     prepared,
-    why_unavailable,
 )
-from graft.kernels.backend.registry import Backend, register_backend
 from graft.kernels.frozen import reference
 from graft.kernels.packed.codebooks import dynamic_code_table, quantisation_bounds
 from graft.kernels.packed.planes import empty_planes
 from graft.kernels.packed.weight import NESTED_BLOCK_SIZE, Weight
-
-native = register_backend(
-    Backend(
-        name="native",
-        priority=10,
-        device_types=frozenset({"cpu"}),
-        why_unavailable=why_unavailable,
-    )
-)
 
 
 def token_count(x: Tensor) -> int:

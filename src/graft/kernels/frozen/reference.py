@@ -1,4 +1,4 @@
-"""The reference backend: plain PyTorch on any device, the oracle for every other backend."""
+"""Frozen weights in plain PyTorch: how each kind is read, multiplied with and rounded to."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from graft.kernels.backend.registry import Backend, implementation, register_backend
+from graft.kernels.backend.reference import reference
 from graft.kernels.packed.codebooks import codebook as codebook_values
 from graft.kernels.packed.codebooks import dynamic_code_table, quantisation_bounds
 from graft.kernels.packed.planes import pack_codes, unpack_codes
 from graft.kernels.packed.weight import NESTED_BLOCK_SIZE, Weight, plain_absmax
-
-reference = register_backend(Backend(name="reference", priority=0))
 
 
 def _in_groups(matrix: Tensor, group_size: int) -> Tensor:
@@ -219,89 +217,3 @@ def codebook_quantize_absmax(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Te
     # Any code stands for 0 where the scale is 0; bitsandbytes writes code 0 there.
     codes = torch.where(scales.unsqueeze(-1) > 0, codes.view_as(blocks), 0).view(-1)
     return codes[: absmax.numel()].clone(), scales
-
-
-# Low-rank updates: compositions of whatever computes the parts on the device ----------------------
-
-
-def frozen_product(operation: str, x: Tensor, weight: Weight) -> Tensor:
-    """Compute x Wᵀ ('linear') or x W ('grad_input') on any backend."""
-    out: Tensor = implementation(operation, x.device)(x, weight)
-    return out
-
-
-@reference.implements("lora_linear")
-def lora_linear(
-    x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Compute y = x Wᵀ + hidden Bᵀ and hidden = scaling x Aᵀ."""
-    hidden = functional.linear(x, A.to(x.dtype)) * scaling
-    return frozen_product("linear", x, weight) + functional.linear(hidden, B.to(x.dtype)), hidden
-
-
-@reference.implements("lora_grad_input")
-def lora_grad_input(
-    grad: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """Compute dx = dy W + hidden A and hidden = scaling dy B."""
-    hidden = (grad @ B.to(grad.dtype)) * scaling
-    return frozen_product("grad_input", grad, weight) + hidden @ A.to(grad.dtype), hidden
-
-
-@reference.implements("token_product")
-def token_product(a: Tensor, b: Tensor) -> Tensor:
-    """Compute aᵀ b over all tokens, float32."""
-    return (a.reshape(-1, a.shape[-1]).T @ b.reshape(-1, b.shape[-1])).float()
-
-
-@reference.implements("pool")
-def pool(x: Tensor, group_size: int) -> Tensor:
-    """Compute the sums over groups of neighbouring features, in float32, rounded to x's dtype."""
-    short = -x.shape[-1] % group_size
-    groups = functional.pad(x, (0, short)).unflatten(-1, (-1, group_size))
-    pooled: Tensor = groups.sum(-1, dtype=torch.float32)
-    return pooled.to(x.dtype)
-
-
-@reference.implements("move_offsets")
-def move_offsets(
-    offsets: Tensor, A: Tensor, B: Tensor, scaling: float, stored: torch.dtype
-) -> Tensor:
-    """Compute stored(offsets + scaling B A) in float64, as float32 [out_features, groups]."""
-    update = (B.double() @ A.double()) * scaling
-    return round_once(offsets.double() + update, stored).float()
-
-
-@reference.implements("move_scaled")
-def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
-    """Compute values + scales * moves in float64, rounded once to the stored dtype."""
-    return round_once(values.double() + scales.double() * moves, stored)
-
-
-@reference.implements("move_by_factors")
-def move_by_factors(
-    scales: Tensor, offsets: Tensor, A: Tensor, B: Tensor, scaling: float, u_A: Tensor, u_B: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Compute scales (1 + u_B u_A) and offsets + scaling B A by whatever moves them on the device.
-
-    Each is rounded as it is stored, the offsets are handed out as float32.
-    """
-    move, move_in_units = (
-        implementation(name, scales.device) for name in ("move_offsets", "move_scaled")
-    )
-    nothing = u_A.new_zeros(u_B.shape[0], u_A.shape[1])
-    u = move(nothing, u_A, u_B, 1.0, torch.float32)
-    moved_scales = move_in_units(scales, scales, u, scales.dtype)
-    return moved_scales, move(offsets, A, B, scaling, offsets.dtype)
-
-
-def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round float64 to the nearest float16 or float32; torch itself goes by way of float32."""
-    nearest = values.float()
-    if dtype != torch.float16:
-        return nearest
-    # Toward zero, with an odd last bit where that loses something: no tie arises that was none.
-    too_far = nearest.double().abs() > values.abs()
-    near_zero = torch.where(too_far, nearest.nextafter(torch.zeros_like(nearest)), nearest)
-    inexact = (near_zero.double() != values).int()
-    return (near_zero.view(torch.int32) | inexact).view(torch.float32).half()

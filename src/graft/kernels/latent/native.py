@@ -7,8 +7,14 @@ import ctypes
 import torch
 from torch import Tensor
 
-from graft.kernels.backend.native_library import COMPUTE, DTYPES, address, call, plane_addresses
-from graft.kernels.frozen.native import native
+from graft.kernels.backend.native_library import (
+    COMPUTE,
+    DTYPES,
+    address,
+    call,
+    native,
+    plane_addresses,
+)
 from graft.kernels.latent import reference
 from graft.kernels.packed.planes import empty_planes
 from graft.kernels.packed.weight import Latent

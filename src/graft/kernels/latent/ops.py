@@ -12,9 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import graft.kernels.latent.native
-import graft.kernels.latent.reference
-import graft.kernels.latent.triton  # noqa: F401  (these modules register the operations)
+import graft.kernels.backends  # noqa: F401  (registers them)
 from graft.kernels.backend.operation import Operation
 from graft.kernels.backend.registry import implementation
 from graft.kernels.frozen.ops import dequantize, grad_input

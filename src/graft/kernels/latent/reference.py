@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graft.kernels.frozen.reference import reference
+from graft.kernels.backend.reference import reference
 from graft.kernels.packed.planes import pack_codes
 from graft.kernels.packed.weight import Latent
 

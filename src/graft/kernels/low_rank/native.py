@@ -1,4 +1,4 @@
-"""The native CPU backend of the operations of adapted layers."""
+"""Low-rank updates by the native kernels: in the same pass over the weight."""
 
 from __future__ import annotations
 
@@ -7,9 +7,17 @@ import ctypes
 import torch
 from torch import Tensor
 
-from graft.kernels.backend.native_library import COMPUTE, DTYPES, LowRank, address, call, prepared
-from graft.kernels.frozen import reference
-from graft.kernels.frozen.native import check_width, native, reads, token_count
+from graft.kernels.backend.native_library import (
+    COMPUTE,
+    DTYPES,
+    LowRank,
+    address,
+    call,
+    native,
+    prepared,
+)
+from graft.kernels.frozen.native import check_width, grad_input, linear, reads, token_count
+from graft.kernels.low_rank import reference
 from graft.kernels.packed.weight import Weight
 
 _NARROW = 128
@@ -43,7 +51,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """Compute y = x Wᵀ + hidden Bᵀ and hidden = scaling x Aᵀ in one pass over W."""
     if not reads(x, weight):
-        return reference.lora_linear(x, weight, A, B, scaling)
+        return reference.updated_output(linear(x, weight), x, A, B, scaling)
     return _low_rank_product("linear", x, weight, A, B, scaling)
 
 
@@ -53,7 +61,7 @@ def lora_grad_input(
 ) -> tuple[Tensor, Tensor]:
     """Compute dx = dy W + hidden A and hidden = scaling dy B in one pass over W."""
     if not reads(grad, weight):
-        return reference.lora_grad_input(grad, weight, A, B, scaling)
+        return reference.updated_gradient(grad_input(grad, weight), grad, A, B, scaling)
     return _low_rank_product("grad_input", grad, weight, A, B, scaling)
 
 
@@ -84,42 +92,6 @@ def pool(x: Tensor, group_size: int) -> Tensor:
     out = x.new_empty((*x.shape[:-1], -(-x.shape[-1] // group_size)))
     sizes = token_count(x), x.shape[-1], group_size
     call("pool", DTYPES[x.dtype], address(matrix), *sizes, address(out))
-    return out
-
-
-@native.implements("move_offsets")
-def move_offsets(
-    offsets: Tensor, A: Tensor, B: Tensor, scaling: float, stored: torch.dtype
-) -> Tensor:
-    """Compute stored(offsets + scaling B A) in float64, as float32 [out_features, groups]."""
-    if stored not in (torch.float32, torch.float16) or A.dtype != torch.float32:
-        return reference.move_offsets(offsets, A, B, scaling, stored)
-    # Offsets that an adapter has moved come as float32 but hold numbers of the stored dtype.
-    start, down, up = offsets.to(stored).contiguous(), A.contiguous(), B.contiguous()
-    out = torch.empty_like(start, dtype=torch.float32)
-    sizes = (*offsets.shape, A.shape[0])
-    call(
-        "move_offsets",
-        DTYPES[stored],
-        address(start),
-        address(up),
-        address(down),
-        *sizes,
-        scaling,
-        address(out),
-    )
-    return out
-
-
-@native.implements("move_scaled")
-def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
-    """Compute values + scales * moves in float64, rounded once to the stored dtype."""
-    if stored not in (torch.float32, torch.float16) or moves.dtype != torch.float32:
-        return reference.move_scaled(values, scales, moves, stored)
-    start, units, steps = values.to(stored).contiguous(), scales.to(stored).contiguous(), moves
-    out = torch.empty_like(start)
-    operands = address(start), address(units), address(steps.contiguous())
-    call("move_scaled", DTYPES[stored], *operands, out.numel(), address(out))
     return out
 
 

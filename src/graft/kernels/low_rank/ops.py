@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import graft.kernels.backends  # noqa: F401  (registers them)
 from graft.kernels.backend.operation import Operation
 from graft.kernels.backend.registry import implementation
 from graft.kernels.frozen.ops import grad_input

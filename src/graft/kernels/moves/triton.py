@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from graft.kernels.backend.triton_launch import STATISTICS, as_stored, launch, tiles, triton
-from graft.kernels.frozen import reference
+from graft.kernels.moves import reference
 
 
 @triton.implements("move_offsets")

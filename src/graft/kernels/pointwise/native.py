@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graft.kernels.backend.native_library import COMPUTE, DTYPES, address, call
-from graft.kernels.frozen.native import native, token_count
+from graft.kernels.backend.native_library import COMPUTE, DTYPES, address, call, native
+from graft.kernels.frozen.native import token_count
 from graft.kernels.pointwise import reference
 
 

@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import graft.kernels.pointwise.native
-import graft.kernels.pointwise.reference
-import graft.kernels.pointwise.triton  # noqa: F401  (these modules register the operations)
+import graft.kernels.backends  # noqa: F401  (registers them)
 from graft.kernels.backend.operation import Operation
 from graft.kernels.backend.registry import implementation
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from graft.kernels.frozen.reference import reference
+from graft.kernels.backend.reference import reference
 
 
 @reference.implements("rms_norm")

@@ -1,0 +1,56 @@
+"""Statistics that move, by the native kernels (csrc/statistics.inc)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from graft.kernels.backend.native_library import DTYPES, address, call, native
+from graft.kernels.moves import reference
+
+
+@native.implements("move_offsets")
+def move_offsets(
+    offsets: Tensor, A: Tensor, B: Tensor, scaling: float, stored: torch.dtype
+) -> Tensor:
+    """Compute stored(offsets + scaling B A) in float64, as float32 [out_features, groups]."""
+    if stored not in (torch.float32, torch.float16) or A.dtype != torch.float32:
+        return reference.move_offsets(offsets, A, B, scaling, stored)
+    # Offsets that an adapter has moved come as float32 but hold numbers of the stored dtype.
+    start, down, up = offsets.to(stored).contiguous(), A.contiguous(), B.contiguous()
+    out = torch.empty_like(start, dtype=torch.float32)
+    sizes = (*offsets.shape, A.shape[0])
+    call(
+        "move_offsets",
+        DTYPES[stored],
+        address(start),
+        address(up),
+        address(down),
+        *sizes,
+        scaling,
+        address(out),
+    )
+    return out
+
+
+@native.implements("move_scaled")
+def move_scaled(values: Tensor, scales: Tensor, moves: Tensor, stored: torch.dtype) -> Tensor:
+    """Compute values + scales * moves in float64, rounded once to the stored dtype."""
+    if stored not in (torch.float32, torch.float16) or moves.dtype != torch.float32:
+        return reference.move_scaled(values, scales, moves, stored)
+    start, units, steps = values.to(stored).contiguous(), scales.to(stored).contiguous(), moves
+    out = torch.empty_like(start)
+    operands = address(start), address(units), address(steps.contiguous())
+    call("move_scaled", DTYPES[stored], *operands, out.numel(), address(out))
+    return out
+
+
+@native.implements("move_by_factors")
+def move_by_factors(
+    scales: Tensor, offsets: Tensor, A: Tensor, B: Tensor, scaling: float, u_A: Tensor, u_B: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Compute scales (1 + u_B u_A) and offsets + scaling B A, each rounded as it is stored."""
+    nothing = u_A.new_zeros(u_B.shape[0], u_A.shape[1])
+    u = move_offsets(nothing, u_A, u_B, 1.0, torch.float32)
+    moved_scales = move_scaled(scales, scales, u, scales.dtype)
+    return moved_scales, move_offsets(offsets, A, B, scaling, offsets.dtype)
