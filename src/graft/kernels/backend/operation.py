@@ -19,6 +19,11 @@ import torch
 from torch import Tensor  # noqa: F401  (the operators' schemas are read from annotations)
 from torch.library import custom_op
 
+from graft.kernels.backend.torch_internals import (
+    BelowAutograd,
+    any_requires_grad,
+    nobody_watches,
+)
 from graft.kernels.packed.weight import MOST_TENSORS, Weight, weight_of
 
 Fake = Callable[..., Any]
@@ -85,7 +90,7 @@ class Operation:
 
         def forward(ctx: Any, *arguments: Any) -> Any:
             inputs = self._gathered(arguments)
-            with torch._C._AutoDispatchBelowAutograd():
+            with BelowAutograd():
                 output = self._compute(*inputs)
             setup_context(ctx, inputs, output)
             return output
@@ -104,7 +109,7 @@ class Operation:
             tensors = (*arguments[:at], *arguments[at].tensors, *arguments[at + 1 :])
         if not _unwatched(tensors):
             return self.registered(*self._spread(arguments, as_word=True))
-        if not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
+        if not (torch.is_grad_enabled() and any_requires_grad(*tensors)):
             return self._compute(*arguments)
         if self._node is None:
             # The dispatcher says so when a gradient is asked for.
@@ -181,12 +186,7 @@ def _unwatched(arguments: Arguments) -> bool:
     The first argument is a tensor of PyTorch's own then, with numbers in it.
     """
     return (
-        not torch.compiler.is_compiling()
+        nobody_watches()
         and _PLAIN.issuperset(map(type, arguments))
         and arguments[0].device.type != "meta"
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._ops._len_torch_dispatch_stack_pre_dispatch() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and torch._C._functorch.maybe_current_level() is None
-        and torch._C._get_tracing_state() is None
     )
