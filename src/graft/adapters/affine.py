@@ -66,7 +66,7 @@ class AffineAdapter(Adapter):
 
     def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
         """Return x W'ᵀ, W' on the moved grid, without keeping the moved statistics."""
-        if not isinstance(base.weight_format, IntGroupFormat):
+        if base.weight_format.integers is None:
             return None
         y: Tensor = affine_linear(x, base.kernel_weight(), self.u, self.v)
         return y

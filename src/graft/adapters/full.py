@@ -9,6 +9,7 @@ from torch import nn
 from graft.adapters.config import AdapterConfig
 from graft.adapters.method import Method
 from graft.adapters.rates import weight_rate
+from graft.formats.registry import AS_IT_IS
 
 
 class Full(Method):
@@ -22,7 +23,7 @@ class Full(Method):
 
     def format_problem(self, name: str) -> str | None:
         """Return why quantised weights cannot train."""
-        if name == "dense":
+        if name == AS_IT_IS:
             return None
         return (
             f"method full trains every weight, and {name} weights are frozen codes that no "

@@ -14,6 +14,7 @@ from graft.adapters.base import Adapter, StoredAdapter, fill, lora_scaling, low_
 from graft.adapters.config import AdapterConfig
 from graft.adapters.method import Kept, Method
 from graft.errors import GraftError
+from graft.formats.registry import AS_IT_IS
 from graft.kernels.low_rank.ops import lora_linear
 from graft.layers.frozen import FrozenLinear
 
@@ -171,7 +172,7 @@ class QLora(Lora):
 
     def format_problem(self, name: str) -> str | None:
         """Return why it cannot train on weights of that format."""
-        if name == "dense":
+        if name == AS_IT_IS:
             return "method qlora needs quantised weights; train with lora, or drop --format"
         return None
 

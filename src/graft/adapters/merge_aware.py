@@ -27,7 +27,6 @@ from graft.errors import GraftError
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled, WeightFormat
 from graft.formats.choice import latent_described
 from graft.formats.config import FormatConfig
-from graft.formats.int_group import IntGroupFormat
 from graft.formats.latent import LatentFormat
 from graft.kernels.low_rank.ops import lora_linear, low_rank_product
 from graft.layers.frozen import FrozenLinear
@@ -156,8 +155,8 @@ class MergeAwareAdapter(Adapter):
 def _groups(layer: FrozenLinear, grid_rank: int, adapter: type[Adapter]) -> int:
     """Return the groups of a row whose scales and offsets could move; 0 where the grid stays."""
     grid = require_format(layer, LatentFormat, adapter).grid
-    if isinstance(grid, IntGroupFormat):
-        return grid.groups(layer.in_features)
+    if grid.integers is not None:
+        return grid.integers.groups(layer.in_features)
     if grid_rank:
         raise GraftError(
             f"--grid-rank {grid_rank}: {grid.name} weights have no offsets that could move; give 0"

@@ -18,6 +18,7 @@ from graft.adapters.rates import low_rank_rate
 from graft.formats.base import WeightFormat
 from graft.formats.choice import described
 from graft.formats.config import FormatConfig
+from graft.formats.registry import AS_IT_IS
 
 Config = TypeVar("Config", bound=AdapterConfig)
 
@@ -64,7 +65,7 @@ class Method:
     """The options of `AdapterConfig` that mean something to it."""
 
     # The weights that it trains on
-    default_format: ClassVar[str] = "dense"
+    default_format: ClassVar[str] = AS_IT_IS
     double_quant: ClassVar[bool] = False
     """Whether the constants of its codebook weights are quantised by default."""
     formats: ClassVar[tuple[str, ...] | None] = None
@@ -86,7 +87,7 @@ class Method:
     @property
     def quantises_base(self) -> bool:
         """Whether it quantises what it trains on, with no format asked for."""
-        return self.default_format != "dense"
+        return self.default_format != AS_IT_IS
 
     # Words --------------------------------------------------------------------------------------
 

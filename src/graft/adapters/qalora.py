@@ -136,7 +136,7 @@ class QALoraAdapter(Adapter):
         The gradients of moved offsets alone are formed from the group sums of x; those of scales
         need x itself, and bring the offsets' with them.
         """
-        if not isinstance(base.weight_format, IntGroupFormat):
+        if base.weight_format.integers is None:
             return None
         operands = base.kernel_weight(), self.A, self.B, self.scaling
         y: Tensor

@@ -33,7 +33,7 @@ from graft.formats.base import WeightFormat
 from graft.formats.choice import described
 from graft.formats.config import FormatConfig
 from graft.formats.dense import DenseFormat
-from graft.formats.registry import parse_format
+from graft.formats.registry import AS_IT_IS, parse_format
 from graft.model.adapter_files import OWN_CONFIG, load_adapter, save_adapter
 from graft.model.load import load_model
 from graft.model.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
@@ -184,7 +184,7 @@ def _read_settings(source: Path) -> dict[str, Any]:
 
 def _weight_format(name: AdoptedFormat | None, double_quant: bool) -> WeightFormat | None:
     settings = FormatConfig(format=name, double_quant=double_quant or None)
-    description = described(settings, name or "dense")
+    description = described(settings, name or AS_IT_IS)
     return None if description is None else parse_format(description)
 
 

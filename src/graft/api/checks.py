@@ -15,7 +15,7 @@ from graft.errors import raise_problems
 from graft.export.registry import TARGETS
 from graft.formats.choice import described
 from graft.formats.config import FormatConfig
-from graft.formats.registry import make_format
+from graft.formats.registry import AS_IT_IS, make_format
 from graft.objectives.registry import OBJECTIVES
 from graft.optimizers.registry import OPTIMIZERS
 
@@ -32,7 +32,7 @@ def format_description(
     is planned for. Raises GraftError with every option that does not fit.
     """
     if method is None:
-        return described(config, config.format or "dense", float32=float32)
+        return described(config, config.format or AS_IT_IS, float32=float32)
     return METHODS[method].weight_format(config, float32)
 
 
@@ -81,7 +81,7 @@ def check_train_config(config: TrainConfig) -> None:
     problems += STARTS[config.init].problems(
         config,
         adds_low_rank="init" in method.takes,
-        quantises=(config.format or method.default_format) != "dense",
+        quantises=(config.format or method.default_format) != AS_IT_IS,
         solver=config.solver if _needs_model(config.solver) else None,
     )
     problems += [

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graft.export.layers import activation, require_finite
-from graft.formats.int_group import IntGroupFormat
 from graft.layers.frozen import FrozenLinear
 from graft.model.families import family_of
 from graft.model.gguf.layout import head_dim
@@ -233,7 +232,7 @@ class DecoderGraph:
 
     def _linear(self, x: Node, module: nn.Module, name: str) -> Node:
         ops = self._ops
-        if isinstance(module, FrozenLinear) and isinstance(module.weight_format, IntGroupFormat):
+        if isinstance(module, FrozenLinear) and module.weight_format.integers:
             for part in ("scales", "offsets"):
                 require_finite(name, module.packed[part])
             y = ops.quantised(name, x, module)

@@ -13,7 +13,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 from graft.adapters.attach import adapted_layers, frozen_layers
 from graft.errors import GraftError
 from graft.formats.base import WeightFormat
-from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.kernels.packed.planes import PLANES, unpack_codes
 from graft.layers.frozen import FrozenLinear
@@ -100,19 +99,20 @@ def format_problems(
     weight_format: WeightFormat, target: str, bits: Sequence[int], group_sizes: Sequence[int]
 ) -> list[str]:
     """Return every reason why the target, which has these widths, cannot hold a format exactly."""
-    if isinstance(weight_format, DenseFormat):
+    if not weight_format.quantised:
         return []
-    if not isinstance(weight_format, IntGroupFormat):
+    integers = weight_format.integers
+    if integers is None:
         return [
             f"format {weight_format.name!r} has no counterpart in {target}; merge into a dense "
             "model first, or quantise the base with --format int"
         ]
     problems = []
-    if weight_format.bits not in bits:
-        problems.append(f"bits is {weight_format.bits}; {target} holds {_listed(bits)} (--bits 4)")
-    if weight_format.group_size not in group_sizes:
+    if integers.bits not in bits:
+        problems.append(f"bits is {integers.bits}; {target} holds {_listed(bits)} (--bits 4)")
+    if integers.group_size not in group_sizes:
         problems.append(
-            f"group_size is {weight_format.group_size}; {target} holds {_listed(group_sizes)} "
+            f"group_size is {integers.group_size}; {target} holds {_listed(group_sizes)} "
             "(--group-size 32)"
         )
     return problems
@@ -136,8 +136,9 @@ def layer_problems(
 
 def int_format(layer: FrozenLinear) -> IntGroupFormat:
     """Return the format of a layer that is known to be in the int format."""
-    assert isinstance(layer.weight_format, IntGroupFormat)
-    return layer.weight_format
+    integers = layer.weight_format.integers
+    assert integers is not None
+    return integers
 
 
 def whole_groups(layer: FrozenLinear) -> bool:

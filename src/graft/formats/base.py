@@ -6,13 +6,16 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from graft.kernels.frozen.ops import dequantize
 from graft.kernels.packed.weight import Weight
+
+if TYPE_CHECKING:
+    from graft.formats.int_group import IntGroupFormat
 
 Packed = Mapping[str, Tensor]
 """The tensors that hold one frozen weight: codes, scales, offsets, absmax ..."""
@@ -85,6 +88,12 @@ class WeightFormat(ABC):
     def workspace_bytes(self) -> int:
         """Bytes per weight that training needs for the layer at work, beside its gradients."""
         return 0
+
+    @property
+    def integers(self) -> IntGroupFormat | None:
+        """Itself as group-wise integers with offsets, which other programs hold too; None for any
+        other format."""
+        return None
 
     def words(self) -> str:
         """Return what it is deployed as, for a reader's eyes."""

@@ -9,7 +9,7 @@ from typing import Any
 from graft.errors import GraftError, raise_problems
 from graft.formats.config import WIDTHS, FormatConfig
 from graft.formats.latent_grid import LatentGrid
-from graft.formats.registry import FORMATS, parse_format
+from graft.formats.registry import AS_IT_IS, FORMATS, parse_format
 
 _INT, _LATENT = "int", "latent"
 
@@ -30,7 +30,7 @@ def described(
     """
     found = [*problems, *_problems(settings, name)]
     raise_problems(found, "format")
-    if name == "dense":
+    if name == AS_IT_IS:
         return None
     taken = FORMATS[name].settings
     options: dict[str, Any] = {}

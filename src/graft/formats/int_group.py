@@ -100,6 +100,11 @@ class IntGroupFormat(LatentGrid, OffsetGridFormat):
 
     portable = True
 
+    @property
+    def integers(self) -> IntGroupFormat:
+        """Itself."""
+        return self
+
     def words(self) -> str:
         """Return what it is, for a reader's eyes."""
         return f"{self.bits}-bit integers in groups of {self.group_size}"

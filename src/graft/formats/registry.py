@@ -27,6 +27,10 @@ FORMATS: Entries[FormatEntry] = Entries(
 )
 
 
+AS_IT_IS = "dense"
+"""The format of a weight that nothing quantises, and what no format asked for means."""
+
+
 def make_format(name: str, options: Mapping[str, Any] | None = None) -> WeightFormat:
     """Return the format `name` with its options.
 

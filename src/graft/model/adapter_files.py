@@ -19,7 +19,6 @@ from graft.adapters.registry import method_of_files
 from graft.adapters.starts.registry import STARTS
 from graft.errors import GraftError, raise_problems
 from graft.files import new_folder, read_json, write_json
-from graft.formats.dense import DenseFormat
 from graft.layers.frozen import FrozenLinear
 from graft.model.peft_files import (
     PEFT_CONFIG,
@@ -134,7 +133,7 @@ def load_adapter(
             f"{layer_name} is dense, and this adapter makes up for the rounding of the weights in "
             f"{own.get('base')!r}: load it on those"
             for layer_name in by_layer
-            if isinstance(layers[layer_name].weight_format, DenseFormat)
+            if not layers[layer_name].weight_format.quantised
         ]
     made = {}
     for layer_name, parts in by_layer.items():

@@ -127,7 +127,7 @@ def _training(source: Path, config: TrainConfig, report: Mapping[str, Any]) -> d
             "format": config.format,
             "bits, group size": f"{config.bits}, {config.group_size}" if config.bits else None,
             **method.card_rows(config),
-            "start": config.init if config.init != "default" else None,
+            "start": config.init if config.init != TrainConfig.init else None,
             "rounded by": config.solver if config.format else None,
             "layers": ", ".join(config.targets) or every,
             "rows": style.kind,

@@ -14,10 +14,8 @@ from transformers import PreTrainedModel
 
 from graft.adapters.adapted import AdaptedLinear
 from graft.errors import GraftError
-from graft.export.layers import require_finite
+from graft.export.layers import int_format, require_finite
 from graft.formats.base import WeightFormat
-from graft.formats.dense import DenseFormat
-from graft.formats.int_group import IntGroupFormat
 from graft.layers.frozen import FrozenLinear
 from graft.layers.registry import find_kind
 from graft.model.families import family_of
@@ -83,9 +81,10 @@ def format_problems(weight_format: WeightFormat, dense: bool = False) -> list[st
 
     `dense` allows formats other than dense and int to be written unquantised.
     """
-    if isinstance(weight_format, DenseFormat):
+    if not weight_format.quantised:
         return []
-    if not isinstance(weight_format, IntGroupFormat):
+    integers = weight_format.integers
+    if integers is None:
         if dense:
             return []
         return [
@@ -93,16 +92,16 @@ def format_problems(weight_format: WeightFormat, dense: bool = False) -> list[st
             "first, or quantise the base with --format int"
         ]
     problems = []
-    if weight_format.bits not in BITS:
-        problems.append(f"bits is {weight_format.bits}; GGUF's Q4_1 holds 2, 3 or 4 (--bits 4)")
-    if weight_format.group_size % Q4_1_BLOCK:
+    if integers.bits not in BITS:
+        problems.append(f"bits is {integers.bits}; GGUF's Q4_1 holds 2, 3 or 4 (--bits 4)")
+    if integers.group_size % Q4_1_BLOCK:
         problems.append(
-            f"group_size is {weight_format.group_size}; GGUF's Q4_1 holds multiples of 32 "
+            f"group_size is {integers.group_size}; GGUF's Q4_1 holds multiples of 32 "
             "(--group-size 32)"
         )
-    if weight_format.statistics != "float16":
+    if integers.statistics != "float16":
         problems.append(
-            f"statistics is {weight_format.statistics!r}; GGUF's Q4_1 holds scales and offsets in "
+            f"statistics is {integers.statistics!r}; GGUF's Q4_1 holds scales and offsets in "
             "float16 only; quantise with the default statistics"
         )
     return problems
@@ -180,20 +179,19 @@ def _plan_weight(
     if problems:
         plan.problems += [f"{name}: {problem}" for problem in problems]
         return
-    if isinstance(module.weight_format, IntGroupFormat):
+    if module.weight_format.integers is not None:
         if module.in_features % Q4_1_BLOCK == 0:
             _plan_q4_1(plan, target, module, order)
             return
         plan.float32_layers.append(name)
         kind = GGMLQuantizationType.F32
-    elif not isinstance(module.weight_format, DenseFormat):
+    elif module.weight_format.quantised:
         plan.dense_layers.append(name)
     _plan_float(plan, target, module, order, kind)
 
 
 def _plan_q4_1(plan: TensorPlan, target: str, layer: FrozenLinear, order: Tensor | None) -> None:
-    weight_format = layer.weight_format
-    assert isinstance(weight_format, IntGroupFormat)
+    weight_format = int_format(layer)
 
     def make() -> tuple[Tensor, float]:
         packed = {name: tensor.detach().cpu() for name, tensor in layer.packed.items()}

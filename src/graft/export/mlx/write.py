@@ -31,7 +31,6 @@ from graft.export.layers import (
 )
 from graft.files import new_folder, write_json
 from graft.formats.base import WeightFormat
-from graft.formats.int_group import IntGroupFormat
 from graft.layers.frozen import FrozenLinear
 from graft.model.families import exported
 from graft.model.load import LoadedModel
@@ -73,9 +72,7 @@ def export_mlx(
     model = loaded.model
     raise_problems(check_mlx(model), "cannot export to MLX")
     quantised = {
-        name: layer
-        for name, layer in frozen_layers(model)
-        if isinstance(layer.weight_format, IntGroupFormat)
+        name: layer for name, layer in frozen_layers(model) if layer.weight_format.integers
     }
     short = [name for name, layer in quantised.items() if not whole_groups(layer)]
     tensors = list(_tensors(model, quantised, dtype))
