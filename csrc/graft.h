@@ -1,6 +1,6 @@
 /* graft's native CPU kernels: the plain C interface.
 
-   Every function reads packed weights as they lie in the file (see graft/kernels/packing.py and
+   Every function reads packed weights as they lie in the file (see graft/kernels/packed and
    graft/formats) and returns 0, or -1 when memory runs out. Matrices are row-major and contiguous.
    `threads` is the largest number of threads to use. Results do not depend on it. */
 #ifndef GRAFT_H

@@ -1,4 +1,4 @@
-"""Statistics that move, by the native kernels (csrc/statistics.inc)."""
+"""Statistics that move, by the native kernels (csrc/grids.inc)."""
 
 from __future__ import annotations
 
