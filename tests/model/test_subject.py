@@ -16,6 +16,7 @@ from graft.adapters.config import AdapterConfig
 from graft.errors import GraftError
 from graft.formats.registry import make_format
 from graft.model import folder as folder_module
+from graft.model.families import FAMILIES
 from graft.model.load import load_model
 from graft.model.save import save_model
 from graft.model.subject import Subject, build_skeleton, open_subject
@@ -140,6 +141,7 @@ def test_the_configuration_alone_is_enough_to_plan(checkpoint, tmp_path) -> None
     assert plan(tmp_path).as_dict() == plan(checkpoint("llama")).as_dict()
     subject = open_subject(tmp_path, config_alone=True)
     assert (subject.position_limit, subject.hidden_size) == (64, 80)
+    assert subject.family is FAMILIES["llama"]
     with pytest.raises(GraftError, match="has no tokenizer"):
         _ = subject.tokenizer
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 from graft.errors import GraftError
 from graft.files import read_json
 from graft.formats.base import WeightFormat
+from graft.model.families import Family, family_of
 from graft.model.folder import (
     QUANTISATION_FILE,
     find_folder,
@@ -95,6 +96,11 @@ class Subject:
     def hidden_size(self) -> int:
         """Features between two decoder layers."""
         return int(self.config.get_text_config().hidden_size)
+
+    @property
+    def family(self) -> Family:
+        """What is known of the model's family."""
+        return family_of(self.config)
 
     def new_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Return a copy of the skeleton to change, as it is built to compute in `dtype`.
