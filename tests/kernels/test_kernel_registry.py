@@ -78,7 +78,6 @@ def declared() -> dict[str, Operation]:
 # An adapted layer's operation that is made of others needs no implementation of its own.
 COMPOSED = {
     "affine_linear",
-    "dora_norms",
     "latent_linear",
     "qalora_grid_linear",
     "qalora_linear",
@@ -98,7 +97,7 @@ def test_whoever_declares_operations_registers_all_implementations() -> None:
     (root,) = map(Path, kernels.__path__)
     texts = {file: file.read_text(encoding="utf-8") for file in root.rglob("*.py")}
     declaring = [file for file, text in texts.items() if "\n@Operation\n" in text]
-    assert len(declaring) >= 7
+    assert len(declaring) >= 6
     assert all("import graft.kernels.backends " in texts[file] for file in declaring)
     (listed,) = (text for file, text in texts.items() if file.name == "backends.py")
     for file, text in texts.items():

@@ -214,7 +214,7 @@ def test_we_read_pefts_lora(family, case, base, tmp_path) -> None:
     options["fan_in_fan_out"] = family == "gpt2"
     theirs = saved_by_peft(base(family), tmp_path / "adapter", **options)
     ours = open_model(base(family))
-    assert load_adapter(ours, tmp_path / "adapter") == "lora"
+    assert load_adapter(ours, tmp_path / "adapter").name == "lora"
     assert distance(logits(ours), logits(theirs)) < SAME
     assert distance(logits(ours), logits(open_model(base(family)))) > 0.05
 
@@ -307,7 +307,7 @@ def test_we_read_pefts_qalora(group_size, rslora, base, tmp_path) -> None:
             f"base_model.model.{name}.lora_B.weight": B,
         }
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    assert load_adapter(ours, tmp_path) == "qalora"
+    assert load_adapter(ours, tmp_path).name == "qalora"
     adapted = dict(adapted_layers(ours))
     assert set(adapted) == set(stands)
     for name, stand in stands.items():

@@ -49,6 +49,8 @@ class Adapter(nn.Module, ABC):
     """The one format that it trains on; None: any."""
     scaling: float | None = None
     """What multiplies its low-rank product, where it has one."""
+    peft_names: ClassVar[Mapping[str, str]] = {}
+    """Its parameters by name, each as PEFT's files call it behind the layer's name."""
     own_names: ClassVar[tuple[str, ...]] = ()
     """Its parameters in the files of our own form; none where PEFT's form holds all of it."""
 
@@ -96,7 +98,7 @@ class Adapter(nn.Module, ABC):
     # Its files ---------------------------------------------------------------------------------
 
     def lora_tensors(self, base: FrozenLinear, as_lora: bool) -> dict[str, Tensor] | None:
-        """Return the tensors of PEFT's form: A, B, bias, magnitude; None: PEFT has no such adapter.
+        """Return the tensors of PEFT's form, by `peft_names`; None: PEFT has no such adapter.
 
         as_lora: those of an ordinary LoRA that is the same update.
         """

@@ -12,11 +12,6 @@ MethodName = Annotated[str, METHODS]
 Init = Annotated[str, STARTS]
 
 
-def method_in_words(method: str, dora: bool) -> str:
-    """Return the method with what its flags make of it."""
-    return f"{method} with DoRA" if dora else method
-
-
 @dataclass(frozen=True, kw_only=True)
 class AdapterConfig:
     """The adapter that a run trains."""

@@ -16,9 +16,9 @@ from graft.adapters.config import AdapterConfig
 from graft.adapters.lora import Lora, LoraAdapter, QLora
 from graft.adapters.method import Kept, Method
 from graft.errors import GraftError
+from graft.kernels.backend.operation import Operation
 from graft.kernels.frozen.ops import linear
 from graft.kernels.low_rank.ops import lora_linear
-from graft.kernels.low_rank.row_norms import dora_norms, row_squares
 from graft.kernels.packed.weight import Weight
 from graft.layers.frozen import FrozenLinear
 
@@ -37,6 +37,7 @@ class DoraAdapter(LoraAdapter):
     The factor m / |..| is float32 whatever x is: in bfloat16 the next number after 1 is 1.008.
     """
 
+    peft_names = {**LoraAdapter.peft_names, "magnitude": "lora_magnitude_vector"}
     squares: Tensor
 
     def __init__(
@@ -136,11 +137,57 @@ class DoraAdapter(LoraAdapter):
         return {**super().peft_settings(as_lora), "use_dora": True}
 
 
+# The norms of the updated weight's rows -----------------------------------------------------------
+
+
+def row_squares(weight: Tensor) -> Tensor:
+    """Return |w|² of each row of a weight [out_features, in_features], summed in float64.
+
+    No float64 copy of the whole weight is made; float32 [out_features].
+    """
+    sums = [part.double().square().sum(1) for part in _in_parts(weight)]
+    return torch.cat(sums).float()
+
+
+def _in_parts(weight: Tensor) -> tuple[Tensor, ...]:
+    """Return a few rows at a time, of about 4 million numbers."""
+    parts: tuple[Tensor, ...] = weight.split(max(1, (1 << 22) // weight.shape[1]))
+    return parts
+
+
+def _times(weight: Weight, A: Tensor) -> Tensor:
+    """Return W Aᵀ, float32 [out_features, rank], without a float32 copy of a dense weight."""
+    first = weight.tensors[0]
+    if first is None or not first.is_floating_point() or first.dtype == A.dtype:
+        product: Tensor = linear(A, weight)
+        return product.T
+    return torch.cat([part.to(A.dtype) @ A.T for part in _in_parts(first)])
+
+
+@Operation
+def dora_norms(weight: Weight, A: Tensor, B: Tensor, scaling: float, squares: Tensor) -> Tensor:
+    """Return |w + s b A| for each row w of W and b of B; float32 [out_features], no gradient.
+
+    From |w|² + 2 s b·(A w) + s² b (A Aᵀ) bᵀ, in which `squares` holds |w|²: one product of W with
+    as many rows as the rank, and no dense W + s B A. It is an operation of its own so that the
+    checkpointing of layers, which chooses among products, does not see the product inside.
+    """
+    moved = (2 * scaling) * _times(weight, A) + (scaling * scaling) * (B @ (A @ A.T))
+    # What is left of a row that the update cancels may round below 0.
+    return (squares + (B * moved).sum(1)).clamp_min(0).sqrt()
+
+
+@dora_norms.register_fake
+def _(weight: Weight, A: Tensor, B: Tensor, scaling: float, squares: Tensor) -> Tensor:
+    return torch.empty_like(squares)
+
+
 class _WithDora(Method):
     """What `--dora` changes in a method that adds LoRA to its weights."""
 
     adapter = DoraAdapter
-    takes = frozenset({"dropout", "adapter_bias", "dora", "init"})
+    takes = frozenset({"dropout", "adapter_bias", "dora"})
+    whys = {"dora": "it scales the rows of a weight with its update, and method {} adds none"}
 
     def title(self, config: AdapterConfig) -> str:
         """Return the method in words."""
@@ -171,14 +218,14 @@ class _WithDora(Method):
 
     def reads(self, own: str | None, peft: Mapping[str, Any]) -> bool:
         """Return whether PEFT's files hold a DoRA."""
-        plain = own in (None, DoraAdapter.method) and not peft.get("use_qalora")
-        return plain and bool(peft.get("use_dora"))
+        return own in (None, DoraAdapter.method) and bool(peft.get("use_dora"))
 
 
 class Dora(_WithDora, Lora):
     """DoRA on the weights as they are."""
 
     name = "dora"
+    on_quantised = "qdora"
 
 
 class QDora(_WithDora, QLora):

@@ -29,6 +29,7 @@ class LoraAdapter(Adapter):
     """
 
     method = "lora"
+    peft_names = {"A": "lora_A.weight", "B": "lora_B.weight", "bias": "lora_B.bias"}
     scaling: float
     bias: Tensor | None
 
@@ -133,8 +134,13 @@ class Lora(Method):
     """LoRA on the weights as they are, or in a format that was asked for."""
 
     name = "lora"
+    on_quantised = "qlora"
     adapter = LoraAdapter
-    takes = frozenset({"dropout", "adapter_bias", "dora", "init"})
+    adds_low_rank = True
+    takes = frozenset({"dropout", "adapter_bias"})
+    whys = {
+        "dropout": "its update is part of the weights, and dropout on the input has no such form"
+    }
 
     def kept(self, layer: AdaptedLinear, config: AdapterConfig, dtype: torch.dtype) -> Kept:
         """Return the input and A x; with dropout a copy of the input and the mask instead."""
@@ -148,14 +154,10 @@ class Lora(Method):
             (out_features, rank), False, rank + 2 * layer.base.in_features, constant_bytes=copies
         )
 
-    def named(self, quantises: bool) -> str:
-        """Return qlora where the base is quantised."""
-        return QLora.name if quantises else self.name
-
     def reads(self, own: str | None, peft: Mapping[str, Any]) -> bool:
-        """Return whether files hold a plain LoRA, which is what PEFT's hold by default."""
-        special = peft.get("use_dora") or peft.get("use_qalora")
-        return own in (None, LoraAdapter.method) and not special
+        """Return whether files hold a LoRA, which is what PEFT's hold where no other method says it
+        reads them."""
+        return own in (None, LoraAdapter.method)
 
     def peft_problem(self, config: AdapterConfig) -> str | None:
         """Return None: it is PEFT's own."""

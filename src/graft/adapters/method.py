@@ -22,13 +22,6 @@ from graft.formats.registry import AS_IT_IS
 
 Config = TypeVar("Config", bound=AdapterConfig)
 
-_WHY = {
-    "dropout": " (its update is part of the weights, and dropout on the input has no such form)",
-    "dora": " (it scales the rows of a weight with its update, and method {} adds none)",
-}
-"""What there is to say of an option where it does not belong."""
-
-
 _NARROW = (2, 3)
 
 
@@ -59,10 +52,16 @@ class Method:
     """One way to train. An entry overrides what is not so for it; the registry holds instances."""
 
     name: ClassVar[str]
+    on_quantised: ClassVar[str | None] = None
+    """What it is called where a run quantises what it trains on; None: as ever."""
     adapter: ClassVar[type[Adapter] | None] = None
     """What it attaches to each layer; None: it trains the weights themselves."""
+    adds_low_rank: ClassVar[bool] = False
+    """Whether that is a low-rank update beside the weight, which `--init` can start."""
     takes: ClassVar[frozenset[str]] = frozenset()
     """The options of `AdapterConfig` that mean something to it."""
+    whys: ClassVar[Mapping[str, str]] = {}
+    """For some of them, why other methods do not take them."""
 
     # The weights that it trains on
     default_format: ClassVar[str] = AS_IT_IS
@@ -99,10 +98,6 @@ class Method:
         """Return what a model card tells of its settings, beside those of every method."""
         return {"rank": config.rank, "rank of the moves of the grid": config.grid_rank or None}
 
-    def named(self, quantises: bool) -> str:
-        """Return what it is called where the run quantises what it trains on."""
-        return self.name
-
     # Its options ----------------------------------------------------------------------------------
 
     def resolved(self, config: Config, bits: int | None) -> Config:
@@ -112,12 +107,6 @@ class Method:
     def problems(self, config: AdapterConfig) -> list[str]:
         """Return which of its options contradict each other."""
         return []
-
-    def refusal(self, option: str, others: Sequence[str]) -> str:
-        """Return why it does not take an option of `AdapterConfig`, which the others take."""
-        flag, methods = option.replace("_", "-"), " and ".join(others)
-        why = _WHY.get(option, "").format(self.name)
-        return f"--{flag} belongs to {methods}, not to {self.name}; drop it" + why
 
     # The weights that it trains on ----------------------------------------------------------------
 

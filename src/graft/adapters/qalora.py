@@ -60,6 +60,7 @@ class QALoraAdapter(Adapter):
     """
 
     method = "qalora"
+    peft_names = {"A": "lora_A.weight", "B": "lora_B.weight"}
     scaling: float
     moves_grid = True
     needed_format = "int"

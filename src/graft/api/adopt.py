@@ -11,8 +11,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from graft.adapters.attach import adapted_layers, adapter_parameters
-from graft.adapters.config import method_in_words
-from graft.adapters.registry import METHODS
+from graft.adapters.registry import METHODS, method_of, settings_of
 from graft.adapters.starts.registry import STARTS
 from graft.api.config import TrainConfig, as_plain
 from graft.api.events import Events
@@ -57,7 +56,8 @@ class AdoptReport:
     model: str
     method: str
     """The method of `graft train` that would have trained it; graft did not."""
-    dora: bool
+    title: str
+    """The method in words, with what its flags make of it."""
     layers: int
     ranks: tuple[int, ...]
     parameters: int
@@ -103,7 +103,7 @@ def adopt(
     with problems.collecting():
         config = _read_settings(source)
     name = model or str(config.get("base_model_name_or_path") or "")
-    method, targets = "", list[str]()
+    targets = list[str]()
     if config and not name:
         problems.found.append(f"{source} names no base; give --model")
     if name:
@@ -115,15 +115,16 @@ def adopt(
                 method = load_adapter(skeleton, source)
                 targets = [layer for layer, _ in adapted_layers(skeleton)]
     problems.raise_all("nothing was written")
+    if weight_format is not None and method.on_quantised is not None:
+        method = METHODS[method.on_quantised]
     settings = TrainConfig(
         model=name,
         data="",
         out=str(run),
-        method=METHODS[method].named(quantises=weight_format is not None),
+        **settings_of(method),
         rank=int(config["r"]),
         alpha=float(config["lora_alpha"]),
         rslora=bool(config.get("use_rslora")),
-        dora=bool(config.get("use_dora")),
         dropout=float(config.get("lora_dropout") or 0.0),
         adapter_bias=bool(config.get("lora_bias")),
         targets=tuple(targets),
@@ -131,7 +132,7 @@ def adopt(
         double_quant=None if weight_format is None else weight_format.options().get("double_quant"),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
-        **METHODS[method].unsaid({}),
+        **method.unsaid({}),
     )
     loaded = load_model(
         subject,
@@ -215,7 +216,7 @@ def _report(
         peft_version=config.get("peft_version"),
         model=settings.model,
         method=settings.method,
-        dora=settings.dora,
+        title=method_of(settings).title(settings),
         layers=len(layers),
         ranks=tuple(sorted({len(layer.get_parameter("A")) for layer in layers})),
         parameters=sum(parameter.numel() for parameter in parameters.values()),
@@ -235,10 +236,9 @@ def _markdown(report: AdoptReport) -> str:
         "bits per weight of the adapted layers": bits,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    kind = method_in_words(report.method, report.dora)
     versions_line = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return (
-        f"# {kind} on {Path(report.model).name}, adopted\n\n"
+        f"# {report.title} on {Path(report.model).name}, adopted\n\n"
         "graft did not train this adapter: it was brought in with `graft adopt`.\n\n"
         f"| | |\n|---|---|\n{table}\n\nBase: `{report.model}`.\n\nVersions: {versions_line}.\n"
     )

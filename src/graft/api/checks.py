@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
+from graft.adapters.config import AdapterConfig
 from graft.adapters.method import Method
-from graft.adapters.registry import METHODS, VARIANTS, method_of
+from graft.adapters.registry import METHODS, method_of, refusal
 from graft.adapters.starts.registry import STARTS
 from graft.api.config import PlanConfig, TrainConfig
 from graft.calibrate.config import SolverConfig
@@ -18,9 +20,6 @@ from graft.formats.config import FormatConfig
 from graft.formats.registry import AS_IT_IS, make_format
 from graft.objectives.registry import OBJECTIVES
 from graft.optimizers.registry import OPTIMIZERS
-
-_SOME_TAKE = ("dense_fraction", "grid_rank", "dropout", "adapter_bias", "dora")
-"""Options of an adapter that a method refuses which has no use for them."""
 
 
 def format_description(
@@ -80,7 +79,7 @@ def check_train_config(config: TrainConfig) -> None:
     problems += _rounding_problems(config, method)
     problems += STARTS[config.init].problems(
         config,
-        adds_low_rank="init" in method.takes,
+        adds_low_rank=method.adds_low_rank,
         quantises=(config.format or method.default_format) != AS_IT_IS,
         solver=config.solver if _needs_model(config.solver) else None,
     )
@@ -133,14 +132,8 @@ def _bad_numbers(config: TrainConfig) -> list[str]:
 
 def _refused_options(config: TrainConfig, method: Method) -> list[str]:
     """Return why the method has no use for options that were given."""
-    given = [name for name in _SOME_TAKE if getattr(config, name) not in (None, False, 0.0)]
-    given += ["grid_rank"] if config.grid_rank == 0 else []
-    takers = {
-        option: sorted(n for n in METHODS if n not in VARIANTS and option in METHODS[n].takes)
-        for option in given
-        if option not in method.takes
-    }
-    return [method.refusal(option, others) for option, others in takers.items()]
+    given = [one.name for one in fields(AdapterConfig) if getattr(config, one.name) != one.default]
+    return [found for option in given if (found := refusal(method, option)) is not None]
 
 
 def _rounding_problems(config: TrainConfig, method: Method) -> list[str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-from graft.adapters.config import method_in_words
 from graft.cli.command import Command
 from graft.cli.fields import Positional
 
@@ -38,10 +37,9 @@ def adopt(arguments: AdoptArguments) -> None:
 
     with progress() as events:
         report = run(**asdict(arguments), events=events)
-    kind = method_in_words(report.method, report.dora)
     print(
-        f"{arguments.out}: {kind}, {report.parameters:,} parameters in {report.layers} layers, "
-        f"on {report.model}"
+        f"{arguments.out}: {report.title}, {report.parameters:,} parameters in "
+        f"{report.layers} layers, on {report.model}"
     )
     print(f"next: graft export {arguments.out} --to gguf --out {arguments.out}.gguf")
 

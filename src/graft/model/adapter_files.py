@@ -80,7 +80,7 @@ def save_adapter(
         }
     else:
         tensors = {
-            peft_key(layer_name, key): tensor
+            peft_key(layer_name, layers[layer_name][1].peft_names[key]): tensor
             for layer_name, part in parts.items()
             for key, tensor in (part or {}).items()
         }
@@ -101,9 +101,8 @@ def save_adapter(
 
 def load_adapter(
     model: nn.Module, folder: Path, name: str = "default", trainable: bool = False
-) -> str:
-    """Attach an adapter from a folder that graft or PEFT wrote, activate it, return its method's
-    name in files.
+) -> Method:
+    """Attach an adapter from a folder that graft or PEFT wrote, activate it, return its method.
 
     Every tensor must find its layer and fit it. Raises GraftError with all that do not, before
     the model is changed.
@@ -152,8 +151,7 @@ def load_adapter(
         adapter.requires_grad_(trainable).to(next(layers[layer_name].parameters()).device)
         adapter.train(layers[layer_name].training)
         adapted_layer(model, layer_name).add(name, adapter)
-    assert method.adapter is not None, "it has just been made"
-    return method.adapter.method
+    return method
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
@@ -169,8 +167,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 def _split_key(key: str, config: Mapping[str, Any], method: Method) -> tuple[str, str | None]:
     """Return the layer that a tensor belongs to, and the adapter's parameter that it is."""
     kind = method.adapter
-    if config or kind is None or not kind.own_names:
-        return split_peft_key(key, bool(config.get("use_dora")))
+    assert kind is not None, "it reads files of adapters"
+    if config or not kind.own_names:
+        return split_peft_key(key, kind.peft_names)
     layer_name, _, parameter = key.rpartition(".")
     return layer_name, parameter if parameter in kind.own_names else None
 

@@ -18,14 +18,6 @@ from graft.layers.frozen import FrozenLinear
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_MAGNITUDE = "lora_magnitude_vector"
-_OWN_OF_PEFT = {
-    "lora_A.weight": "A",
-    "lora_B.weight": "B",
-    "lora_B.bias": "bias",
-    _MAGNITUDE: "magnitude",
-}
-_PEFT_OF_OWN = {own: peft for peft, own in _OWN_OF_PEFT.items()}
 _UNREAD_OPTIONS = (
     "use_bdlora",
     "alora_invocation_tokens",
@@ -36,20 +28,23 @@ _UNREAD_OPTIONS = (
     "trainable_token_indices",
     "layer_replication",
 )
+_VARIANTS = ("use_dora", "use_qalora")
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
-def peft_key(layer_name: str, parameter: str) -> str:
-    """Return PEFT's name for the tensor that is a layer's A, B, bias or magnitude."""
-    return f"{_PREFIX}{layer_name}.{_PEFT_OF_OWN[parameter]}"
+def peft_key(layer_name: str, peft_name: str) -> str:
+    """Return PEFT's name for a tensor of a layer's adapter; see `Adapter.peft_names`."""
+    return f"{_PREFIX}{layer_name}.{peft_name}"
 
 
-def split_peft_key(key: str, dora: bool) -> tuple[str, str | None]:
-    """Return the layer and its parameter by PEFT's name of a tensor; None for one not known."""
-    for peft_name, parameter in _OWN_OF_PEFT.items():
+def split_peft_key(key: str, names: Mapping[str, str]) -> tuple[str, str | None]:
+    """Return the layer and its parameter by PEFT's name of a tensor; None for one not known.
+
+    names: those that the adapter's parameters have in PEFT's files, `Adapter.peft_names`.
+    """
+    for parameter, peft_name in names.items():
         if key.startswith(_PREFIX) and key.endswith("." + peft_name):
-            known = dora or parameter != "magnitude"
-            return key[len(_PREFIX) : -len(peft_name) - 1], parameter if known else None
+            return key[len(_PREFIX) : -len(peft_name) - 1], parameter
     return key, None
 
 
@@ -74,8 +69,9 @@ def peft_config(
     first_base, first = next(iter(layers.values()))
     settings = first.peft_settings(as_lora)
     others = [adapter.peft_settings(as_lora) for _, adapter in layers.values()]
-    if len({bool(one.get("use_dora")) for one in others}) > 1:
-        raise GraftError("some of its layers are DoRA's and some are not, which PEFT cannot hold")
+    kinds = {type(adapter).__name__ for _, adapter in layers.values()}
+    if len(kinds) > 1:
+        raise GraftError(f"its layers carry {' and '.join(sorted(kinds))}; PEFT holds one kind")
     if len({one.get("qalora_group_size") for one in others}) > 1 and not as_lora:
         return None
     ranks = {name: adapter.get_parameter("A").shape[0] for name, (_, adapter) in layers.items()}
@@ -127,8 +123,9 @@ def peft_problems(config: Mapping[str, Any]) -> list[str]:
     dropout = config.get("lora_dropout") or 0.0
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         problems.append(f"lora_dropout is {dropout!r}; expected 0 up to, but not including, 1")
-    if config.get("use_dora") and config.get("use_qalora"):
-        problems.append("use_dora and use_qalora are both set, which PEFT itself has not")
+    variants = [one for one in _VARIANTS if config.get(one)]
+    if len(variants) > 1:
+        problems.append(f"{' and '.join(variants)} are both set, which PEFT itself has not")
     return problems
 
 

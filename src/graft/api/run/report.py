@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from graft.adapters.attach import frozen_layers
-from graft.adapters.config import method_in_words
+from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
 from graft.api.run.folder import fingerprint_weights
 from graft.data.encode import EncodedData
@@ -32,7 +32,8 @@ class RunReport:
     """What a run gave and what it cost."""
 
     method: str
-    dora: bool
+    title: str
+    """The method in words, with what its flags make of it."""
     model: str
     base_name: str
     base_hub_id: str | None
@@ -106,7 +107,7 @@ def make_report(
     tokens = sum(entry["tokens_per_second"] * entry["step_seconds"] for entry in timed)
     return RunReport(
         method=config.method,
-        dora=config.dora,
+        title=method_of(config).title(config),
         model=config.model,
         **base_facts(config.model, base),
         steps=steps,
@@ -163,7 +164,7 @@ def write_report(run: Path, report: RunReport, history: Sequence[dict[str, Any]]
 
 def _described(report: RunReport) -> str:
     """Return what was trained on what, in words."""
-    return f"{method_in_words(report.method, report.dora)} on {Path(report.model).name}"
+    return f"{report.title} on {Path(report.model).name}"
 
 
 def _markdown(report: RunReport) -> str:
