@@ -67,7 +67,7 @@ def declared() -> dict[str, Operation]:
     """Return every operation that any module of the kernels declares."""
     found = {}
     for module in pkgutil.walk_packages(kernels.__path__, kernels.__name__ + "."):
-        if module.name.endswith("triton_kernels") or "._native" in module.name:
+        if "triton_" in module.name or "._native" in module.name:
             continue  # which need triton, or are no Python
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, Operation):

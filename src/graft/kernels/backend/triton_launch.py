@@ -40,7 +40,7 @@ triton = register_backend(
 @cache
 def _kernels() -> ModuleType:
     """Import the kernels on first use: this module itself is imported without triton too."""
-    from graft.kernels.frozen import triton_kernels
+    from graft.kernels import triton_kernels
 
     return triton_kernels
 
