@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+PYTEST_WORKERS ?= 2
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -28,9 +29,10 @@ demo: $(VENV)/.installed
 	rm -rf demo-run
 	$(BIN)/graft demo --out demo-run
 
-# Tests against peers that are not installed skip themselves and say so.
+# Tests against peers that are not installed skip themselves and say so. A file's tests stay with one
+# worker, which makes their fixtures once.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 test-peers: $(VENV)/.installed-test $(VENV)/.installed-peers
 	$(BIN)/python -m pytest tests/peers $(PYTEST_ARGS)
@@ -54,7 +56,7 @@ wheel: $(VENV)/.installed
 	rm -rf build dist
 	$(PIP) wheel --disable-pip-version-check --no-deps --wheel-dir dist .
 	@! ls dist/*-any.whl 2>/dev/null || { echo 'this wheel has no kernels: install a C++17 compiler'; exit 1; }
-	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")'
+	$(BIN)/python -c 'from setuptools.build_meta import build_sdist; build_sdist("dist")' >/dev/null
 
 clean:
 	rm -rf $(VENV) build dist demo-run src/*.egg-info
