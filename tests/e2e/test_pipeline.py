@@ -72,7 +72,7 @@ def test_what_is_trained_is_what_is_deployed(tiny_base, rows, tmp_path, method, 
         assert torch.equal(weight, layer.dense_weight().cpu()), name
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "qdora"])
 def test_a_lora_run_merges_to_a_plain_folder_and_exports(tiny_base, rows, tmp_path, method):
     run, merged = tmp_path / "run", tmp_path / "merged"
     graft.finetune(settings(tiny_base, rows, run, method=method, dropout=0.1))
@@ -90,6 +90,16 @@ def test_a_lora_run_merges_to_a_plain_folder_and_exports(tiny_base, rows, tmp_pa
     assert rounded.bytes < dense.bytes
     assert rounded.merge is not None
     assert rounded.merge.worst_relative_error > 0.05, "rounding a merged update costs something"
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_dora_is_a_method_and_a_flag(tiny_base, rows, tmp_path, method):
+    by_name, by_flag = tmp_path / "name", tmp_path / "flag"
+    graft.finetune(settings(tiny_base, rows, by_name, method=method.replace("lora", "dora")))
+    graft.finetune(settings(tiny_base, rows, by_flag, method=method, dora=True))
+    assert adapter_tensors(by_name) == adapter_tensors(by_flag)
+    models = [graft.load(run)[0] for run in (by_name, by_flag)]
+    assert torch.equal(*map(probe, models))
 
 
 def test_into_original_says_what_quantisation_had_cost(tiny_base, rows, tmp_path):
