@@ -289,14 +289,13 @@ def _measure(
     from graft.data.encode import Example
     from graft.model.load import load_model
     from graft.model.running.checkpointing import enable_checkpointing
-    from graft.model.running.memory import reuse_freed_memory
+    from graft.model.running.memory import free_bytes, reuse_freed_memory
     from graft.model.running.pointwise import use_own_pointwise
     from graft.model.running.prefetch import prefetch_layers
     from graft.model.targets import select_targets
     from graft.objectives.base import LossResult
     from graft.objectives.next_token import NEXT_TOKEN
     from graft.optimizers.adamw import ADAMW
-    from graft.plan.memory import free_bytes
     from graft.train.config import LoopConfig
     from graft.train.loop import Metrics, TrainingTask, train
 

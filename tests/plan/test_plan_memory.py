@@ -18,6 +18,7 @@ from graft.formats.dense import DenseFormat
 from graft.formats.registry import make_format
 from graft.model.load import load_model
 from graft.model.running.checkpointing import CHECKPOINTING
+from graft.model.running.memory import free_bytes
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan import skeleton
@@ -26,7 +27,6 @@ from graft.plan.memory import (
     HEAP_BYTES,
     HEAP_SHARE,
     MemoryPlan,
-    free_bytes,
     plan_memory,
 )
 from graft.plan.skeleton import count_weights
@@ -325,9 +325,9 @@ def test_a_model_that_cannot_recompute(model_folder, monkeypatch):
 def test_free_memory_is_what_the_system_says(tmp_path, monkeypatch):
     meminfo = tmp_path / "meminfo"
     meminfo.write_text("MemTotal:       16 kB\nMemFree:  3 kB\nMemAvailable:    7 kB\n")
-    monkeypatch.setattr("graft.plan.memory._MEMINFO", meminfo)
+    monkeypatch.setattr("graft.model.running.memory._MEMINFO", meminfo)
     assert free_bytes(torch.device("cpu")) == 7 * 1024
-    monkeypatch.setattr("graft.plan.memory._MEMINFO", tmp_path / "nowhere")
+    monkeypatch.setattr("graft.model.running.memory._MEMINFO", tmp_path / "nowhere")
     total = free_bytes(torch.device("cpu"))
     assert total is not None and total > 2**30
     monkeypatch.undo()

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from transformers import PreTrainedModel
 
 from graft.adapters.attach import adapted_layers, adapter_parameters
+from graft.adapters.method import Method
 from graft.adapters.registry import METHODS, method_of, settings_of
 from graft.adapters.starts.registry import STARTS
 from graft.api.config import TrainConfig, as_plain
@@ -93,6 +94,67 @@ def adopt(
     """
     events = events or Events()
     run, source = Path(out), Path(adapter)
+    found = _checked(source, run, model, format, double_quant, trust_remote_code)
+    subject, weight_format, targets = found.subject, found.weight_format, found.targets
+    settings = TrainConfig(
+        model=found.name,
+        data="",
+        out=str(run),
+        **_adapter_settings(found.method, found.config),
+        targets=tuple(targets),
+        format=format,
+        double_quant=None if weight_format is None else weight_format.options().get("double_quant"),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    loaded = load_model(
+        subject,
+        weight_format=weight_format,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        on_tensor=lambda done, total: events.progress("reading the model", done, total),
+    )
+    with new_folder(run) as part:
+        if weight_format is None:
+            freeze_layers(loaded.model, targets)
+            write_base_reference(part, subject.folder)
+        else:
+            save_model(loaded, part / BASE)
+        load_adapter(loaded.model, source)
+        base = subject.folder if weight_format is None else run / BASE
+        save_adapter(loaded.model, part / ADAPTER, base=str(base))
+        report = _report(source, found.config, settings, loaded.model, subject.folder)
+        write_yaml(part / CONFIG, as_plain(settings))
+        # How its prompts were dressed in training is not known; a chat template says how to.
+        chats = loaded.tokenizer.chat_template is not None
+        write_prompt_style(part, PromptStyle(CHAT if chats else PLAIN))
+        write_json(part / REPORT, asdict(report))
+        (part / "report.md").write_text(_markdown(report), encoding="utf-8")
+    return report
+
+
+class _Found(NamedTuple):
+    """What is to be adopted."""
+
+    name: str
+    """Of the base, as it was given or the adapter names it."""
+    subject: Subject
+    weight_format: WeightFormat | None
+    config: Mapping[str, Any]
+    """PEFT's."""
+    method: Method
+    targets: list[str]
+
+
+def _checked(
+    source: Path,
+    run: Path,
+    model: str | None,
+    format: AdoptedFormat | None,
+    double_quant: bool,
+    trust_remote_code: bool,
+) -> _Found:
+    """Return what there is to adopt; raises GraftError with all that hinders."""
     problems = Problems()
     if run.exists():
         problems.found.append(f"{run} exists already; choose another --out or remove it")
@@ -117,47 +179,7 @@ def adopt(
     problems.raise_all("nothing was written")
     if weight_format is not None and method.on_quantised is not None:
         method = METHODS[method.on_quantised]
-    settings = TrainConfig(
-        model=name,
-        data="",
-        out=str(run),
-        **settings_of(method),
-        rank=int(config["r"]),
-        alpha=float(config["lora_alpha"]),
-        rslora=bool(config.get("use_rslora")),
-        dropout=float(config.get("lora_dropout") or 0.0),
-        adapter_bias=bool(config.get("lora_bias")),
-        targets=tuple(targets),
-        format=format,
-        double_quant=None if weight_format is None else weight_format.options().get("double_quant"),
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        **method.unsaid({}),
-    )
-    loaded = load_model(
-        subject,
-        weight_format=weight_format,
-        dtype=dtype,
-        trust_remote_code=trust_remote_code,
-        on_tensor=lambda done, total: events.progress("reading the model", done, total),
-    )
-    with new_folder(run) as part:
-        if weight_format is None:
-            freeze_layers(loaded.model, targets)
-            write_base_reference(part, subject.folder)
-        else:
-            save_model(loaded, part / BASE)
-        load_adapter(loaded.model, source)
-        base = subject.folder if weight_format is None else run / BASE
-        save_adapter(loaded.model, part / ADAPTER, base=str(base))
-        report = _report(source, config, settings, loaded.model, subject.folder)
-        write_yaml(part / CONFIG, as_plain(settings))
-        # How its prompts were dressed in training is not known; a chat template says how to.
-        chats = loaded.tokenizer.chat_template is not None
-        write_prompt_style(part, PromptStyle(CHAT if chats else PLAIN))
-        write_json(part / REPORT, asdict(report))
-        (part / "report.md").write_text(_markdown(report), encoding="utf-8")
-    return report
+    return _Found(name, subject, weight_format, config, method, targets)
 
 
 def _read_settings(source: Path) -> dict[str, Any]:
@@ -181,6 +203,19 @@ def _read_settings(source: Path) -> dict[str, Any]:
         if config.get("peft_type") == "LORA" and not isinstance(config.get(key), (int, float)):
             raise GraftError(f"{source / PEFT_CONFIG}: {key} is {config.get(key)!r}, not a number")
     return config
+
+
+def _adapter_settings(method: Method, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `AdapterConfig` that would have trained PEFT's adapter."""
+    return {
+        **settings_of(method),
+        "rank": int(config["r"]),
+        "alpha": float(config["lora_alpha"]),
+        "rslora": bool(config.get("use_rslora")),
+        "dropout": float(config.get("lora_dropout") or 0.0),
+        "adapter_bias": bool(config.get("lora_bias")),
+        **method.unsaid({}),
+    }
 
 
 def _weight_format(name: AdoptedFormat | None, double_quant: bool) -> WeightFormat | None:

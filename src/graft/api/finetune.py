@@ -39,14 +39,13 @@ from graft.model.adapter_files import save_adapter
 from graft.model.load import LoadedModel
 from graft.model.running.attention import use_own_attention
 from graft.model.running.checkpointing import enable_checkpointing
-from graft.model.running.memory import reuse_freed_memory
+from graft.model.running.memory import free_bytes, reuse_freed_memory
 from graft.model.running.pointwise import use_own_pointwise
 from graft.model.running.prefetch import prefetch_layers
 from graft.model.save import save_model
 from graft.objectives.base import LossResult
 from graft.objectives.registry import OBJECTIVES
 from graft.optimizers.registry import OPTIMIZERS
-from graft.plan.memory import free_bytes
 from graft.train.loop import Metrics, TrainingTask, read_metrics, train
 from graft.train.schedule import rate_factors
 

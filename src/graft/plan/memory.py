@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
-
-import torch
 
 from graft.adapters.attach import frozen_layers
 from graft.adapters.config import AdapterConfig
@@ -17,10 +14,11 @@ from graft.formats.base import WeightFormat
 from graft.kernels.backend import native_library
 from graft.model.running.checkpointing import CHECKPOINTING, Checkpointing, check_checkpointing
 from graft.model.running.loss import BLOCK_LOGITS, chunk_tokens
+from graft.model.running.memory import free_bytes
 from graft.model.subject import Subject
 from graft.optimizers.base import OptimizerKind
 from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
-from graft.plan.activations import plan_activations
+from graft.plan.activations import Activations, plan_activations
 from graft.plan.skeleton import PlannedModel, WeightCounts, plan_model
 
 PROCESS_BYTES = 450 * 2**20
@@ -36,8 +34,6 @@ share of the activations. Found by benchmarks/plan.py, which says how well it fi
 
 USABLE_MEMORY = 0.8
 """Share of the memory that is free which `checkpointing` "auto" plans to use."""
-
-_MEMINFO = Path("/proc/meminfo")
 
 MERGE_BYTES = 36
 """Per weight of the layer that is being merged: four float64 matrices (trained, base, difference
@@ -181,21 +177,6 @@ def _share(free: int) -> str:
     return f"{USABLE_MEMORY:.0%} of the {format_bytes(free)} that are free"
 
 
-def free_bytes(device: torch.device) -> int | None:
-    """Return the memory that a run on the device could take now; None for another machine's GPU.
-
-    Of the CPU's it is what Linux calls available, elsewhere all that there is.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        return None
-    if _MEMINFO.is_file():
-        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-        return 1024 * int(lines["MemAvailable"].split()[0])
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def _plan(
     planned: PlannedModel,
     adapter: AdapterConfig,
@@ -229,21 +210,15 @@ def _plan(
         rounding = _rounding_bytes(planned, counts, kept, calibration_rows * sequence_length)
     weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
     held = process + weights + states
-    transient = activations.kept_bytes + activations.recomputed_bytes
-    on_cpu = planned.device.type == "cpu"
-    buffers = _buffer_bytes(planned, tokens, activations.widest)
-    gaps = HEAP_BYTES + HEAP_BUFFERS * buffers + int(HEAP_SHARE * transient)
-    heap = gaps if on_cpu else 0
+    heap = _heap_bytes(planned, tokens, activations)
     backward = max(loss, activations.recomputed_bytes + workspace)
     dtype = str(planned.dtype).removeprefix("torch.")
-    shape = f"{batch_size} x {sequence_length} tokens"
+    kept_note = f"kept, {batch_size} x {sequence_length} tokens, checkpointing {checkpointing}"
     rows = (
         MemoryRow("process", process, "Python, PyTorch, Transformers"),
         *_weight_rows(counts, dtype),
         MemoryRow("optimizer", states, optimizer.memory_note),
-        MemoryRow(
-            "activations", activations.kept_bytes, f"kept, {shape}, checkpointing {checkpointing}"
-        ),
+        MemoryRow("activations", activations.kept_bytes, kept_note),
         MemoryRow("recomputation", activations.recomputed_bytes, "of one layer's activations"),
         MemoryRow("layer workspace", workspace, "of the largest layer"),
         MemoryRow("loss", loss, "a chunk of logits; takes turns with the two before"),
@@ -268,6 +243,14 @@ def _plan(
         checkpointing=checkpointing,
         checkpointing_reason=f"{checkpointing}, as asked for",
     )
+
+
+def _heap_bytes(planned: PlannedModel, tokens: int, activations: Activations) -> int:
+    if planned.device.type != "cpu":
+        return 0
+    transient = activations.kept_bytes + activations.recomputed_bytes
+    buffers = _buffer_bytes(planned, tokens, activations.widest)
+    return HEAP_BYTES + HEAP_BUFFERS * buffers + int(HEAP_SHARE * transient)
 
 
 def _weight_rows(counts: WeightCounts, dtype: str) -> tuple[MemoryRow, ...]:

@@ -15,6 +15,7 @@ import torch
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of mallopt, in glibc's malloc.h
 _LARGEST_REUSED = 64 * 2**20
 _NEVER = 2**31 - 1
+_MEMINFO = Path("/proc/meminfo")
 
 
 def reuse_freed_memory() -> bool:
@@ -52,6 +53,21 @@ def peak_bytes(device: torch.device) -> int:
         return 1024 * int(lines["VmHWM"].split()[0])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Return the memory that a run on the device could take now; None for another machine's GPU.
+
+    Of the CPU's it is what Linux calls available, elsewhere all that there is.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        return None
+    if _MEMINFO.is_file():
+        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        return 1024 * int(lines["MemAvailable"].split()[0])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def forget_peak(device: torch.device) -> None:
