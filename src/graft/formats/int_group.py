@@ -77,6 +77,7 @@ class IntGroupFormat(LatentGrid, OffsetGridFormat):
     group_size: int = 32
     statistics: str = "float16"
     name: str = "int"
+    latent_workspace = 8  # two float32 gradients
 
     def __post_init__(self) -> None:
         problems = []

@@ -81,8 +81,8 @@ class LatentFormat(GridFormat):
 
     @property
     def workspace_bytes(self) -> int:
-        """Two float32 gradients, and the weight in float32 where it is kept in 8 bits."""
-        return 12 if self.dtype == "int8" else 8
+        """What the grid says, and the weight in float32 where it is kept in 8 bits."""
+        return self.grid.latent_workspace + (4 if self.dtype == "int8" else 0)
 
     def words(self) -> str:
         """Return what it is deployed as, for a reader's eyes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,10 @@ class LatentGrid(GridFormat):
     A grid says how a whole weight is rounded to it and how far it reaches; with kernels of its own
     it overrides `round_latent` and `latent_linear`, which compute on the reference here.
     """
+
+    latent_workspace: ClassVar[int] = 24
+    """Bytes per weight that `latent_linear` needs in turn: here the update's sum in float64, beside
+    the weight in float64 and float32."""
 
     @property
     @abstractmethod
@@ -85,7 +89,7 @@ def _updated(kept: Weight, A: Tensor | None, B: Tensor | None, scaling: float) -
     weight = kept_weight(kept)
     if A is None or B is None:
         return weight.float()
-    return (weight.double() + (B.double() @ A.double()) * scaling).float()
+    return torch.addmm(weight.double(), B.double(), A.double(), alpha=scaling).float()
 
 
 class _RoundedLinear(torch.autograd.Function):
