@@ -35,6 +35,9 @@ class Case:
     length: int
     checkpointing: str
     dtype: str = "bfloat16"
+    format: str | None = None
+    dense_fraction: float | None = None
+    solver: str | None = None
 
 
 CASES = (
@@ -49,8 +52,11 @@ CASES = (
     Case("0.1b", "qlora", 4, 512, "layers"),
     Case("0.1b", "qalora", 4, 256, "none"),
     Case("0.1b", "affine", 2, 256, "none"),
+    Case("0.1b", "merge_aware", 2, 256, "none", dense_fraction=0.0, solver="rtn"),
+    Case("0.1b", "merge_aware", 2, 256, "none", "bfloat16", "nf4", 0.0, "rtn"),
     Case("0.4b", "qlora", 2, 256, "none"),
     Case("0.4b", "qalora", 2, 512, "products"),
+    Case("0.4b", "merge_aware", 1, 256, "none", "bfloat16", "nf4", 0.0, "rtn"),
     Case("0.4b", "full", 1, 128, "layers"),
     Case("1.1b", "qlora", 1, 256, "none"),
     Case("1.1b", "qlora", 2, 512, "products"),
@@ -93,6 +99,9 @@ def child(case: Case, model: str, data: str, out: str) -> None:
         max_length=case.length,
         checkpointing=case.checkpointing,
         dtype=case.dtype,
+        format=case.format,
+        dense_fraction=case.dense_fraction,
+        solver=case.solver,
         eos=False,
     )
     report = graft.finetune(config)

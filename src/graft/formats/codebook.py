@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +19,7 @@ from graft.kernels.packed.codebooks import CODEBOOK_NAMES, codebook, quantisatio
 from graft.kernels.packed.weight import NESTED_BLOCK_SIZE, Layout, Weight, plain_absmax
 
 BLOCK_SIZE = 64
+_PIECE_BLOCKS = 1 << 12
 _WITHIN = 0.88
 """How far a latent weight may lie from the code that a solver chose, as a share of the way to the
 next code's range, so that rounding it to bf16 does not choose another."""
@@ -147,7 +149,10 @@ class CodebookFormat(LatentGrid):
     def round_to(self, weight: Tensor, grid: Packed) -> dict[str, Tensor]:
         """Return the packed weight nearest to a weight, with the constants as they are."""
         bounds, code_of_rank = (one.to(weight.device) for one in quantisation_bounds(self.name))
-        codes = code_of_rank[torch.bucketize(self._in_units(weight, grid), bounds)]
+        codes = torch.empty(weight.numel(), dtype=torch.uint8, device=weight.device)
+        for part, units in self._in_units(weight, grid):
+            ranks = torch.bucketize(units, bounds, out_int32=True)
+            torch.index_select(code_of_rank, 0, ranks, out=codes[part])
         return {**grid, "codes": self._in_pairs(codes)}
 
     def reaches(self, weight: Tensor, grid: Packed) -> Tensor:
@@ -155,15 +160,23 @@ class CodebookFormat(LatentGrid):
         values = codebook(self.name).sort().values.tolist()
         low = values[0] - (values[1] - values[0]) / 2
         high = values[-1] + (values[-1] - values[-2]) / 2
-        steps = self._in_units(weight, grid)
-        within: Tensor = (steps >= low) & (steps <= high)
-        return within
+        within = torch.empty(weight.numel(), dtype=torch.bool, device=weight.device)
+        for part, units in self._in_units(weight, grid):
+            within[part] = (units >= low) & (units <= high)
+        return within.view(weight.shape)
 
-    def _in_units(self, weight: Tensor, grid: Packed) -> Tensor:
-        """Return a weight in units of its blocks' constants, float32 [out, in]."""
-        absmax = plain_absmax(grid["absmax"], *self._nested(grid))
-        in_units: Tensor = weight.contiguous() / _per_weight(absmax, weight.shape)
-        return in_units
+    def _in_units(self, weight: Tensor, grid: Packed) -> Iterator[tuple[slice, Tensor]]:
+        """Yield the flattened weight in units of its blocks' constants, float32, piece by piece.
+
+        Pieces keep what is made of them small beside the weight.
+        """
+        absmax = plain_absmax(grid["absmax"], *self._nested(grid)).clamp(min=1e-38)
+        flat = weight.reshape(-1)
+        for begin in range(0, flat.numel(), _PIECE_BLOCKS * BLOCK_SIZE):
+            part = slice(begin, begin + _PIECE_BLOCKS * BLOCK_SIZE)
+            first = begin // BLOCK_SIZE
+            units = absmax[first : first + _PIECE_BLOCKS].repeat_interleave(BLOCK_SIZE)
+            yield part, flat[part] / units[: flat[part].numel()]
 
     # Statistics ------------------------------------------------------------------------------
 

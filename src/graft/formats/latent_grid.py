@@ -15,6 +15,10 @@ from graft.kernels.low_rank.ops import token_product
 from graft.kernels.packed.weight import Weight
 
 
+_PIECE = 1 << 18
+"""Weights that are computed in float64 at once."""
+
+
 class LatentGrid(GridFormat):
     """A grid that a weight can be rounded to anew for each update, its statistics fixed.
 
@@ -22,9 +26,10 @@ class LatentGrid(GridFormat):
     it overrides `round_latent` and `latent_linear`, which compute on the reference here.
     """
 
-    latent_workspace: ClassVar[int] = 24
-    """Bytes per weight that `latent_linear` needs in turn: here the update's sum in float64, beside
-    the weight in float64 and float32."""
+    latent_workspace: ClassVar[int] = 40
+    """Bytes per weight that `latent_linear` needs at once. Here 16 of them are tensors, the updated
+    weight, its codes and gradient among them; the rest are the gaps that such tensors
+    leave in the heap, found by benchmarks/plan.py."""
 
     @property
     @abstractmethod
@@ -89,7 +94,13 @@ def _updated(kept: Weight, A: Tensor | None, B: Tensor | None, scaling: float) -
     weight = kept_weight(kept)
     if A is None or B is None:
         return weight.float()
-    return torch.addmm(weight.double(), B.double(), A.double(), alpha=scaling).float()
+    # A few rows at a time, as float64 would be the largest tensor of a training step.
+    out = torch.empty(weight.shape, device=weight.device)
+    A = A.double()
+    rows = max(1, _PIECE // weight.shape[1])
+    for some, of_B, into in zip(weight.split(rows), B.split(rows), out.split(rows), strict=True):
+        into.copy_(some.double().addmm_(of_B.double(), A, alpha=scaling))
+    return out
 
 
 class _RoundedLinear(torch.autograd.Function):
@@ -125,5 +136,7 @@ class _RoundedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             packed = grid.round_to(moved, ctx.statistics)
             grad_x = grad_input(grad, grid.kernel_weight(packed, B.shape[0], x.shape[-1]))
-        within = token_product(grad, x) * grid.reaches(moved, ctx.statistics)
+        reached = grid.reaches(moved, ctx.statistics)
+        del moved
+        within = token_product(grad, x).mul_(reached)
         return grad_x, (B.T @ within) * scaling, (within @ A.T) * scaling, *4 * [None]

@@ -23,7 +23,7 @@ from graft.files import write_json, write_text
 from graft.formats.base import storage_bytes
 from graft.model.running.memory import peak_bytes
 from graft.plan.memory import MemoryPlan
-from graft.train.loop import Metrics
+from graft.train.loop import Metrics, read_metrics
 from graft.train.plots import plot_loss
 
 
@@ -99,8 +99,6 @@ def make_report(
     bits_per_weight: float | None,
 ) -> RunReport:
     """Put the report together from what the run measured; `base` is the base model's folder."""
-    from graft.train.loop import read_metrics
-
     history = read_metrics(run / "metrics.jsonl")
     timed = [entry for entry in history if "step_seconds" in entry]
     spent = sum(entry["step_seconds"] for entry in timed)
