@@ -30,7 +30,7 @@ COMMON = [
     "-O3",
     "-g0",
     "-fvisibility=hidden",
-    # Results must not hang on what the compiler fuses: fused operations are written out.
+    # Results must not depend on what the compiler fuses: fused operations are written out.
     "-ffp-contract=off",
     "-fno-math-errno",
     "-fno-trapping-math",

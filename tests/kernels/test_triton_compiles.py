@@ -144,7 +144,7 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name in ("move_offsets", "move_by_factors"):
         assert "0d3FE6666666666666" in binaries[name]["ptx"]
     assert len(binaries) == 17 and all(asm["cubin"] for asm in binaries.values())
-    # The fused products' tiles hang on the width and on x's dtype, and not every tile compiles.
+    # The fused products' tiles depend on the width and on x's dtype, and not every tile compiles.
     for bits, kind in itertools.product((2, 3, 4, 8), DTYPES):
         packed_int = int_group(bits, 32)
         backend.linear(x.to(kind), packed_int)

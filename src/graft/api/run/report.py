@@ -147,7 +147,7 @@ def stored_bits_per_weight(model: nn.Module) -> float | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result hangs on."""
+    """Return the versions that a result depends on."""
     names = ("graft-llm", "torch", "transformers", "safetensors", "tokenizers", "gguf")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
