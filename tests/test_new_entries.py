@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -28,7 +29,7 @@ from graft.adapters.method import Kept, Method
 from graft.adapters.registry import METHODS
 from graft.adapters.starts.base import Packer, Start
 from graft.adapters.starts.registry import STARTS
-from graft.api.config import PlanConfig
+from graft.api.config import PlanConfig, as_plain
 from graft.api.plan import plan
 from graft.api.run.folder import load_any, prompt_style
 from graft.calibrate.base import Solver
@@ -252,7 +253,9 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, rows: Pa
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, settings: Settings) -> Path:
     folder = tmp_path_factory.mktemp("toys") / "run"
-    graft.finetune(settings(folder))
+    file = folder.with_name("settings.yaml")
+    file.write_text(yaml.safe_dump(as_plain(settings(folder))), encoding="utf-8")
+    assert main(["train", str(file)]) == 0
     return folder
 
 

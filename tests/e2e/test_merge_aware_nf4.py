@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 import graft
 from graft.api.config import PlanConfig
 from graft.api.events import Events
+from graft.api.export import next_export
 from graft.api.plan import plan
 from graft.api.run.folder import load_any
 from graft.train.loop import read_metrics
@@ -101,6 +103,25 @@ def test_the_plan_knows_the_weights_beside_the_codes(tiny_base) -> None:
 
     dense = frozen(method="lora")
     assert frozen(method="merge_aware", format="nf4") == dense + dense // 64  # an absmax a block
+
+
+@pytest.mark.parametrize("name", ["nf4", "int", None])
+def test_a_finished_run_takes_the_same_words_again(name, tiny_base, rows, tmp_path) -> None:
+    given = config(tiny_base, rows, tmp_path / "run", format=name, save_every=STEPS)
+    graft.finetune(given)
+    trained = logits(tmp_path / "run")
+    graft.finetune(dataclasses.replace(given, resume=True))
+    assert torch.equal(logits(tmp_path / "run"), trained)
+
+
+@pytest.mark.parametrize(("name", "words"), [("nf4", "--to hf"), ("int", "--to gguf")])
+def test_what_comes_next_can_be_done(name, words, tiny_base, rows, tmp_path) -> None:
+    run = tmp_path / "run"
+    graft.finetune(config(tiny_base, rows, run, format=name))
+    command = next_export(run)
+    assert words in command
+    target, out = command.split()[-3], tmp_path / command.split()[-1]
+    assert graft.export_model(run, target, out).path == out
 
 
 def test_a_grid_without_offsets_does_not_move(tiny_base, rows, tmp_path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.base import StoredAdapter
 from graft.adapters.config import AdapterConfig
 from graft.adapters.lora import Lora, LoraAdapter, QLora
-from graft.adapters.method import Kept, Method
+from graft.adapters.method import Config, Kept, Method
 from graft.errors import GraftError
 from graft.kernels.backend.operation import Operation
 from graft.kernels.frozen.ops import linear
@@ -185,13 +185,19 @@ def _(weight: Weight, A: Tensor, B: Tensor, scaling: float, squares: Tensor) -> 
 class _WithDora(Method):
     """What `--dora` changes in a method that adds LoRA to its weights."""
 
+    plain: ClassVar[str]
+    """The method that it changes."""
     adapter = DoraAdapter
     takes = frozenset({"dropout", "adapter_bias", "dora"})
     whys = {"dora": "it scales the rows of a weight with its update, and method {} adds none"}
 
     def title(self, config: AdapterConfig) -> str:
         """Return the method in words."""
-        return f"{config.method} with DoRA" if config.dora else config.method
+        return f"{self.plain} with DoRA"
+
+    def resolved(self, config: Config, bits: int | None) -> Config:
+        """Return the configuration with its defaults filled in, and the flag set."""
+        return replace(super().resolved(config, bits), dora=True)
 
     def problems(self, config: AdapterConfig) -> list[str]:
         """Return which of its options contradict each other."""
@@ -224,14 +230,14 @@ class _WithDora(Method):
 class Dora(_WithDora, Lora):
     """DoRA on the weights as they are."""
 
-    name = "dora"
+    name, plain = "dora", Lora.name
     on_quantised = "qdora"
 
 
 class QDora(_WithDora, QLora):
     """DoRA on 4-bit NormalFloat."""
 
-    name = "qdora"
+    name, plain = "qdora", QLora.name
 
 
 DORA, QDORA = Dora(), QDora()

@@ -28,6 +28,7 @@ from graft.formats.base import GridUpdate, LowRank, Packed, Scaled, WeightFormat
 from graft.formats.choice import latent_described
 from graft.formats.config import FormatConfig
 from graft.formats.latent import LatentFormat
+from graft.formats.latent_grid import LatentGrid
 from graft.kernels.low_rank.ops import lora_linear, low_rank_product
 from graft.layers.frozen import FrozenLinear
 
@@ -158,10 +159,12 @@ def _groups(layer: FrozenLinear, grid_rank: int, adapter: type[Adapter]) -> int:
     if grid.integers is not None:
         return grid.integers.groups(layer.in_features)
     if grid_rank:
-        raise GraftError(
-            f"--grid-rank {grid_rank}: {grid.name} weights have no offsets that could move; give 0"
-        )
+        raise GraftError(_no_moves(grid_rank, grid))
     return 0
+
+
+def _no_moves(grid_rank: int, grid: LatentGrid) -> str:
+    return f"--grid-rank {grid_rank}: {grid.name} weights have no offsets that could move; give 0"
 
 
 class MergeAware(Method):
@@ -194,6 +197,13 @@ class MergeAware(Method):
     def weight_format(self, settings: FormatConfig, float32: bool) -> dict[str, Any]:
         """Return the latent format over the grid that --format names; see `Method`."""
         return latent_described(settings, float32=float32)
+
+    def grid_problems(self, config: AdapterConfig, weight_format: WeightFormat) -> list[str]:
+        """Return why moves were asked of a grid that has none."""
+        assert isinstance(weight_format, LatentFormat)
+        if not config.grid_rank or weight_format.grid.integers is not None:
+            return []
+        return [_no_moves(config.grid_rank, weight_format.grid)]
 
     def default_solver(self, bits: int | str | None) -> str:
         """Return qep: it ends near where it starts, so it rounds as well as can be."""

@@ -135,6 +135,10 @@ class Method:
             problems=[] if problem is None else [problem],
         )
 
+    def grid_problems(self, config: AdapterConfig, weight_format: WeightFormat) -> list[str]:
+        """Return which options ask something of the weights that their format has not."""
+        return []
+
     def default_solver(self, bits: int | str | None) -> str:
         """Return the solver that rounds its base: to nearest, where training makes up for it."""
         return "rtn"

@@ -15,11 +15,6 @@ from graft.model.config import ModelConfig
 from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
 from graft.train.config import LoopConfig
 
-WIDTHS = (2, 3, 4, 8)
-"""What --bits auto chooses from; 8 not where a GGUF or ONNX is asked for, which cannot hold it."""
-NARROW = (2, 3)
-"""Widths at which the method's default solver looks at calibration text."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(LoopConfig, DataConfig, AdapterConfig, SolverConfig, FormatConfig, ModelConfig):

@@ -10,11 +10,12 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from graft.adapters.attach import adapted_layers, adapter_names, frozen_layers, replace_module
+from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.merge import MergeReport, check_biases, merge_loaded
 from graft.api.run.card import weights_in_words, write_card
-from graft.api.run.folder import is_run, load_any, prompt_style, read_run_config
+from graft.api.run.folder import BASE, is_run, load_any, prompt_style, read_run_config
 from graft.data.shapes.registry import CHAT
 from graft.errors import GraftError, raise_problems
 from graft.export.base import Origin
@@ -23,6 +24,7 @@ from graft.export.registry import TARGETS
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
+from graft.model.folder import stored_formats
 from graft.model.load import LoadedModel
 from graft.model.running.memory import reuse_freed_memory
 
@@ -120,6 +122,16 @@ def check_bias_exports(config: TrainConfig, skeleton: PreTrainedModel, targets: 
             f"--export {' '.join(asked)}: --adapter-bias trains a bias for {len(bare)} layers that "
             f"have none in the model, such as {bare[0]}, and there is no place for it; drop either"
         )
+
+
+def next_export(run: Path) -> str:
+    """Return a command that exports a run: to a file, or where no other program has a format for
+    the weights that a merge keeps, to a folder of dense ones."""
+    kept = stored_formats(run / BASE) if (run / BASE).is_dir() else {}
+    exact = method_of(read_run_config(run)).merges_exactly
+    if exact and not all(weight_format.deployed.portable for weight_format in kept.values()):
+        return f"graft export {run} --to hf --out {run.name}-hf"
+    return f"graft export {run} --to gguf --out {run.name}.gguf"
 
 
 def merge_for_export(

@@ -74,12 +74,12 @@ def merge(
 ) -> MergeReport:
     """Merge a run's adapter, write the model folder `out` with merge-report.json in it.
 
-    qalora, affine and merge_aware merge exactly into the INT weights they were trained as. lora and
-    qlora merge into the weights that they were trained on, dequantised (into='trained'), or into
-    the original base (into='original'; of an adapter that started as LoftQ only what was trained
-    since, as its start makes up for a rounding that the original has not), stored in `dtype` (auto:
-    the source's dtype). Whatever was rounded is in the report. Raises GraftError when the run is
-    not finished or when `out` exists.
+    qalora, affine and merge_aware merge exactly into the quantised weights that they were trained
+    as. lora and qlora merge into the weights that they were trained on, dequantised
+    (into='trained'), or into the original base (into='original'; of an adapter that started as
+    LoftQ only what was trained since, as its start makes up for a rounding that the original has
+    not), stored in `dtype` (auto: the source's dtype). Whatever was rounded is in the report.
+    Raises GraftError when the run is not finished or when `out` exists.
     """
     events = events or Events()
     target = Path(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 from graft.cli.command import Command
@@ -33,6 +34,7 @@ class AdoptArguments:
 def adopt(arguments: AdoptArguments) -> None:
     """Make a run of an adapter that PEFT trained; nothing is trained."""
     from graft.api.adopt import adopt as run
+    from graft.api.export import next_export
     from graft.cli.progress import progress
 
     with progress() as events:
@@ -41,7 +43,7 @@ def adopt(arguments: AdoptArguments) -> None:
         f"{arguments.out}: {report.title}, {report.parameters:,} parameters in "
         f"{report.layers} layers, on {report.model}"
     )
-    print(f"next: graft export {arguments.out} --to gguf --out {arguments.out}.gguf")
+    print(f"next: {next_export(Path(arguments.out))}")
 
 
 COMMAND = Command(arguments=AdoptArguments, run=adopt)

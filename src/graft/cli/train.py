@@ -11,6 +11,7 @@ from graft.cli.command import Command
 
 def train(config: TrainConfig) -> None:
     """Fine-tune a model on a file of examples."""
+    from graft.api.export import next_export
     from graft.api.finetune import finetune
     from graft.api.run.folder import ADAPTER
     from graft.cli.progress import progress
@@ -18,15 +19,16 @@ def train(config: TrainConfig) -> None:
     with progress() as events:
         report = finetune(config, events)
     out = Path(config.out)
+    perplexity = "" if report.perplexity is None else f", perplexity {report.perplexity:.4f}"
     print(
-        f"held-out loss {report.eval_loss_before:.4f} → {report.eval_loss:.4f}, perplexity "
-        f"{report.perplexity:.4f}, {report.steps} steps in {report.seconds:.0f} s\n"
+        f"held-out loss {report.eval_loss_before:.4f} → {report.eval_loss:.4f}{perplexity}, "
+        f"{report.steps} steps in {report.seconds:.0f} s\n"
         f"peak memory {report.peak_memory_bytes / 2**20:,.0f} MiB (planned "
         f"{report.planned_memory_bytes / 2**20:,.0f} MiB)\n"
         f"report: {out / 'report.md'}, plot: {out / 'plots' / 'loss.png'}"
     )
     if (out / ADAPTER).is_dir():  # not where the weights themselves were trained
-        print(f"next: graft export {out} --to gguf --out {out.name}.gguf")
+        print(f"next: {next_export(out)}")
 
 
 def _settings_of_resumed_run(words: Sequence[str]) -> dict[str, object]:

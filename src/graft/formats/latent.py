@@ -241,9 +241,7 @@ def _make(
 
 
 def _as_settings(latent: LatentFormat, _: Mapping[str, str]) -> dict[str, Any]:
-    grid = settings_of(latent.grid)
-    own = {"format": latent.name} if isinstance(latent.grid, IntGroupFormat) else {}
-    return grid | own | {"latent_dtype": latent.dtype}
+    return settings_of(latent.grid) | {"latent_dtype": latent.dtype}
 
 
 LATENT = FormatEntry(

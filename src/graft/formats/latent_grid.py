@@ -14,7 +14,6 @@ from graft.kernels.latent.ops import kept_weight
 from graft.kernels.low_rank.ops import token_product
 from graft.kernels.packed.weight import Weight
 
-
 _PIECE = 1 << 18
 """Weights that are computed in float64 at once."""
 

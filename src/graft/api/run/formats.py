@@ -27,7 +27,11 @@ def base_format(config: TrainConfig | PlanConfig, subject: Subject) -> WeightFor
     float32 = keeps_float32(subject.config, config.dtype)
     description = format_description(config, config.method, float32)
     check_solver(chosen_solver(config, config.method, config.bits), description)
-    return None if description is None else parse_format(description)
+    if description is None:
+        return None
+    weight_format = parse_format(description)
+    raise_problems(method_of(config).grid_problems(config, weight_format), "configuration")
+    return weight_format
 
 
 def exported_formats(
