@@ -176,6 +176,16 @@ QUANTISED: dict[str, tuple[Damage, list[str]]] = {
         change_json("graft.json", layers={LAYER: "int", "model.x": {}, "lm_head": {}}),
         ["3 problems", f"{LAYER} names no format", "model.x is no linear layer", "lm_head"],
     ),
+    "grid that is no format": (
+        change_json("graft.json", layers={LAYER: {"format": "latent", "grid": "nf4"}}),
+        [LAYER, "grid is 'nf4'"],
+    ),
+    "grid and options of another": (
+        change_json(
+            "graft.json", layers={LAYER: {"format": "latent", "grid": {"format": "nf4"}, "bits": 2}}
+        ),
+        [LAYER, "expected a format with all its options"],
+    ),
     "container file lost": (without("graft.json"), ["quantised folder without its graft.json"]),
     "packed tensor missing": (
         change_tensors(lambda t: t.pop(f"{LAYER}.scales")),

@@ -123,10 +123,14 @@ def low_rank(stored: StoredAdapter) -> int:
 
 
 def scaling_of(stored: StoredAdapter, peft_factor: float = 1.0) -> float:
-    """Return the scaling: exactly, where the file says it, else PEFT's times a factor."""
+    """Return the scaling: exactly, where the file says it, else PEFT's times a factor.
+
+    Raises GraftError when there is none.
+    """
     if stored.scaling is not None:
         return stored.scaling
-    assert stored.peft_scaling is not None, "a file of PEFT's has one"
+    if stored.peft_scaling is None:
+        raise GraftError("its files say no scaling; save the adapter again")
     return stored.peft_scaling * peft_factor
 
 

@@ -236,7 +236,11 @@ def _make(
     grid: Mapping[str, Any] | None = None, dtype: str = "bfloat16", rounds: bool = True, **bits: Any
 ) -> LatentFormat:
     """Return the format from its options: those of int, or the description of another grid."""
-    chosen: Any = IntGroupFormat(**bits) if grid is None else parse_format(grid)
+    if grid is None:
+        return LatentFormat(IntGroupFormat(**bits), dtype, rounds)
+    if bits or not isinstance(grid, Mapping) or "format" not in grid:
+        raise ValueError(f"grid is {grid!r} beside {bits}; expected a format with all its options")
+    chosen: Any = parse_format(grid)
     return LatentFormat(chosen, dtype, rounds)
 
 

@@ -79,7 +79,7 @@ def prompt_style(path: Path) -> PromptStyle:
     if not is_run(path):
         return PromptStyle()
     stored = read_json(path / PROMPT)
-    return PromptStyle(stored["kind"], stored["separator"])
+    return PromptStyle(str(stored["kind"]), stored["separator"])
 
 
 def load_any(
