@@ -27,7 +27,8 @@ class Full(Method):
             return None
         return (
             f"method full trains every weight, and {name} weights are frozen codes that no "
-            "optimizer can move; train with qlora, qalora or affine, or drop --format"
+            "optimizer can move; train with qlora, qalora or affine, or start from dense "
+            "weights, without --format"
         )
 
     def compute_dtype(self, dtype: str) -> str:

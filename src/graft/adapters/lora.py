@@ -179,7 +179,7 @@ class QLora(Lora):
     def format_problem(self, name: str) -> str | None:
         """Return why it cannot train on weights of that format."""
         if name == AS_IT_IS:
-            return "method qlora needs quantised weights; train with lora, or drop --format"
+            return f"method {self.name} needs quantised weights; train with lora, or drop --format"
         return None
 
 

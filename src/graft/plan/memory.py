@@ -327,8 +327,8 @@ def _rounding_note(rounding: int, in_training: bool, dtype: str) -> str:
     if not rounding:
         return "each weight by itself, while it is read"
     if in_training:
-        return "float32 weights for GPTQ, between two steps"
-    return f"{dtype} weights for GPTQ, before training"
+        return "float32 weights while they are rounded, between two steps"
+    return f"{dtype} weights while they are rounded, before training"
 
 
 def _frozen_note(counts: WeightCounts, dtype: str) -> str:

@@ -31,11 +31,8 @@ class HfTarget(Target):
         quantised = any(layer.weight_format.quantised for layer in layers)
         dtype = torch.float32 if quantised else loaded.source_dtype
         save_plain_model(loaded, path, dtype, on_tensor)
-        return (
-            ("dequantised to float32, which holds the quantised weights exactly",)
-            if quantised
-            else ()
-        )
+        note = "dequantised to float32, which holds the quantised weights exactly"
+        return (note,) if quantised else ()
 
     def usage(self, file: str, base: str | None) -> Usage:
         return Usage(
