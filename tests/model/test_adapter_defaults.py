@@ -11,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from graft.adapters.attach import adapter_parameters, attach_adapter, replace_module
 from graft.adapters.config import AdapterConfig
 from graft.formats.registry import make_format
-from graft.model.targets import frozen_linear, select_targets
+from graft.layers.registry import kind_of
+from graft.model.targets import select_targets
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,8 @@ def test_no_method_trains_more_than_lora_where_quality_is_measured(method: str, 
             layer = model.get_submodule(target)
             specs = weight_format.storage(layer.out_features, layer.in_features)
             packed = {key: spec.empty("meta") for key, spec in specs.items()}
-            replace_module(model, target, frozen_linear(layer, weight_format, packed, None))
+            frozen = kind_of(layer).frozen(layer, weight_format, packed, None)
+            replace_module(model, target, frozen)
         attach_adapter(model, targets, AdapterConfig(method=method).resolved(bits))
         return sum(p.numel() for p in adapter_parameters(model, "default").values())
 

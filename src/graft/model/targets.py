@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from graft.adapters.attach import adapted_layers, frozen_layers, replace_module
 from graft.errors import raise_problems
-from graft.formats.base import Packed, WeightFormat
 from graft.formats.dense import DenseFormat
-from graft.layers.frozen import FrozenLinear
 from graft.layers.registry import find_kind, kind_of
 
 
@@ -82,13 +79,3 @@ def freeze_layers(model: PreTrainedModel, names: Iterable[str]) -> None:
         weight_format = DenseFormat(str(weight.dtype).removeprefix("torch."))
         layer = kind.frozen(module, weight_format, {"weight": weight}, kind.bias(module))
         replace_module(model, name, layer)
-
-
-def frozen_linear(
-    module: nn.Module,
-    weight_format: WeightFormat,
-    packed: Packed,
-    bias: torch.Tensor | None,
-) -> FrozenLinear:
-    """Return a frozen layer of the kind and shape of `module`."""
-    return kind_of(module).frozen(module, weight_format, packed, bias)
