@@ -147,7 +147,7 @@ def _memory() -> dict[str, Any]:
         "limit of the control group, bytes": int(limit) if limit.isdecimal() else None,
         "swap bytes": meminfo.get("SwapTotal"),
         "C library": f"{library} {version}".strip() or None,
-        # Only glibc's malloc can be told to keep what is freed; see model/memory.py.
+        # Only glibc's malloc can be told to keep what is freed; see model/running/memory.py.
         "keeps freed buffers while training": library == "glibc",
         "malloc settings in the environment": settings or None,
         "transparent huge pages": chosen.group(1) if chosen else None,

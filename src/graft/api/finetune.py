@@ -148,7 +148,6 @@ def _train(
     events: Events,
 ) -> Metrics:
     config = prepared.config
-
     objective = OBJECTIVES[config.objective]
 
     def evaluate() -> LossResult:

@@ -14,7 +14,7 @@ from torch import nn
 from graft.adapters.attach import frozen_layers
 from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
-from graft.api.run.folder import fingerprint_weights
+from graft.api.run.folder import METRICS, REPORT, fingerprint_weights
 from graft.data.encode import EncodedData
 from graft.data.sources.files import fingerprint
 from graft.export.base import CARD
@@ -99,7 +99,7 @@ def make_report(
     bits_per_weight: float | None,
 ) -> RunReport:
     """Put the report together from what the run measured; `base` is the base model's folder."""
-    history = read_metrics(run / "metrics.jsonl")
+    history = read_metrics(run / METRICS)
     timed = [entry for entry in history if "step_seconds" in entry]
     spent = sum(entry["step_seconds"] for entry in timed)
     tokens = sum(entry["tokens_per_second"] * entry["step_seconds"] for entry in timed)
@@ -147,14 +147,14 @@ def stored_bits_per_weight(model: nn.Module) -> float | None:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions that a result depends on."""
+    """Return the versions that a result hangs on."""
     names = ("graft-llm", "torch", "transformers", "safetensors", "tokenizers", "gguf")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def write_report(run: Path, report: RunReport, history: Sequence[dict[str, Any]]) -> None:
     """Write report.json, report.md and plots/loss.png into the run's folder."""
-    write_json(run / "report.json", asdict(report))
+    write_json(run / REPORT, asdict(report))
     title = f"{_described(report)}, {report.steps} steps"
     plot_loss(history, run / "plots" / "loss.png", title)
     write_text(run / "report.md", _markdown(report))
