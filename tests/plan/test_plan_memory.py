@@ -22,13 +22,7 @@ from graft.model.running.memory import free_bytes
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan import skeleton
-from graft.plan.memory import (
-    HEAP_BUFFERS,
-    HEAP_BYTES,
-    HEAP_SHARE,
-    MemoryPlan,
-    plan_memory,
-)
+from graft.plan.memory import HEAP_BUFFERS, HEAP_BYTES, HEAP_SHARE, MemoryPlan, plan_memory
 from graft.plan.skeleton import count_weights
 
 FORMATS = [
