@@ -113,7 +113,7 @@ class QALoraAdapter(Adapter):
         rank, sizes = low_rank(stored), (layer.in_features, layer.out_features)
         group_size, moves = weight_format.group_size, stored.tensors.get("u_A")
         grid_rank = 0 if moves is None else moves.shape[0]
-        found = int(stored.peft.get("qalora_group_size", group_size))
+        found = int(stored.peft.get("qalora_group_size", 16)) if stored.peft else group_size
         if found != group_size:
             raise GraftError(f"its group size is {found}, the base's is {group_size}")
         adapter = cls(*sizes, group_size, rank, grid_rank=grid_rank)
