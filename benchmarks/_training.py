@@ -23,12 +23,13 @@ from graft.adapters.attach import adapter_parameters, attach_adapter, replace_mo
 from graft.adapters.config import AdapterConfig
 from graft.data.encode import Example
 from graft.formats.registry import make_format
+from graft.layers.registry import kind_of
 from graft.model.running.attention import use_own_attention
 from graft.model.running.checkpointing import Checkpointing, enable_checkpointing
 from graft.model.running.memory import reuse_freed_memory
 from graft.model.running.pointwise import use_own_pointwise
 from graft.model.subject import build_skeleton
-from graft.model.targets import frozen_linear, select_targets
+from graft.model.targets import select_targets
 from graft.objectives.base import LossResult
 from graft.objectives.next_token import NEXT_TOKEN
 from graft.optimizers.adamw import ADAMW
@@ -112,7 +113,7 @@ def graft_model(shape: LlamaShape, method: str) -> PreTrainedModel:
         if size not in packed:
             packed[size] = weight_format.pack(_random(size))
         own = {key: tensor.clone() for key, tensor in packed[size].items()}
-        replace_module(model, layer, frozen_linear(module, weight_format, own, None))
+        replace_module(model, layer, kind_of(module).frozen(module, weight_format, own, None))
     _fill(model)
     model.requires_grad_(False)
     return model

@@ -1,0 +1,32 @@
+"""What benchmarks and scripts import of graft is there: most of them are too slow to run in tests."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SCRIPTS = sorted([*ROOT.glob("benchmarks/*.py"), *ROOT.glob("scripts/*.py")])
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_every_name_that_it_imports_exists(script: Path) -> None:
+    missing = []
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "graft":
+            assert node.module is not None
+            module = importlib.import_module(node.module)
+            missing += [
+                f"{node.module}.{name.name}"
+                for name in node.names
+                if not hasattr(module, name.name) and not find_spec(f"{node.module}.{name.name}")
+            ]
+    assert missing == []
+
+
+def test_there_are_scripts() -> None:
+    assert len(SCRIPTS) > 10
