@@ -1,4 +1,4 @@
-"""What benchmarks and scripts import of graft is there: most of them are too slow to run in tests."""
+"""What benchmarks and scripts import of graft is there: tests run few of them, as they are slow."""
 
 from __future__ import annotations
 
