@@ -55,7 +55,9 @@ def source(tmp_path_factory) -> Path:
     (archive,) = (tree / "dist").iterdir()
     unpacked = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(archive) as file:
-        file.extractall(unpacked, filter="data")
+        # Python before 3.11.4 has no filters.
+        filters = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+        file.extractall(unpacked, **filters)
     return unpacked / archive.name.removesuffix(".tar.gz")
 
 
