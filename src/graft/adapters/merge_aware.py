@@ -22,7 +22,7 @@ from graft.adapters.base import (
 from graft.adapters.config import AdapterConfig
 from graft.adapters.lora import low_rank, scaling_of
 from graft.adapters.method import Config, Method
-from graft.adapters.rates import grid_rate, low_rank_rate
+from graft.adapters.rates import low_rank_moves_factors
 from graft.errors import GraftError
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled, WeightFormat
 from graft.formats.choice import latent_described
@@ -240,12 +240,8 @@ class MergeAware(Method):
     def rate_factors(
         self, config: AdapterConfig, hidden_size: int, bits: Mapping[str, int]
     ) -> dict[str, float]:
-        """Return what gives moves of the grid a grid's rate, in proportion to LoRA's default.
-
-        Not more at more bits, where the codes move as finely.
-        """
-        factor = grid_rate(hidden_size) / low_rank_rate(config, hidden_size)
-        return {name: factor for name in bits if name.endswith((".u_B", ".v_B"))}
+        """Return a grid's rate for its moves; not more at more bits, where codes move as finely."""
+        return low_rank_moves_factors(config, hidden_size, bits)
 
 
 MERGE_AWARE = MergeAware()

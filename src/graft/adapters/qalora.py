@@ -27,7 +27,7 @@ from graft.adapters.base import (
 from graft.adapters.config import AdapterConfig
 from graft.adapters.lora import low_rank, scaling_of
 from graft.adapters.method import Config, Kept, Method, narrow_solver
-from graft.adapters.rates import grid_rate, low_rank_rate
+from graft.adapters.rates import low_rank_moves_factors, low_rank_rate
 from graft.errors import GraftError
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled
 from graft.formats.int_group import IntGroupFormat
@@ -210,9 +210,8 @@ class QALora(Method):
     def rate_factors(
         self, config: AdapterConfig, hidden_size: int, bits: Mapping[str, int]
     ) -> dict[str, float]:
-        """Return what gives moves of the scales a grid's rate, in proportion to LoRA's default."""
-        factor = grid_rate(hidden_size) / low_rank_rate(config, hidden_size)
-        return {name: factor for name in bits if name.endswith((".u_B", ".v_B"))}
+        """Return a grid's rate for the moves of the scales."""
+        return low_rank_moves_factors(config, hidden_size, bits)
 
     def kept(self, layer: AdaptedLinear, config: AdapterConfig, dtype: torch.dtype) -> Kept:
         """Return the group sums of the input where the scales stay, else the input."""

@@ -8,6 +8,7 @@ to the one that is in use at 4096.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from graft.adapters.base import lora_scaling
 from graft.adapters.config import AdapterConfig
@@ -32,6 +33,17 @@ def grid_rate(hidden_size: int) -> float:
     The scale itself falls with the root of the width.
     """
     return 5e-2 * math.sqrt(128 / hidden_size)
+
+
+def low_rank_moves_factors(
+    config: AdapterConfig, hidden_size: int, names: Iterable[str]
+) -> dict[str, float]:
+    """Return what gives low-rank moves of a grid, u_B and v_B, a grid's rate; by parameter.
+
+    The factors are in proportion to the default rate of LoRA.
+    """
+    factor = grid_rate(hidden_size) / low_rank_rate(config, hidden_size)
+    return {name: factor for name in names if name.endswith((".u_B", ".v_B"))}
 
 
 def weight_rate(hidden_size: int) -> float:
