@@ -104,8 +104,8 @@ def format_problems(
     integers = weight_format.integers
     if integers is None:
         return [
-            f"format {weight_format.name!r} has no counterpart in {target}; merge into a dense "
-            "model first, or quantise the base with --format int"
+            f"format {weight_format.name!r} has no counterpart in {target}; write dense weights "
+            "with --to hf, or quantise the base with --format int"
         ]
     problems = []
     if integers.bits not in bits:

@@ -88,8 +88,8 @@ def format_problems(weight_format: WeightFormat, dense: bool = False) -> list[st
         if dense:
             return []
         return [
-            f"format {weight_format.name!r} has no counterpart in GGUF; merge into a dense model "
-            "first, or quantise the base with --format int"
+            f"format {weight_format.name!r} has no counterpart in GGUF; write dense weights with "
+            "--to hf, or quantise the base with --format int"
         ]
     problems = []
     if integers.bits not in BITS:
