@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -51,6 +50,8 @@ class Problems:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return '; did you mean X?' for the nearest known name, else the list of known names."""
+    import difflib  # here, as every start of graft reads this file, and few ask for a near name
+
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
