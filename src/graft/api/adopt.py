@@ -14,7 +14,7 @@ from graft.adapters.attach import adapted_layers, adapter_parameters
 from graft.adapters.method import Method
 from graft.adapters.registry import METHODS, method_of, settings_of
 from graft.adapters.starts.registry import STARTS
-from graft.api.config import TrainConfig, as_plain
+from graft.api.config import AdoptedFormat, TrainConfig, as_plain
 from graft.api.events import Events
 from graft.api.run.folder import (
     ADAPTER,
@@ -41,8 +41,6 @@ from graft.model.save import save_model
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan.skeleton import freeze_on_meta
-
-AdoptedFormat = Literal["nf4", "fp4", "int8"]
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ from graft.model.config import ModelConfig
 from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
 from graft.train.config import LoopConfig
 
+AdoptedFormat = Literal["nf4", "fp4", "int8"]
+"""What an adapter that PEFT trained may have had its base in: the formats of bitsandbytes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(LoopConfig, DataConfig, AdapterConfig, SolverConfig, FormatConfig, ModelConfig):

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
+from graft.api.config import AdoptedFormat
 from graft.cli.command import Command
 from graft.cli.fields import Positional
 
@@ -21,7 +22,7 @@ class AdoptArguments:
     model: str | None = None
     """The base: a model folder, a folder that graft quantised, or a hub id; default: the one that
     the adapter names."""
-    format: Literal["nf4", "fp4", "int8"] | None = None
+    format: AdoptedFormat | None = None
     """Round the base's linear layers as bitsandbytes does (for an adapter that was trained so)."""
     double_quant: bool = False
     """Quantise the constants of nf4 and fp4 too, as bnb_4bit_use_double_quant does."""

@@ -19,6 +19,7 @@ from graft.formats.base import WeightFormat
 from graft.layers.frozen import FrozenLinear
 from graft.layers.registry import find_kind
 from graft.model.families import family_of
+from graft.model.gguf.file import FLOATS
 from graft.model.gguf.layout import (
     Q4_1_BLOCK,
     encode_q4_1,
@@ -30,12 +31,6 @@ from graft.model.gguf.layout import (
 Unquantised = Literal["F32", "F16", "BF16"]
 BITS = (2, 3, 4)
 """Widths of the int format that Q4_1 holds; the narrower ones take four bits there too."""
-
-_FLOATS = {
-    GGMLQuantizationType.F32: torch.float32,
-    GGMLQuantizationType.F16: torch.float16,
-    GGMLQuantizationType.BF16: torch.bfloat16,
-}
 
 
 @dataclass(frozen=True)
@@ -215,7 +210,7 @@ def _plan_float(
         weight = source.dense_weight() if isinstance(source, FrozenLinear) else source
         weight = weight.detach().cpu()
         require_finite(target, weight)
-        written = weight.to(_FLOATS[kind])
+        written = weight.to(FLOATS[kind])
         rounding = 0.0
         if written.dtype not in (weight.dtype, torch.float32):
             rounding = float((written.float() - weight).abs().max())
