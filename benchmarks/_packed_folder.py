@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from graft.files import write_json
+from graft.files.write import write_json
 from graft.formats.base import WeightFormat, storage_bytes
 from graft.formats.registry import describe_format
 from graft.model.folder import CONFIG_MARKER, FORMAT_VERSION, QUANTISATION_FILE

@@ -42,7 +42,7 @@ from graft.entries import Entries
 from graft.errors import GraftError
 from graft.export.base import OnTensor, Origin, Target, Usage
 from graft.export.registry import TARGETS
-from graft.files import new_folder, write_json
+from graft.files.write import new_folder, write_json
 from graft.formats.base import Packed, WeightFormat
 from graft.layers.frozen import FrozenLinear
 from graft.model.load import LoadedModel

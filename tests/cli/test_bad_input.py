@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graft.cli.main import main
+from graft.files.write import unwritable
 
 GOOD_ROW = json.dumps({"prompt": "red lamp", "completion": "the lamp is red"})
 
@@ -384,9 +385,9 @@ def test_a_full_disk_leaves_nothing(
     import graft.model.save as save
 
     def no_space(*arguments: object, **options: object) -> None:
-        raise OSError(28, "No space left on device")
+        raise unwritable(place.out(), OSError(28, "No space left on device"))
 
-    monkeypatch.setattr(save, "save_file", no_space)
+    monkeypatch.setattr(save, "write_tensor_file", no_space)
     before = snapshot(place.folder)
     assert main(train(place)) == 1
     assert "No space left on device" in capsys.readouterr().err

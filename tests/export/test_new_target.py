@@ -23,7 +23,7 @@ from graft.export.base import OnTensor, Origin, RuntimePackage, Target, Usage
 from graft.export.layers import Architecture, config_problems, format_problems, layer_problems
 from graft.export.registry import TARGETS, target_of
 from graft.export.runtimes import FolderRuntime
-from graft.files import new_folder, write_json
+from graft.files.write import new_folder, write_json
 from graft.formats.base import WeightFormat
 from graft.model.folder import read_config
 from graft.model.load import LoadedModel

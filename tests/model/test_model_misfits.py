@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graft.errors import GraftError
-from graft.files import read_json
+from graft.files.read import read_json
 from graft.formats.registry import make_format
 from graft.model.folder import find_folder
 from graft.model.load import load_model
@@ -278,7 +278,7 @@ def test_a_weight_that_is_not_finite(copied) -> None:
 
 def test_json_that_is_no_text(tmp_path) -> None:
     (tmp_path / "a.json").write_bytes(b"\xff\xfe")
-    with pytest.raises(GraftError, match="a.json is no valid JSON"):
+    with pytest.raises(GraftError, match="a.json is no UTF-8 text"):
         read_json(tmp_path / "a.json")
     with pytest.raises(GraftError, match="b.json cannot be read: No such file"):
         read_json(tmp_path / "b.json")

@@ -19,7 +19,7 @@ from graft.adapters.attach import attach_adapter, frozen_layers
 from graft.adapters.config import AdapterConfig
 from graft.adapters.merge import merge_adapters
 from graft.errors import GraftError
-from graft.files import new_folder, write_json
+from graft.files.write import new_folder, write_json
 from graft.formats.base import storage_bytes
 from graft.formats.registry import describe_format, make_format
 from graft.model import save
@@ -271,8 +271,9 @@ def test_what_exists_is_not_overwritten(kind, load, tmp_path) -> None:
 
 def test_an_empty_folder_and_the_rest_of_a_broken_write_are_taken(load, tmp_path) -> None:
     (tmp_path / "out").mkdir()
-    (tmp_path / ".out.part").mkdir()
-    (tmp_path / ".out.part" / "junk").write_text("junk")
+    left = tmp_path / ".out.0123456789ab.part"
+    left.mkdir()
+    (left / "junk").write_text("junk")
     save_model(load("llama"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert not (tmp_path / "out" / "junk").exists()

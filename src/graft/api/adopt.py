@@ -28,7 +28,8 @@ from graft.api.run.folder import (
 from graft.api.run.report import base_facts, stored_bits_per_weight, versions
 from graft.data.shapes.registry import CHAT, PLAIN
 from graft.errors import GraftError, Problems
-from graft.files import new_folder, read_json, write_json, write_yaml
+from graft.files.read import read_json
+from graft.files.write import new_folder, write_json, write_yaml
 from graft.formats.base import WeightFormat
 from graft.formats.choice import described
 from graft.formats.config import FormatConfig

@@ -34,7 +34,7 @@ from graft.calibrate.registry import SOLVERS
 from graft.errors import GraftError
 from graft.evaluate.loss import evaluate_loss
 from graft.export.registry import TARGETS
-from graft.files import write_yaml
+from graft.files.write import write_yaml
 from graft.model.adapter_files import save_adapter
 from graft.model.load import LoadedModel
 from graft.model.running.attention import use_own_attention

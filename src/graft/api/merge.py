@@ -21,7 +21,7 @@ from graft.adapters.merge import merge_adapters
 from graft.api.events import Events
 from graft.api.run.folder import MODEL, START, is_run, load_any, read_run_config
 from graft.errors import GraftError
-from graft.files import write_json
+from graft.files.write import write_json
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.layers.frozen import FrozenLinear

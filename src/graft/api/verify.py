@@ -25,7 +25,7 @@ from graft.export.base import Target
 from graft.export.config import ExportTarget
 from graft.export.registry import target_of
 from graft.export.runtimes import Runtime
-from graft.files import write_json
+from graft.files.write import write_json
 from graft.model.load import LoadedModel
 from graft.model.subject import build_skeleton
 

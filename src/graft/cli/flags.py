@@ -45,7 +45,7 @@ def _settings_of_file(word: str, kind: type) -> dict[str, Any]:
             f"{word!r} is no flag and no configuration file (.yaml); flags begin with --"
         )
     from graft.api.settings import checked_settings
-    from graft.files import read_yaml
+    from graft.files.read import read_yaml
 
     return checked_settings(read_yaml(path), kind, word)
 

@@ -37,7 +37,7 @@ def _settings_of_resumed_run(words: Sequence[str]) -> dict[str, object]:
     if "--resume" not in words or "--out" not in words[:-1]:
         return {}
     from graft.api.settings import checked_settings
-    from graft.files import read_yaml
+    from graft.files.read import read_yaml
 
     stored = Path(words[words.index("--out") + 1]) / "config.yaml"
     return checked_settings(read_yaml(stored), TrainConfig, str(stored)) if stored.is_file() else {}

@@ -23,7 +23,7 @@ from graft.compare.results import (
     training_rows,
     with_figures,
 )
-from graft.files import write_text
+from graft.files.write import write_text
 from graft.train.plots import smoothed
 
 _FAR_OFF = 3.0

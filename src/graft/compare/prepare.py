@@ -39,7 +39,8 @@ from graft.data.shapes.registry import SHAPES
 from graft.data.sources.files import fingerprint
 from graft.errors import GraftError, Problems
 from graft.evaluate.scores import missing_scorers, why_no_scorers
-from graft.files import read_json, write_json, write_text
+from graft.files.read import read_json
+from graft.files.write import write_json, write_text
 from graft.formats.registry import parse_format
 from graft.model.folder import QUANTISATION_FILE
 from graft.model.running.checkpointing import check_checkpointing

@@ -27,7 +27,8 @@ from graft.errors import GraftError
 from graft.evaluate.generate import generate_text
 from graft.evaluate.loss import evaluate_loss
 from graft.evaluate.scores import missing_scorers, score_texts, why_no_scorers
-from graft.files import read_json, write_json
+from graft.files.read import read_json
+from graft.files.write import write_json
 from graft.formats.registry import parse_format
 from graft.model.devices import resolve_device
 from graft.model.load import LoadedModel, load_model

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from graft.convert.source import PlainTensor
 from graft.errors import GraftError
-from graft.files import read_json
+from graft.files.read import read_json
 from graft.model.folder import parse_config
 from graft.model.subject import build_skeleton
 from graft.model.weight_files import INDEX_FILE, PICKLES, SINGLE_FILE, WeightFiles

@@ -16,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from graft.convert.source import PlainTensor, QuantisedLayer, Source
 from graft.errors import GraftError, Problems, raise_problems
-from graft.files import new_folder
+from graft.files.write import new_folder
 from graft.formats.base import WeightFormat, storage_bytes
 from graft.formats.registry import describe_format
 from graft.model.load import LoadedModel

@@ -18,7 +18,8 @@ from graft.adapters.method import Method
 from graft.adapters.registry import method_of_files
 from graft.adapters.starts.registry import STARTS
 from graft.errors import GraftError, raise_problems
-from graft.files import new_folder, read_json, write_json
+from graft.files.read import read_json
+from graft.files.write import new_folder, write_json
 from graft.layers.frozen import FrozenLinear
 from graft.model.peft_files import (
     PEFT_CONFIG,

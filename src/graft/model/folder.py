@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from graft.errors import GraftError, raise_problems
-from graft.files import read_json
+from graft.files.read import read_json
 from graft.formats.base import WeightFormat
 from graft.formats.registry import parse_format
 

@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from graft.adapters.attach import adapted_layers, frozen_layers
 from graft.errors import GraftError
-from graft.files import new_folder, replacing, write_json
+from graft.files.write import new_folder, write_json
 from graft.formats.registry import describe_format
 from graft.layers.frozen import FrozenLinear
 from graft.layers.registry import kind_of
 from graft.model.folder import CONFIG_MARKER, FORMAT_VERSION, QUANTISATION_FILE
 from graft.model.load import LoadedModel
-from graft.model.tensor_file import FileTensor, OnTensor, write_tensor_file
+from graft.model.tensor_file import WRITABLE, FileTensor, OnTensor, write_tensor_file
 from graft.model.weight_files import SINGLE_FILE
 
 
@@ -109,15 +107,21 @@ def write_quantisation(
     write_json(folder / QUANTISATION_FILE, description)
 
 
-def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Write a safetensors file to a temporary name, then rename."""
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # One entry only: the order of several is random, and equal weights should give equal files.
-    try:
-        with replacing(path) as temporary:
-            save_file(plain, temporary, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise GraftError(f"{path} cannot be written: {error}") from error
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> str:
+    """Write a safetensors file as that library does, byte for byte; return its SHA-256.
+
+    Wide dtypes come first, then names in their order, so equal tensors give equal files.
+    """
+    order = sorted(tensors.items(), key=lambda item: (WRITABLE.index(item[1].dtype), item[0]))
+    files = [
+        FileTensor(name, tuple(tensor.shape), tensor.dtype, partial(_same, tensor))
+        for name, tensor in order
+    ]
+    return write_tensor_file(path, files)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def named_tensors(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:

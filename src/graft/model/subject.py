@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from graft.errors import GraftError
-from graft.files import read_json
+from graft.files.read import read_json
 from graft.formats.base import WeightFormat
 from graft.model.families import Family, family_of
 from graft.model.folder import (

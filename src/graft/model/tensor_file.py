@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -11,23 +12,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from graft.files import replacing
+from graft.files.write import replacing
 
 _CODES = {
+    torch.int64: "I64",
     torch.float64: "F64",
     torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
     torch.uint32: "U32",
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
     torch.int32: "I32",
-    torch.int64: "I64",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-WRITABLE = frozenset(_CODES)
-"""The dtypes that `write_tensor_file` writes."""
+WRITABLE = tuple(_CODES)
+"""The dtypes that `write_tensor_file` writes; the safetensors library sorts tensors so."""
 
 OnTensor = Callable[[int, int], None]
 
@@ -49,9 +50,9 @@ class FileTensor:
 
 def write_tensor_file(
     path: Path, tensors: Sequence[FileTensor], on_tensor: OnTensor | None = None
-) -> None:
+) -> str:
     """Write a safetensors file; see `write_tensors`."""
-    write_tensors(path, tensors, header=_header(tensors), on_tensor=on_tensor)
+    return write_tensors(path, tensors, header=_header(tensors), on_tensor=on_tensor)
 
 
 def write_tensors(
@@ -61,22 +62,26 @@ def write_tensors(
     header: bytes = b"",
     alignment: int = 1,
     on_tensor: OnTensor | None = None,
-) -> None:
-    """Write the tensors in their order, as `starts` places them, to a temporary name, then rename.
+) -> str:
+    """Write the tensors in their order, as `starts` places them, and return the file's SHA-256.
 
     on_tensor is called after each with (tensors written, all tensors). Raises GraftError when the
     file cannot be written.
     """
+    digest = hashlib.sha256(header)
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(header)
         places = zip(tensors, starts(tensors, alignment), strict=True)
         for done, (tensor, start) in enumerate(places, start=1):
-            file.seek(len(header) + start)
+            gap = bytes(len(header) + start - file.tell())
             data = tensor.make().detach().cpu().contiguous().reshape(-1).view(torch.uint8)
             assert data.numel() == tensor.bytes, tensor.name
-            file.write(data.numpy().data)
+            for part in (gap, data.numpy().data):
+                file.write(part)
+                digest.update(part)
             if on_tensor is not None:
                 on_tensor(done, len(tensors))
+    return digest.hexdigest()
 
 
 def starts(tensors: Sequence[FileTensor], alignment: int = 1) -> list[int]:
@@ -97,6 +102,6 @@ def _header(tensors: Sequence[FileTensor]) -> bytes:
             "shape": list(tensor.shape),
             "data_offsets": [start, start + tensor.bytes],
         }
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from graft.errors import GraftError, raise_problems
-from graft.files import read_json
+from graft.files.read import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from graft.errors import GraftError, raise_problems
-from graft.files import new_folder, read_json, write_json
+from graft.files.read import read_json
+from graft.files.write import new_folder, write_json
 from graft.model.save import save_tensors
 from graft.model.weight_files import WeightFiles
 from graft.optimizers.base import OptimizerKind

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from graft.data.batches import Batch, BatchSampler
 from graft.data.encode import Example
 from graft.errors import GraftError
-from graft.files import write_text
+from graft.files.write import write_text
 from graft.model.running.memory import resident_bytes
 from graft.objectives.base import LossResult, Objective
 from graft.optimizers.base import OptimizerKind

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.errors import GraftError
-from graft.files import replacing
+from graft.files.write import replacing
 
 
 def plot_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:

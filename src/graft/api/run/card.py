@@ -22,7 +22,8 @@ from graft.api.run.folder import (
 from graft.data.shapes.registry import SHAPES
 from graft.export.base import CARD, Target
 from graft.export.card import CardFacts, license_of, model_card
-from graft.files import read_json, write_text
+from graft.files.read import read_json
+from graft.files.write import write_text
 from graft.model.load import LoadedModel
 
 _VERSIONS = ("graft-llm", "torch", "transformers")

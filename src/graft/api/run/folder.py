@@ -22,7 +22,8 @@ from graft.api.settings import checked_settings
 from graft.data.chat import DEFAULT_CHAT_TEMPLATE
 from graft.data.shapes.registry import PLAIN, SHAPES
 from graft.errors import GraftError
-from graft.files import read_json, read_yaml, write_json
+from graft.files.read import read_json, read_yaml
+from graft.files.write import write_json
 from graft.model.adapter_files import load_adapter
 from graft.model.folder import read_tokenizer
 from graft.model.gguf.load import load_gguf_model

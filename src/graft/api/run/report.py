@@ -19,7 +19,7 @@ from graft.data.encode import EncodedData
 from graft.data.sources.files import fingerprint
 from graft.export.base import CARD
 from graft.export.card import license_of
-from graft.files import write_json, write_text
+from graft.files.write import write_json, write_text
 from graft.formats.base import storage_bytes
 from graft.model.running.memory import peak_bytes
 from graft.plan.memory import MemoryPlan

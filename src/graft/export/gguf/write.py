@@ -19,7 +19,7 @@ from graft.export.gguf.metadata import (
 )
 from graft.export.gguf.tensors import TensorPlan, Unquantised, format_problems, plan_tensors
 from graft.export.gguf.tokenizer import GgufTokenizer, add_tokenizer_metadata, convert_tokenizer
-from graft.files import replacing
+from graft.files.write import replacing
 from graft.formats.base import WeightFormat
 from graft.model.gguf.layout import gguf_layout
 

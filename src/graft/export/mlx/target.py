@@ -11,7 +11,7 @@ from graft.export.base import OnTensor, Origin, RuntimePackage, Target, Usage
 from graft.export.mlx.runtime import MlxLm
 from graft.export.mlx.write import BITS, check_mlx_plan, export_mlx
 from graft.export.runtimes import Runtime
-from graft.files import read_json
+from graft.files.read import read_json
 from graft.formats.base import WeightFormat
 from graft.model.load import LoadedModel
 

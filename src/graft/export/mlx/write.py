@@ -29,7 +29,7 @@ from graft.export.layers import (
     side_by_side,
     whole_groups,
 )
-from graft.files import new_folder, write_json
+from graft.files.write import new_folder, write_json
 from graft.formats.base import WeightFormat
 from graft.layers.frozen import FrozenLinear
 from graft.model.families import exported

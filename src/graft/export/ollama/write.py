@@ -22,7 +22,7 @@ from graft.export.gguf.tokenizer import convert_tokenizer
 from graft.export.gguf.write import OnTensor, export_gguf
 from graft.export.ollama.chat_probe import chat_joints, checked_template
 from graft.export.ollama.go_template import go_text, render_go
-from graft.files import new_folder
+from graft.files.write import new_folder
 from graft.model.load import LoadedModel
 
 GGUF_FILE = "model.gguf"

@@ -27,7 +27,7 @@ from graft.export.layers import (
     side_by_side,
     zero_points,
 )
-from graft.files import new_folder
+from graft.files.write import new_folder
 from graft.formats.base import WeightFormat
 from graft.layers.frozen import FrozenLinear
 from graft.model.families import exported

@@ -36,7 +36,7 @@ from graft.export.layers import (
     whole_groups,
     zero_points,
 )
-from graft.files import new_folder, replacing
+from graft.files.write import new_folder, replacing
 from graft.formats.base import WeightFormat
 from graft.formats.int_group import GROUP_SIZES
 from graft.layers.frozen import FrozenLinear

@@ -1,0 +1,1 @@
+"""Files: written whole and for good or not at all, read within bounds, held by one process."""

@@ -1,0 +1,84 @@
+"""One owner at a time for a folder that a command works in."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+from graft.errors import GraftError
+from graft.files.write import unwritable
+from graft.text import quoted
+
+LOCK = ".lock"
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Own an existing folder while the block runs; the system frees it when the process ends.
+
+    Raises GraftError that names the owner when another process, or another block of this one, has
+    it. What is in the lock file is for people; the system's lock on it decides, so a killed owner
+    leaves nothing that could be taken for a living one.
+    """
+    path = folder / LOCK
+    try:
+        lock = _opened(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    try:
+        _identify(lock)
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is still held
+        os.close(lock)
+
+
+def _opened(path: Path) -> int:
+    """Return a locked descriptor of the lock file; raises GraftError when it is held."""
+    while True:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        lock = os.open(path, flags, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            owner = _owner(lock)
+            os.close(lock)
+            raise GraftError(
+                f"{path.parent} is in use by {owner}; wait until it has ended, or stop it"
+            ) from error
+        except OSError:
+            os.close(lock)
+            raise
+        # Its owner may have removed it between the two calls: then it is locked, but not there.
+        if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+            return lock
+        os.close(lock)
+
+
+def _identify(lock: int) -> None:
+    owner = {
+        "process": os.getpid(),
+        "host": socket.gethostname(),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:2]]),
+    }
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, (json.dumps(owner) + "\n").encode(), 0)
+
+
+def _owner(lock: int) -> str:
+    try:
+        owner = json.loads(os.pread(lock, 4096, 0))
+        return (
+            f"process {int(owner['process'])} on {quoted(owner['host'])} "
+            f"({quoted(owner['command'])}, since {quoted(owner['since'])})"
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return "another process"

@@ -1,0 +1,146 @@
+"""Reading small files that may come from anywhere: bounded, regular files only, typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+from graft.errors import GraftError, raise_problems
+from graft.files.bounds import bound, raise_beyond
+from graft.text import quoted
+
+Kind = TypeVar("Kind")
+
+_MIB = 2**20
+JSON_BYTES = 256 * _MIB
+"""A tokenizer of 256,000 words takes 33 MiB."""
+YAML_BYTES = 1 * _MIB
+YAML_NODES = 10_000
+"""Values of a YAML file, each counted as often as anchors repeat it."""
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, without waiting for a pipe or reading a device for ever.
+
+    Raises GraftError when it is not there, cannot be read, or is anything else than a file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise GraftError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a zero byte in the name
+        raise GraftError(f"{quoted(str(path))} is no name of a file: {error}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise GraftError(f"{path} is no regular file, but a folder, a pipe or a device")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, most: int = JSON_BYTES) -> bytes:
+    """Return a file's bytes; raises GraftError for more than `most` of them; see `open_regular`."""
+    most = bound(most)
+    try:
+        with open_regular(path) as file:
+            content = file.read(most + 1)
+    except OSError as error:
+        raise GraftError(f"{path} cannot be read: {error.strerror}") from error
+    if len(content) > most:
+        raise_beyond(path, f"more than {most:,} bytes", f"{most:,}")
+    return content
+
+
+def read_text(path: Path, most: int = JSON_BYTES) -> str:
+    """Return a UTF-8 file's text; see `read_bytes`."""
+    try:
+        return read_bytes(path, most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise GraftError(f"{path} is no UTF-8 text: {error.reason}, byte {error.start}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file; raises GraftError when it holds none."""
+    try:
+        value = json.loads(read_text(path))
+    except RecursionError as error:
+        raise GraftError(f"{path} is no valid JSON: it is nested too deeply") from error
+    except ValueError as error:
+        raise GraftError(f"{path} is no valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise GraftError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def read_typed(path: Path, kind: type[Kind]) -> Kind:
+    """Return the JSON object in a file as a dataclass, every field checked for its type.
+
+    Keys that the dataclass does not name are left out. Raises GraftError with every field that is
+    missing or of another type.
+    """
+    return typed(read_json(path), kind, path)
+
+
+def typed(value: object, kind: type[Kind], where: object) -> Kind:
+    """Return plain JSON values as a dataclass; see `read_typed`. `where` heads the message."""
+    from pydantic import TypeAdapter, ValidationError  # and not above: not every command reads
+
+    try:
+        # By way of JSON: there a list may stand for a tuple, and strictly so.
+        return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(map(str, one['loc']))} is {quoted(one['input'])}: {one['msg']}"
+            if one["type"] != "missing"
+            else f"{'.'.join(map(str, one['loc']))} is missing"
+            for one in error.errors(include_url=False)[:5]
+        ]
+        raise_problems(problems, f"{where} is damaged, or from another version of graft")
+        raise
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file; raises GraftError when it holds none."""
+    import yaml  # which not every command needs
+
+    try:
+        text = read_text(path, YAML_BYTES)
+        loader = yaml.SafeLoader(text)
+        try:
+            node = loader.get_single_node()
+            _check_nodes(node, path)
+            value = None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
+    except yaml.YAMLError as error:
+        raise GraftError(f"{path} is no valid YAML: {str(error)[:500]}") from error
+    except RecursionError as error:
+        raise GraftError(f"{path} is no valid YAML: it is nested too deeply") from error
+    except (ValueError, TypeError, OverflowError) as error:  # of a date or number that is none
+        raise GraftError(f"{path} is no valid YAML: {str(error)[:500]}") from error
+    if not isinstance(value, dict):
+        raise GraftError(f"{path} holds no settings; expected lines of 'key: value'")
+    return value
+
+
+def _check_nodes(root: Any, path: Path) -> None:
+    """Raise GraftError when anchors repeat values beyond the bound, or hold themselves."""
+    import yaml
+
+    counts: dict[int, int] = {}
+
+    def count(node: Any) -> int:
+        if id(node) in counts:
+            return counts[id(node)]
+        counts[id(node)] = bound(YAML_NODES) + 1  # of one that holds itself
+        parts: list[Any] = []
+        if isinstance(node, yaml.SequenceNode):
+            parts = node.value
+        elif isinstance(node, yaml.MappingNode):
+            parts = [part for pair in node.value for part in pair]
+        counts[id(node)] = 1 + sum(map(count, parts))
+        return counts[id(node)]
+
+    if root is not None and (found := count(root)) > bound(YAML_NODES):
+        raise_beyond(path, f"{found:,} values, repeated by anchors", f"{bound(YAML_NODES):,}")

@@ -1,0 +1,224 @@
+"""Files and folders that are written whole and for good, or not at all.
+
+Everything goes to a new name beside its place, is flushed to the disk, renamed, and the folder
+flushed: after a kill or a loss of power there is the old or the new content, never a part. The
+temporary name is unique, opened so that no link is followed, and locked while its writer lives, so
+that what a killed process left is known and swept away by the next write of the same name.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from graft.errors import GraftError
+
+_SUFFIX = ".part"
+_LONGEST = 200
+"""Characters of a name that are kept in its temporary one; a name has at most 255 bytes."""
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`, which becomes it when the block ends.
+
+    When the block fails nothing is left, and a file that was there before is as it was. Folders
+    above are made. Raises GraftError when it cannot be written.
+    """
+    try:
+        make_folders(path.parent)
+        temporary, lock = _reserved(path, folder=False)
+        try:
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+            _flush(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+            os.close(lock)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends, and vanishes if it fails.
+
+    Raises GraftError when `path` exists with something in it, when another process is writing it,
+    or when it cannot be written.
+    """
+    check_new(path)
+    try:
+        make_folders(path.parent)
+        if writers := sweep(path.parent, path.name):
+            raise GraftError(f"{path} is being written by another process ({writers[0]})")
+        temporary, lock = _reserved(path, folder=True)
+        try:
+            yield temporary
+            flush_folder(temporary)
+            try:
+                os.rename(temporary, path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+                check_new(path)
+                raise
+            _flush(path.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
+def check_new(path: Path) -> None:
+    """Raise GraftError when there is something at `path`; an empty folder is nothing."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
+        raise GraftError(f"{path} exists already; choose another name or remove it")
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder, which is there whole or not at all at every moment; nothing if not there.
+
+    Raises GraftError when it cannot be removed.
+    """
+    try:
+        if not path.is_dir() or path.is_symlink():
+            path.unlink(missing_ok=True)
+            return
+        aside = _temporary_name(path)
+        os.rename(path, aside)
+        _flush(path.parent)
+        shutil.rmtree(aside)
+    except OSError as error:
+        raise GraftError(f"{path} cannot be removed: {error.strerror or error}") from error
+
+
+def make_folders(path: Path) -> None:
+    """Make a folder and those above it, for good; nothing where it is there."""
+    if path.is_dir():
+        return
+    make_folders(path.parent)
+    path.mkdir(exist_ok=True)
+    _flush(path.parent)
+
+
+def sweep(folder: Path, name: str | None = None) -> list[str]:
+    """Remove temporary files and folders whose writer is gone; return the others' names.
+
+    name: that of the file or folder that they were to become, by default any.
+    """
+    living = []
+    for path in folder.glob(f".*{_SUFFIX}"):
+        kept, _, token = path.name.removesuffix(_SUFFIX).rpartition(".")
+        if len(token) != _TOKEN or (name is not None and kept != f".{name[:_LONGEST]}"):
+            continue
+        with suppress(OSError):  # gone meanwhile, or another user's
+            lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            try:
+                if not _lock(lock):
+                    living.append(path.name)
+                elif stat.S_ISDIR(os.fstat(lock).st_mode):
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
+            finally:
+                os.close(lock)
+    return living
+
+
+def flush_folder(folder: Path) -> None:
+    """Flush every file and folder in a folder, and itself, to the disk."""
+    for root, _, files in os.walk(folder, topdown=False):
+        for file in files:
+            _flush(Path(root, file))
+        _flush(Path(root))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write a JSON file; see `replacing`."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
+    """Write settings as YAML; see `replacing`."""
+    import yaml  # which not every command needs
+
+    write_text(path, yaml.safe_dump(dict(values), sort_keys=False))
+
+
+def unwritable(path: Path, error: OSError) -> GraftError:
+    """Return what to raise when a file or folder cannot be written."""
+    return GraftError(
+        f"{path} cannot be written: {error.strerror or error}; free some space or choose another "
+        "place with --out"
+    )
+
+
+_TOKEN = 12
+"""Characters that make a temporary name unique, and not to be guessed."""
+
+
+def _temporary_name(path: Path) -> Path:
+    token = secrets.token_hex(_TOKEN // 2)
+    return path.with_name(f".{path.name[:_LONGEST]}.{token}{_SUFFIX}")
+
+
+def _reserved(path: Path, folder: bool) -> tuple[Path, int]:
+    """Make a new file or folder beside `path`; return its name, and the descriptor that locks it.
+
+    What killed writers of the same name left is swept away.
+    """
+    sweep(path.parent, path.name)
+    while True:
+        temporary = _temporary_name(path)
+        if folder:
+            temporary.mkdir()
+            flags = os.O_RDONLY | os.O_DIRECTORY
+        else:
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        lock = os.open(temporary, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        _lock(lock)
+        # Another's sweep may have come between the two lines above.
+        if temporary.exists():
+            return temporary, lock
+        os.close(lock)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file for as long as it is open; return whether nobody else holds it."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or a file system without locks, where nothing is known to be stale
+        return False
+    return True
+
+
+def _flush(path: Path) -> None:
+    """Flush a file's data, or a folder's entries, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some file systems cannot flush a folder: they say so by one of these.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not stat.S_ISDIR(
+            os.fstat(descriptor).st_mode
+        ):
+            raise
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,36 @@
+"""Text that comes from data, made harmless where it is shown: messages, terminal, Markdown."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+
+_QUOTE = reprlib.Repr()
+_QUOTE.maxdict = _QUOTE.maxlist = _QUOTE.maxtuple = _QUOTE.maxset = 6
+_QUOTE.maxlevel = 3
+
+_ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+"""What moves a terminal's cursor, changes its colours or the direction of its text, or has no
+UTF-8; a newline and a tab are left."""
+
+_MARKS = re.compile(r"([\\`*_{}\[\]<>()#|~!&])")
+
+
+def quoted(value: object, limit: int = 100) -> str:
+    """Return a value as a message quotes it: as Python writes it, at most about `limit` characters.
+
+    Nothing in it acts on a terminal, and a large value costs no more than a small one.
+    """
+    _QUOTE.maxstring = _QUOTE.maxother = _QUOTE.maxlong = limit
+    text = _QUOTE.repr(value)
+    return text if len(text) <= limit + 20 else f"{text[:limit]}..."
+
+
+def printable(text: str) -> str:
+    r"""Return a text in which every character that would act on a terminal is spelt, as in \x1b."""
+    return _ACTS.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def markdown(text: str) -> str:
+    """Return a text that Markdown shows as it is, in one line: no link, image, HTML or table."""
+    return _MARKS.sub(r"\\\1", " ".join(printable(text).split()))
