@@ -46,14 +46,12 @@ def test_a_file_is_flushed_before_its_name_and_its_folder_after(tmp_path, monkey
 def test_all_of_a_folder_is_flushed_before_it_has_its_name(tmp_path, monkeypatch) -> None:
     done = []
     fsync, rename = os.fsync, os.rename
-    monkeypatch.setattr(
-        os,
-        "fsync",
-        lambda one: (
-            done.append(os.path.basename(os.readlink(f"/proc/self/fd/{one}"))),
-            fsync(one),
-        ),
-    )
+
+    def flushed(descriptor):
+        done.append(os.path.basename(os.readlink(f"/proc/self/fd/{descriptor}")))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", flushed)
     monkeypatch.setattr(os, "rename", lambda old, new: (done.append("rename"), rename(old, new)))
     with new_folder(tmp_path / "out") as part:
         (part / "inner").mkdir()
@@ -109,10 +107,9 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path) -> None:
         assert sweep(tmp_path) == [living.name]
         assert (tmp_path / "a").read_text() == "quick"
     assert (tmp_path / "a").read_text() == "slow"
-    with new_folder(tmp_path / "b"):
-        with pytest.raises(GraftError, match="b is being written by another process"):
-            with new_folder(tmp_path / "b"):
-                raise AssertionError
+    busy = pytest.raises(GraftError, match="b is being written by another process")
+    with new_folder(tmp_path / "b"), busy, new_folder(tmp_path / "b"):
+        raise AssertionError
     assert names(tmp_path) == ["a", "b"]
 
 
