@@ -28,6 +28,14 @@ def _seed() -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what graft remembers out of the cache of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _no_plots() -> Iterator[None]:
     """Leave out the PNG of each run: it takes longer than to train these models."""
     with pytest.MonkeyPatch.context() as patch:

@@ -8,6 +8,7 @@ import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,11 @@ def test_the_container_names_its_version_and_formats(load, tmp_path) -> None:
     assert json.loads((tmp_path / "q" / "graft.json").read_text()) == {
         "format_version": FORMAT_VERSION,
         "source_dtype": "float32",
+        "sha256": {
+            "model.safetensors": sha256(
+                (tmp_path / "q" / "model.safetensors").read_bytes()
+            ).hexdigest()
+        },
         "layers": {
             f"model.layers.{number}.mlp.up_proj": describe_format(weight_format)
             for number in (0, 1)

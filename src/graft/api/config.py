@@ -69,6 +69,7 @@ class PlanConfig(AdapterConfig, FormatConfig, SolverConfig, ModelConfig):
 
 
 def as_plain(config: Any) -> dict[str, Any]:
-    """Return a configuration as plain values, as they are written to YAML."""
+    """Return a configuration as plain values, as they are written to YAML; no trust is written."""
     plain = dataclasses.asdict(config)
+    plain.pop("trust_remote_code", None)
     return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}

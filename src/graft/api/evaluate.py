@@ -25,12 +25,16 @@ def evaluate_model(
     batch_size: int = 16,
     dtype: str = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Return loss, perplexity and counts of a model on a file of examples, masked as in training.
 
     {"loss": nats per target token, "perplexity", "target_tokens", "rows", "cut_rows"}.
     """
-    loaded = model if isinstance(model, LoadedModel) else load_any(model, dtype, device)
+    if isinstance(model, LoadedModel):
+        loaded = model
+    else:
+        loaded = load_any(model, dtype, device, trust_remote_code=trust_remote_code)
     config = DataConfig(data=data, max_length=max_length, eos=eos, separator=separator)
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     length = resolve_max_length(config, limit)

@@ -19,8 +19,10 @@ from graft.api.run.folder import BASE, is_run, load_any, prompt_style, read_run_
 from graft.data.shapes.registry import CHAT
 from graft.errors import GraftError, raise_problems
 from graft.export.base import Origin
+from graft.export.card import GRAFT_TAG, front_matter
 from graft.export.config import ExportTarget
 from graft.export.registry import TARGETS
+from graft.files.write import check_new, staged
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
@@ -47,6 +49,7 @@ def export_model(
     *,
     requantize: bool = False,
     license: str | None = None,
+    trust_remote_code: bool = False,
     events: Events | None = None,
 ) -> ExportReport:
     """Write a run or a model folder to `out` for another program, one of `export.registry.TARGETS`.
@@ -62,25 +65,35 @@ def export_model(
     reuse_freed_memory()  # one tensor after another needs buffers of the same few sizes
     target = TARGETS[to]
     source, path = Path(model), Path(out)
-    for new in (path, target.card_path(path)):
-        if new.exists():
-            raise GraftError(f"{new} exists already; choose another name or remove it")
-    loaded = load_any(model)
+    check_new(path)
+    _check_card(target.card_path(path))
+    loaded = load_any(model, trust_remote_code=trust_remote_code)
     merged: MergeReport | None = None
     if not target.takes_adapter:
         if not target.holds_new_biases:
             check_biases(loaded)
         merged = merge_for_export(loaded, to, requantize, events)
     weights = weights_in_words(loaded)
-    notes = target.write(
-        loaded,
-        path,
-        _origin(source, loaded),
-        lambda done, total: events.progress(target.stage, done, total),
-    )
-    report = ExportReport(path, bytes_on_disk(path), merged, notes)
-    write_card(source, target, path, loaded.folder, weights, merged, license, notes)
+    with staged(path) as part:
+        notes = target.write(
+            loaded,
+            part,
+            _origin(source, loaded),
+            lambda done, total: events.progress(target.stage, done, total),
+        )
+        report = ExportReport(path, bytes_on_disk(part), merged, notes)
+        write_card(source, target, part, loaded.folder, weights, merged, license, notes)
     return report
+
+
+def _check_card(path: Path) -> None:
+    """Raise GraftError for a file in a card's place, unless it is a card that graft wrote.
+
+    One without its file is what an export left that was killed at the very end.
+    """
+    tags = front_matter(path).get("tags") if path.is_file() and not path.is_symlink() else None
+    if not isinstance(tags, list) or GRAFT_TAG not in tags:
+        check_new(path)
 
 
 def check_exports(

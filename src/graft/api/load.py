@@ -10,12 +10,17 @@ from graft.api.run.folder import load_any
 
 
 def load(
-    path: str | Path, dtype: str = "auto", device: str = "auto", tokenizer: str | None = None
+    path: str | Path,
+    dtype: str = "auto",
+    device: str = "auto",
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return (model, tokenizer) of a base folder or hub id, a quantised or merged folder, or a RUN.
 
     The model is called like any Transformers model; a RUN's has its adapter active. A GGUF file
-    that graft wrote loads too, given the folder of its `tokenizer`.
+    that graft wrote loads too, given the folder of its `tokenizer`. trust_remote_code runs Python
+    code that a model's folder brings along.
     """
-    loaded = load_any(path, dtype, device, tokenizer)
+    loaded = load_any(path, dtype, device, tokenizer, trust_remote_code)
     return loaded.model, loaded.tokenizer

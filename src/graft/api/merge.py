@@ -21,7 +21,7 @@ from graft.adapters.merge import merge_adapters
 from graft.api.events import Events
 from graft.api.run.folder import MODEL, START, is_run, load_any, read_run_config
 from graft.errors import GraftError
-from graft.files.write import write_json
+from graft.files.write import check_new
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.layers.frozen import FrozenLinear
@@ -70,6 +70,7 @@ def merge(
     into: Into = "trained",
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: str = "auto",
+    trust_remote_code: bool = False,
     events: Events | None = None,
 ) -> MergeReport:
     """Merge a run's adapter, write the model folder `out` with merge-report.json in it.
@@ -83,26 +84,24 @@ def merge(
     """
     events = events or Events()
     target = Path(out)
-    if target.exists():
-        raise GraftError(f"{target} exists already; choose another name or remove it")
+    check_new(target)
     run = Path(run)
     if not is_run(run):
         raise GraftError(f"{run} is no run folder; give the --out of a graft train")
     if (run / MODEL).is_dir():
         raise GraftError(f"{run} trained the whole model; it lies merged in {run / MODEL}")
-    loaded = load_any(run, device=device)
+    loaded = load_any(run, device=device, trust_remote_code=trust_remote_code)
     check_biases(loaded)
     merged_dtype = loaded.source_dtype if dtype == "auto" else getattr(torch, dtype)
     original, start = None, None
     if into == "original":
-        original = _original_base(run, device)
+        original = _original_base(run, device, trust_remote_code)
         if (run / START).is_dir():
             start, active = START, adapter_names(loaded.model)
             load_adapter(loaded.model, run / START, start)
             activate_adapters(loaded.model, active)
     report = merge_loaded(loaded, original=original, start=start, dtype=merged_dtype, events=events)
-    save_model(loaded, target, merged_dtype)
-    write_json(target / MERGE_REPORT, asdict(report))
+    save_model(loaded, target, merged_dtype, beside={MERGE_REPORT: asdict(report)})
     return report
 
 
@@ -196,8 +195,8 @@ def _probe(loaded: LoadedModel) -> torch.Tensor:
     return logits
 
 
-def _original_base(run: Path, device: str) -> LoadedModel:
+def _original_base(run: Path, device: str, trust_remote_code: bool) -> LoadedModel:
     config = read_run_config(run)
     return load_model(
-        config.model, dtype="float32", device=device, trust_remote_code=config.trust_remote_code
+        config.model, dtype="float32", device=device, trust_remote_code=trust_remote_code
     )

@@ -12,11 +12,15 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 from graft.entries import Entries
 from graft.errors import did_you_mean, raise_problems
 
+TRUST = "trust_remote_code"
+"""The field that no file decides."""
+
 
 def checked_settings(values: Mapping[str, Any], kind: type, where: str) -> dict[str, Any]:
     """Return settings converted to the types of the dataclass `kind`.
 
-    Raises GraftError with every unknown key, with a suggestion, and every value of a wrong type.
+    Raises GraftError with every unknown key, with a suggestion, every value of a wrong type, and
+    trust in a model's own code, which only a caller has to give.
     """
     from pydantic import TypeAdapter, ValidationError  # and not above: flags alone do without
 
@@ -25,6 +29,13 @@ def checked_settings(values: Mapping[str, Any], kind: type, where: str) -> dict[
     problems, checked = [], {}
     for key, value in values.items():
         name = str(key).replace("-", "_")
+        if name == TRUST:
+            if value:
+                problems.append(
+                    f"{key} is {value!r}: a file may come from elsewhere, so that a model's own "
+                    "code is run on the word of the command line alone; give --trust-remote-code"
+                )
+            continue
         if name not in fields:
             problems.append(f"unknown key {key!r}{did_you_mean(name, fields)}")
             continue

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
@@ -25,7 +24,7 @@ from graft.export.base import Target
 from graft.export.config import ExportTarget
 from graft.export.registry import target_of
 from graft.export.runtimes import Runtime
-from graft.files.write import write_json
+from graft.files.write import scratch_folder, write_json
 from graft.model.load import LoadedModel
 from graft.model.subject import build_skeleton
 
@@ -84,6 +83,7 @@ def verify(
     *,
     data: str | None = None,
     requantize: bool = False,
+    trust_remote_code: bool = False,
     events: Events | None = None,
 ) -> Certificate:
     """Load an exported file in its own runtime, compare it with the trained model, and say so.
@@ -100,9 +100,9 @@ def verify(
     events = events or Events()
     path = Path(file).resolve()
     target = target_of(path)
-    loaded = load_any(model, dtype="float32")
+    loaded = load_any(model, dtype="float32", trust_remote_code=trust_remote_code)
     rows, texts = _held_out(Path(model), loaded, data)
-    differing, card = _differing(model, path, target, requantize, events)
+    differing, card = _differing(model, path, target, requantize, trust_remote_code, events)
     if requantize:  # what was rounded is the model that the file is to be
         merge_for_export(loaded, target.name, requantize, events)
     runtime = target.start(path, TOKENS + NEW_TOKENS)
@@ -168,15 +168,27 @@ def _prompt(row: Example) -> list[int]:
 
 
 def _differing(
-    model: str | Path, path: Path, target: Target, requantize: bool, events: Events
+    model: str | Path,
+    path: Path,
+    target: Target,
+    requantize: bool,
+    trust_remote_code: bool,
+    events: Events,
 ) -> tuple[list[str], CardState]:
     """Return the files that differ from those of a fresh export, which is written beside them.
 
     And how the model card compares.
     """
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".verify-") as folder:
-        fresh = Path(folder) / path.name  # the file's name stands in a GGUF file
-        export_model(model, target.name, fresh, requantize=requantize, events=events)
+    with scratch_folder(path.with_name(f"{path.name}.verify")) as folder:
+        fresh = folder / path.name  # the file's name stands in a GGUF file
+        export_model(
+            model,
+            target.name,
+            fresh,
+            requantize=requantize,
+            trust_remote_code=trust_remote_code,
+            events=events,
+        )
         card: CardState = "missing"
         if target.card_path(path).is_file():
             same = _equal(target.card_path(fresh), target.card_path(path))

@@ -9,10 +9,11 @@ from typing import Literal
 from graft.api.config import AdoptedFormat
 from graft.cli.command import Command
 from graft.cli.fields import Positional
+from graft.model.config import TrustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdoptArguments:
+class AdoptArguments(TrustConfig):
     """The adapter, its base, and the run to make."""
 
     adapter: Positional
@@ -28,8 +29,6 @@ class AdoptArguments:
     """Quantise the constants of nf4 and fp4 too, as bnb_4bit_use_double_quant does."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute precision of the run."""
-    trust_remote_code: bool = False
-    """Run Python code that the model folder brings along."""
 
 
 def adopt(arguments: AdoptArguments) -> None:

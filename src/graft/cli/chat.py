@@ -9,10 +9,11 @@ from pathlib import Path
 from graft.cli.command import Command
 from graft.cli.fields import Positional
 from graft.cli.generate import print_at_once
+from graft.model.config import TrustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatArguments:
+class ChatArguments(TrustConfig):
     """The model, and how it answers."""
 
     model: Positional
@@ -29,7 +30,7 @@ def chat(arguments: ChatArguments) -> None:
     from graft.api.run.folder import load_any, prompt_style
     from graft.data.shapes.registry import SHAPES
 
-    loaded = load_any(arguments.model)
+    loaded = load_any(arguments.model, trust_remote_code=arguments.trust_remote_code)
     style = prompt_style(Path(arguments.model))
     remembers = SHAPES[style.kind].is_conversation or loaded.tokenizer.chat_template is not None
     if not remembers:

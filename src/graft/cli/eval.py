@@ -8,10 +8,11 @@ from typing import Literal
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
+from graft.model.config import TrustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalArguments:
+class EvalArguments(TrustConfig):
     """What to score, and on what."""
 
     model: Positional
@@ -41,7 +42,13 @@ def evaluate(arguments: EvalArguments) -> None:
     from graft.api.evaluate import evaluate_model
     from graft.api.run.folder import load_any
 
-    loaded = load_any(arguments.model, arguments.dtype, arguments.device, arguments.tokenizer)
+    loaded = load_any(
+        arguments.model,
+        arguments.dtype,
+        arguments.device,
+        arguments.tokenizer,
+        arguments.trust_remote_code,
+    )
     result = evaluate_model(
         loaded,
         arguments.data,

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from graft.cli.command import Command
 from graft.cli.fields import Positional
 from graft.export.config import ExportTarget
+from graft.model.config import TrustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportArguments:
+class ExportArguments(TrustConfig):
     """What to write, and for which program."""
 
     model: Positional
@@ -37,6 +38,7 @@ def export(arguments: ExportArguments) -> None:
             arguments.out,
             requantize=arguments.requantize,
             license=arguments.license,
+            trust_remote_code=arguments.trust_remote_code,
             events=events,
         )
     for note in report.notes:

@@ -7,10 +7,11 @@ from pathlib import Path
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
+from graft.model.config import TrustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArguments:
+class GenerateArguments(TrustConfig):
     """The model, the prompt, and how to go on from it."""
 
     model: Positional
@@ -34,7 +35,11 @@ def generate(arguments: GenerateArguments) -> None:
     from graft.api.evaluate import generate as run
     from graft.api.run.folder import load_any, prompt_style
 
-    loaded = load_any(arguments.model, tokenizer=arguments.tokenizer)
+    loaded = load_any(
+        arguments.model,
+        tokenizer=arguments.tokenizer,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     run(
         loaded,
         arguments.prompt,

@@ -7,10 +7,11 @@ from typing import Literal
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
+from graft.model.config import TrustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class MergeArguments:
+class MergeArguments(TrustConfig):
     """The run, and what becomes of it."""
 
     run: Positional
@@ -34,6 +35,7 @@ def merge(arguments: MergeArguments) -> None:
             arguments.out,
             into=arguments.into,
             dtype=arguments.dtype,
+            trust_remote_code=arguments.trust_remote_code,
             events=events,
         )
     print(report.summary())

@@ -36,11 +36,14 @@ def _settings_of_resumed_run(words: Sequence[str]) -> dict[str, object]:
     words = [part for word in words for part in word.split("=", 1)]
     if "--resume" not in words or "--out" not in words[:-1]:
         return {}
-    from graft.api.settings import checked_settings
+    from graft.api.settings import TRUST, checked_settings
     from graft.files.read import read_yaml
 
     stored = Path(words[words.index("--out") + 1]) / "config.yaml"
-    return checked_settings(read_yaml(stored), TrainConfig, str(stored)) if stored.is_file() else {}
+    if not stored.is_file():
+        return {}
+    settings = {key: value for key, value in read_yaml(stored).items() if key != TRUST}
+    return checked_settings(settings, TrainConfig, str(stored))
 
 
 COMMAND = Command(arguments=TrainConfig, run=train, takes_file=True, given=_settings_of_resumed_run)

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 from graft.cli.command import Command
 from graft.cli.fields import Positional
 from graft.errors import raise_problems
+from graft.model.config import TrustConfig
 
 if TYPE_CHECKING:
     from graft.api.verify import Certificate
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifyArguments:
+class VerifyArguments(TrustConfig):
     """The exported file, and what it was exported from."""
 
     model: Positional
@@ -44,6 +45,7 @@ def verify(arguments: VerifyArguments) -> None:
             arguments.file,
             data=arguments.data,
             requantize=arguments.requantize,
+            trust_remote_code=arguments.trust_remote_code,
             events=events,
         )
     if arguments.json:

@@ -200,9 +200,9 @@ def write_conversion(
     model, dtype = plan.source.model, plan.source_dtype
     model.generation_config = generation_config or model.generation_config
     with new_folder(folder) as part:
-        write_tensor_file(part / SINGLE_FILE, plan.tensors, on_tensor)
+        digest = write_tensor_file(part / SINGLE_FILE, plan.tensors, on_tensor)
         loaded = LoadedModel(model, tokenizer, folder, dtype, dtype)
         write_model_files(loaded, part, dtype, bool(plan.formats))
         if plan.formats:
             layers = {name: describe_format(chosen) for name, chosen in plan.formats.items()}
-            write_quantisation(part, layers, dtype)
+            write_quantisation(part, layers, dtype, digest)

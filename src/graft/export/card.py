@@ -15,6 +15,9 @@ import yaml
 
 from graft.export.registry import TARGETS
 
+GRAFT_TAG = "graft"
+"""A tag of every card that is written here."""
+
 
 @dataclass(frozen=True)
 class CardFacts:
@@ -77,7 +80,7 @@ def _front_matter(facts: CardFacts) -> str:
     fields |= facts.license
     fields["library_name"] = TARGETS[facts.target].library or facts.target
     fields["pipeline_tag"] = "text-generation"
-    fields["tags"] = list(facts.tags)
+    fields["tags"] = [GRAFT_TAG, *facts.tags]
     return yaml.safe_dump(fields, sort_keys=False, allow_unicode=True, width=10**6)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 from graft.errors import GraftError, raise_problems
 from graft.files.bounds import bound, raise_beyond
@@ -22,7 +23,7 @@ YAML_NODES = 10_000
 """Values of a YAML file, each counted as often as anchors repeat it."""
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """Open a regular file for reading, without waiting for a pipe or reading a device for ever.
 
     Raises GraftError when it is not there, cannot be read, or is anything else than a file.
@@ -102,15 +103,25 @@ def typed(value: object, kind: type[Kind], where: object) -> Kind:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """Return the mapping in a YAML file; raises GraftError when it holds none."""
+    value = parse_yaml(read_text(path, YAML_BYTES), path)
+    if not isinstance(value, dict):
+        raise GraftError(f"{path} holds no settings; expected lines of 'key: value'")
+    return value
+
+
+def parse_yaml(text: str, path: Path) -> Any:
+    """Return the value of a YAML text from `path`; raises GraftError when it is none, or too large.
+
+    None for an empty text.
+    """
     import yaml  # which not every command needs
 
     try:
-        text = read_text(path, YAML_BYTES)
         loader = yaml.SafeLoader(text)
         try:
             node = loader.get_single_node()
             _check_nodes(node, path)
-            value = None if node is None else loader.construct_document(node)
+            return None if node is None else loader.construct_document(node)
         finally:
             loader.dispose()
     except yaml.YAMLError as error:
@@ -119,9 +130,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise GraftError(f"{path} is no valid YAML: it is nested too deeply") from error
     except (ValueError, TypeError, OverflowError) as error:  # of a date or number that is none
         raise GraftError(f"{path} is no valid YAML: {str(error)[:500]}") from error
-    if not isinstance(value, dict):
-        raise GraftError(f"{path} holds no settings; expected lines of 'key: value'")
-    return value
 
 
 def _check_nodes(root: Any, path: Path) -> None:

@@ -57,6 +57,37 @@ def new_folder(path: Path) -> Iterator[Path]:
     or when it cannot be written.
     """
     check_new(path)
+    with scratch_folder(path) as temporary:
+        yield temporary
+        flush_folder(temporary)
+        _publish(temporary, path)
+        _flush(path.parent)
+
+
+@contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """Yield where to write `path`, in a temporary folder; all that is in it goes beside `path`.
+
+    `path` itself goes last: once it is there, so is what belongs to it. Raises as `new_folder`.
+    """
+    check_new(path)
+    with scratch_folder(path) as temporary:
+        yield temporary / path.name
+        flush_folder(temporary)
+        for name in sorted(os.listdir(temporary)):
+            if name != path.name:
+                os.replace(temporary / name, path.with_name(name))
+        _publish(temporary / path.name, path)
+        _flush(path.parent)
+
+
+@contextmanager
+def scratch_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which vanishes when the block ends.
+
+    Raises GraftError when another process has one for the same path, or when the block cannot write
+    what it writes.
+    """
     try:
         make_folders(path.parent)
         if writers := sweep(path.parent, path.name):
@@ -64,20 +95,21 @@ def new_folder(path: Path) -> Iterator[Path]:
         temporary, lock = _reserved(path, folder=True)
         try:
             yield temporary
-            flush_folder(temporary)
-            try:
-                os.rename(temporary, path)
-            except OSError as error:
-                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-                    raise
-                check_new(path)
-                raise
-            _flush(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
             os.close(lock)
     except OSError as error:
         raise unwritable(path, error) from error
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Rename; raises GraftError when something has appeared at `path` meanwhile."""
+    check_new(path)
+    try:
+        os.rename(temporary, path)
+    except OSError:
+        check_new(path)
+        raise
 
 
 def check_new(path: Path) -> None:

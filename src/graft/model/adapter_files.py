@@ -18,6 +18,7 @@ from graft.adapters.method import Method
 from graft.adapters.registry import method_of_files
 from graft.adapters.starts.registry import STARTS
 from graft.errors import GraftError, raise_problems
+from graft.files.digest import check_digest
 from graft.files.read import read_json
 from graft.files.write import new_folder, write_json
 from graft.layers.frozen import FrozenLinear
@@ -87,7 +88,7 @@ def save_adapter(
         }
     scalings = {layer: adapter.scaling for layer, (_, adapter) in layers.items()}
     with new_folder(folder) as part:
-        save_tensors(tensors, part / PEFT_WEIGHTS)
+        digest = save_tensors(tensors, part / PEFT_WEIGHTS)
         if config is not None:
             write_json(part / PEFT_CONFIG, config)
         own = {
@@ -96,8 +97,20 @@ def save_adapter(
             "base": base,
             "scaling": scalings,
             "init": init,
+            "sha256": digest,
         }
         write_json(part / OWN_CONFIG, own)
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise GraftError when the tensors of an adapter that graft saved are not what it wrote.
+
+    Adapters of PEFT and of earlier versions do not say what that was.
+    """
+    if (folder / OWN_CONFIG).is_file():
+        digest = read_json(folder / OWN_CONFIG).get("sha256")
+        if digest is not None:
+            check_digest(folder / PEFT_WEIGHTS, str(digest))
 
 
 def load_adapter(

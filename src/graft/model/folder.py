@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from graft.errors import GraftError, raise_problems
+from graft.files.digest import check_digest
 from graft.files.read import read_json
 from graft.formats.base import WeightFormat
 from graft.formats.registry import parse_format
@@ -136,6 +137,17 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     if not (folder / "generation_config.json").is_file():
         return None
     return GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+
+
+def check_weights(folder: Path) -> None:
+    """Raise GraftError when the weights of a folder that graft quantised are not what it wrote.
+
+    Folders of earlier versions do not say what that was.
+    """
+    digests = read_json(folder / QUANTISATION_FILE).get("sha256")
+    if isinstance(digests, dict):
+        for name, digest in digests.items():
+            check_digest(folder / Path(name).name, str(digest))
 
 
 def stored_formats(folder: Path, known: Collection[str] | None = None) -> dict[str, WeightFormat]:

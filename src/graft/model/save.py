@@ -23,14 +23,21 @@ from graft.model.tensor_file import WRITABLE, FileTensor, OnTensor, write_tensor
 from graft.model.weight_files import SINGLE_FILE
 
 
-def save_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype | None = None) -> None:
+def save_model(
+    loaded: LoadedModel,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    beside: Mapping[str, object] | None = None,
+) -> None:
     """Write model and tokenizer to a new folder; raises GraftError when that fails.
 
     Without quantised layers the folder is a plain Hugging Face one, in `dtype` (default: the
     dtype that the model computes in), which AutoModelForCausalLM loads. With quantised layers it
     holds the packed tensors as they are, `graft.json` with each layer's format, and the other
-    tensors in the dtype that the source had where that loses nothing.
+    tensors in the dtype that the source had where that loses nothing. `beside` are values of JSON
+    files that belong into it, by their names.
     """
+    beside = beside or {}
     model = loaded.model
     if any(True for _ in adapted_layers(model)):
         raise GraftError("the model carries adapters; merge or remove them before saving it")
@@ -40,7 +47,7 @@ def save_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype | None = No
         if layer.weight_format.quantised
     }
     if not quantised:
-        save_plain_model(loaded, folder, dtype or loaded.dtype)
+        save_plain_model(loaded, folder, dtype or loaded.dtype, beside=beside)
         return
     packed = {
         f"{name}.{key}"
@@ -53,15 +60,25 @@ def save_model(loaded: LoadedModel, folder: Path, dtype: torch.dtype | None = No
         for name, tensor in named_tensors(model)
     }
     with new_folder(folder) as part:
-        save_tensors(tensors, part / SINGLE_FILE)
+        digest = save_tensors(tensors, part / SINGLE_FILE)
         write_model_files(loaded, part, loaded.dtype, True)
-        write_quantisation(part, quantised, loaded.source_dtype)
+        write_quantisation(part, quantised, loaded.source_dtype, digest)
+        _write_beside(part, beside)
+
+
+def _write_beside(folder: Path, beside: Mapping[str, object]) -> None:
+    for name, value in beside.items():
+        write_json(folder / name, value)
 
 
 def save_plain_model(
-    loaded: LoadedModel, folder: Path, dtype: torch.dtype, on_tensor: OnTensor | None = None
+    loaded: LoadedModel,
+    folder: Path,
+    dtype: torch.dtype,
+    on_tensor: OnTensor | None = None,
+    beside: Mapping[str, object] | None = None,
 ) -> None:
-    """Write model and tokenizer to a new plain Hugging Face folder in `dtype`.
+    """Write model and tokenizer to a new plain Hugging Face folder in `dtype`; see `save_model`.
 
     Each layer is dequantised when its turn comes, so that one of them at a time is in memory.
     Raises GraftError when the folder cannot be written.
@@ -69,6 +86,7 @@ def save_plain_model(
     with new_folder(folder) as part:
         write_tensor_file(part / SINGLE_FILE, list(_plain_tensors(loaded.model, dtype)), on_tensor)
         write_model_files(loaded, part, dtype)
+        _write_beside(part, beside or {})
 
 
 def _plain_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[FileTensor]:
@@ -93,15 +111,17 @@ def _dense(layer: FrozenLinear, dtype: torch.dtype) -> Tensor:
 
 
 def write_quantisation(
-    folder: Path, layers: Mapping[str, Mapping[str, Any]], source_dtype: torch.dtype
+    folder: Path, layers: Mapping[str, Mapping[str, Any]], source_dtype: torch.dtype, digest: str
 ) -> None:
     """Write graft.json, which makes a folder a quantised one.
 
-    layers: what `describe_format` says of each quantised layer's format, by name.
+    layers: what `describe_format` says of each quantised layer's format, by name. digest: SHA-256
+    of model.safetensors.
     """
     description = {
         "format_version": FORMAT_VERSION,
         "source_dtype": str(source_dtype).removeprefix("torch."),
+        "sha256": {SINGLE_FILE: digest},
         "layers": layers,
     }
     write_json(folder / QUANTISATION_FILE, description)

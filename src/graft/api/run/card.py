@@ -64,7 +64,6 @@ def write_card(
     name = str(report.get("base_name") or Path(config.model if config else source).absolute().name)
     trained_as = method_of(config).title(config) if config else None
     tags = [
-        "graft",
         *([config.method] if config else []),
         *([target.name] if target.tagged else []),
     ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,19 @@ import torch
 
 from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
-from graft.api.settings import checked_settings
+from graft.api.settings import TRUST, checked_settings
 from graft.data.chat import DEFAULT_CHAT_TEMPLATE
 from graft.data.shapes.registry import PLAIN, SHAPES
-from graft.errors import GraftError
-from graft.files.read import read_json, read_yaml
+from graft.errors import GraftError, raise_problems
+from graft.files.digest import file_digest
+from graft.files.read import open_regular, read_bytes, read_json, read_typed, read_yaml
 from graft.files.write import write_json
-from graft.model.adapter_files import load_adapter
-from graft.model.folder import read_tokenizer
+from graft.model.adapter_files import check_adapter, load_adapter
+from graft.model.folder import CONFIG_FILE, QUANTISATION_FILE, check_weights, read_tokenizer
 from graft.model.gguf.load import load_gguf_model
 from graft.model.load import LoadedModel, load_model
 from graft.model.targets import freeze_layers, select_targets
+from graft.text import quoted
 
 CONFIG = "config.yaml"
 PROMPT = "prompt.json"
@@ -50,6 +53,7 @@ def is_run(path: Path) -> bool:
 def read_run_config(run: Path) -> TrainConfig:
     """Return the resolved configuration of a run; raises GraftError when it is damaged."""
     written = read_yaml(run / CONFIG)
+    written.pop(TRUST, None)  # which earlier versions wrote, and no file may say
     # Version 0.1.0 knew two of today's choices under another name.
     recomputes = written.pop("gradient_checkpointing", None)
     if recomputes is not None:
@@ -79,31 +83,44 @@ def prompt_style(path: Path) -> PromptStyle:
     """Return the style of a run's prompts; any other model takes text as it is."""
     if not is_run(path):
         return PromptStyle()
-    stored = read_json(path / PROMPT)
-    return PromptStyle(str(stored["kind"]), stored["separator"])
+    style = read_typed(path / PROMPT, PromptStyle)
+    raise_problems(
+        [] if style.kind in SHAPES else [f"kind is {quoted(style.kind)}"], str(path / PROMPT)
+    )
+    return style
 
 
 def load_any(
-    path: str | Path, dtype: str = "auto", device: str = "auto", tokenizer: str | None = None
+    path: str | Path,
+    dtype: str = "auto",
+    device: str = "auto",
+    tokenizer: str | None = None,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a base folder or hub id, a quantised or merged folder, a RUN folder, or a GGUF file.
 
     A RUN gives its base with the trained adapter active; a GGUF file that graft wrote needs the
-    folder of a tokenizer. Raises GraftError when it is none of them or is not whole.
+    folder of a tokenizer. Trust in a model's own code is the caller's alone, whatever a run was
+    trained with. Raises GraftError when it is none of them or is not whole.
     """
     folder = Path(path)
     if folder.suffix == ".gguf":
         return _load_gguf(folder, dtype, tokenizer)
     if not is_run(folder):
-        return load_model(str(path), dtype=dtype, device=device)
-    config = read_run_config(folder)
+        return load_model(
+            str(path), dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
+    config = dataclasses.replace(read_run_config(folder), trust_remote_code=trust_remote_code)
     if (folder / MODEL).is_dir():
-        return load_model(str(folder / MODEL), dtype=dtype, device=device)
+        return load_model(
+            str(folder / MODEL), dtype=dtype, device=device, trust_remote_code=trust_remote_code
+        )
     if not (folder / ADAPTER).is_dir():
         raise GraftError(
             f"{folder} is a run that did not finish: it has no adapter yet; go on with "
             f"graft train --resume --out {folder}"
         )
+    check_adapter(folder / ADAPTER)
     loaded = load_run_base(folder, config, dtype, device)
     load_adapter(loaded.model, folder / ADAPTER)
     shape = SHAPES[prompt_style(folder).kind]
@@ -123,17 +140,22 @@ def _load_gguf(path: Path, dtype: str, tokenizer: str | None) -> LoadedModel:
 def load_run_base(
     run: Path, config: TrainConfig, dtype: str = "auto", device: str = "auto"
 ) -> LoadedModel:
-    """Load the base of a run as it was trained on, without its adapter, ready for one."""
+    """Load the base of a run as it was trained on, without its adapter, ready for one.
+
+    Raises GraftError when it is not byte for byte the one that was trained on.
+    """
     dtype = config.dtype if dtype == "auto" else dtype
     if (run / BASE).is_dir():
+        check_weights(run / BASE)
         return load_model(
             str(run / BASE), dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
         )
-    reference = read_json(run / BASE_REFERENCE)
-    base = Path(str(reference["path"]))
+    reference = read_typed(run / BASE_REFERENCE, BaseReference)
+    base = Path(reference.path)
     if not base.is_dir():
         raise GraftError(f"the base of {run} is gone: there is no folder {base}")
-    if fingerprint_weights(base) != reference["fingerprint"]:
+    found = _sampled(base) if reference.sha256 is None else fingerprint_weights(base)
+    if found != (reference.sha256 or reference.fingerprint):
         raise GraftError(f"the base of {run} has changed since: {base} has other weights now")
     loaded = load_model(
         str(base), dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
@@ -143,25 +165,40 @@ def load_run_base(
     return loaded
 
 
+@dataclass(frozen=True)
+class BaseReference:
+    """Where a run's base lies, and what it is."""
+
+    path: str
+    fingerprint: str | None = None
+    """Of earlier versions; see `_sampled`."""
+    sha256: str | None = None
+    """See `fingerprint_weights`."""
+
+
 def write_base_reference(run: Path, folder: Path) -> None:
     """Write base.json: where the base lies, and its fingerprint."""
-    write_json(
-        run / BASE_REFERENCE,
-        {"path": str(folder.resolve()), "fingerprint": fingerprint_weights(folder)},
-    )
+    reference = {"path": str(folder.resolve()), "sha256": fingerprint_weights(folder)}
+    write_json(run / BASE_REFERENCE, reference)
 
 
 def fingerprint_weights(folder: Path) -> str:
-    """Return a SHA-256 over config.json and over size, head and samples of every weight file.
+    """Return a SHA-256 over config.json, graft.json and every weight file, each read whole.
 
-    It takes milliseconds for any size of model; it tells other weights from these, not a malicious
-    change from an honest one.
+    Raises GraftError when one of them cannot be read.
     """
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    files = [folder / CONFIG_FILE, folder / QUANTISATION_FILE, *folder.glob("*.safetensors")]
+    digests = {path.name: file_digest(path) for path in files if path.exists()}
+    return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def _sampled(folder: Path) -> str:
+    """Return the fingerprint of earlier versions: config.json, and samples of the weight files."""
+    digest = hashlib.sha256(read_bytes(folder / CONFIG_FILE))
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name}:{size}".encode())
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             for position in range(0, size, max(1 << 16, size // 64)):
                 file.seek(position)
                 digest.update(file.read(1 << 12))

@@ -27,7 +27,10 @@ from graft.plan.memory import MemoryPlan, plan_memory
 from graft.train.loop import steps_to_train
 from graft.train.schedule import default_learning_rate
 
-RESUME_MAY_CHANGE = {"resume", "eval_every", "save_every", "checkpointing", "device", "export"}
+RESUME_MAY_CHANGE = {
+    *("resume", "trust_remote_code", "device", "checkpointing"),
+    *("eval_every", "save_every", "export"),
+}
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,8 @@ def resumed_config(config: TrainConfig, run: Path) -> TrainConfig:
     names = ("eval_every", "save_every", "checkpointing", "device")
     changes = {name: getattr(config, name) for name in names}
     changed = {name: value for name, value in changes.items() if value not in (None, "auto")}
-    return dataclasses.replace(stored, **changed, out=config.out, resume=True)
+    changed |= {"out": config.out, "trust_remote_code": config.trust_remote_code}
+    return dataclasses.replace(stored, **changed, resume=True)
 
 
 def prepare(config: TrainConfig, events: Events) -> Prepared:
