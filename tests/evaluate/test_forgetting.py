@@ -139,7 +139,7 @@ def test_the_users_own_text(loaded, tmp_path) -> None:
     text.write_text("the red lamp is light and the blue chair is heavy " * 40, encoding="utf-8")
     windows = general_windows(loaded.tokenizer, text, limit=64)
     assert windows.shape[1] == 64 and (windows[0] >= 0).all()
-    assert loaded.tokenizer.decode(windows[0]).lstrip("<|end|>").startswith("the red lamp")
+    assert loaded.tokenizer.decode(windows[0]).removeprefix("<|end|>").startswith("the red lamp")
     text.write_text("", encoding="utf-8")
     with pytest.raises(GraftError, match="has no two tokens"):
         general_windows(loaded.tokenizer, text)

@@ -81,7 +81,9 @@ def general_windows(
     )
     bos = [tokenizer.bos_token_id] if first[:1] == [tokenizer.bos_token_id] else []
     length = min(WINDOW, limit or WINDOW) - len(bos)
-    rows = [bos + bare[begin : begin + length] for begin in range(0, min(len(bare), TOKENS), length)]
+    rows = [
+        bos + bare[begin : begin + length] for begin in range(0, min(len(bare), TOKENS), length)
+    ]
     rows = [row for row in rows if len(row) > 1]
     if not rows:
         raise GraftError(f"{source}: the general text has no two tokens; give a longer one")
