@@ -13,7 +13,7 @@ def train(config: TrainConfig) -> None:
     """Fine-tune a model on a file of examples."""
     from graft.api.export import next_export
     from graft.api.finetune import finetune
-    from graft.api.run.folder import ADAPTER
+    from graft.api.run.layout import ADAPTER
     from graft.cli.progress import progress
 
     with progress() as events:

@@ -1,10 +1,4 @@
-"""The folder of a run: what lies where, and how a model is loaded back from it.
-
-RUN/: config.yaml (resolved), prompt.json, base/ (packed) or base.json (a path with its
-fingerprint), adapter/ or model/ (method full), start/ (the adapter before the first step, where it
-was not zero), metrics.jsonl, checkpoints/, report.json, report.md,
-plots/loss.png.
-"""
+"""The folder of a run, and how a model is loaded back from it; see `layout`."""
 
 from __future__ import annotations
 
@@ -18,6 +12,7 @@ import torch
 
 from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
+from graft.api.run.layout import ADAPTER, BASE, BASE_REFERENCE, CONFIG, MODEL, PROMPT, REPORT
 from graft.api.settings import checked_settings
 from graft.data.chat import DEFAULT_CHAT_TEMPLATE
 from graft.data.shapes.registry import PLAIN, SHAPES
@@ -29,17 +24,6 @@ from graft.model.folder import read_tokenizer
 from graft.model.gguf.load import load_gguf_model
 from graft.model.load import LoadedModel, load_model
 from graft.model.targets import freeze_layers, select_targets
-
-CONFIG = "config.yaml"
-PROMPT = "prompt.json"
-BASE = "base"
-BASE_REFERENCE = "base.json"
-ADAPTER = "adapter"
-START = "start"
-MODEL = "model"
-METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
-REPORT = "report.json"
 
 
 def is_run(path: Path) -> bool:
