@@ -15,7 +15,8 @@ from graft.api.config import QuantizeConfig, TrainConfig
 from graft.api.events import Events
 from graft.api.finetune import finetune
 from graft.api.quantize import quantize
-from graft.api.run.folder import BASE, read_run_config
+from graft.api.run.folder import read_run_config
+from graft.api.run.layout import BASE
 from graft.calibrate.base import Solver
 from graft.calibrate.driver import Calibrated
 from graft.calibrate.hessian import HessianSum

@@ -16,15 +16,8 @@ from graft.adapters.registry import METHODS, method_of, settings_of
 from graft.adapters.starts.registry import STARTS
 from graft.api.config import AdoptedFormat, TrainConfig, as_plain
 from graft.api.events import Events
-from graft.api.run.folder import (
-    ADAPTER,
-    BASE,
-    CONFIG,
-    REPORT,
-    PromptStyle,
-    write_base_reference,
-    write_prompt_style,
-)
+from graft.api.run.folder import PromptStyle, write_base_reference, write_prompt_style
+from graft.api.run.layout import ADAPTER, BASE, CONFIG, REPORT
 from graft.api.run.report import base_facts, stored_bits_per_weight, versions
 from graft.data.shapes.registry import CHAT, PLAIN
 from graft.errors import GraftError, Problems

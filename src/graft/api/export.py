@@ -15,7 +15,8 @@ from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.merge import MergeReport, check_biases, merge_loaded
 from graft.api.run.card import weights_in_words, write_card
-from graft.api.run.folder import BASE, is_run, load_any, prompt_style, read_run_config
+from graft.api.run.folder import is_run, load_any, prompt_style, read_run_config
+from graft.api.run.layout import BASE
 from graft.data.shapes.registry import CHAT
 from graft.errors import GraftError, raise_problems
 from graft.export.base import Origin

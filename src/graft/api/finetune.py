@@ -17,16 +17,8 @@ from graft.api.config import TrainConfig, as_plain
 from graft.api.events import Events
 from graft.api.export import export_model
 from graft.api.run.base import load_base
-from graft.api.run.folder import (
-    ADAPTER,
-    BASE,
-    CONFIG,
-    METRICS,
-    MODEL,
-    START,
-    PromptStyle,
-    write_prompt_style,
-)
+from graft.api.run.folder import PromptStyle, write_prompt_style
+from graft.api.run.layout import ADAPTER, BASE, CONFIG, METRICS, MODEL, START
 from graft.api.run.prepare import Prepared, prepare, resumed_config
 from graft.api.run.report import RunReport, make_report, stored_bits_per_weight, write_report
 from graft.calibrate.latents import round_latents

@@ -19,7 +19,8 @@ from graft.adapters.attach import (
 )
 from graft.adapters.merge import merge_adapters
 from graft.api.events import Events
-from graft.api.run.folder import MODEL, START, is_run, load_any, read_run_config
+from graft.api.run.folder import is_run, load_any, read_run_config
+from graft.api.run.layout import MODEL, START
 from graft.errors import GraftError
 from graft.files.write import check_new
 from graft.formats.base import WeightFormat

@@ -6,11 +6,13 @@ import dataclasses
 from collections.abc import Mapping
 from functools import reduce
 from operator import or_
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
 from graft.entries import Entries
 from graft.errors import did_you_mean, raise_problems
+from graft.files.read import read_yaml
 
 TRUST = "trust_remote_code"
 """The field that no file decides."""
@@ -47,6 +49,17 @@ def checked_settings(values: Mapping[str, Any], kind: type, where: str) -> dict[
             problems.append(f"{key} is {value!r}: {reason}")
     raise_problems(problems, where)
     return checked
+
+
+def stored_settings(file: Path, kind: type) -> dict[str, Any]:
+    """Return the settings that a run's config.yaml holds, checked; raises as `checked_settings`."""
+    written = read_yaml(file)
+    written.pop(TRUST, None)  # which earlier versions wrote, and no file may say
+    # Version 0.1.0 knew two of today's choices under another name.
+    recomputes = written.pop("gradient_checkpointing", None)
+    if recomputes is not None:
+        written["checkpointing"] = "layers" if recomputes else "none"
+    return checked_settings(written, kind, str(file))
 
 
 def _with_choices(hint: Any) -> Any:

@@ -18,6 +18,7 @@ _SUMMARIES = {
     "convert": "bring GPTQ, AWQ, bitsandbytes, MLX, GGUF or pickled weights into graft's folder",
     "quantize": "write a model folder with quantised weights",
     "train": "fine-tune a model on a file of examples",
+    "runs": "list the runs below a folder, or compare some",
     "adopt": "make a run of an adapter that PEFT trained",
     "eval": "loss and perplexity of a model on a file of examples",
     "generate": "continue a prompt",

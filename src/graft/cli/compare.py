@@ -12,12 +12,12 @@ from graft.compare.config import CompareConfig
 from graft.errors import GraftError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
-    from graft.compare.results import Column, Result, Row
+    from graft.compare.results import Column as FigureColumn
+    from graft.compare.results import Result, Row
 
 DEMO_STEPS = 160
 _FIRST = "deployed model"
+_IMPORTANT = ("perplexity", "attributes", "MiB", "BLEU", "training s", "peak MiB", "ROUGE-L")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,6 @@ def compare(arguments: CompareArguments) -> None:
 
     Raises GraftError when a contender failed.
     """
-    from rich.table import Table
-
     from graft.cli.progress import progress
     from graft.compare.results import COSTS, SCORES, with_figures
     from graft.compare.run import compare as run
@@ -54,38 +52,17 @@ def compare(arguments: CompareArguments) -> None:
     with progress() as events:
         result = run(arguments, events)
     title = f"{Path(arguments.model).name} on {Path(arguments.data).name}, held-out rows"
-    _show(Table(title=title), result.rows, with_figures((*SCORES, *COSTS), result.rows))
+    _show(title, result.rows, with_figures((*SCORES, *COSTS), result.rows))
     print(f"{result.page}, {result.data}; {result.seconds:.0f} s")
     if result.failed:
         raise GraftError(_failures(result.failed, len(result.results)))
 
 
-def _show(table: Table, rows: Sequence[Row], columns: Sequence[Column]) -> None:
-    """Print the columns that the terminal has room for; all of them where there is no terminal."""
-    from rich.console import Console
+def _show(title: str, rows: Sequence[Row], columns: Sequence[FigureColumn]) -> None:
+    from graft.cli.tables import Column, print_table
 
-    console = Console(highlight=False)
-    texts = {column: [column.title, *map(column.text, rows)] for column in columns}
-    widths = {column: max(map(len, texts[column])) + 3 for column in columns}
-    taken = 4 + max(map(len, [_FIRST, *(row.label for row in rows)]))
-    shown = []
-    for column in sorted(columns, key=_importance):
-        if not console.is_terminal or taken + widths[column] <= console.width:
-            taken += widths[column]
-            shown.append(column)
-    table.add_column(_FIRST)
-    for column in columns:
-        if column in shown:
-            table.add_column(column.title, justify="right")
-    for row in rows:
-        table.add_row(row.label, *(column.text(row) for column in columns if column in shown))
-    console.width = max(console.width, taken)
-    console.print(table, markup=False)
-
-
-def _importance(column: Column) -> int:
-    first = ("perplexity", "attributes", "MiB", "BLEU", "training s", "peak MiB", "ROUGE-L")
-    return first.index(column.title) if column.title in first else len(first)
+    shown = [Column(column.title, [column.text(row) for row in rows]) for column in columns]
+    print_table(title, Column(_FIRST, [row.label for row in rows]), shown, _IMPORTANT)
 
 
 def _failures(failed: Sequence[Result], total: int) -> str:

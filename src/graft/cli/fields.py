@@ -23,6 +23,8 @@ from graft.errors import did_you_mean
 POSITIONAL: Final = "positional"
 Positional = Annotated[str, POSITIONAL]
 """A text that is given by its place, without a flag."""
+Positionals = Annotated[tuple[str, ...], POSITIONAL]
+"""Any number of texts that are given by their place."""
 
 REQUIRED: Final = "required"
 """The title of the fields without a default."""

@@ -79,7 +79,8 @@ def _parsed(
         if flag.kind.choices:
             hint = tuple[str, ...] if get_origin(hint) is tuple else str | None
         elif flag.positional:
-            hint = tyro.conf.Positional[str]
+            one = tyro.conf.Positional[str]
+            hint = one if flag.required else tyro.conf.Positional[tuple[str, ...]]
         hint = Annotated[hint, tyro.conf.arg(help=flag.sentence)]
         fields.append((flag.name, hint, dataclasses.field(default=flag.default)))
     parsed: Any = tyro.cli(

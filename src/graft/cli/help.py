@@ -51,6 +51,7 @@ def _head(command: Command[Any], name: str, flags: Sequence[Flag], width: int) -
     needed = sorted((flag for flag in flags if flag.required), key=lambda flag: not flag.positional)
     words = ["[CONFIG.yaml]"] if command.takes_file else []
     words += map(_written, needed)
+    words += [f"[{_written(one)}]" for one in flags if one.positional and not one.required]
     words += ["[flags]"] if len(flags) > len(needed) else []
     about = (command.run.__doc__ or "").partition("\n\n")[0]
     lines = [
@@ -104,7 +105,8 @@ def _option(flag: Flag) -> str:
 def _written(flag: Flag, both: bool = False) -> str:
     """Return a flag as it is given: --rank INT, --dora, or with `both` --[no-]dora."""
     if flag.positional:
-        return flag.name.upper()
+        name = flag.name.upper()
+        return name if flag.required else f"{name} ..."
     option, value = _option(flag), flag.kind.name
     if not value:
         return option if flag.default is False and not both else f"--[no-]{option[2:]}"

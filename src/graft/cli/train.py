@@ -13,7 +13,7 @@ def train(config: TrainConfig) -> None:
     """Fine-tune a model on a file of examples."""
     from graft.api.export import next_export
     from graft.api.finetune import finetune
-    from graft.api.run.folder import ADAPTER
+    from graft.api.run.layout import ADAPTER
     from graft.cli.progress import progress
 
     with progress() as events:
@@ -36,14 +36,10 @@ def _settings_of_resumed_run(words: Sequence[str]) -> dict[str, object]:
     words = [part for word in words for part in word.split("=", 1)]
     if "--resume" not in words or "--out" not in words[:-1]:
         return {}
-    from graft.api.settings import TRUST, checked_settings
-    from graft.files.read import read_yaml
+    from graft.api.settings import stored_settings
 
     stored = Path(words[words.index("--out") + 1]) / "config.yaml"
-    if not stored.is_file():
-        return {}
-    settings = {key: value for key, value in read_yaml(stored).items() if key != TRUST}
-    return checked_settings(settings, TrainConfig, str(stored))
+    return stored_settings(stored, TrainConfig) if stored.is_file() else {}
 
 
 COMMAND = Command(arguments=TrainConfig, run=train, takes_file=True, given=_settings_of_resumed_run)

@@ -16,7 +16,8 @@ from graft.api.events import Events
 from graft.api.finetune import finetune
 from graft.api.merge import merge
 from graft.api.quantize import Rounding, load_quantised
-from graft.api.run.folder import METRICS, MODEL, REPORT, is_run, run_summary
+from graft.api.run.folder import is_run, run_summary
+from graft.api.run.layout import METRICS, MODEL, REPORT
 from graft.api.run.report import stored_bits_per_weight, versions
 from graft.compare.config import CompareConfig
 from graft.compare.contenders import Entry, Training

@@ -102,7 +102,7 @@ def save_adapter(
         write_json(part / OWN_CONFIG, own)
 
 
-def check_adapter(folder: Path) -> None:
+def check_adapter_file(folder: Path) -> None:
     """Raise GraftError when the tensors of an adapter that graft saved are not what it wrote.
 
     Adapters of PEFT and of earlier versions do not say what that was.
@@ -166,6 +166,38 @@ def load_adapter(
         adapter.train(layers[layer_name].training)
         adapted_layer(model, layer_name).add(name, adapter)
     return method
+
+
+def check_adapter(model: nn.Module, folder: Path, name: str = "default") -> None:
+    """Raise GraftError unless a saved adapter holds exactly the tensors that the model trained.
+
+    Names and shapes are read from the header of the file, so it costs nothing.
+    """
+    own = read_json(folder / OWN_CONFIG)
+    config = read_json(folder / PEFT_CONFIG) if (folder / PEFT_CONFIG).is_file() else {}
+    method = method_of_files(own.get("method"), config)
+    with WeightFiles(folder, single_file=PEFT_WEIGHTS) as files:
+        saved = {_split_key(key, config, method): files.shape(key) for key in files}
+    trained: dict[tuple[str, str | None], tuple[int, ...]] = {
+        (layer_name, key): tuple(parameter.shape)
+        for layer_name, layer in adapted_layers(model)
+        if name in layer.adapters
+        for key, parameter in layer.adapter(name).named_parameters()
+    }
+    problems = [
+        f"{layer_name}.{key}: the file has {_sizes(saved, layer_name, key)}, what was trained "
+        f"{_sizes(trained, layer_name, key)}"
+        for layer_name, key in trained.keys() | saved.keys()
+        if trained.get((layer_name, key)) != saved.get((layer_name, key))
+    ]
+    raise_problems(sorted(problems)[:20], f"{folder} is not the adapter that was trained")
+
+
+def _sizes(
+    shapes: Mapping[tuple[str, str | None], tuple[int, ...]], layer: str, key: str | None
+) -> list[int] | None:
+    found = shapes.get((layer, key))
+    return None if found is None else list(found)
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:

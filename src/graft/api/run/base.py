@@ -9,13 +9,8 @@ from graft.adapters.starts.base import Packer
 from graft.api.checks import default_solver
 from graft.api.events import Events
 from graft.api.quantize import Rounding, load_quantised
-from graft.api.run.folder import (
-    BASE,
-    BASE_REFERENCE,
-    CHECKPOINTS,
-    load_run_base,
-    write_base_reference,
-)
+from graft.api.run.folder import load_run_base, write_base_reference
+from graft.api.run.layout import BASE, BASE_REFERENCE, CHECKPOINTS
 from graft.api.run.prepare import Prepared
 from graft.export.registry import TARGETS
 from graft.formats.config import WIDTHS

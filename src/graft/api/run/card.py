@@ -12,13 +12,8 @@ from graft.adapters.attach import frozen_layers
 from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
 from graft.api.merge import MergeReport
-from graft.api.run.folder import (
-    REPORT,
-    fingerprint_weights,
-    is_run,
-    prompt_style,
-    read_run_config,
-)
+from graft.api.run.folder import fingerprint_weights, is_run, prompt_style, read_run_config
+from graft.api.run.layout import REPORT
 from graft.data.shapes.registry import SHAPES
 from graft.export.base import CARD, Target
 from graft.export.card import CardFacts, license_of, model_card

@@ -1,10 +1,4 @@
-"""The folder of a run: what lies where, and how a model is loaded back from it.
-
-RUN/: config.yaml (resolved), prompt.json, base/ (packed) or base.json (a path with its
-fingerprint), adapter/ or model/ (method full), start/ (the adapter before the first step, where it
-was not zero), metrics.jsonl, checkpoints/, report.json, report.md,
-plots/loss.png.
-"""
+"""The folder of a run, and how a model is loaded back from it; see `layout`."""
 
 from __future__ import annotations
 
@@ -19,30 +13,20 @@ import torch
 
 from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
-from graft.api.settings import TRUST, checked_settings
+from graft.api.run.layout import ADAPTER, BASE, BASE_REFERENCE, CONFIG, MODEL, PROMPT, REPORT
+from graft.api.settings import stored_settings
 from graft.data.chat import DEFAULT_CHAT_TEMPLATE
 from graft.data.shapes.registry import PLAIN, SHAPES
 from graft.errors import GraftError, raise_problems
 from graft.files.digest import file_digest
-from graft.files.read import open_regular, read_bytes, read_json, read_typed, read_yaml
+from graft.files.read import open_regular, read_bytes, read_json, read_typed
 from graft.files.write import write_json
-from graft.model.adapter_files import check_adapter, load_adapter
+from graft.model.adapter_files import check_adapter_file, load_adapter
 from graft.model.folder import CONFIG_FILE, QUANTISATION_FILE, check_weights, read_tokenizer
 from graft.model.gguf.load import load_gguf_model
 from graft.model.load import LoadedModel, load_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.text import quoted
-
-CONFIG = "config.yaml"
-PROMPT = "prompt.json"
-BASE = "base"
-BASE_REFERENCE = "base.json"
-ADAPTER = "adapter"
-START = "start"
-MODEL = "model"
-METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
-REPORT = "report.json"
 
 
 def is_run(path: Path) -> bool:
@@ -52,13 +36,7 @@ def is_run(path: Path) -> bool:
 
 def read_run_config(run: Path) -> TrainConfig:
     """Return the resolved configuration of a run; raises GraftError when it is damaged."""
-    written = read_yaml(run / CONFIG)
-    written.pop(TRUST, None)  # which earlier versions wrote, and no file may say
-    # Version 0.1.0 knew two of today's choices under another name.
-    recomputes = written.pop("gradient_checkpointing", None)
-    if recomputes is not None:
-        written["checkpointing"] = "layers" if recomputes else "none"
-    settings = checked_settings(written, TrainConfig, str(run / CONFIG))
+    settings = stored_settings(run / CONFIG, TrainConfig)
     try:
         config = TrainConfig(**settings)
         return dataclasses.replace(config, **method_of(config).unsaid(settings))
@@ -120,7 +98,7 @@ def load_any(
             f"{folder} is a run that did not finish: it has no adapter yet; go on with "
             f"graft train --resume --out {folder}"
         )
-    check_adapter(folder / ADAPTER)
+    check_adapter_file(folder / ADAPTER)
     loaded = load_run_base(folder, config, dtype, device)
     load_adapter(loaded.model, folder / ADAPTER)
     shape = SHAPES[prompt_style(folder).kind]

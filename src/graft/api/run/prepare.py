@@ -12,8 +12,9 @@ from graft.api.checks import calibrating_rows, check_train_config, chosen_solver
 from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.export import check_bias_exports, check_exports
-from graft.api.run.folder import CONFIG, is_run, read_run_config
+from graft.api.run.folder import is_run, read_run_config
 from graft.api.run.formats import base_format, exported_formats
+from graft.api.run.layout import CONFIG
 from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
 from graft.errors import GraftError, Problems, raise_problems

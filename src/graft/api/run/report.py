@@ -14,7 +14,8 @@ from torch import nn
 from graft.adapters.attach import frozen_layers
 from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
-from graft.api.run.folder import METRICS, REPORT, fingerprint_weights
+from graft.api.run.folder import fingerprint_weights
+from graft.api.run.layout import METRICS, REPORT
 from graft.data.encode import EncodedData
 from graft.data.sources.files import fingerprint
 from graft.export.base import CARD

@@ -50,6 +50,27 @@ def target_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tu
     return loss, targets.numel()
 
 
+@torch.no_grad()
+def each_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the logits [positions, vocabulary] of a chunk of positions, without gradients.
+
+    input_ids: int64 [batch, length], padded on the right. Each slice says which positions of the
+    flattened batch a chunk has; there are never more logits than those of a chunk, or of a row
+    where the model is run as a whole.
+    """
+    if _splits(model, input_ids):
+        (output,), _ = _run(model, input_ids, torch.zeros_like(input_ids[0, :1]))
+        hidden: Tensor = output["last_hidden_state"].flatten(0, 1)
+        head = _Head(model, output)
+        for part in _parts(len(hidden), chunk_tokens(head.vocabulary)):
+            yield part, head(hidden[part])
+    else:
+        length = input_ids.shape[1]
+        for row, ids in enumerate(input_ids):
+            part = slice(row * length, (row + 1) * length)
+            yield part, model(input_ids=ids[None], use_cache=False).logits[0]
+
+
 def chunk_tokens(vocabulary: int) -> int:
     """Return the most tokens whose logits are computed at once."""
     return min(512, max(128, CHUNK_BYTES // (4 * vocabulary)))

@@ -1,0 +1,105 @@
+"""Accumulating small batches is the step of the large batch: same loss, same gradients."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from graft.adapters.registry import METHODS, method_of
+from graft.api.checks import format_description
+from graft.api.config import TrainConfig
+from graft.data.config import DataConfig
+from graft.data.load import load_train_and_eval
+from graft.formats.registry import parse_format
+from graft.model.load import load_model
+from graft.model.targets import freeze_layers, select_targets
+from graft.objectives.base import LossResult
+from graft.objectives.registry import OBJECTIVES
+from graft.optimizers.base import OptimizerKind, OptimizerSettings
+from graft.train.config import LoopConfig
+from graft.train.loop import TrainingTask, train
+
+
+class Recorder(OptimizerKind):
+    """Keeps the gradients of its step and moves nothing."""
+
+    name = "recorder"
+    states = ()
+    memory_note = "none"
+
+    def __init__(self) -> None:
+        self.gradients: list[Tensor] = []
+
+    def make(
+        self,
+        groups: list[dict[str, Any]],
+        learning_rate: float,
+        settings: OptimizerSettings,
+        device: torch.device,
+    ) -> torch.optim.Optimizer:
+        optimizer = torch.optim.SGD(groups, lr=learning_rate)
+
+        def keep(*_: object) -> None:
+            for group in optimizer.param_groups:
+                self.gradients += [parameter.grad.clone() for parameter in group["params"]]
+                for parameter in group["params"]:
+                    parameter.grad.zero_()
+
+        optimizer.register_step_pre_hook(keep)
+        return optimizer
+
+    def state_bytes(self, numbers: int, size: int) -> int:
+        return 0
+
+
+def step(
+    base: Path, rows: Path, folder: Path, name: str, objective: str, size: int
+) -> tuple[float, list[Tensor]]:
+    """Return the loss and the gradients of one step of 16 rows, `size` of them at once."""
+    folder.mkdir()
+    config = TrainConfig(model=str(base), data=str(rows), out=str(folder), method=name)
+    method = method_of(config)
+    description = format_description(config, config.method)
+    weight_format = None if description is None else parse_format(description)
+    config = config.resolved(None if weight_format is None else weight_format.bits)
+    loaded = load_model(str(base), weight_format=weight_format, dtype="float32")
+    names = select_targets(loaded.model, ())
+    if weight_format is None and method.trains_adapter:
+        freeze_layers(loaded.model, names)
+    torch.manual_seed(0)
+    parameters = method.make_trainable(loaded.model, names, config)
+    with torch.no_grad():
+        for parameter in parameters.values():  # away from a B of zeros, so that A has a gradient
+            parameter.add_(torch.randn_like(parameter) * 1e-2)
+    data = DataConfig(data=str(rows), max_length=48)
+    training, _ = load_train_and_eval(data, loaded.tokenizer, 48, 0)
+    recorder = Recorder()
+    task = TrainingTask(
+        model=loaded.model,
+        parameters=parameters,
+        examples=training.examples,
+        objective=OBJECTIVES[objective],
+        evaluate=lambda: LossResult(1.0, 1),
+        optimizer=recorder,
+        learning_rate=1.0,
+        steps=1,
+        folder=folder,
+    )
+    loop = LoopConfig(out=str(folder), batch_size=size, grad_accum=16 // size, max_grad_norm=1e9)
+    return train(task, loop)["loss"], recorder.gradients
+
+
+@pytest.mark.parametrize("objective", list(OBJECTIVES))
+@pytest.mark.parametrize("method", list(METHODS))
+def test_two_halves_are_the_whole(method, objective, tiny_base, rows, tmp_path) -> None:
+    whole, gradients = step(tiny_base, rows, tmp_path / "whole", method, objective, 16)
+    halves, summed = step(tiny_base, rows, tmp_path / "halves", method, objective, 8)
+    assert halves == pytest.approx(whole, rel=1e-6)
+    largest = max(float(gradient.abs().max()) for gradient in gradients)
+    for one, other in zip(gradients, summed, strict=True):
+        assert one.any()
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5 * largest)
