@@ -9,12 +9,10 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from graft.errors import GraftError
+from graft.apart import start_apart
 from graft.files.bounds import VARIABLE, bound
 
 PATTERN_SECONDS = 4
@@ -30,11 +28,8 @@ _DIRECT = 100_000
 _PLAIN = re.compile(r"\^?(?:[\w-]|\\?\.)*\$?")
 """What cannot go back and try again: letters, digits, and dots, which match any character."""
 
-_CHILD = """
-import contextlib, json, re, resource, sys
-with contextlib.suppress(ValueError, OSError):  # where the system does not know the limit
-    resource.setrlimit(resource.RLIMIT_AS, (int(sys.argv[2]),) * 2)
-resource.setrlimit(resource.RLIMIT_CPU, (int(sys.argv[1]),) * 2)
+_PROGRAM = """
+import re
 patterns, names = json.load(sys.stdin)
 for pattern in patterns:
     try:
@@ -86,22 +81,10 @@ def match_names(
 def _matched_apart(patterns: list[str], names: Sequence[str]) -> list[Matched]:
     """Match patterns in a process of its own."""
     seconds = max(bound(PATTERN_SECONDS), 1)
-    limits = [str(seconds), str(bound(PATTERN_BYTES))]
-    try:
-        ended = subprocess.run(
-            [sys.executable, "-I", "-S", "-c", _CHILD, *limits],
-            input=json.dumps([patterns, list(names)]),
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError as error:
-        raise GraftError(
-            f"patterns cannot be matched, as Python cannot be started once more: {error.strerror}; "
-            "give names without * + ? | ( ) [ ]"
-        ) from error
+    process = start_apart(_PROGRAM, seconds=seconds, memory=bound(PATTERN_BYTES))
+    lines, _ = process.communicate(json.dumps([patterns, list(names)]).encode())
     results: list[Matched] = []
-    for line in ended.stdout.splitlines():
+    for line in lines.splitlines():
         found = json.loads(line)
         if isinstance(found, str):
             results.append(Matched([], f"is no valid regular expression: {found}"))
