@@ -68,6 +68,12 @@ def test_every_miss_is_told_at_once(load) -> None:
     assert "c_attn, c_fc, c_proj" in message
 
 
+def test_a_pattern_that_would_match_for_ever_is_refused(load, monkeypatch) -> None:
+    monkeypatch.setenv("GRAFT_BOUNDS", "0.25")
+    with pytest.raises(GraftError, match="takes more than 1 s"):
+        select_targets(load("llama").model, [r"(([a-z_.]|[0-9]|\w)*)*x!"])
+
+
 def test_shapes(load) -> None:
     layers = linear_layers(load("gpt2").model)
     assert linear_shape(layers["transformer.h.0.attn.c_attn"]) == (80, 240)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 
 from torch import nn
@@ -12,6 +11,8 @@ from graft.adapters.attach import adapted_layers, frozen_layers, replace_module
 from graft.errors import raise_problems
 from graft.formats.dense import DenseFormat
 from graft.layers.registry import find_kind, kind_of
+from graft.patterns import match_names
+from graft.text import quoted
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -41,25 +42,20 @@ def select_targets(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]
         return names
     problems = []
     chosen: set[str] = set()
-    for pattern in patterns:
-        try:
-            matched = {name for name in names if _matches(pattern, name)}
-        except re.error as error:
-            problems.append(f"{pattern!r} is no valid regular expression: {error}")
-            continue
+    for pattern, expression in zip(patterns, match_names(patterns, names), strict=True):
+        matched = {name for name in names if name == pattern or name.endswith("." + pattern)}
+        matched.update(expression.names)
         chosen |= matched
-        if not matched:
+        if expression.problem and not matched:
+            problems.append(f"{quoted(pattern)} {expression.problem}")
+        elif not matched:
             kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             problems.append(
-                f"{pattern!r} matches none of the {len(names)} linear layers; they end in: {kinds} "
-                f"(a full name is {names[0] if names else '-'})"
+                f"{quoted(pattern)} matches none of the {len(names)} linear layers; they end in: "
+                f"{kinds} (a full name is {names[0] if names else '-'})"
             )
     raise_problems(problems, "targets")
     return [name for name in names if name in chosen]
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return name == pattern or name.endswith("." + pattern) or bool(re.fullmatch(pattern, name))
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:
