@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -199,6 +200,12 @@ def plain_config(loaded: LoadedModel) -> dict[str, Any]:
 
 def write_tokenizer_files(loaded: LoadedModel, folder: Path) -> None:
     """Write the tokenizer with its chat template, and the defaults of generation."""
-    loaded.tokenizer.save_pretrained(folder)
+    try:
+        loaded.tokenizer.save_pretrained(folder)
+    except Exception as error:
+        # Of a full disk the tokenizers library says so with Exception itself, and no kind of it.
+        if type(error) is not Exception:
+            raise
+        raise OSError(errno.EIO, f"the tokenizer: {error}") from error
     if loaded.model.generation_config is not None:
         loaded.model.generation_config.save_pretrained(folder)

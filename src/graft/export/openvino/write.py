@@ -10,6 +10,7 @@ in openvino_model.bin, and the parameters in openvino_model.xml become constants
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,7 +85,10 @@ def export_openvino(
     ops = _OpenVinoOps()
     DecoderGraph(loaded.model, ops).build()
     with new_folder(folder) as part:
-        openvino.save_model(ops.model(), part / GRAPH, compress_to_fp16=False)
+        try:
+            openvino.save_model(ops.model(), part / GRAPH, compress_to_fp16=False)
+        except RuntimeError as error:  # also of a full disk
+            raise OSError(errno.EIO, f"the graph: {str(error)[:300]}") from error
         small = (part / DATA).read_bytes()
         small += bytes(-len(small) % _ALIGNED)
         write_tensors(
