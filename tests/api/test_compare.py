@@ -97,9 +97,9 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the runs that are trained, as they are."""
     names: list[str] = []
 
-    def counting(config, events):
+    def counting(config, events, stop):
         names.append(Path(config.out).name)
-        return finetune(config, events)
+        return finetune(config, events, stop)
 
     monkeypatch.setattr(comparing, "finetune", counting)
     return names
@@ -243,9 +243,9 @@ def test_a_training_that_was_interrupted_goes_on_from_its_checkpoint(
         compare(config, Interrupts())
     resumed: list[bool] = []
 
-    def noting(config, events):
+    def noting(config, events, stop):
         resumed.append(config.resume)
-        return finetune(config, events)
+        return finetune(config, events, stop)
 
     monkeypatch.setattr(comparing, "finetune", noting)
     assert compare(config).results[0].loss == whole.results[0].loss
@@ -259,10 +259,10 @@ def test_a_failure_does_not_lose_the_rest_and_is_tried_again(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def failing(config, events):
+    def failing(config, events, stop):
         if config.method == "qalora":
             raise RuntimeError("out of <memory>")
-        return finetune(config, events)
+        return finetune(config, events, stop)
 
     monkeypatch.setattr(comparing, "finetune", failing)
     out = tmp_path / "out"
@@ -385,7 +385,7 @@ def test_scorers_are_needed_only_where_continuations_are_asked_for_by_name(
 def test_the_demo_stands_for_the_bundled_model_and_data() -> None:
     from graft.cli.compare import demo_settings
 
-    assert demo_settings(["--out", "x"]) == {}
-    settings = demo_settings(["--demo"])
+    assert demo_settings(["--out", "x"], {}) == {}
+    settings = demo_settings(["--demo"], {})
     assert all(Path(settings[name]).exists() for name in ("model", "data", "eval_data"))
-    assert "steps" in settings and "steps" not in demo_settings(["--demo", "--epochs", "1"])
+    assert "steps" in settings and "steps" not in demo_settings(["--demo", "--epochs", "1"], {})

@@ -236,15 +236,22 @@ def loss_that_is_not_a_number(place: Place) -> list[str]:
     return train(place, "--method", "lora", "--learning-rate", "1e30", "--steps", "20")
 
 
-@case("exists already", "--resume")
+@case("exists already", "choose another --out")
 def out_that_exists(place: Place) -> list[str]:
     place.out().mkdir()
     (place.out() / "precious.txt").write_text("keep me")
     return train(place)
 
 
-@case("no run folder")
+@case("no run folder", "give --model and --data")
 def resume_of_nothing(place: Place) -> list[str]:
+    return ["train", "--resume", "--out", str(place.out())]
+
+
+@case("no run folder", "precious.txt")
+def resume_of_what_is_no_run(place: Place) -> list[str]:
+    place.out().mkdir()
+    (place.out() / "precious.txt").write_text("keep me")
     return train(place, "--resume")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -93,10 +94,8 @@ def test_resume_needs_only_the_folder(tiny_base: Path, rows: Path, tmp_path: Pat
     words = ["--model", tiny_base, "--data", rows, "--steps", 4, "--save-every", 2, "--out", out]
     assert run("train", *words) == 0
     weights = (out / "adapter" / "adapter_model.safetensors").read_bytes()
-    newest = out / "checkpoints" / "step-00000004"
-    for file in newest.iterdir():
-        file.unlink()
-    newest.rmdir()
+    shutil.rmtree(out / "checkpoints" / "step-00000004")
+    shutil.rmtree(out / "adapter")
     assert run("train", "--resume", "--out", out) == 0
     assert (out / "adapter" / "adapter_model.safetensors").read_bytes() == weights
     assert run("train", "--resume", "--out", out, "--rank", 8) == 1
@@ -122,7 +121,6 @@ def test_solvers_from_the_command_line(tiny_base: Path, rows: Path, tmp_path: Pa
     out = tmp_path / "run"
     words = ["--model", tiny_base, "--data", rows, "--solver", "gptq", "--bits", 3, "--steps", 2]
     assert run("train", *words, "--out", out) == 0
-    assert run("train", "--resume", "--out", out) == 1, "there is no checkpoint to resume from"
     quantised = tmp_path / "nf4"
     words = ["--model", tiny_base, "--data", rows, "--solver", "gptq", "--format", "nf4"]
     assert run("quantize", *words, "--out", quantised) == 0

@@ -8,6 +8,7 @@ Elsewhere results are compared within TOLERANCE of the largest number.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -19,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import graft
+from graft.api.run.folder import read_run_config
 from graft.kernels.backend.native_library import instructions
 from graft.train.loop import read_metrics
 
@@ -151,10 +153,7 @@ def test_a_run_merges(old, expected, about, same_arithmetic, tmp_path, name):
 def test_a_run_that_was_interrupted_goes_on(old, same_arithmetic, tmp_path, name):
     run, ended = tmp_path / "run", old / "runs" / name
     shutil.copytree(old / "begun" / name, run)
-    config = graft.TrainConfig(
-        model=str(old / "base"), data=str(old / "rows.jsonl"), out=str(run), resume=True
-    )
-    graft.finetune(config)
+    graft.finetune(dataclasses.replace(read_run_config(run), out=str(run), resume=True))
     kind = "model/model" if name == "full" else "adapter/adapter_model"
     found, expected = (load_file(folder / f"{kind}.safetensors") for folder in (run, ended))
     assert found.keys() == expected.keys()

@@ -64,6 +64,10 @@ def test_its_states_are_those_that_it_names(name):
     kept = 0
     for parameter in training.parameters:
         assert set(state[parameter]) == set(kind.states)
+        saved = kind.saved(state[parameter])
+        assert kind.specs(parameter) == {
+            key: (tuple(tensor.shape), tensor.dtype) for key, tensor in saved.items()
+        }
         kept += sum(state[parameter][key].nbytes for key in set(kind.states) - set(kind.scalars))
     assert kept == kind.state_bytes(numbers, size)
     assert kind.saved(state[training.idle]) == {}, "what has not trained has no state"

@@ -163,7 +163,7 @@ class Run:
         self.objective, self.optimizer = OBJECTIVES["smoothed"], OPTIMIZERS["momentum"]
         self.began: list[tuple[int, int]] = []
 
-    def train(self, **changes: Any) -> Metrics:
+    def train(self, checkpoint: Path | None = None, **changes: Any) -> Metrics:
         task = TrainingTask(
             model=self.model,
             parameters=self.parameters,
@@ -174,6 +174,7 @@ class Run:
             learning_rate=0.5,
             steps=6,
             folder=self.folder,
+            checkpoint=checkpoint,
         )
         config = LoopConfig(out=str(self.folder), **({"batch_size": 4} | changes))
         return train(task, config, on_begin=lambda *told: self.began.append(told))
@@ -197,9 +198,8 @@ def test_a_resumed_run_ends_as_the_unbroken_one(tiny_base, rated_rows, tmp_path)
         f"optimizer.momentum_buffer.{name}" for name in whole.parameters
     }
     broken = Run(tiny_base, rated_rows, tmp_path / "broken")
-    shutil.copytree(checkpoint, broken.folder / "checkpoints" / checkpoint.name)
     shutil.copy(whole.folder / "metrics.jsonl", broken.folder)
-    broken.train(save_every=3, eval_every=2, resume=True)
+    broken.train(checkpoint, save_every=3, eval_every=2)
     assert (whole.began, broken.began) == ([(6, 1)], [(6, 4)])
     for name, parameter in whole.parameters.items():
         assert torch.equal(parameter, broken.parameters[name]), name
@@ -243,7 +243,7 @@ def test_another_optimizers_checkpoint_is_refused(tiny_base, rated_rows, tmp_pat
     run.train(save_every=3)
     run.optimizer = OPTIMIZERS["adamw"]
     with pytest.raises(GraftError, match="has no state 'exp_avg', which adamw needs"):
-        run.train(resume=True)
+        run.train(tmp_path / "checkpoints" / "step-00000006")
 
 
 class Begins(Events):

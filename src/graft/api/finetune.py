@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
+import dataclasses
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -13,20 +14,38 @@ from torch import nn
 from graft.adapters.attach import code_widths
 from graft.adapters.starts.base import Packer
 from graft.adapters.starts.registry import STARTS
-from graft.api.config import TrainConfig, as_plain
+from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.export import export_model
-from graft.api.run.base import load_base
-from graft.api.run.folder import PromptStyle, write_prompt_style
-from graft.api.run.layout import ADAPTER, BASE, CONFIG, METRICS, MODEL, START
-from graft.api.run.prepare import Prepared, prepare, resumed_config
+from graft.api.run.base import load_base, save_base
+from graft.api.run.layout import (
+    ADAPTER,
+    BASE,
+    EXPORTS,
+    FAILED_BATCH,
+    METRICS,
+    MODEL,
+    START,
+)
+from graft.api.run.prepare import Prepared, prepare
 from graft.api.run.report import RunReport, make_report, stored_bits_per_weight, write_report
+from graft.api.run.resume import (
+    Resumed,
+    begin_run,
+    find_place,
+    finished_report,
+    lost_run,
+    merged_settings,
+    owned_run,
+    read_stored,
+    settle,
+)
+from graft.api.run.status import StatusFile, resume_command
 from graft.calibrate.latents import round_latents
 from graft.calibrate.registry import SOLVERS
-from graft.errors import GraftError
 from graft.evaluate.loss import evaluate_loss
 from graft.export.registry import TARGETS
-from graft.files.write import write_yaml
+from graft.files.write import remove_folder
 from graft.model.adapter_files import save_adapter
 from graft.model.load import LoadedModel
 from graft.model.running.attention import use_own_attention
@@ -38,36 +57,102 @@ from graft.model.save import save_model
 from graft.objectives.base import LossResult
 from graft.objectives.registry import OBJECTIVES
 from graft.optimizers.registry import OPTIMIZERS
-from graft.train.loop import Metrics, TrainingTask, read_metrics, train
+from graft.train.loop import TrainingTask, read_metrics, train
 from graft.train.schedule import rate_factors
+from graft.train.stop import Stop, StoppedError
 
 
-def finetune(config: TrainConfig, events: Events | None = None) -> RunReport:
+def finetune(
+    config: TrainConfig, events: Events | None = None, stop: Stop | None = None
+) -> RunReport:
     """Run a fine-tuning and write its folder config.out; return the report.
 
     Everything that can be checked is checked before a weight is read; all problems are raised at
-    once as a GraftError, and then nothing has been written.
+    once as a GraftError, and then nothing has been written. With config.resume the run in the
+    folder goes on, bit for bit, from its newest checkpoint that is whole, or is begun anew where
+    there is none; one that has finished may be given more steps. Settings that are given (not None)
+    must be the run's own. When `stop` is asked the training ends with a checkpoint and raises
+    StoppedError; nothing asks without it.
     """
-    events = events or Events()
+    events, stop = events or Events(), stop or Stop()
     begin = time.perf_counter()
     run = Path(config.out)
-    if config.resume:
-        config = resumed_config(config, run)
-    prepared = prepare(config, events)
+    with ExitStack() as owning:
+        resumed: Resumed | None = None
+        if config.resume and run.is_dir():
+            owning.enter_context(owned_run(run))
+            stored = read_stored(run)
+            if stored is None:
+                resumed = lost_run(config, run, events)
+            else:
+                config = merged_settings(config, stored, run)
+                if report := _finished(run, config, config.steps, events):
+                    return report
+                resumed = find_place(config, stored, run, events)
+        elif config.resume:
+            events.note(f"there is no {run}: the run is begun")
+        prepared = prepare(config, events, None if resumed is None else resumed.dense_steps)
+        config = prepared.config
+        if resumed is None:
+            begin_run(run, prepared)
+            owning.enter_context(owned_run(run))
+        elif report := _finished(run, config, prepared.steps, events):  # as --epochs say
+            return report
+        else:
+            settle(run, prepared, resumed, events)
+        status = StatusFile(run, prepared.steps, begin, anew=resumed is None or not resumed.step)
+        try:
+            with status.kept():
+                report = _carry_out(run, prepared, resumed, status, events, stop)
+        except StoppedError as stopped:
+            command = resume_command(run, config.trust_remote_code)
+            raise StoppedError(f"{stopped}. Go on with: {command}", stopped.step) from stopped
+        _export(run, config, events)
+    return report
+
+
+def _finished(
+    run: Path, config: TrainConfig, steps: int | None, events: Events
+) -> RunReport | None:
+    """Return the report of a run that has finished so many steps, with its exports made."""
+    report = finished_report(run, steps)
+    if report is not None:
+        events.note(
+            f"{run} has finished its {steps} steps, so there is nothing to train; more --steps or "
+            "--epochs train it further"
+        )
+        _export(run, config, events)
+    return report
+
+
+def _carry_out(
+    run: Path,
+    prepared: Prepared,
+    resumed: Resumed | None,
+    status: StatusFile,
+    events: Events,
+    stop: Stop,
+) -> RunReport:
+    """Load, train, and write the result and its report."""
     config = prepared.config
-    if not config.resume:
-        _make_run_folder(run, prepared)
+    checkpoint, step = (None, 0) if resumed is None else (resumed.checkpoint, resumed.step)
+    status.begins(step)
     packer = STARTS[config.init].packer(config)
     try:
         loaded = load_base(prepared, run, packer, events)
-    except BaseException:
-        if not config.resume:
-            shutil.rmtree(run, ignore_errors=True)
+    except Exception:
+        if resumed is None:  # nothing has begun
+            remove_folder(run)
         raise
     parameters = _make_trainable(loaded, prepared)
-    if not config.resume:
+    if checkpoint is None:
         _start(loaded, config, packer, run, events)
-    metrics = _train(loaded, prepared, parameters, run, events)
+    task = _task(loaded, prepared, parameters, run, events, stop)
+    task = dataclasses.replace(task, checkpoint=checkpoint, on_saved=status.saved)
+    if loaded.model.device.type == "cpu":
+        reuse_freed_memory()
+    with prefetch_layers(loaded.model, free_bytes(loaded.model.device) or 0):
+        metrics = train(task, config, events.metrics, events.training_begins)
     _save_result(loaded, prepared, run)
     report = make_report(
         run=run,
@@ -81,30 +166,12 @@ def finetune(config: TrainConfig, events: Events | None = None) -> RunReport:
         steps=prepared.steps,
         learning_rate=prepared.learning_rate,
         trainable=sum(parameter.numel() for parameter in parameters.values()),
-        seconds=time.perf_counter() - begin,
+        seconds=status.seconds,
         bits_per_weight=stored_bits_per_weight(loaded.model),
     )
     write_report(run, report, read_metrics(run / METRICS))
-    del loaded, parameters
-    for target in config.export:
-        path = run / "export" / TARGETS[target].default_name
-        if not path.exists():
-            exported = export_model(run, target, path, events=events)
-            events.note(f"exported {exported.path}")
+    status.finished()
     return report
-
-
-def _make_run_folder(run: Path, prepared: Prepared) -> None:
-    """Make the run's folder with the resolved configuration."""
-    settings = as_plain(prepared.config)
-    del settings["resume"]
-    try:
-        run.mkdir(parents=True)
-        write_yaml(run / CONFIG, settings)
-        style = PromptStyle(prepared.training.kind, prepared.config.separator)
-        write_prompt_style(run, style)
-    except OSError as error:
-        raise GraftError(f"{run} cannot be written: {error.strerror}") from error
 
 
 def _make_trainable(loaded: LoadedModel, prepared: Prepared) -> dict[str, nn.Parameter]:
@@ -125,29 +192,30 @@ def _start(
     start = STARTS[config.init]
     note = start.begin(loaded.model, packer)
     if start.changes_base:
-        if (run / START).is_dir():
-            shutil.rmtree(run / START)
+        remove_folder(run / START)
         save_adapter(loaded.model, run / START, base=str(run / BASE), init=config.init)
     if note is not None:
         events.note(note)
 
 
-def _train(
+def _task(
     loaded: LoadedModel,
     prepared: Prepared,
     parameters: dict[str, nn.Parameter],
     run: Path,
     events: Events,
-) -> Metrics:
+    stop: Stop,
+) -> TrainingTask:
     config = prepared.config
     objective = OBJECTIVES[config.objective]
 
     def evaluate() -> LossResult:
         examples = prepared.held_out.examples
-        return evaluate_loss(loaded.model, examples, config.batch_size, objective)
+        return evaluate_loss(loaded.model, examples, config.batch_size, objective, stop.check)
 
     widths = code_widths(loaded.model, parameters)
-    task = TrainingTask(
+    rounding = _rounding(loaded, prepared, run, events, stop)
+    return TrainingTask(
         model=loaded.model,
         parameters=parameters,
         examples=prepared.training.examples,
@@ -158,20 +226,21 @@ def _train(
         rate_factors=rate_factors(config, prepared.subject.hidden_size, widths),
         steps=prepared.steps,
         folder=run,
-        before_step=_rounding(loaded, prepared, run, events) if prepared.dense_steps else None,
+        before_step=rounding if prepared.dense_steps else None,
+        stop=stop,
     )
-    if loaded.model.device.type == "cpu":
-        reuse_freed_memory()
-    with prefetch_layers(loaded.model, free_bytes(loaded.model.device) or 0):
-        return train(task, config, events.metrics, events.training_begins)
 
 
 def _rounding(
-    loaded: LoadedModel, prepared: Prepared, run: Path, events: Events
+    loaded: LoadedModel, prepared: Prepared, run: Path, events: Events, stop: Stop
 ) -> Callable[[int], None]:
     """Return what rounds the weights before the step after the last dense one."""
     config = prepared.config
     rows = prepared.training.examples[: config.calibration_rows]
+
+    def on_layer(done: int, total: int) -> None:
+        stop.check()
+        events.progress("rounding", done, total)
 
     def before_step(step: int) -> None:
         if step == prepared.dense_steps + 1:
@@ -181,20 +250,42 @@ def _rounding(
                 [torch.tensor([row.input_ids]) for row in rows],
                 config.damping,
                 SOLVERS[config.solver],
-                lambda done, total: events.progress("rounding", done, total),
-                lambda: save_model(loaded, run / BASE),
+                on_layer,
+                lambda: save_base(loaded, run),
             )
 
     return before_step
 
 
 def _save_result(loaded: LoadedModel, prepared: Prepared, run: Path) -> None:
-    for name in (ADAPTER, MODEL):
-        if (run / name).is_dir():
-            shutil.rmtree(run / name)
+    """Write what was trained in the place of an earlier part's, whose exports are stale then."""
+    for target in prepared.config.export:
+        for stale in _export_paths(run, target):
+            remove_folder(stale)
+    for name in (ADAPTER, MODEL, FAILED_BATCH):
+        remove_folder(run / name)
     if prepared.method.trains_adapter:
         base = run / BASE if (run / BASE).is_dir() else Path(prepared.config.model)
         save_adapter(loaded.model, run / ADAPTER, base=str(base), init=prepared.config.init)
     else:
         loaded.model.requires_grad_(False)
         save_model(loaded, run / MODEL)
+
+
+def _export(run: Path, config: TrainConfig, events: Events) -> None:
+    """Make the exports that are not there, or not with their cards."""
+    for target in config.export:
+        paths = _export_paths(run, target)
+        if all(path.exists() for path in paths):
+            continue
+        for path in paths:
+            remove_folder(path)
+        trust = config.trust_remote_code
+        exported = export_model(run, target, paths[0], trust_remote_code=trust, events=events)
+        events.note(f"exported {exported.path}")
+
+
+def _export_paths(run: Path, target: str) -> tuple[Path, Path]:
+    """Return where a run's own export to a target lies, and its card."""
+    path = run / EXPORTS / TARGETS[target].default_name
+    return path, TARGETS[target].card_path(path)

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 Arguments = TypeVar("Arguments")
 
 
-def _nothing(words: Sequence[str]) -> dict[str, Any]:
+def _nothing(words: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
@@ -23,5 +23,6 @@ class Command(Generic[Arguments]):
     """Does the work and shows its result."""
     takes_file: bool = False
     """Whether a CONFIG.yaml may stand before the flags."""
-    given: Callable[[Sequence[str]], Mapping[str, Any]] = _nothing
-    """From the words after the command to settings that stand below the file's and the flags'."""
+    given: Callable[[Sequence[str], Mapping[str, Any]], Mapping[str, Any]] = _nothing
+    """From the words after the command, and the file's settings, to settings that stand below
+    these and the flags'."""

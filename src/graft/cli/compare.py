@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.cli.command import Command
+from graft.cli.signals import stopping
 from graft.compare.config import CompareConfig
 from graft.errors import GraftError
 
@@ -28,15 +29,15 @@ class CompareArguments(CompareConfig):
     """Compare on the bundled model and data; --model and --data are then not needed."""
 
 
-def demo_settings(words: Sequence[str]) -> dict[str, Any]:
+def demo_settings(words: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that --demo stands for, below those that are given."""
-    if "--demo" not in words:
+    if "--demo" not in words and not settings.get("demo"):
         return {}
     from graft.demo.run import BASE, HELD_OUT, TRAINING
 
     files = {"model": str(BASE), "data": str(TRAINING), "eval_data": str(HELD_OUT)}
     # One precision for all, so that exact merges give equal figures; given --epochs stand alone.
-    steps = {} if "--epochs" in words else {"steps": DEMO_STEPS}
+    steps = {} if "--epochs" in words or "epochs" in settings else {"steps": DEMO_STEPS}
     return {**files, "dtype": "float32", "max_new_tokens": 96, **steps}
 
 
@@ -49,8 +50,8 @@ def compare(arguments: CompareArguments) -> None:
     from graft.compare.results import COSTS, SCORES, with_figures
     from graft.compare.run import compare as run
 
-    with progress() as events:
-        result = run(arguments, events)
+    with stopping() as stop, progress() as events:
+        result = run(arguments, events, stop)
     title = f"{Path(arguments.model).name} on {Path(arguments.data).name}, held-out rows"
     _show(title, result.rows, with_figures((*SCORES, *COSTS), result.rows))
     print(f"{result.page}, {result.data}; {result.seconds:.0f} s")

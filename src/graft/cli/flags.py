@@ -23,10 +23,11 @@ def parse(command: Command[Arguments], words: Sequence[str], name: str) -> Argum
     --help prints the page and exits; values that do not fit are told, and exit with status 2.
     Raises GraftError for a flag that there is not, and for a file that does not fit.
     """
-    settings = dict(command.given(words))
+    settings: dict[str, Any] = {}
     if command.takes_file and words and not words[0].startswith("-"):
-        settings |= _settings_of_file(words[0], command.arguments)
+        settings = _settings_of_file(words[0], command.arguments)
         words = words[1:]
+    settings = {**command.given(words, settings), **settings}
     asked = [word for word in words if word in _HELP]
     if asked:
         from graft.cli.help import page

@@ -9,11 +9,16 @@ import sys
 from collections.abc import Sequence
 
 from graft.cli.commands import COMMANDS
+from graft.cli.signals import Ended, ending
 from graft.errors import GraftError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one subcommand; return 0, or 1 after a GraftError, 2 for wrong usage, 130 on Ctrl-C."""
+    """Run one subcommand; return its exit status.
+
+    0, or 1 after a GraftError, 2 for wrong usage, and 128 + n when signal n ended it: 130 on
+    Ctrl-C.
+    """
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "--help-all"):
         print(_usage())
@@ -32,11 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from graft.cli.flags import parse
 
         command = COMMANDS[name]
-        command.run(parse(command, words[1:], name))
+        with ending():
+            command.run(parse(command, words[1:], name))
     except GraftError as error:
         print(f"graft {name}: error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except Ended as ended:
+        print(f"graft {name}: {ended}", file=sys.stderr)
+        return ended.status
+    except KeyboardInterrupt:  # raised by no signal, or before they were handled
         print(f"graft {name}: interrupted", file=sys.stderr)
         return 130
     return 0

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from graft.api.config import TrainConfig
 from graft.cli.command import Command
+from graft.cli.signals import Ended, stopping
+from graft.errors import GraftError
+from graft.train.stop import StoppedError
 
 
 def train(config: TrainConfig) -> None:
     """Fine-tune a model on a file of examples."""
     from graft.api.export import next_export
     from graft.api.finetune import finetune
+    from graft.api.run.folder import is_run
     from graft.api.run.layout import ADAPTER
+    from graft.api.run.status import resume_command
     from graft.cli.progress import progress
 
-    with progress() as events:
-        report = finetune(config, events)
     out = Path(config.out)
+    try:
+        with stopping() as stop, progress() as events:
+            report = finetune(config, events, stop)
+    except Ended as ended:
+        if isinstance(ended.__cause__, StoppedError) or not is_run(out):
+            raise
+        ended.args = (f"{ended}; go on with: {resume_command(out, config.trust_remote_code)}",)
+        raise
     perplexity = "" if report.perplexity is None else f", perplexity {report.perplexity:.4f}"
     print(
         f"held-out loss {report.eval_loss_before:.4f} → {report.eval_loss:.4f}{perplexity}, "
@@ -31,15 +43,34 @@ def train(config: TrainConfig) -> None:
         print(f"next: {next_export(out)}")
 
 
-def _settings_of_resumed_run(words: Sequence[str]) -> dict[str, object]:
-    """Return the stored settings of the run that --resume goes on with, so that --out is enough."""
+def _settings_of_resumed_run(
+    words: Sequence[str], settings: Mapping[str, object]
+) -> dict[str, object]:
+    """Return the stored settings of the run that --resume goes on with, so that --out is enough.
+
+    Raises GraftError when there is none and the words do not say what is needed to begin it.
+    """
     words = [part for word in words for part in word.split("=", 1)]
-    if "--resume" not in words or "--out" not in words[:-1]:
+    out = words[words.index("--out") + 1] if "--out" in words[:-1] else settings.get("out")
+    if not ("--resume" in words or settings.get("resume")) or not isinstance(out, str):
         return {}
-    from graft.api.settings import stored_settings
+    from graft.api.run.resume import read_stored
 
-    stored = Path(words[words.index("--out") + 1]) / "config.yaml"
-    return stored_settings(stored, TrainConfig) if stored.is_file() else {}
+    stored = read_stored(Path(out))
+    if stored is not None:
+        fields = (field.name for field in dataclasses.fields(TrainConfig))
+        return {name: getattr(stored, name) for name in fields if name not in _OF_EACH_CALL}
+    given = {word.removeprefix("--") for word in words if word.startswith("-")} | settings.keys()
+    missing = [f"--{name}" for name in ("model", "data") if name not in given]
+    if missing and not {"-h", "help", "help-all"} & given:
+        raise GraftError(
+            f"--resume: {out} is no run folder (it has no config.yaml that can be read), so the "
+            f"run can only be begun: give {' and '.join(missing)}, and its other settings, too"
+        )
+    return {}
 
+
+_OF_EACH_CALL = ("out", "resume", "epochs", "trust_remote_code")
+"""Settings that a resumed run does not take from the part before."""
 
 COMMAND = Command(arguments=TrainConfig, run=train, takes_file=True, given=_settings_of_resumed_run)

@@ -16,9 +16,10 @@ from graft.api.events import Events
 from graft.api.finetune import finetune
 from graft.api.merge import merge
 from graft.api.quantize import Rounding, load_quantised
-from graft.api.run.folder import is_run, run_summary
+from graft.api.run.folder import run_summary
 from graft.api.run.layout import METRICS, MODEL, REPORT
 from graft.api.run.report import stored_bits_per_weight, versions
+from graft.api.run.resume import owned_run
 from graft.compare.config import CompareConfig
 from graft.compare.contenders import Entry, Training
 from graft.compare.page import PageContent, write_page
@@ -35,8 +36,8 @@ from graft.model.devices import resolve_device
 from graft.model.load import LoadedModel, load_model
 from graft.model.running.memory import forget_peak
 from graft.model.save import save_model
-from graft.train.checkpoint import checkpoints
 from graft.train.loop import read_metrics
+from graft.train.stop import Stop, StoppedError
 
 PAGE = "compare.html"
 DATA = "compare.json"
@@ -66,21 +67,32 @@ class Comparison:
         return tuple(result for result in self.results if result.error is not None)
 
 
-def compare(config: CompareConfig, events: Events | None = None) -> Comparison:
+def compare(
+    config: CompareConfig, events: Events | None = None, stop: Stop | None = None
+) -> Comparison:
     """Train, deploy and score every contender, and write compare.json and compare.html.
 
     What an earlier call on the same folder finished is not done again. A contender that fails is
     recorded with its error, and the others go on; the next call tries it once more. Raises
-    GraftError with everything that can be known to be wrong, before the first training starts.
+    GraftError with everything that can be known to be wrong, before the first training starts, or
+    when another process works in the folder; StoppedError when `stop` was asked in a training.
     """
     begin = time.perf_counter()
     prepared = prepare(config)
-    return _Comparing(prepared, events or Events()).run(begin)
+    with owned_run(prepared.out):
+        try:
+            return _Comparing(prepared, events or Events(), stop or Stop()).run(begin)
+        except StoppedError as stopped:
+            raise StoppedError(
+                f"{prepared.out}: a training was {str(stopped).partition('. Go on with')[0]}; the "
+                "same command goes on with the comparison",
+                stopped.step,
+            ) from stopped
 
 
 class _Comparing:
-    def __init__(self, prepared: Prepared, events: Events) -> None:
-        self.prepared, self.events = prepared, events
+    def __init__(self, prepared: Prepared, events: Events, stop: Stop) -> None:
+        self.prepared, self.events, self.stop = prepared, events, stop
         self.out, self.config = prepared.out, prepared.config
         self.results: dict[Entry, Result] = {}
         (self.out / "results").mkdir(exist_ok=True)
@@ -151,15 +163,13 @@ class _Comparing:
         run = self._run(training)
         if (run / REPORT).is_file():
             return
-        resume = is_run(run) and bool(checkpoints(run / "checkpoints"))
-        if not resume:
-            shutil.rmtree(run, ignore_errors=True)
         self.events.note(f"training {training.name}")
         config = training.config(self.config, str(run))
         eval_every = config.eval_every or max(1, self.prepared.steps // _EVALUATIONS)
+        config = dataclasses.replace(config, eval_every=eval_every, resume=run.exists())
         gc.collect()
         forget_peak(resolve_device(config.device))
-        finetune(dataclasses.replace(config, eval_every=eval_every, resume=resume), self.events)
+        finetune(config, self.events, self.stop)
 
     # Deploying and scoring ------------------------------------------------------------------------
 

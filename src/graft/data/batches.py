@@ -102,8 +102,10 @@ class BatchSampler:
     def restore(self, state: Mapping[str, int]) -> None:
         """Go on exactly where state() was taken.
 
-        Raises GraftError when the state belongs to other data or another seed.
+        Raises GraftError when the state belongs to other data or another seed, or is none.
         """
+        if not state.keys() >= {"count", "seed", "epoch", "position"}:
+            raise GraftError("cannot resume: the checkpoint's place in the data is incomplete")
         for name, now in (("count", self.count), ("seed", self.seed)):
             if state[name] != now:
                 what = "number of training rows" if name == "count" else "seed"
@@ -111,6 +113,11 @@ class BatchSampler:
                     f"cannot resume: the checkpoint was made with {what} {state[name]}, now it "
                     f"is {now}; resume with the same data and --seed"
                 )
+        if not 0 <= state["position"] <= self.count or state["epoch"] < 0:
+            raise GraftError(
+                f"cannot resume: the checkpoint's place in the data is row {state['position']} of "
+                f"{self.count} in epoch {state['epoch']}"
+            )
         self._enter(state["epoch"], state["position"])
 
     def _enter(self, epoch: int, position: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel
@@ -18,10 +18,12 @@ def evaluate_loss(
     examples: Sequence[Example],
     batch_size: int = 16,
     objective: Objective | None = None,
+    on_batch: Callable[[], None] | None = None,
 ) -> LossResult:
     """Return the mean loss over all targets; changes neither the model nor its mode.
 
-    objective: what the model was trained for, by default to predict the next token.
+    objective: what the model was trained for, by default to predict the next token. on_batch is
+    called before each batch.
     """
     objective = objective or OBJECTIVES[DEFAULT_OBJECTIVE]
     was_training = model.training
@@ -32,6 +34,8 @@ def evaluate_loss(
     sums: dict[str, float] = {}
     with torch.no_grad():
         for examples_of_batch in batch_in_order(examples, batch_size):
+            if on_batch is not None:
+                on_batch()
             batch = objective.collate(examples_of_batch)
             loss, measured = objective.loss(model, batch.to(device))
             total += loss.double().item()

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+
+
+class StateSpec(NamedTuple):
+    """How a state lies in a file."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+_SCALAR = StateSpec((1,), torch.float32)
 
 
 class OptimizerSettings(Protocol):
@@ -49,6 +59,15 @@ class OptimizerKind(ABC):
     @abstractmethod
     def state_bytes(self, numbers: int, size: int) -> int:
         """Return the bytes of the states of so many trained numbers, themselves of `size` bytes."""
+
+    def specs(self, parameter: Tensor) -> dict[str, StateSpec]:
+        """Return the shape and dtype that a file holds each of a parameter's states in.
+
+        A checkpoint is held against them before anything of it is used. By default a state is as
+        the parameter, and a scalar a float32 vector of length 1.
+        """
+        own = StateSpec(tuple(parameter.shape), parameter.dtype)
+        return dict.fromkeys(self.states, own) | dict.fromkeys(self.scalars, _SCALAR)
 
     def saved(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return a parameter's state as the tensors of a file; none for one that has not trained.

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import shutil
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from graft.errors import GraftError, raise_problems
-from graft.files.read import read_json
-from graft.files.write import new_folder, write_json
+from graft.files.read import open_regular, read_json, typed
+from graft.files.write import new_folder, remove_folder, write_json
 from graft.model.save import save_tensors
 from graft.model.weight_files import WeightFiles
-from graft.optimizers.base import OptimizerKind
+from graft.optimizers.base import OptimizerKind, StateSpec
 
 CHECKPOINT_VERSION = 1
 KEPT = 2
 """Checkpoints that are kept; older ones are removed."""
 
+_TENSORS = "state.safetensors"
+_STATE = "state.json"
+_RNG, _CUDA_RNG = "rng", "rng.cuda"
 
-@dataclass
+
+@dataclass(frozen=True)
 class Position:
     """Where a run stands."""
 
@@ -30,42 +34,100 @@ class Position:
     """Optimizer steps done."""
     sampler: dict[str, int]
     """The data position."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last metrics; none in checkpoints of earlier versions."""
+
+
+@dataclass(frozen=True)
+class _State:
+    """What state.json holds."""
+
+    version: int
+    step: int
+    sampler: dict[str, int]
+    metrics: dict[str, float] = field(default_factory=dict)
+    sha256: str | None = None
+    """Of the tensors' file; None in checkpoints of earlier versions."""
+
+
+class _VersionError(GraftError):
+    """A checkpoint of another version of graft, which is whole but of no use to this one."""
+
+
+def random_state() -> dict[str, Tensor]:
+    """Return the state of the random numbers, by the names that a checkpoint has for it."""
+    tensors = {_RNG: torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors[_CUDA_RNG] = torch.cuda.get_rng_state()
+    return tensors
 
 
 def save_checkpoint(
     folder: Path,
     position: Position,
+    random: Mapping[str, Tensor],
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     kind: OptimizerKind,
-) -> None:
-    """Write checkpoints/step-N: weights, optimizer states, random state and data position."""
-    tensors: dict[str, torch.Tensor] = {"rng": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["rng.cuda"] = torch.cuda.get_rng_state()
+) -> Path:
+    """Write checkpoints/step-N, and return it: weights, optimizer and random states, position.
+
+    The newest KEPT up to this step stay; those of later steps, which a run that fell back to an
+    older one has left behind, go.
+    """
+    tensors: dict[str, Tensor] = dict(random)
     for name, parameter in parameters.items():
         tensors[f"parameter.{name}"] = parameter
         for key, value in kind.saved(optimizer.state[parameter]).items():
             tensors[f"optimizer.{key}.{name}"] = value
     path = folder / f"step-{position.step:08d}"
-    if path.exists():
-        shutil.rmtree(path)
+    remove_folder(path)
     with new_folder(path) as part:
-        save_tensors(tensors, part / "state.safetensors")
-        state = {"version": CHECKPOINT_VERSION, "step": position.step, "sampler": position.sampler}
-        write_json(part / "state.json", state)
-    for old in checkpoints(folder)[:-KEPT]:
-        shutil.rmtree(old)
+        digest = save_tensors(tensors, part / _TENSORS)
+        state = {
+            "version": CHECKPOINT_VERSION,
+            "step": position.step,
+            "sampler": position.sampler,
+            "metrics": position.metrics,
+            "sha256": digest,
+        }
+        write_json(part / _STATE, state)
+    found = checkpoints(folder)
+    for old in [*found[: max(0, found.index(path) + 1 - KEPT)], *found[found.index(path) + 1 :]]:
+        remove_folder(old)
+    return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / "state.json").is_file())
+    """Return the checkpoints, oldest first, whether they are whole or not."""
+    return sorted(
+        (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()),
+        key=_step_of,
+    )
 
 
-def checkpoint_step(path: Path) -> int:
-    """Return the number of optimizer steps done at a checkpoint."""
-    return int(read_json(path / "state.json")["step"])
+def newest_whole(folder: Path, up_to: int | None = None) -> tuple[Path | None, list[str]]:
+    """Return the newest checkpoint that is whole, and why each newer one is not.
+
+    up_to: the last step of which one can be used. Raises GraftError for one that cannot be read for
+    another reason than damage, or that another version of graft wrote.
+    """
+    damaged: list[str] = []
+    for path in reversed(checkpoints(folder)):
+        if up_to is not None and _step_of(path) > up_to:
+            damaged.append(f"{path}: its base is gone")
+            continue
+        problem = _damage(path)
+        if problem is None:
+            return path, damaged
+        damaged.append(problem)
+    return None, damaged
+
+
+def read_position(path: Path) -> Position:
+    """Return where a checkpoint stands; raises GraftError when it is damaged."""
+    state = _read_state(path)
+    return Position(state.step, state.sampler, state.metrics)
 
 
 def load_checkpoint(
@@ -73,29 +135,24 @@ def load_checkpoint(
     parameters: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     kind: OptimizerKind,
-) -> Position:
-    """Restore parameters, optimizer and random state in place; return the position.
+) -> None:
+    """Restore parameters, optimizer and random state in place.
 
-    Raises GraftError when the checkpoint is damaged or belongs to another model, method or
-    optimizer.
+    Every tensor is held against what the run expects first, by name, shape and dtype. Raises
+    GraftError with all that do not fit, and then nothing is changed.
     """
-    state = read_json(path / "state.json")
-    if state.get("version") != CHECKPOINT_VERSION:
-        raise GraftError(f"{path} has version {state.get('version')!r}; start the run anew")
-    with WeightFiles(path, single_file="state.safetensors") as files:
-        problems = [
-            f"{name}: the checkpoint has {_shape(files, name)}, the run {list(parameter.shape)}"
-            for name, parameter in parameters.items()
-            if _shape(files, name) != list(parameter.shape)
-        ]
-        trained = {name: p for name, p in parameters.items() if p.requires_grad}
-        problems += [
-            f"{name}: the checkpoint has no state {state!r}, which {kind.name} needs"
-            for name in trained
-            for state in kind.states
-            if f"optimizer.{state}.{name}" not in files
-        ]
-        raise_problems(problems[:20], f"{path} does not belong to this run")
+    trained = {name: p for name, p in parameters.items() if p.requires_grad}
+    with WeightFiles(path, single_file=_TENSORS) as files:
+        problems = _misfits(files, parameters, trained, kind)
+        raise_problems(
+            problems[:20],
+            f"{path} does not belong to this run, as it is configured (remove it to go on without)",
+        )
+        random = {name: files.read(name).clone() for name in (_RNG, _CUDA_RNG) if name in files}
+        try:
+            torch.Generator().set_state(random[_RNG])
+        except RuntimeError as error:
+            raise GraftError(f"{path}: {_RNG} is no state of random numbers: {error}") from error
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(files.read(f"parameter.{name}"))
@@ -104,12 +161,91 @@ def load_checkpoint(
                     state: files.read(f"optimizer.{state}.{name}").clone() for state in kind.states
                 }
                 optimizer.state[parameter].update(kind.restored(saved, parameter, optimizer))
-        torch.set_rng_state(files.read("rng").clone())
-        if "rng.cuda" in files and torch.cuda.is_available():
-            torch.cuda.set_rng_state(files.read("rng.cuda").clone())
-    return Position(int(state["step"]), {key: int(n) for key, n in state["sampler"].items()})
+    torch.set_rng_state(random[_RNG])
+    if _CUDA_RNG in random and torch.cuda.is_available():
+        torch.cuda.set_rng_state(random[_CUDA_RNG])
 
 
-def _shape(files: WeightFiles, name: str) -> list[int] | None:
-    key = f"parameter.{name}"
-    return list(files.shape(key)) if key in files else None
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _read_state(path: Path) -> _State:
+    state = read_json(path / _STATE)
+    version = state.get("version")
+    if isinstance(version, int) and version != CHECKPOINT_VERSION:
+        raise _VersionError(
+            f"{path} has version {version}, and this version of graft reads {CHECKPOINT_VERSION}; "
+            "go on with the one that wrote it, or remove it"
+        )
+    return typed(state, _State, path / _STATE)
+
+
+def _damage(path: Path) -> str | None:
+    """Return in which way a checkpoint is damaged, or None for one that is whole."""
+    try:
+        state = _read_state(path)
+        if state.step != _step_of(path) or state.step < 1:
+            return f"{path / _STATE} says step {state.step}"
+        if state.sha256 not in (None, _sha256(path / _TENSORS)):
+            return f"{path / _TENSORS} is not what was written (its SHA-256 is another)"
+        WeightFiles(path, single_file=_TENSORS)
+    except _VersionError:
+        raise
+    except (GraftError, OSError) as error:
+        cause = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+            raise GraftError(_unread(path, cause)) from error  # it may be whole all the same
+        return str(error)
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _unread(path: Path, error: OSError) -> str:
+    return (
+        f"{path} cannot be read: {error.strerror or error}; try again, or remove it to go on from "
+        "an older one"
+    )
+
+
+def _misfits(
+    files: WeightFiles,
+    parameters: Mapping[str, Tensor],
+    trained: Mapping[str, Tensor],
+    kind: OptimizerKind,
+) -> list[str]:
+    """Return every tensor that is missing, one too many, or of another shape or dtype."""
+    expected = {f"parameter.{name}": _spec(parameter) for name, parameter in parameters.items()}
+    for name, parameter in trained.items():
+        for state, spec in kind.specs(parameter).items():
+            expected[f"optimizer.{state}.{name}"] = spec
+    expected |= {name: _spec(tensor) for name, tensor in random_state().items()}
+    problems = []
+    for name, spec in expected.items():
+        if name not in files:
+            if name != _CUDA_RNG:  # one that was trained on a CPU may go on on a GPU
+                problems.append(_missing(name, kind))
+        elif (found := StateSpec(files.shape(name), files.dtype(name))) != spec:
+            problems.append(f"{name}: the checkpoint has {_words(found)}, the run {_words(spec)}")
+    others = set(files).difference(expected, {_CUDA_RNG})
+    return problems + [f"{name} is nothing that the run has" for name in sorted(others)]
+
+
+def _missing(name: str, kind: OptimizerKind) -> str:
+    for state in kind.states:
+        if name.startswith(f"optimizer.{state}."):
+            parameter = name.removeprefix(f"optimizer.{state}.")
+            return f"{parameter}: the checkpoint has no state {state!r}, which {kind.name} needs"
+    return f"{name}: the checkpoint has none"
+
+
+def _spec(tensor: Tensor) -> StateSpec:
+    return StateSpec(tuple(tensor.shape), tensor.dtype)
+
+
+def _words(spec: StateSpec) -> str:
+    return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"

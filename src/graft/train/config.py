@@ -14,7 +14,9 @@ class LoopConfig:
     """The training loop."""
 
     GROUP: ClassVar[str] = "training"
-    RARE: ClassVar[frozenset[str]] = frozenset({"warmup_fraction", "weight_decay", "max_grad_norm"})
+    RARE: ClassVar[frozenset[str]] = frozenset(
+        {"warmup_fraction", "weight_decay", "max_grad_norm", "save_minutes", "checkpoints"}
+    )
 
     out: str
     """Folder of the run, made new; with --resume the folder of the run to go on with."""
@@ -48,8 +50,15 @@ class LoopConfig:
     eval_every: int | None = None
     """Steps between evaluations; the default evaluates at the beginning and at the end."""
     save_every: int | None = None
-    """Steps between checkpoints; the default keeps none but the final adapter."""
+    """Steps between checkpoints, besides those of --save-minutes."""
+    save_minutes: float = 10.0
+    """Minutes between checkpoints. The last two are kept, and one is written at the end, so that a
+    finished run can be given more steps."""
+    checkpoints: bool = True
+    """Keep checkpoints. Without them one is written only when a training is told to stop (Ctrl-C,
+    SIGTERM, SIGHUP), and a run that was killed begins anew."""
     resume: bool = False
-    """Go on from the last checkpoint of --out."""
+    """Go on with the run in --out, from its newest checkpoint that is whole, or anew where it has
+    none; with more --steps or --epochs beyond where it ended."""
     seed: int = 0
     """Seed of the adapter's random start, of the held-out split and of the order of the rows."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -12,8 +12,17 @@ from torch import Tensor, nn
 from graft.errors import GraftError, raise_problems
 
 
+class NotFiniteError(GraftError):
+    """A loss or a gradient that is not finite."""
+
+    def __init__(self, message: str, rows: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.rows = tuple(rows)
+        """Where the rows of the batch, or of the step's batches, stand: 'file:line'."""
+
+
 def check_gradients(parameters: Mapping[str, nn.Parameter], norm: float, step: int) -> None:
-    """Raise GraftError when the gradient is not finite, or, in step 1, when something has none.
+    """Raise NotFiniteError, or, in step 1, GraftError when something has no gradient.
 
     A low-rank A has gradient zero in step 1, since B is still zero; it must have one all the same.
     """
@@ -23,7 +32,7 @@ def check_gradients(parameters: Mapping[str, nn.Parameter], norm: float, step: i
             for name, parameter in parameters.items()
             if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
         ]
-        raise GraftError(
+        raise NotFiniteError(
             f"step {step}: the gradient of {bad[0] if bad else 'the loss'} is not finite; lower "
             "--learning-rate, or compute with --dtype float32"
         )
@@ -36,7 +45,7 @@ def check_gradients(parameters: Mapping[str, nn.Parameter], norm: float, step: i
 
 
 def raise_not_finite(model: nn.Module, run: Callable[[], object], step: int) -> NoReturn:
-    """Run the batch again and raise GraftError with the first module whose output is not finite."""
+    """Run the batch again and raise NotFiniteError with the first module at fault."""
     found: list[str] = []
 
     def watch(name: str) -> Any:
@@ -58,7 +67,7 @@ def raise_not_finite(model: nn.Module, run: Callable[[], object], step: int) -> 
     for hook in hooks:
         hook.remove()
     where = f"the first output that is not finite is {found[0]}'s" if found else "the logits are"
-    raise GraftError(
+    raise NotFiniteError(
         f"step {step}: the loss is not finite; {where}. Lower --learning-rate, or compute with "
         "--dtype float32; checkpoints written before are kept"
     )

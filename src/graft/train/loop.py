@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,19 +19,31 @@ from transformers import PreTrainedModel
 from graft.data.batches import Batch, BatchSampler
 from graft.data.encode import Example
 from graft.errors import GraftError
-from graft.files.write import write_text
+from graft.files.read import open_regular
+from graft.files.write import unwritable, write_text
 from graft.model.running.memory import resident_bytes
+from graft.model.save import save_tensors
 from graft.objectives.base import LossResult, Objective
 from graft.optimizers.base import OptimizerKind
-from graft.train.checkpoint import Position, checkpoints, load_checkpoint, save_checkpoint
+from graft.train.checkpoint import (
+    Position,
+    load_checkpoint,
+    random_state,
+    read_position,
+    save_checkpoint,
+)
 from graft.train.config import LoopConfig
-from graft.train.health import check_gradients, raise_not_finite
+from graft.train.health import NotFiniteError, check_gradients, raise_not_finite
 from graft.train.schedule import scheduled_learning_rate
+from graft.train.stop import AbandonedError, Stop, StoppedError
 
 Metrics = dict[str, float]
 OnMetrics = Callable[[Metrics], None]
 OnBegin = Callable[[int, int], None]
 """Takes the number of steps, and the first to be done: 1, or the one that a run goes on with."""
+
+CHECKPOINTS = "checkpoints"
+FAILED_BATCH = "failed-batch.safetensors"
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,13 @@ class TrainingTask:
     """What multiplies the learning rate of some parameters, by name."""
     before_step: Callable[[int], None] | None = None
     """Called with each step's number, counted from 1, before it begins."""
+    checkpoint: Path | None = None
+    """What to go on from; None begins at the first step."""
+    on_saved: Callable[[int], None] | None = None
+    """Called with the number of steps done when a checkpoint has been written."""
+    stop: Stop = field(default_factory=Stop)
+    """Asks for an early end; `evaluate` and `before_step` may check it too, and raise what its
+    check raises."""
 
 
 def steps_to_train(config: LoopConfig, rows: int) -> int:
@@ -76,11 +97,21 @@ def train(
     the gradient does not depend on how the rows are cut into batches. Of the next token it is
     L = (sum of -log p over all targets of the step) / (number of those targets).
 
-    With config.resume the last checkpoint is restored and the run goes on bit for bit. Raises
-    GraftError when the loss or a gradient is not finite (naming the first module at fault), or
-    when something that should train gets no gradient.
+    From task.checkpoint it goes on bit for bit. Writes metrics.jsonl and, as the configuration
+    says, checkpoints. Raises StoppedError when task.stop was asked, with a checkpoint of the last
+    whole step; NotFiniteError when the loss or a gradient is not finite (naming the first module at
+    fault), with the batch in failed-batch.safetensors; and GraftError when something that should
+    train gets no gradient, or when the checkpoint does not fit.
     """
     return _Loop(task, config, on_metrics).run(on_begin)
+
+
+class _Moment(NamedTuple):
+    """What a checkpoint holds besides what trains, which stays as it is until the next step."""
+
+    step: int
+    sampler: dict[str, int]
+    random: dict[str, Tensor]
 
 
 class _Loop:
@@ -95,8 +126,11 @@ class _Loop:
         )
         self.sampler = BatchSampler(len(task.examples), config.batch_size, config.seed)
         self.metrics_file = task.folder / "metrics.jsonl"
-        self.checkpoint_folder = task.folder / "checkpoints"
         self.last: Metrics = {}
+        self.evaluated = -1
+        """The step after which the last evaluation was made."""
+        self.saved, self.saved_at = 0, time.monotonic()
+        self.moment = self._now(0)
 
     def _groups(self) -> list[dict[str, Any]]:
         """Return the parameters by what multiplies their learning rate."""
@@ -107,23 +141,33 @@ class _Loop:
         return [{"params": params, "factor": factor} for factor, params in groups.items()]
 
     def run(self, on_begin: OnBegin | None) -> Metrics:
-        done = self._restore() if self.config.resume else 0
+        if self.task.checkpoint is not None:
+            self._restore(self.task.checkpoint)
         if on_begin is not None:
-            on_begin(self.task.steps, done + 1)
-        if done == 0:
-            self._evaluate(0)
+            on_begin(self.task.steps, self.moment.step + 1)
+        with self.task.stop.heeding():
+            try:
+                self._steps()
+            except AbandonedError:
+                raise self._stopped() from None
+        self.task.model.eval()
+        return self.last
+
+    def _steps(self) -> None:
+        self._evaluate_if_due()
         self.task.model.train()
-        for step in range(done + 1, self.task.steps + 1):
+        for step in range(self.moment.step + 1, self.task.steps + 1):
             if self.task.before_step is not None:
                 self.task.before_step(step)
             self._step(step)
-            last = step == self.task.steps
-            if last or (self.config.eval_every and step % self.config.eval_every == 0):
-                self._evaluate(step)
-            if self.config.save_every and (last or step % self.config.save_every == 0):
-                self._save(step)
-        self.task.model.eval()
-        return self.last
+            self.moment = self._now(step)
+            self.task.stop.check()
+            self._evaluate_if_due()
+            self._save_if_due()
+        self._save_if_due()  # where there was no step left
+
+    def _now(self, step: int) -> _Moment:
+        return _Moment(step, self.sampler.state(), random_state())
 
     def _step(self, step: int) -> None:
         begin = time.perf_counter()
@@ -132,18 +176,23 @@ class _Loop:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
-        batches = [self._next_batch() for _ in range(self.config.grad_accum)]
+        rows = [next(self.sampler) for _ in range(self.config.grad_accum)]
+        batches = [self._batch(numbers) for numbers in rows]
         targets = sum(batch.targets for batch in batches)
         loss, sums = 0.0, Metrics()
-        for batch in batches:
+        for index, batch in enumerate(batches):
+            if index:
+                self.task.stop.check()
             batch_loss, measured = self._loss(batch)
             if not torch.isfinite(batch_loss):
-                raise_not_finite(self.task.model, partial(self._loss, batch), step)
+                with self._keeping(rows[index : index + 1], [batch]):
+                    raise_not_finite(self.task.model, partial(self._loss, batch), step)
             (batch_loss / targets).backward()
             loss += batch_loss.item()
             sums = {name: sums.get(name, 0.0) + value for name, value in measured.items()}
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm).item()
-        check_gradients(self.task.parameters, norm, step)
+        with self._keeping(rows, batches):
+            check_gradients(self.task.parameters, norm, step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - begin
@@ -162,62 +211,120 @@ class _Loop:
             }
         )
 
-    def _next_batch(self) -> Batch:
-        return self.task.objective.collate([self.task.examples[row] for row in next(self.sampler)])
+    def _batch(self, rows: Sequence[int]) -> Batch:
+        return self.task.objective.collate([self.task.examples[row] for row in rows])
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         return self.task.objective.loss(self.task.model, batch.to(self.device))
 
-    def _evaluate(self, step: int) -> None:
+    @contextmanager
+    def _keeping(self, rows: Sequence[Sequence[int]], batches: Sequence[Batch]) -> Iterator[None]:
+        """Write the batches to the run's folder when the block finds them not finite."""
+        try:
+            yield
+        except NotFiniteError as failure:
+            path = self.task.folder / FAILED_BATCH
+            tensors = {
+                f"{number}.{one.name}": getattr(batch, one.name)
+                for number, batch in enumerate(batches)
+                for one in fields(batch)
+            }
+            save_tensors(tensors, path)
+            places = [self.task.examples[row].where for numbers in rows for row in numbers]
+            shown = ", ".join(places[:5]) + (" ..." if len(places) > 5 else "")
+            raise NotFiniteError(f"{failure}. The batch is in {path}: {shown}", places) from failure
+
+    def _evaluate_if_due(self) -> None:
+        step, every = self.moment.step, self.config.eval_every
+        due = step in (0, self.task.steps) or (every is not None and step % every == 0)
+        if not due or self.evaluated == step:
+            return
         self.task.model.eval()
         result = self.task.evaluate()
         self.task.model.train()
         self._record({"step": step, **self.task.objective.evaluation(result)})
+        self.evaluated = step
 
     def _record(self, metrics: Metrics) -> None:
         self.last = {**self.last, **metrics}
-        with self.metrics_file.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+        try:
+            with self.metrics_file.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:
+            raise unwritable(self.metrics_file, error) from error
         if self.on_metrics is not None:
             self.on_metrics(metrics)
 
-    def _save(self, step: int) -> None:
+    def _save_if_due(self) -> None:
+        step, every = self.moment.step, self.config.save_every
+        due = step == self.task.steps or (every is not None and step % every == 0)
+        late = time.monotonic() - self.saved_at >= 60 * self.config.save_minutes
+        if self.config.checkpoints and (due or late):
+            self._save()
+
+    def _save(self) -> None:
+        step, sampler, random = self.moment
+        if step == self.saved:
+            return
+        with self.metrics_file.open("rb") as file:  # which the checkpoint goes on from
+            os.fsync(file.fileno())
         save_checkpoint(
-            self.checkpoint_folder,
-            Position(step, self.sampler.state()),
+            self.task.folder / CHECKPOINTS,
+            Position(step, sampler, self.last),
+            random,
             self.task.parameters,
             self.optimizer,
             self.task.optimizer,
         )
+        self.saved, self.saved_at = step, time.monotonic()
+        if self.task.on_saved is not None:
+            self.task.on_saved(step)
 
-    def _restore(self) -> int:
-        """Restore the last checkpoint and forget the metrics after it; return its step."""
-        saved = checkpoints(self.checkpoint_folder)
-        if not saved:
-            raise GraftError(
-                f"{self.checkpoint_folder} holds no checkpoint to resume from; train anew, with "
-                "--save-every N to have some"
-            )
-        position = load_checkpoint(
-            saved[-1], self.task.parameters, self.optimizer, self.task.optimizer
+    def _stopped(self) -> StoppedError:
+        """Write a checkpoint of the last whole step; return what to raise."""
+        step = self.moment.step
+        if step == 0:
+            return StoppedError("stopped before the end of the first step", step)
+        self._save()
+        path = self.task.folder / CHECKPOINTS
+        return StoppedError(
+            f"stopped after step {step} of {self.task.steps}, with a checkpoint in {path}", step
         )
+
+    def _restore(self, checkpoint: Path) -> None:
+        """Restore a checkpoint and forget the metrics after it."""
+        position = read_position(checkpoint)
         self.sampler.restore(position.sampler)
+        load_checkpoint(checkpoint, self.task.parameters, self.optimizer, self.task.optimizer)
         kept = [
             entry for entry in read_metrics(self.metrics_file) if entry["step"] <= position.step
         ]
         write_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
         for entry in kept:
             self.last |= entry
-        return position.step
+            if "loss" not in entry:
+                self.evaluated = entry["step"]
+        self.last |= position.metrics
+        self.saved = position.step
+        self.moment = self._now(position.step)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a metrics file; a last line that was cut off is left out."""
-    entries = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
+    """Return the entries of a metrics file, up to a line that was cut off or is none."""
+    entries: list[dict[str, Any]] = []
+    if not path.is_file():
+        return entries
+    with open_regular(path) as file:
+        for line in file:
             try:
-                entries.append(json.loads(line))
-            except ValueError:
+                entry = json.loads(line)
+            except (ValueError, RecursionError):
                 break
+            if not isinstance(entry, dict) or not _is_number(*entry.values(), entry.get("step")):
+                break
+            entries.append(entry)
     return entries
+
+
+def _is_number(*values: object) -> bool:
+    return all(isinstance(value, int | float) for value in values)

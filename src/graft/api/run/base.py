@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from graft.adapters.starts.base import Packer
@@ -10,27 +9,29 @@ from graft.api.checks import default_solver
 from graft.api.events import Events
 from graft.api.quantize import Rounding, load_quantised
 from graft.api.run.folder import load_run_base, write_base_reference
-from graft.api.run.layout import BASE, BASE_REFERENCE, CHECKPOINTS
+from graft.api.run.layout import BASE, BASE_REFERENCE
 from graft.api.run.prepare import Prepared
+from graft.errors import GraftError
 from graft.export.registry import TARGETS
+from graft.files.write import remove_folder
 from graft.formats.config import WIDTHS
+from graft.model.folder import check_weights
 from graft.model.load import LoadedModel
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers
-from graft.train.checkpoint import checkpoint_step, checkpoints
+from graft.model.weight_files import WeightFiles
 
 
 def load_base(prepared: Prepared, run: Path, packer: Packer | None, events: Events) -> LoadedModel:
     """Load the base that a run trains on, and keep in the run's folder what loads it again.
 
-    packer: what rounds each layer together with the start of its adapter.
+    One that lies there whole is taken as it is. packer: what rounds each layer together with the
+    start of its adapter.
     """
     config, method = prepared.config, prepared.method
     dtype = method.compute_dtype(config.dtype)
-    saved = checkpoints(run / CHECKPOINTS)
-    if prepared.dense_steps and (not saved or checkpoint_step(saved[-1]) <= prepared.dense_steps):
-        shutil.rmtree(run / BASE, ignore_errors=True)  # rounded after the step that is resumed from
-    if config.resume and ((run / BASE).is_dir() or (run / BASE_REFERENCE).is_file()):
+    unquantised = prepared.weight_format is None
+    if base_is_whole(run) or (unquantised and (run / BASE_REFERENCE).is_file()):
         return load_run_base(run, config, dtype, config.device)
     assert config.solver is not None, "it is filled in"
     rounding = Rounding(
@@ -55,10 +56,28 @@ def load_base(prepared: Prepared, run: Path, packer: Packer | None, events: Even
         trust_remote_code=config.trust_remote_code,
         events=events,
     )
-    if prepared.weight_format is None:
+    if unquantised:
         write_base_reference(run, prepared.subject.folder)
         if method.trains_adapter:
             freeze_layers(loaded.model, prepared.targets)
     elif not prepared.dense_steps:
-        save_model(loaded, run / BASE)
+        save_base(loaded, run)
     return loaded
+
+
+def save_base(loaded: LoadedModel, run: Path) -> None:
+    """Write the packed base of a run."""
+    remove_folder(run / BASE)
+    save_model(loaded, run / BASE)
+
+
+def base_is_whole(run: Path) -> bool:
+    """Return whether a run's folder holds its base, as it was written."""
+    if not (run / BASE).is_dir():
+        return False
+    try:
+        check_weights(run / BASE)
+        WeightFiles(run / BASE)
+    except GraftError:
+        return False
+    return True

@@ -14,6 +14,7 @@ import torch
 from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
 from graft.api.run.layout import ADAPTER, BASE, BASE_REFERENCE, CONFIG, MODEL, PROMPT, REPORT
+from graft.api.run.status import unfinished
 from graft.api.settings import stored_settings
 from graft.data.chat import DEFAULT_CHAT_TEMPLATE
 from graft.data.shapes.registry import PLAIN, SHAPES
@@ -94,10 +95,7 @@ def load_any(
             str(folder / MODEL), dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
     if not (folder / ADAPTER).is_dir():
-        raise GraftError(
-            f"{folder} is a run that did not finish: it has no adapter yet; go on with "
-            f"graft train --resume --out {folder}"
-        )
+        raise GraftError(unfinished(folder))
     check_adapter_file(folder / ADAPTER)
     loaded = load_run_base(folder, config, dtype, device)
     load_adapter(loaded.model, folder / ADAPTER)

@@ -1,9 +1,10 @@
 """What lies where in the folder of a run; imports nothing, so that runs are listed quickly.
 
-RUN/: config.yaml (resolved), prompt.json, base/ (packed) or base.json (a path with its
-fingerprint), adapter/ or model/ (method full), start/ (the adapter before the first step, where it
-was not zero), metrics.jsonl, checkpoints/, report.json, report.md,
-plots/loss.png.
+RUN/: config.yaml (resolved), prompt.json, inputs.json (the SHA-256 of data and model), status.json
+(how it stands), base/ (packed) or base.json (a path with its fingerprint), adapter/ or model/
+(method full), start/ (the adapter before the first step, where it was not zero), metrics.jsonl,
+checkpoints/ (the last two, that of the end among them), report.json, report.md, plots/loss.png,
+export/; failed-batch.safetensors where a loss or gradient was not finite. `PARTS` are all of them.
 """
 
 from __future__ import annotations
@@ -18,3 +19,16 @@ MODEL = "model"
 METRICS = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 REPORT = "report.json"
+REPORT_TEXT = "report.md"
+PLOTS = "plots"
+INPUTS = "inputs.json"
+STATUS = "status.json"
+FAILED_BATCH = "failed-batch.safetensors"
+EXPORTS = "export"
+
+PARTS = frozenset(
+    {
+        *(CONFIG, PROMPT, INPUTS, STATUS, BASE, BASE_REFERENCE, START, METRICS, CHECKPOINTS),
+        *(ADAPTER, MODEL, REPORT, REPORT_TEXT, PLOTS, FAILED_BATCH, EXPORTS),
+    }
+)

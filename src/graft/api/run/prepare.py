@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +14,12 @@ from graft.api.checks import calibrating_rows, check_train_config, chosen_solver
 from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.export import check_bias_exports, check_exports
-from graft.api.run.folder import is_run, read_run_config
+from graft.api.run.folder import is_run
 from graft.api.run.formats import base_format, exported_formats
-from graft.api.run.layout import CONFIG
+from graft.api.run.status import taken
 from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
-from graft.errors import GraftError, Problems, raise_problems
+from graft.errors import Problems, raise_problems
 from graft.formats.base import WeightFormat
 from graft.formats.registry import settings_of
 from graft.model.running.checkpointing import check_checkpointing
@@ -25,13 +27,9 @@ from graft.model.subject import Subject, open_subject
 from graft.model.targets import select_targets
 from graft.objectives.registry import OBJECTIVES
 from graft.plan.memory import MemoryPlan, plan_memory
+from graft.text import quoted
 from graft.train.loop import steps_to_train
 from graft.train.schedule import default_learning_rate
-
-RESUME_MAY_CHANGE = {
-    *("resume", "trust_remote_code", "device", "checkpointing"),
-    *("eval_every", "save_every", "export"),
-}
 
 
 @dataclass(frozen=True)
@@ -54,38 +52,17 @@ class Prepared:
     plan: MemoryPlan
 
 
-def resumed_config(config: TrainConfig, run: Path) -> TrainConfig:
-    """Return the run's own configuration; raises GraftError where the given one contradicts it."""
-    if not is_run(run):
-        raise GraftError(f"--resume: {run} is no run folder (it has no {CONFIG})")
-    stored, problems = read_run_config(run), []
-    if not stored.data:
-        raise GraftError(f"--resume: {run} was adopted, not trained, and has nothing to go on from")
-    for field in dataclasses.fields(TrainConfig):
-        given, before = getattr(config, field.name), getattr(stored, field.name)
-        free = field.name in RESUME_MAY_CHANGE or field.name == "out"
-        if not free and given not in (before, field.default, None):
-            problems.append(f"{field.name} is {given!r}, the run was begun with {before!r}")
-    raise_problems(problems, "--resume goes on with the same settings")
-    names = ("eval_every", "save_every", "checkpointing", "device")
-    changes = {name: getattr(config, name) for name in names}
-    changed = {name: value for name, value in changes.items() if value not in (None, "auto")}
-    changed |= {"out": config.out, "trust_remote_code": config.trust_remote_code}
-    return dataclasses.replace(stored, **changed, resume=True)
-
-
-def prepare(config: TrainConfig, events: Events) -> Prepared:
+def prepare(config: TrainConfig, events: Events, dense_steps: int | None = None) -> Prepared:
     """Check everything that can be checked without weights, and fill in every default.
 
+    dense_steps: after how many steps a run that is resumed has rounded its weights, where it has.
     Raises GraftError with all problems at once; nothing is written.
     """
     problems = Problems()
     with problems.collecting():
         check_train_config(config)
-    if not config.resume and Path(config.out).exists():
-        problems.found.append(
-            f"{config.out} exists already; choose another --out, remove it, or go on with --resume"
-        )
+    if not config.resume:
+        problems.found += _taken(Path(config.out))
     subject = open_subject(config.model, config.trust_remote_code)
     tokenizer = subject.tokenizer
     targets: list[str] = []
@@ -100,6 +77,7 @@ def prepare(config: TrainConfig, events: Events) -> Prepared:
         kind = training.kind
         if config.objective in OBJECTIVES:
             OBJECTIVES[config.objective].check_rows(kind)
+        _check_tokens(subject, (training, held_out))
     with problems.collecting():
         weight_format = base_format(config, subject)
         exported = exported_formats(config, subject, weight_format, targets)
@@ -107,7 +85,39 @@ def prepare(config: TrainConfig, events: Events) -> Prepared:
     problems.raise_all("nothing was started")
     for name, data in (("training", training), ("held out", held_out)):
         events.note(f"{name}: {data.summary()}")
-    return _resolved(config, subject, weight_format, targets, training, held_out, events)
+    both = training, held_out
+    return _resolved(config, subject, weight_format, targets, both, events, dense_steps)
+
+
+def _taken(out: Path) -> list[str]:
+    """Return why a new run cannot be made in a folder."""
+    if is_run(out):
+        return [taken(out)]
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        return [f"{out} exists already; choose another --out or remove it"]
+    return []
+
+
+def _check_tokens(subject: Subject, data: Iterable[EncodedData]) -> None:
+    """Raise GraftError with every token that the model has no embedding for."""
+    count = next(subject.skeleton.get_input_embeddings().parameters()).shape[0]
+    found: dict[int, str] = {}
+    for example in (one for part in data for one in part.examples):
+        if max(example.input_ids) >= count:
+            for token in example.input_ids:
+                if token >= count:
+                    found.setdefault(token, example.where)
+    spelt = subject.tokenizer.convert_ids_to_tokens(list(found))
+    problems = [
+        f"{where}: token {quoted(text)} has the number {token}"
+        for (token, where), text in zip(found.items(), spelt, strict=True)
+    ]
+    raise_problems(
+        problems[:20],
+        f"the tokenizer of {subject.folder} has tokens for which the model, with {count:,} rows of "
+        "embeddings, has none; take the tokenizer that belongs to it (is a special token in "
+        "tokenizer_config.json a new one?), or enlarge the model with resize_token_embeddings",
+    )
 
 
 def _resolved(
@@ -115,11 +125,12 @@ def _resolved(
     subject: Subject,
     weight_format: WeightFormat | None,
     targets: list[str],
-    training: EncodedData,
-    held_out: EncodedData,
+    data: tuple[EncodedData, EncodedData],
     events: Events,
+    dense_steps: int | None,
 ) -> Prepared:
     """Fill in the defaults, which follow from the method, the model, the data and the memory."""
+    training, held_out = data
     method = method_of(config)
     config = config.resolved(None if weight_format is None else weight_format.bits)
     plan = plan_memory(
@@ -137,7 +148,10 @@ def _resolved(
     if config.checkpointing == "auto":
         events.note(f"checkpointing: {plan.checkpointing_reason}")
     steps = steps_to_train(config, len(training.examples))
-    dense_steps = method.dense_steps(config, steps)
+    if dense_steps is None:
+        dense_steps = method.dense_steps(config, steps)
+    elif dense_steps != method.dense_steps(config, steps):  # it has more steps now than then
+        config = dataclasses.replace(config, dense_fraction=dense_steps / steps)
     chosen = {} if weight_format is None else settings_of(weight_format)
     if config.bits == "auto":
         chosen["bits"] = config.bits

@@ -1,0 +1,321 @@
+"""Going on with a run: with the settings and inputs that it was begun with, from what is whole."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from graft.adapters.registry import method_of
+from graft.adapters.starts.registry import STARTS
+from graft.api.config import TrainConfig, as_plain
+from graft.api.events import Events
+from graft.api.run.base import base_is_whole
+from graft.api.run.folder import (
+    PromptStyle,
+    fingerprint_weights,
+    is_run,
+    read_run_config,
+    write_base_reference,
+    write_prompt_style,
+)
+from graft.api.run.layout import (
+    ADAPTER,
+    BASE,
+    BASE_REFERENCE,
+    CHECKPOINTS,
+    CONFIG,
+    FAILED_BATCH,
+    INPUTS,
+    METRICS,
+    MODEL,
+    PARTS,
+    PLOTS,
+    REPORT,
+    REPORT_TEXT,
+    START,
+    STATUS,
+)
+from graft.api.run.prepare import Prepared
+from graft.api.run.report import RunReport
+from graft.api.run.status import read_status
+from graft.data.sources.files import fingerprint
+from graft.errors import GraftError, raise_problems
+from graft.files.lock import LOCK, owned
+from graft.files.read import read_bytes, read_typed, read_yaml
+from graft.files.write import new_folder, remove_folder, sweep, write_json, write_yaml
+from graft.model.adapter_files import check_adapter_file
+from graft.model.peft_files import PEFT_WEIGHTS
+from graft.model.weight_files import WeightFiles
+from graft.train.checkpoint import newest_whole, read_position
+
+_RESULTS = (ADAPTER, MODEL, REPORT, REPORT_TEXT, PLOTS)
+
+_MAY_CHANGE = (
+    *("export", "eval_every", "save_every", "save_minutes", "checkpoints"),
+    *("checkpointing", "device", "trust_remote_code"),
+)
+"""Settings that a resumed run need not share with the part before."""
+_LOOKED_AT = ("out", "resume", "steps", "epochs", "data", "eval_data", "model")
+"""Settings that are compared by more than their value."""
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What a run was begun with, by its SHA-256."""
+
+    data: str
+    eval_data: str | None
+    model: str
+    """See `fingerprint_weights`."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """A run's folder as it is found."""
+
+    config: TrainConfig
+    """The settings to go on with."""
+    stored: TrainConfig | None
+    """Those of the part before; None where they are lost, and those that were given hold."""
+    checkpoint: Path | None
+    """What to go on from; None begins anew."""
+    step: int
+    """Steps done there."""
+    dense_steps: int | None
+    """After which step the weights were rounded, if they were; see `Prepared`."""
+
+
+@contextmanager
+def owned_run(run: Path) -> Iterator[None]:
+    """Own the folder of a run or of a comparison, and clear away what killed writers left there.
+
+    Runs that lie in it are left to whoever owns them.
+    """
+    with owned(run):
+        for folder, inner, _ in os.walk(run):
+            sweep(Path(folder))
+            inner[:] = [name for name in inner if not is_run(Path(folder, name))]
+        yield
+
+
+def begin_run(run: Path, prepared: Prepared) -> None:
+    """Make a run's folder whole: resolved configuration, prompt style, inputs, status."""
+    with new_folder(run) as part:
+        _write_beginning(part, prepared)
+
+
+def read_stored(run: Path) -> TrainConfig | None:
+    """Return the settings of the run in a folder, or None where they are lost or damaged.
+
+    Raises GraftError when they are those of another version of graft.
+    """
+    if not (run / CONFIG).is_file():
+        return None
+    read_bytes(run / CONFIG)  # that it cannot be read is no damage
+    try:
+        read_yaml(run / CONFIG)
+    except GraftError:
+        return None
+    return read_run_config(run)
+
+
+def merged_settings(config: TrainConfig, stored: TrainConfig, run: Path) -> TrainConfig:
+    """Return the settings to go on with; raises GraftError with those that contradict the run's."""
+    if not stored.data:
+        raise GraftError(f"--resume: {run} was adopted, not trained, and has nothing to go on from")
+    looked_at = _LOOKED_AT if _read_inputs(run) else _LOOKED_AT[:-3]
+    problems = [
+        f"{field.name} is {given!r}, the run was begun with {before!r}"
+        for field in dataclasses.fields(TrainConfig)
+        if field.name not in (*_MAY_CHANGE, *looked_at)
+        and (given := getattr(config, field.name)) is not None
+        and given != (before := getattr(stored, field.name))
+    ]
+    steps, epochs = config.steps, config.epochs
+    if epochs is not None and steps not in (None, stored.steps):
+        problems.append("steps and epochs are both given; give one of them")
+    raise_problems(problems, "--resume goes on with the same settings")
+    if stored.steps is None:
+        raise GraftError(f"{run / CONFIG} says no steps; it is not the file that graft wrote")
+    changes = {name: getattr(config, name) for name in _MAY_CHANGE}
+    changes["export"] = tuple(dict.fromkeys((*stored.export, *config.export)))
+    changed = {name: value for name, value in changes.items() if value not in (None, "auto")}
+    return dataclasses.replace(
+        stored,
+        **changed,
+        model=config.model,
+        data=config.data,
+        eval_data=config.eval_data or stored.eval_data,
+        steps=None if epochs is not None else steps or stored.steps,
+        epochs=epochs,
+        out=config.out,
+        resume=True,
+    )
+
+
+def find_place(config: TrainConfig, stored: TrainConfig, run: Path, events: Events) -> Resumed:
+    """Return where the run goes on: from its newest checkpoint that is whole, or else anew.
+
+    config: what `merged_settings` gave. Raises GraftError when what it has cannot be read.
+    """
+    assert stored.steps is not None, "merged_settings checks it"
+    dense = method_of(stored).dense_steps(stored, stored.steps)
+    whole = base_is_whole(run)
+    if not whole and (run / BASE).is_dir():
+        events.note(f"{run / BASE} is damaged, and is made anew")
+    rounded_base = whole or not dense
+    checkpoint, damaged = newest_whole(run / CHECKPOINTS, None if rounded_base else dense)
+    for problem in damaged:
+        events.note(f"a checkpoint cannot be used: {problem}")
+    if checkpoint is None:
+        if _has_result(run) and _says_finished(run):
+            raise GraftError(
+                f"{run} has finished, and has no checkpoint to go on from; use it as it is, or "
+                "train anew with another --out"
+            )
+        events.note(f"{run} has no checkpoint to go on from: the run is begun anew")
+        return Resumed(config, stored, None, 0, None)
+    step = read_position(checkpoint).step
+    events.note(f"going on from {checkpoint}")
+    return Resumed(config, stored, checkpoint, step, dense if step > dense else None)
+
+
+def lost_run(config: TrainConfig, run: Path, events: Events) -> Resumed:
+    """Return how to begin anew in a folder without a configuration; raises GraftError where it
+    holds what is no part of a run."""
+    others = sorted(path.name for path in run.iterdir() if path.name not in (*PARTS, LOCK))
+    if others:
+        raise GraftError(
+            f"--resume: {run} is no run folder (it has no {CONFIG}, but {others[0]}); choose "
+            "another --out"
+        )
+    events.note(f"{run} has no {CONFIG} that can be read: the run is begun anew")
+    return Resumed(config, None, None, 0, None)
+
+
+def finished_report(run: Path, steps: int | None) -> RunReport | None:
+    """Return the report of a run that has finished so many steps, result and all, or None."""
+    if not (_has_result(run) and _says_finished(run)):
+        return None
+    with suppress(GraftError):  # from an earlier version, say: it is made anew where that can be
+        report = read_typed(run / REPORT, RunReport)
+        return report if report.steps == steps else None
+    return None
+
+
+def settle(run: Path, prepared: Prepared, resumed: Resumed, events: Events) -> None:
+    """Make the folder that of the part that begins; before that, raise what speaks against it.
+
+    At every moment of it the run can be resumed again.
+    """
+    stored, step = resumed.stored, resumed.step
+    _check_inputs(run, prepared)
+    if prepared.steps < step:
+        raise GraftError(
+            f"--resume: {run} has done {step} steps; {prepared.steps} are fewer. Give more, or "
+            "train anew with another --out"
+        )
+    if stored is not None and step and prepared.steps != stored.steps:
+        events.note(
+            f"{prepared.steps} steps instead of {stored.steps}: from step {step + 1} on the "
+            "learning rate follows the schedule of all of them"
+        )
+    if resumed.checkpoint is None:
+        _clear(run, keep_base=_serves_again(run, prepared))
+        _write_beginning(run, prepared)
+        return
+    if prepared.dense_steps and step <= prepared.dense_steps:  # it is rounded again, from there on
+        for name in (*_RESULTS, BASE_REFERENCE, BASE):
+            remove_folder(run / name)
+    base = prepared.subject.folder
+    stays = (run / BASE_REFERENCE).is_file() and not (run / BASE).is_dir()
+    if _read_inputs(run) and stays:
+        write_base_reference(run, base)  # the same weights, perhaps in another place
+    _write_beginning(run, prepared)
+
+
+def as_settings(config: TrainConfig) -> dict[str, object]:
+    """Return what config.yaml holds of a resolved configuration."""
+    settings = as_plain(config)
+    del settings["resume"]
+    return settings
+
+
+def _write_beginning(folder: Path, prepared: Prepared) -> None:
+    """Write what a run begins with, its configuration last: with that it is a run's folder."""
+    config = prepared.config
+    style = PromptStyle(prepared.training.kind, config.separator)
+    write_prompt_style(folder, style)
+    write_json(folder / INPUTS, asdict(_inputs(prepared)))
+    write_yaml(folder / CONFIG, as_settings(config))
+
+
+def _inputs(prepared: Prepared) -> RunInputs:
+    config = prepared.config
+    return RunInputs(
+        data=fingerprint(config.data),
+        eval_data=None if config.eval_data is None else fingerprint(config.eval_data),
+        model=fingerprint_weights(prepared.subject.folder),
+    )
+
+
+def _read_inputs(run: Path) -> RunInputs | None:
+    """Return what a run was begun with; None where that is lost, or was never written."""
+    if not (run / INPUTS).is_file():
+        return None
+    with suppress(GraftError):
+        return read_typed(run / INPUTS, RunInputs)
+    return None
+
+
+def _check_inputs(run: Path, prepared: Prepared) -> None:
+    """Raise GraftError with every input that is not what the run was begun with."""
+    before = _read_inputs(run)
+    if before is None:
+        return
+    now, config = _inputs(prepared), prepared.config
+    problems = [
+        f"{getattr(config, name)} is not the {name.replace('_', '-')} that the run was begun with: "
+        f"its SHA-256 is {getattr(now, name) or 'none'}, and was {getattr(before, name) or 'none'}"
+        for name in ("data", "eval_data", "model")
+        if getattr(before, name) != getattr(now, name)
+    ]
+    raise_problems(
+        problems, f"--resume: {run} goes on with the same inputs, or is begun in another --out"
+    )
+
+
+def _serves_again(run: Path, prepared: Prepared) -> bool:
+    """Return whether the base that is there is the one that the run would begin with."""
+    begins_rounded = not prepared.dense_steps and not STARTS[prepared.config.init].changes_base
+    return begins_rounded and base_is_whole(run)
+
+
+def _clear(run: Path, keep_base: bool) -> None:
+    bases = () if keep_base else (BASE_REFERENCE, BASE)
+    for name in (*_RESULTS, START, *bases, METRICS, STATUS, CHECKPOINTS, FAILED_BATCH):
+        remove_folder(run / name)
+
+
+def _has_result(run: Path) -> bool:
+    """Return whether what was trained lies there, in files that can be read."""
+    with suppress(GraftError):
+        if (run / MODEL).is_dir():
+            WeightFiles(run / MODEL)
+        else:
+            check_adapter_file(run / ADAPTER)
+            WeightFiles(run / ADAPTER, single_file=PEFT_WEIGHTS)
+        return True
+    return False
+
+
+def _says_finished(run: Path) -> bool:
+    with suppress(GraftError):
+        status = read_status(run)
+        if status is not None:
+            return status.state == "finished"
+    return (run / REPORT).is_file()  # where no status is left
