@@ -19,6 +19,8 @@ from graft.api.quantize import quantize
 from graft.api.run.folder import PromptStyle, load_any
 from graft.errors import GraftError
 from graft.evaluate.scores import attribute_coverage
+from graft.export.registry import TARGETS
+from graft.files.write import sweep
 from graft.model.load import LoadedModel
 
 ASSETS = Path(__file__).parent / "assets"
@@ -58,17 +60,17 @@ class DemoResult:
 def run_demo(out: Path, events: Events | None = None, steps: int = 320) -> DemoResult:
     """Quantise the bundled base, fine-tune it with QA-LoRA, merge, export and compare.
 
-    Writes out/base (INT4), out/run, out/merged and out/model.gguf. Raises GraftError when `out`
-    exists.
+    Writes out/base (INT4), out/run, out/merged and out/model.gguf. A demo that was stopped goes on
+    with what is there. Raises GraftError when `out` holds a whole one, or anything else.
     """
     events = events or Events()
     begin = time.perf_counter()
-    if out.exists():
-        raise GraftError(f"{out} exists already; choose another --out or remove it")
     base, run, merged = out / "base", out / "run", out / "merged"
     file = out / "model.gguf"
+    _check_folder(out, {base, run, merged, TARGETS["gguf"].card_path(file)})
     prompts = _prompts(_SAMPLED_ROWS)
-    quantize(QuantizeConfig(model=str(BASE), format="int", out=str(base)), events)
+    if not base.exists():
+        quantize(QuantizeConfig(model=str(BASE), format="int", out=str(base)), events)
     stations = [_station("before (INT4 base)", load_any(base, _DTYPE), prompts, events)]
     config = TrainConfig(
         model=str(BASE),
@@ -79,16 +81,26 @@ def run_demo(out: Path, events: Events | None = None, steps: int = 320) -> DemoR
         steps=steps,
         eval_every=80,
         out=str(run),
+        resume=run.exists(),
     )
     finetune(config, events)
     stations.append(_station("after QA-LoRA", load_any(run, _DTYPE), prompts, events))
-    events.note(merge(run, merged, events=events).summary())
+    if not merged.exists():
+        events.note(merge(run, merged, events=events).summary())
     stations.append(_station("merged, still INT4", load_any(merged, _DTYPE), prompts, events))
     export_model(run, "gguf", file, events=events)
     exported = load_any(file, _DTYPE, tokenizer=str(merged))
     stations.append(_station("read back from the GGUF", exported, prompts, events))
     files = {"run": run, "report": run / "report.md", "merged model": merged, "GGUF": file}
     return DemoResult(prompts[0], tuple(stations), files, time.perf_counter() - begin)
+
+
+def _check_folder(out: Path, parts: set[Path]) -> None:
+    """Raise GraftError unless the folder is new, or holds parts of a demo that did not end."""
+    if out.is_dir():
+        sweep(out)
+    if out.exists() and not (out.is_dir() and parts.issuperset(out.iterdir())):
+        raise GraftError(f"{out} exists already; choose another --out or remove it")
 
 
 def _prompts(count: int) -> list[str]:
