@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -12,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from graft.errors import GraftError
-from graft.files.read import open_regular, read_typed
+from graft.files.digest import check_digest
+from graft.files.read import read_typed
 from graft.files.write import new_folder, remove_folder, write_json
 from graft.model.save import save_tensors
 from graft.model.weight_files import WeightFiles
@@ -90,10 +90,11 @@ class BestParameters:
             waited=0 if improves else before.waited + 1,
         )
 
-    def restore(self, state: Best | None, step: int) -> str | None:
+    def restore(self, state: Best | None, step: int, last: bool = False) -> str | None:
         """Go on from a checkpoint of a step; return what to say where its best is not there.
 
-        What was kept after that step goes. The best may be the step itself, which was the last one.
+        What was kept after that step goes. The best may be the step itself, which was the last one
+        then. last: no step follows now either.
         """
         for later in self._steps():
             if later > step:
@@ -102,7 +103,8 @@ class BestParameters:
         if state is None or not self.writes:
             return None
         if state.step == step:
-            self._write(step)
+            if not last and step not in self._steps():
+                self._write(step)
         elif state.step not in self._steps():
             self.state = None
             return (
@@ -154,10 +156,9 @@ class BestParameters:
 
     def _read(self, path: Path, step: int) -> None:
         kept = read_typed(path / _STATE, _Kept)
-        with open_regular(path / _TENSORS) as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if (kept.step, kept.sha256) != (step, digest):
-            raise GraftError(f"{path} is not what was written (its SHA-256 is another)")
+        if kept.step != step:
+            raise GraftError(f"{path / _STATE} says step {kept.step}")
+        check_digest(path / _TENSORS, kept.sha256)
         with WeightFiles(path, single_file=_TENSORS) as files:
             found = {name: (files.shape(name), files.dtype(name)) for name in files}
             if found != {name: _kind(parameter) for name, parameter in self.parameters.items()}:

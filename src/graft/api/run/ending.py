@@ -57,9 +57,15 @@ class Ending:
         return self.evaluations[-1][1]
 
     @property
+    def kept_evaluation(self) -> Mapping[str, Any]:
+        """The metrics of the evaluation of what is kept."""
+        entries = [entry for entry in self.history if "eval_loss" in entry]
+        return next(one for one in reversed(entries) if one["step"] == self.kept_step)
+
+    @property
     def loss(self) -> float:
         """Held-out loss of what is kept."""
-        return dict(self.evaluations)[self.kept_step]
+        return float(self.kept_evaluation["eval_loss"])
 
     @property
     def worse(self) -> bool:
