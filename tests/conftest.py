@@ -39,7 +39,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def _no_plots() -> Iterator[None]:
     """Leave out the PNG of each run: it takes longer than to train these models."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("graft.api.run.report.plot_loss", lambda history, path, title: None)
+        patch.setattr("graft.api.run.report.plot_loss", lambda *drawn: None)
         yield
 
 

@@ -118,12 +118,13 @@ def test_a_reference_is_read_back_as_it_was_or_refused(loaded, tmp_path) -> None
     reference = observe(loaded.model, general_windows(loaded.tokenizer, limit=64))
     path, vocabulary = tmp_path / "general.safetensors", reference.log_probs.shape[1]
     write_reference(path, reference)
-    found = read_reference(path, vocabulary)
+    found = read_reference(path)
     assert found.loss == reference.loss
     for name in ("windows", "positions", "log_probs"):
         assert torch.equal(getattr(found, name), getattr(reference, name)), name
-    with pytest.raises(GraftError, match="of another model"):
-        read_reference(path, vocabulary + 1)
+    other = forgetting.Reference(**{**vars(found), "log_probs": found.log_probs[:, 1:]})
+    with pytest.raises(GraftError, match=f"knows {vocabulary} tokens, and .* {vocabulary - 1}"):
+        measure_drift(loaded.model, other)
     for name, wrong in {
         "windows": reference.windows + vocabulary,
         "positions": reference.positions * 2,
@@ -131,7 +132,7 @@ def test_a_reference_is_read_back_as_it_was_or_refused(loaded, tmp_path) -> None
     }.items():
         write_reference(path, forgetting.Reference(**{**vars(reference), name: wrong}))
         with pytest.raises(GraftError, match="is damaged"):
-            read_reference(path, vocabulary)
+            read_reference(path)
 
 
 def test_the_users_own_text(loaded, tmp_path) -> None:
@@ -145,3 +146,10 @@ def test_the_users_own_text(loaded, tmp_path) -> None:
         general_windows(loaded.tokenizer, text)
     with pytest.raises(GraftError, match="cannot be read"):
         general_windows(loaded.tokenizer, tmp_path / "none.txt")
+
+
+def test_windows_with_tokens_that_the_model_does_not_know_are_left_out(loaded) -> None:
+    whole = general_windows(loaded.tokenizer, limit=64)
+    known = int(whole.max())
+    found = general_windows(loaded.tokenizer, limit=64, vocabulary=known)
+    assert 0 < len(found) < len(whole) and int(found.max()) < known

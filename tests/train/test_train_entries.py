@@ -177,7 +177,7 @@ class Run:
             checkpoint=checkpoint,
         )
         config = LoopConfig(out=str(self.folder), **({"batch_size": 4} | changes))
-        return train(task, config, on_begin=lambda *told: self.began.append(told))
+        return train(task, config, on_begin=lambda *told: self.began.append(told)).last
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return what was recorded, without times and memory."""

@@ -20,6 +20,7 @@ from graft.formats.config import FormatConfig
 from graft.formats.registry import AS_IT_IS, make_format
 from graft.objectives.registry import OBJECTIVES
 from graft.optimizers.registry import OPTIMIZERS
+from graft.train.trackers import TRACKERS
 
 
 def format_description(
@@ -73,6 +74,7 @@ def check_train_config(config: TrainConfig) -> None:
     problems = _bad_numbers(config)
     if config.steps is not None and config.epochs is not None:
         problems.append("--steps and --epochs are both given; give one of them")
+    problems += _watching_problems(config)
     method = method_of(config)
     problems += _refused_options(config, method)
     problems += method.problems(config)
@@ -100,6 +102,7 @@ def _unknown_names(config: TrainConfig) -> list[str]:
         (OBJECTIVES, config.objective),
         (OPTIMIZERS, config.optimizer),
         *((TARGETS, name) for name in config.export),
+        *((TRACKERS, name) for name in config.track),
     ]
     found = (table.problem(name) for table, name in named if name is not None)
     return [problem for problem in found if problem is not None]
@@ -108,7 +111,7 @@ def _unknown_names(config: TrainConfig) -> list[str]:
 def _bad_numbers(config: TrainConfig) -> list[str]:
     positive = (
         *("rank", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "alpha"),
-        *("loftq_rounds", "max_grad_norm", "eval_every", "save_every"),
+        *("loftq_rounds", "max_grad_norm", "eval_every", "eval_epochs", "save_every", "patience"),
     )
     values = {name: getattr(config, name) for name in positive}
     problems = [
@@ -118,6 +121,12 @@ def _bad_numbers(config: TrainConfig) -> list[str]:
     ]
     if config.grid_rank is not None and config.grid_rank < 0:
         problems.append(f"--grid-rank is {config.grid_rank}; expected 0 or more")
+    not_negative = {"min-improvement": config.min_improvement, "samples": config.samples}
+    problems += [
+        f"--{name} is {value}; expected 0 or more"
+        for name, value in not_negative.items()
+        if not value >= 0
+    ]
     shares = {
         "dropout": config.dropout,
         "warmup-fraction": config.warmup_fraction,
@@ -128,6 +137,20 @@ def _bad_numbers(config: TrainConfig) -> list[str]:
         for name, share in shares.items()
         if not 0 <= share < 1
     ]
+
+
+def _watching_problems(config: TrainConfig) -> list[str]:
+    """Return what hinders in how a run is evaluated and watched."""
+    problems = []
+    if config.eval_every is not None and config.eval_epochs is not None:
+        problems.append("--eval-every and --eval-epochs are both given; give one of them")
+    if config.patience is not None and config.eval_every is None and config.eval_epochs is None:
+        problems.append(
+            f"--patience {config.patience}: nothing is evaluated between the first step and the "
+            "last; give --eval-every or --eval-epochs too"
+        )
+    needed = {name: TRACKERS[name].missing() for name in config.track}
+    return problems + [f"--track {name}: {what}" for name, what in needed.items() if what]
 
 
 def _refused_options(config: TrainConfig, method: Method) -> list[str]:

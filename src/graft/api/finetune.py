@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -41,12 +41,13 @@ from graft.api.run.resume import (
     settle,
 )
 from graft.api.run.status import StatusFile, resume_command
+from graft.api.run.watching import Watching
 from graft.calibrate.latents import round_latents
 from graft.calibrate.registry import SOLVERS
 from graft.evaluate.loss import evaluate_loss
 from graft.export.registry import TARGETS
 from graft.files.write import remove_folder
-from graft.model.adapter_files import save_adapter
+from graft.model.adapter_files import check_adapter, save_adapter
 from graft.model.load import LoadedModel
 from graft.model.running.attention import use_own_attention
 from graft.model.running.checkpointing import enable_checkpointing
@@ -60,10 +61,14 @@ from graft.optimizers.registry import OPTIMIZERS
 from graft.train.loop import TrainingTask, read_metrics, train
 from graft.train.schedule import rate_factors
 from graft.train.stop import Stop, StoppedError
+from graft.train.trackers import Tracker
 
 
 def finetune(
-    config: TrainConfig, events: Events | None = None, stop: Stop | None = None
+    config: TrainConfig,
+    events: Events | None = None,
+    stop: Stop | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> RunReport:
     """Run a fine-tuning and write its folder config.out; return the report.
 
@@ -71,8 +76,9 @@ def finetune(
     once as a GraftError, and then nothing has been written. With config.resume the run in the
     folder goes on, bit for bit, from its newest checkpoint that is whole, or is begun anew where
     there is none; one that has finished may be given more steps. Settings that are given (not None)
-    must be the run's own. When `stop` is asked the training ends with a checkpoint and raises
-    StoppedError; nothing asks without it.
+    must be the run's own. Trackers are told of metrics, samples and the report, as those are that
+    the configuration names; one that fails ends nothing. When `stop` is asked the training ends
+    with a checkpoint and raises StoppedError; nothing asks without it.
     """
     events, stop = events or Events(), stop or Stop()
     begin = time.perf_counter()
@@ -103,7 +109,7 @@ def finetune(
         status = StatusFile(run, prepared.steps, begin, anew=resumed is None or not resumed.step)
         try:
             with status.kept():
-                report = _carry_out(run, prepared, resumed, status, events, stop)
+                report = _carry_out(run, prepared, resumed, status, events, stop, trackers)
         except StoppedError as stopped:
             command = resume_command(run, config.trust_remote_code)
             raise StoppedError(f"{stopped}. Go on with: {command}", stopped.step) from stopped
@@ -115,7 +121,7 @@ def _finished(
     run: Path, config: TrainConfig, steps: int | None, events: Events
 ) -> RunReport | None:
     """Return the report of a run that has finished so many steps, with its exports made."""
-    report = finished_report(run, steps)
+    report = finished_report(run, config.keep, steps)
     if report is not None:
         events.note(
             f"{run} has finished its {steps} steps, so there is nothing to train; more --steps or "
@@ -132,6 +138,7 @@ def _carry_out(
     status: StatusFile,
     events: Events,
     stop: Stop,
+    trackers: Sequence[Tracker],
 ) -> RunReport:
     """Load, train, and write the result and its report."""
     config = prepared.config
@@ -148,18 +155,24 @@ def _carry_out(
     if checkpoint is None:
         _start(loaded, config, packer, run, events)
     task = _task(loaded, prepared, parameters, run, events, stop)
-    task = dataclasses.replace(task, checkpoint=checkpoint, on_saved=status.saved)
+    watching = Watching(run, prepared, loaded, events, trackers)
+    task = dataclasses.replace(
+        task, checkpoint=checkpoint, on_saved=status.saved, on_evaluated=watching.evaluated
+    )
     if loaded.model.device.type == "cpu":
         reuse_freed_memory()
     with prefetch_layers(loaded.model, free_bytes(loaded.model.device) or 0):
-        metrics = train(task, config, events.metrics, events.training_begins)
+        watching.begins(anew=checkpoint is None)
+        trained = train(task, config, watching.metrics, events.training_begins)
+        drift = watching.drift()
     _save_result(loaded, prepared, run)
     report = make_report(
         run=run,
         config=config,
         base=prepared.subject.folder,
         model=loaded.model,
-        metrics=metrics,
+        trained=trained,
+        drift=drift,
         plan=prepared.plan,
         training=prepared.training,
         held_out=prepared.held_out,
@@ -170,7 +183,8 @@ def _carry_out(
         bits_per_weight=stored_bits_per_weight(loaded.model),
     )
     write_report(run, report, read_metrics(run / METRICS))
-    status.finished()
+    watching.ends(report)
+    status.finished(trained.step)
     return report
 
 
@@ -227,6 +241,8 @@ def _task(
         steps=prepared.steps,
         folder=run,
         before_step=rounding if prepared.dense_steps else None,
+        first_kept=prepared.dense_steps + 1,
+        on_note=events.note,
         stop=stop,
     )
 
@@ -267,6 +283,7 @@ def _save_result(loaded: LoadedModel, prepared: Prepared, run: Path) -> None:
     if prepared.method.trains_adapter:
         base = run / BASE if (run / BASE).is_dir() else Path(prepared.config.model)
         save_adapter(loaded.model, run / ADAPTER, base=str(base), init=prepared.config.init)
+        check_adapter(loaded.model, run / ADAPTER)
     else:
         loaded.model.requires_grad_(False)
         save_model(loaded, run / MODEL)

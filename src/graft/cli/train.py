@@ -19,6 +19,7 @@ def train(config: TrainConfig) -> None:
     from graft.api.finetune import finetune
     from graft.api.run.folder import is_run
     from graft.api.run.layout import ADAPTER
+    from graft.api.run.report import drift_words, held_out_words
     from graft.api.run.status import resume_command
     from graft.cli.progress import progress
 
@@ -33,12 +34,18 @@ def train(config: TrainConfig) -> None:
         raise
     perplexity = "" if report.perplexity is None else f", perplexity {report.perplexity:.4f}"
     print(
-        f"held-out loss {report.eval_loss_before:.4f} → {report.eval_loss:.4f}{perplexity}, "
-        f"{report.steps} steps in {report.seconds:.0f} s\n"
+        f"held-out loss {held_out_words(report)}{perplexity}, {report.steps_done} steps in "
+        f"{report.seconds:.0f} s\n"
+        f"end: {report.ended}; kept: {report.kept}\n"
+        f"drift from the base on general text: {drift_words(report)}\n"
         f"peak memory {report.peak_memory_bytes / 2**20:,.0f} MiB (planned "
         f"{report.planned_memory_bytes / 2**20:,.0f} MiB)\n"
         f"report: {out / 'report.md'}, plot: {out / 'plots' / 'loss.png'}"
     )
+    for line in report.next_steps:
+        print(f"next: {line}")
+    if report.eval_loss > report.eval_loss_before:
+        return
     if (out / ADAPTER).is_dir():  # not where the weights themselves were trained
         print(f"next: {next_export(out)}")
 

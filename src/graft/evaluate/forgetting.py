@@ -66,12 +66,17 @@ class Drift:
 
 
 def general_windows(
-    tokenizer: PreTrainedTokenizerBase, path: Path | None = None, limit: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    path: Path | None = None,
+    *,
+    limit: int | None = None,
+    vocabulary: int | None = None,
 ) -> Tensor:
     """Return a general text as windows of tokens, each with the tokenizer's own first token.
 
     path: a UTF-8 file, by default the text that graft brings; limit: the most positions that the
-    model takes. Raises GraftError when the file cannot be read or has no two tokens.
+    model takes; vocabulary: how many tokens it knows, windows with another are left out. Raises
+    GraftError when the file cannot be read, or when no two tokens are left.
     """
     source = GENERAL_TEXT if path is None else path
     text = read_text(source, _TEXT_BYTES)[: 64 * TOKENS]
@@ -84,9 +89,12 @@ def general_windows(
     rows = [
         bos + bare[begin : begin + length] for begin in range(0, min(len(bare), TOKENS), length)
     ]
-    rows = [row for row in rows if len(row) > 1]
+    rows = [row for row in rows if len(row) > 1 and (not vocabulary or max(row) < vocabulary)]
     if not rows:
-        raise GraftError(f"{source}: the general text has no two tokens; give a longer one")
+        raise GraftError(
+            f"--general-text {source}: the text has no two tokens that the model knows; give a "
+            "longer one"
+        )
     windows = torch.full((len(rows), max(map(len, rows))), -1)
     for number, row in enumerate(rows):
         windows[number, : len(row)] = torch.tensor(row)
@@ -113,10 +121,18 @@ def observe(model: PreTrainedModel, windows: Tensor, tokens_at_once: int = TOKEN
 def measure_drift(
     model: PreTrainedModel, reference: Reference, tokens_at_once: int = TOKENS
 ) -> Drift:
-    """Return how far the model has moved from what it was at the reference."""
+    """Return how far the model has moved from what it was at the reference.
+
+    Raises GraftError when the reference is that of another model.
+    """
     divergence, loss, begin, done = 0.0, 0.0, 0, 0
     for log_probs, targets in _predictions(model, reference.windows, tokens_at_once):
         loss -= float(log_probs.gather(1, targets[:, None]).double().sum())
+        if log_probs.shape[1] != reference.log_probs.shape[1]:
+            raise GraftError(
+                f"the model knows {log_probs.shape[1]} tokens, and the one that the drift is "
+                f"measured from {reference.log_probs.shape[1]}"
+            )
         here = _inside(reference.positions, begin, len(targets))
         now = log_probs[here.to(log_probs.device)]
         # The rounding to float16 is no drift: a distribution sums to 1.
@@ -145,8 +161,8 @@ def write_reference(path: Path, reference: Reference) -> None:
     save_tensors(tensors, path)
 
 
-def read_reference(path: Path, vocabulary: int) -> Reference:
-    """Return the reference in a file; raises GraftError when it is damaged or of another model."""
+def read_reference(path: Path) -> Reference:
+    """Return the reference in a file; raises GraftError when it is damaged."""
     with WeightFiles(path.parent, single_file=path.name) as files:
         kinds = {
             "log_probs": (torch.float16, 2),
@@ -163,18 +179,16 @@ def read_reference(path: Path, vocabulary: int) -> Reference:
             windows, positions = read["windows"], read["positions"]
             total = int((windows[:, 1:] >= 0).sum())
             whole = (
-                read["log_probs"].shape == (len(positions), vocabulary)
+                len(read["log_probs"]) == len(positions)
                 and 0 < len(positions) <= total
                 and read["loss"].numel() == 1
                 and bool((positions.diff() > 0).all())
                 and 0 <= int(positions[0]) <= int(positions[-1]) < total
-                and -1 <= int(windows.min()) <= int(windows.max()) < vocabulary
+                and -1 <= int(windows.min()) <= int(windows.max()) < read["log_probs"].shape[1]
                 and bool((windows[:, 0] >= 0).all())
             )
     if not whole:
-        raise GraftError(
-            f"{path} is damaged, or of another model; remove it, and drift is not reported"
-        )
+        raise GraftError(f"{path} is damaged; remove it, and drift is not reported")
     return Reference(windows, positions, read["log_probs"], read["loss"].item())
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from graft.files.write import new_folder, remove_folder, write_json
 from graft.model.save import save_tensors
 from graft.model.weight_files import WeightFiles
 from graft.optimizers.base import OptimizerKind, StateSpec
+from graft.train.best import Best
 
 CHECKPOINT_VERSION = 1
 KEPT = 2
@@ -36,6 +37,8 @@ class Position:
     """The data position."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last metrics; none in checkpoints of earlier versions."""
+    best: Best | None = None
+    """The best evaluation so far."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class _State:
     step: int
     sampler: dict[str, int]
     metrics: dict[str, float] = field(default_factory=dict)
+    best: Best | None = None
     sha256: str | None = None
     """Of the tensors' file; None in checkpoints of earlier versions."""
 
@@ -89,6 +93,7 @@ def save_checkpoint(
             "step": position.step,
             "sampler": position.sampler,
             "metrics": position.metrics,
+            "best": None if position.best is None else asdict(position.best),
             "sha256": digest,
         }
         write_json(part / _STATE, state)
@@ -104,6 +109,11 @@ def checkpoints(folder: Path) -> list[Path]:
         (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()),
         key=_step_of,
     )
+
+
+def oldest_step(folder: Path) -> int | None:
+    """Return the step of the oldest checkpoint, or None where there is none."""
+    return next((_step_of(path) for path in checkpoints(folder)), None)
 
 
 def newest_whole(folder: Path, up_to: int | None = None) -> tuple[Path | None, list[str]]:
@@ -127,7 +137,7 @@ def newest_whole(folder: Path, up_to: int | None = None) -> tuple[Path | None, l
 def read_position(path: Path) -> Position:
     """Return where a checkpoint stands; raises GraftError when it is damaged."""
     state = _read_state(path)
-    return Position(state.step, state.sampler, state.metrics)
+    return Position(state.step, state.sampler, state.metrics, state.best)
 
 
 def load_checkpoint(

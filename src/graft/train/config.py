@@ -7,6 +7,7 @@ from typing import Annotated, ClassVar, Literal
 
 from graft.objectives.registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
+from graft.train.trackers import TRACKERS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,10 @@ class LoopConfig:
 
     GROUP: ClassVar[str] = "training"
     RARE: ClassVar[frozenset[str]] = frozenset(
-        {"warmup_fraction", "weight_decay", "max_grad_norm", "save_minutes", "checkpoints"}
+        {
+            *("warmup_fraction", "weight_decay", "max_grad_norm", "save_minutes", "checkpoints"),
+            *("eval_epochs", "min_improvement", "samples", "track", "general_text"),
+        }
     )
 
     out: str
@@ -49,6 +53,25 @@ class LoopConfig:
     the same, bit for bit."""
     eval_every: int | None = None
     """Steps between evaluations; the default evaluates at the beginning and at the end."""
+    eval_epochs: float | None = None
+    """Passes over the training rows between evaluations, in place of --eval-every."""
+    keep: Literal["best", "last"] = "best"
+    """Which parameters the run ends with, and every export deploys: those of the evaluation with
+    the lowest held-out loss, or those of the last step. Of steps before the weights are rounded
+    (merge_aware) none is kept."""
+    patience: int | None = None
+    """Evaluations without a lower held-out loss after which training ends early; the default does
+    all steps. The learning rate's schedule stays that of all steps."""
+    min_improvement: float = 0.0
+    """By how much, in nats, the held-out loss must fall to count for --patience."""
+    samples: int = 0
+    """Held-out prompts that are continued at each evaluation, greedily and by at most 64 tokens;
+    they go to samples.jsonl in the run's folder, and to the trackers."""
+    general_text: str | None = None
+    """UTF-8 text on which the drift from the base is measured, before and after training; the first
+    2048 tokens are read. The default is a text of everyday facts, arithmetic and code."""
+    track: tuple[Annotated[str, TRACKERS], ...] = ()
+    """Who else is told of metrics and samples."""
     save_every: int | None = None
     """Steps between checkpoints, besides those of --save-minutes."""
     save_minutes: float = 10.0

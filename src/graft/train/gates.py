@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -87,6 +87,53 @@ class OutputProbe:
         self._model.train(was_training)
         content = logits.contiguous().cpu().flatten().view(torch.uint8).numpy().data
         return hashlib.sha256(content).digest()
+
+
+class Gates:
+    """The gates of a training: its loop calls them, and `note` gets what is no error."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        parameters: Mapping[str, nn.Parameter],
+        example: Example,
+        steps: int,
+        warmup_fraction: float,
+        note: Callable[[str], None],
+    ) -> None:
+        """Take note of the model as it is before training; example: any row."""
+        self._probe = OutputProbe(model, example)
+        self._dead = DeadGradients(parameters)
+        self._looks = 0
+        self._steps, self._note = steps, note
+        self._probed = probed_step(steps, warmup_fraction)
+
+    def gradients(self, step: int) -> None:
+        """Look at the gradients of one of the first steps."""
+        if step > GRADIENTS_BY:
+            return
+        self._dead.look()
+        self._looks += 1
+        if self._looks > 1 and step == min(GRADIENTS_BY, self._steps):
+            self._tell(self._dead.note(self._looks))
+
+    def outputs(self, step: int) -> None:
+        """Ask, after a step, whether training does anything; raises GraftError where it does not.
+
+        Of a run that is too short to tell it is only said.
+        """
+        if step == self._probed:
+            if not self._probe.changed():
+                raise_unchanged(step)
+        elif step == self._steps < self._probed and not self._probe.changed():
+            self._tell(
+                f"after {step} steps the model computes, bit for bit, what it did before: they "
+                "are too few or too small; give more --steps, or raise --learning-rate"
+            )
+
+    def _tell(self, text: str | None) -> None:
+        if text is not None:
+            self._note(text)
 
 
 def probed_step(steps: int, warmup_fraction: float) -> int:

@@ -25,14 +25,17 @@ from graft.model.running.memory import resident_bytes
 from graft.model.save import save_tensors
 from graft.objectives.base import LossResult, Objective
 from graft.optimizers.base import OptimizerKind
+from graft.train.best import BEST, BestParameters
 from graft.train.checkpoint import (
     Position,
     load_checkpoint,
+    oldest_step,
     random_state,
     read_position,
     save_checkpoint,
 )
 from graft.train.config import LoopConfig
+from graft.train.gates import Gates
 from graft.train.health import NotFiniteError, check_gradients, raise_not_finite
 from graft.train.schedule import scheduled_learning_rate
 from graft.train.stop import AbandonedError, Stop, StoppedError
@@ -66,6 +69,12 @@ class TrainingTask:
     """What multiplies the learning rate of some parameters, by name."""
     before_step: Callable[[int], None] | None = None
     """Called with each step's number, counted from 1, before it begins."""
+    first_kept: int = 1
+    """The first step whose parameters may be deployed."""
+    on_evaluated: Callable[[int], None] | None = None
+    """Called with the number of steps done after an evaluation; changes nothing."""
+    on_note: Callable[[str], None] = lambda text: None
+    """Takes sentences that the user should read."""
     checkpoint: Path | None = None
     """What to go on from; None begins at the first step."""
     on_saved: Callable[[int], None] | None = None
@@ -85,13 +94,37 @@ def steps_to_train(config: LoopConfig, rows: int) -> int:
     return max(1, round(epochs * rows / (config.batch_size * config.grad_accum)))
 
 
+@dataclass(frozen=True)
+class Trained:
+    """How a training ended; the model has the parameters that are kept."""
+
+    last: Metrics
+    """The last metrics of each name."""
+    step: int
+    """Steps done: fewer than planned where patience ended."""
+    kept_step: int
+    """The step that the parameters are of."""
+
+
+def steps_between_evaluations(config: LoopConfig, rows: int) -> float | None:
+    """Return after how many steps, not always whole, an evaluation is due; None: only at the ends.
+
+    Raises GraftError when both steps and epochs are given.
+    """
+    if config.eval_epochs is None:
+        return config.eval_every
+    if config.eval_every is not None:
+        raise GraftError("eval_every and eval_epochs are both given; give one of them")
+    return config.eval_epochs * rows / (config.batch_size * config.grad_accum)
+
+
 def train(
     task: TrainingTask,
     config: LoopConfig,
     on_metrics: OnMetrics | None = None,
     on_begin: OnBegin | None = None,
-) -> Metrics:
-    """Train task.parameters and return the last metrics.
+) -> Trained:
+    """Train task.parameters, and return how it ended with those that the configuration keeps.
 
     One step adds up grad_accum batches; its loss is the mean over all the step's targets, so that
     the gradient does not depend on how the rows are cut into batches. Of the next token it is
@@ -101,7 +134,7 @@ def train(
     says, checkpoints. Raises StoppedError when task.stop was asked, with a checkpoint of the last
     whole step; NotFiniteError when the loss or a gradient is not finite (naming the first module at
     fault), with the batch in failed-batch.safetensors; and GraftError when something that should
-    train gets no gradient, or when the checkpoint does not fit.
+    train gets no gradient, when training changes no output, or when the checkpoint does not fit.
     """
     return _Loop(task, config, on_metrics).run(on_begin)
 
@@ -126,6 +159,23 @@ class _Loop:
         )
         self.sampler = BatchSampler(len(task.examples), config.batch_size, config.seed)
         self.metrics_file = task.folder / "metrics.jsonl"
+        self.interval = steps_between_evaluations(config, len(task.examples))
+        self.best = BestParameters(
+            task.folder / BEST,
+            task.parameters,
+            writes=config.keep == "best",
+            first=task.first_kept,
+            patience=config.patience,
+            min_improvement=config.min_improvement,
+        )
+        self.gates = Gates(
+            task.model,
+            task.parameters,
+            task.examples[0],
+            task.steps,
+            config.warmup_fraction,
+            task.on_note,
+        )
         self.last: Metrics = {}
         self.evaluated = -1
         """The step after which the last evaluation was made."""
@@ -140,8 +190,10 @@ class _Loop:
             groups.setdefault(factor, []).append(parameter)
         return [{"params": params, "factor": factor} for factor, params in groups.items()]
 
-    def run(self, on_begin: OnBegin | None) -> Metrics:
-        if self.task.checkpoint is not None:
+    def run(self, on_begin: OnBegin | None) -> Trained:
+        if self.task.checkpoint is None:
+            self.best.restore(None, 0)
+        else:
             self._restore(self.task.checkpoint)
         if on_begin is not None:
             on_begin(self.task.steps, self.moment.step + 1)
@@ -151,16 +203,20 @@ class _Loop:
             except AbandonedError:
                 raise self._stopped() from None
         self.task.model.eval()
-        return self.last
+        done = self.moment.step
+        return Trained(self.last, done, self.best.recall(done))
 
     def _steps(self) -> None:
         self._evaluate_if_due()
         self.task.model.train()
         for step in range(self.moment.step + 1, self.task.steps + 1):
+            if self.best.exhausted:
+                break
             if self.task.before_step is not None:
                 self.task.before_step(step)
             self._step(step)
             self.moment = self._now(step)
+            self.gates.outputs(step)
             self.task.stop.check()
             self._evaluate_if_due()
             self._save_if_due()
@@ -193,6 +249,7 @@ class _Loop:
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm).item()
         with self._keeping(rows, batches):
             check_gradients(self.task.parameters, norm, step)
+        self.gates.gradients(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - begin
@@ -235,15 +292,24 @@ class _Loop:
             raise NotFiniteError(f"{failure}. The batch is in {path}: {shown}", places) from failure
 
     def _evaluate_if_due(self) -> None:
-        step, every = self.moment.step, self.config.eval_every
-        due = step in (0, self.task.steps) or (every is not None and step % every == 0)
+        step = self.moment.step
+        due = step in (0, self.task.steps) or self._passes(self.interval, step)
         if not due or self.evaluated == step:
             return
         self.task.model.eval()
         result = self.task.evaluate()
         self.task.model.train()
-        self._record({"step": step, **self.task.objective.evaluation(result)})
+        metrics = self.task.objective.evaluation(result)
+        self._record({"step": step, **metrics})
         self.evaluated = step
+        self.best.evaluated(step, metrics["eval_loss"], last=step == self.task.steps)
+        if self.task.on_evaluated is not None:
+            self.task.on_evaluated(step)
+
+    @staticmethod
+    def _passes(interval: float | None, step: int) -> bool:
+        """Return whether a multiple of the interval lies between the step before and this one."""
+        return interval is not None and step // interval > (step - 1) // interval
 
     def _record(self, metrics: Metrics) -> None:
         self.last = {**self.last, **metrics}
@@ -258,6 +324,7 @@ class _Loop:
     def _save_if_due(self) -> None:
         step, every = self.moment.step, self.config.save_every
         due = step == self.task.steps or (every is not None and step % every == 0)
+        due = due or self.best.exhausted
         late = time.monotonic() - self.saved_at >= 60 * self.config.save_minutes
         if self.config.checkpoints and (due or late):
             self._save()
@@ -270,12 +337,13 @@ class _Loop:
             os.fsync(file.fileno())
         save_checkpoint(
             self.task.folder / CHECKPOINTS,
-            Position(step, sampler, self.last),
+            Position(step, sampler, self.last, self.best.state),
             random,
             self.task.parameters,
             self.optimizer,
             self.task.optimizer,
         )
+        self.best.sweep(oldest_step(self.task.folder / CHECKPOINTS))
         self.saved, self.saved_at = step, time.monotonic()
         if self.task.on_saved is not None:
             self.task.on_saved(step)
@@ -306,6 +374,9 @@ class _Loop:
                 self.evaluated = entry["step"]
         self.last |= position.metrics
         self.saved = position.step
+        lost = self.best.restore(position.best, position.step, position.step == self.task.steps)
+        if lost is not None:
+            self.task.on_note(lost)
         self.moment = self._now(position.step)
 
 

@@ -10,8 +10,13 @@ from graft.errors import GraftError
 from graft.files.write import replacing
 
 
-def plot_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None:
-    """Draw training and held-out loss, and the learning rate below, over the steps (PNG)."""
+def plot_loss(
+    metrics: Sequence[dict[str, Any]], path: Path, title: str, kept: int | None = None
+) -> None:
+    """Draw training and held-out loss, and the learning rate below, over the steps (PNG).
+
+    kept: the step whose parameters are kept, which is marked where it was evaluated.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -33,12 +38,26 @@ def plot_loss(metrics: Sequence[dict[str, Any]], path: Path, title: str) -> None
         color="#c8442e",
         label="held out",
     )
+    marked = [entry for entry in evaluations if entry["step"] == kept]
+    for entry in marked[:1]:
+        for axes in (top, bottom):
+            axes.axvline(entry["step"], color="#3b7d3b", linestyle="--", linewidth=1, zorder=0)
+        top.plot(
+            entry["step"],
+            entry["eval_loss"],
+            "o",
+            color="#3b7d3b",
+            markersize=10,
+            markerfacecolor="none",
+            markeredgewidth=2,
+            label=f"kept: step {entry['step']:,}",
+        )
     for entry in evaluations:
         top.annotate(
             f"{entry['eval_loss']:.3f}",
             (entry["step"], entry["eval_loss"]),
             textcoords="offset points",
-            xytext=(0, 7),
+            xytext=(0, 9),
             ha="center",
             fontsize=8,
             color="#c8442e",

@@ -15,9 +15,10 @@ from graft.api.merge import MergeReport
 from graft.api.run.folder import fingerprint_weights, is_run, prompt_style, read_run_config
 from graft.api.run.layout import REPORT
 from graft.data.shapes.registry import SHAPES
+from graft.evaluate.forgetting import Drift
 from graft.export.base import CARD, Target
 from graft.export.card import CardFacts, license_of, model_card
-from graft.files.read import read_json
+from graft.files.read import read_json, typed
 from graft.files.write import write_text
 from graft.model.load import LoadedModel
 
@@ -114,6 +115,7 @@ def _training(source: Path, config: TrainConfig, report: Mapping[str, Any]) -> d
     separator = repr(style.separator) if SHAPES[style.kind].uses_separator else None
     versions = report.get("versions") or {}
     batch = config.batch_size * config.grad_accum
+    steps = report.get("steps_done", report.get("steps"))
     method = method_of(config)
     every = "every linear layer but the output head" if method.trains_adapter else "all"
     return _known(
@@ -127,7 +129,7 @@ def _training(source: Path, config: TrainConfig, report: Mapping[str, Any]) -> d
             "layers": ", ".join(config.targets) or every,
             "rows": style.kind,
             "between prompt and answer": separator,
-            "steps, rows in each": f"{report['steps']}, {batch}" if "steps" in report else None,
+            "steps, rows in each": None if steps is None else f"{steps}, {batch}",
             "peak learning rate": f"{config.learning_rate:.3g}" if config.learning_rate else None,
             "seed": config.seed,
             "trained parameters": _count(report.get("trainable_parameters")),
@@ -157,9 +159,18 @@ def _scores(report: Mapping[str, Any]) -> dict[str, str]:
     before, after = report.get("eval_loss_before"), report.get("eval_loss")
     if before is None or after is None:
         return {}
-    scores = {"loss before, after (nats per token)": f"{before:.4f}, {after:.4f}"}
+    worse = "" if after <= before else " (worse than before training)"
+    scores = {"loss before, after (nats per token)": f"{before:.4f}, {after:.4f}{worse}"}
     if report.get("perplexity") is not None:
         scores["perplexity before, after"] = f"{math.exp(before):.4f}, {math.exp(after):.4f}"
+    if report.get("kept"):
+        scores["parameters"] = f"of {report['kept']}"
+    if isinstance(drift := report.get("drift"), dict):
+        found = typed(drift, Drift, f"{REPORT}, drift")
+        scores["drift from the base on general text"] = (
+            f"KL {found.kl:.4f} nats per token, perplexity {found.perplexity_before:.4g}, "
+            f"{found.perplexity:.4g}"
+        )
     return scores
 
 

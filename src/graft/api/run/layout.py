@@ -4,7 +4,9 @@ RUN/: config.yaml (resolved), prompt.json, inputs.json (the SHA-256 of data and 
 (how it stands), base/ (packed) or base.json (a path with its fingerprint), adapter/ or model/
 (method full), start/ (the adapter before the first step, where it was not zero), metrics.jsonl,
 checkpoints/ (the last two, that of the end among them), report.json, report.md, plots/loss.png,
-export/; failed-batch.safetensors where a loss or gradient was not finite. `PARTS` are all of them.
+export/; failed-batch.safetensors where a loss or gradient was not finite; best/ (the parameters
+of the best evaluation, where it was not the last), general.safetensors (what the base said of the
+general text), samples.jsonl and tensorboard/ where they were asked for. `PARTS` are all of them.
 """
 
 from __future__ import annotations
@@ -25,10 +27,16 @@ INPUTS = "inputs.json"
 STATUS = "status.json"
 FAILED_BATCH = "failed-batch.safetensors"
 EXPORTS = "export"
+BEST = "best"
+GENERAL = "general.safetensors"
+SAMPLES = "samples.jsonl"
+TENSORBOARD = "tensorboard"
 
+WATCHED = (BEST, GENERAL, SAMPLES, TENSORBOARD)
+"""What is kept beside the training itself."""
 PARTS = frozenset(
     {
         *(CONFIG, PROMPT, INPUTS, STATUS, BASE, BASE_REFERENCE, START, METRICS, CHECKPOINTS),
-        *(ADAPTER, MODEL, REPORT, REPORT_TEXT, PLOTS, FAILED_BATCH, EXPORTS),
+        *(ADAPTER, MODEL, REPORT, REPORT_TEXT, PLOTS, FAILED_BATCH, EXPORTS, *WATCHED),
     }
 )

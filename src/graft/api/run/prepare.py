@@ -17,6 +17,7 @@ from graft.api.export import check_bias_exports, check_exports
 from graft.api.run.folder import is_run
 from graft.api.run.formats import base_format, exported_formats
 from graft.api.run.status import taken
+from graft.api.run.watched import Watched, watched
 from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
 from graft.errors import Problems, raise_problems
@@ -28,6 +29,7 @@ from graft.model.targets import select_targets
 from graft.objectives.registry import OBJECTIVES
 from graft.plan.memory import MemoryPlan, plan_memory
 from graft.text import quoted
+from graft.train.gates import eos_note
 from graft.train.loop import steps_to_train
 from graft.train.schedule import default_learning_rate
 
@@ -50,6 +52,7 @@ class Prepared:
     dense_steps: int
     """Steps before the weights are rounded."""
     plan: MemoryPlan
+    watched: Watched
 
 
 def prepare(config: TrainConfig, events: Events, dense_steps: int | None = None) -> Prepared:
@@ -78,6 +81,7 @@ def prepare(config: TrainConfig, events: Events, dense_steps: int | None = None)
         if config.objective in OBJECTIVES:
             OBJECTIVES[config.objective].check_rows(kind)
         _check_tokens(subject, (training, held_out))
+        seen = watched(config, subject, held_out)
     with problems.collecting():
         weight_format = base_format(config, subject)
         exported = exported_formats(config, subject, weight_format, targets)
@@ -85,8 +89,10 @@ def prepare(config: TrainConfig, events: Events, dense_steps: int | None = None)
     problems.raise_all("nothing was started")
     for name, data in (("training", training), ("held out", held_out)):
         events.note(f"{name}: {data.summary()}")
+    if (ends := eos_note(training, config.eos)) is not None:
+        events.note(ends)
     both = training, held_out
-    return _resolved(config, subject, weight_format, targets, both, events, dense_steps)
+    return _resolved(config, subject, weight_format, targets, both, seen, events, dense_steps)
 
 
 def _taken(out: Path) -> list[str]:
@@ -126,6 +132,7 @@ def _resolved(
     weight_format: WeightFormat | None,
     targets: list[str],
     data: tuple[EncodedData, EncodedData],
+    seen: Watched,
     events: Events,
     dense_steps: int | None,
 ) -> Prepared:
@@ -179,4 +186,5 @@ def _resolved(
         learning_rate=rate,
         dense_steps=dense_steps,
         plan=plan,
+        watched=seen,
     )

@@ -14,17 +14,19 @@ from torch import nn
 from graft.adapters.attach import frozen_layers
 from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
+from graft.api.run.ending import Ending
 from graft.api.run.folder import fingerprint_weights
 from graft.api.run.layout import METRICS, REPORT
 from graft.data.encode import EncodedData
 from graft.data.sources.files import fingerprint
+from graft.evaluate.forgetting import Drift
 from graft.export.base import CARD
 from graft.export.card import license_of
 from graft.files.write import write_json, write_text
 from graft.formats.base import storage_bytes
 from graft.model.running.memory import peak_bytes
 from graft.plan.memory import MemoryPlan
-from graft.train.loop import Metrics, read_metrics
+from graft.train.loop import Trained, read_metrics
 from graft.train.plots import plot_loss
 
 
@@ -43,13 +45,32 @@ class RunReport:
     base_license: dict[str, str]
     """As the base's own model card names it; empty where none does."""
     steps: int
+    """That were planned."""
+    steps_done: int
     learning_rate: float
     loss: float
     """Training loss of the last step, nats per target token."""
     eval_loss: float
+    """Held-out loss of what is kept."""
     eval_loss_before: float
+    eval_loss_last: float
+    """After the last step."""
     perplexity: float | None
-    """None for an objective that measures no such thing."""
+    """Of what is kept; None for an objective that measures no such thing."""
+    keep: str
+    """best or last."""
+    kept_step: int
+    """The step whose parameters are kept, and deployed by every export."""
+    kept: str
+    """That step in words."""
+    ended: str
+    """Why the run ended."""
+    next_steps: tuple[str, ...]
+    """What to do next."""
+    drift: Drift | None
+    """From the base on general text; None where it was not measured."""
+    eos_share: float
+    """Of the training rows that train the end of sequence."""
     seconds: float
     tokens_per_second: float
     """Tokens computed per second of training steps, padding included."""
@@ -89,7 +110,8 @@ def make_report(
     config: TrainConfig,
     base: Path,
     model: nn.Module,
-    metrics: Metrics,
+    trained: Trained,
+    drift: Drift | None,
     plan: MemoryPlan,
     training: EncodedData,
     held_out: EncodedData,
@@ -101,6 +123,18 @@ def make_report(
 ) -> RunReport:
     """Put the report together from what the run measured; `base` is the base model's folder."""
     history = read_metrics(run / METRICS)
+    ending = Ending(
+        run=run,
+        history=history,
+        steps=steps,
+        done=trained.step,
+        kept_step=trained.kept_step,
+        keep=config.keep,
+        patience=config.patience,
+        min_improvement=config.min_improvement,
+        learning_rate=learning_rate,
+        can_go_on=config.checkpoints,
+    )
     timed = [entry for entry in history if "step_seconds" in entry]
     spent = sum(entry["step_seconds"] for entry in timed)
     tokens = sum(entry["tokens_per_second"] * entry["step_seconds"] for entry in timed)
@@ -110,11 +144,20 @@ def make_report(
         model=config.model,
         **base_facts(config.model, base),
         steps=steps,
+        steps_done=trained.step,
         learning_rate=learning_rate,
-        loss=float(metrics["loss"]),
-        eval_loss=float(metrics["eval_loss"]),
-        eval_loss_before=next(entry["eval_loss"] for entry in history if "eval_loss" in entry),
-        perplexity=metrics.get("perplexity"),
+        loss=float(trained.last["loss"]),
+        eval_loss=ending.loss,
+        eval_loss_before=ending.before,
+        eval_loss_last=ending.last,
+        perplexity=ending.kept_evaluation.get("perplexity"),
+        keep=config.keep,
+        kept_step=trained.kept_step,
+        kept=ending.kept(),
+        ended=ending.reason(),
+        next_steps=tuple(ending.next_steps()),
+        drift=drift,
+        eos_share=training.eos_rows / len(training.examples),
         seconds=seconds,
         tokens_per_second=tokens / spent,
         peak_memory_bytes=peak_bytes(next(model.parameters()).device),
@@ -156,9 +199,31 @@ def versions() -> dict[str, str]:
 def write_report(run: Path, report: RunReport, history: Sequence[dict[str, Any]]) -> None:
     """Write report.json, report.md and plots/loss.png into the run's folder."""
     write_json(run / REPORT, asdict(report))
-    title = f"{_described(report)}, {report.steps} steps"
-    plot_loss(history, run / "plots" / "loss.png", title)
+    title = f"{_described(report)}, {report.steps_done} steps"
+    plot_loss(history, run / "plots" / "loss.png", title, report.kept_step)
     write_text(run / "report.md", _markdown(report))
+
+
+def held_out_words(report: RunReport) -> str:
+    """Return the held-out loss before and after, and plainly whether it got worse."""
+    change = f"{report.eval_loss_before:.4f} → {report.eval_loss:.4f}"
+    worse = not report.eval_loss <= report.eval_loss_before
+    return f"{change}, worse than before training" if worse else change
+
+
+def drift_words(report: RunReport) -> str:
+    """Return how far the model moved on general text."""
+    drift = report.drift
+    if drift is None:
+        return "not measured"
+    return (
+        f"KL 0 → {drift.kl:.4f} nats per token; perplexity {drift.perplexity_before:.4g} → "
+        f"{drift.perplexity:.4g}"
+    )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _described(report: RunReport) -> str:
@@ -169,10 +234,14 @@ def _described(report: RunReport) -> str:
 def _markdown(report: RunReport) -> str:
     bits = "-" if report.bits_per_weight is None else f"{report.bits_per_weight:.3f}"
     rows = {
-        "held-out loss (nats per token)": f"{report.eval_loss_before:.4f} → {report.eval_loss:.4f}",
+        "held-out loss (nats per token)": held_out_words(report),
         "held-out perplexity": "-" if report.perplexity is None else f"{report.perplexity:.4f}",
+        "kept": report.kept,
+        "end": report.ended,
+        "drift from the base on general text": drift_words(report),
         "last training loss": f"{report.loss:.4f}",
-        "steps, peak learning rate": f"{report.steps}, {report.learning_rate:.3g}",
+        "steps, peak learning rate": f"{report.steps_done}, {report.learning_rate:.3g}",
+        "rows that train the end of sequence": f"{report.eos_share:.0%}",
         "rows (training, held out)": f"{report.training_rows}, {report.held_out_rows}",
         "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,}",
         "bits per weight of the adapted layers": bits,
@@ -182,10 +251,12 @@ def _markdown(report: RunReport) -> str:
         "checkpointing": report.checkpointing,
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    following = "".join(f"- {_sentence(line)}\n" for line in report.next_steps)
     versions_line = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return (
         f"# {_described(report)}\n\n"
         f"| | |\n|---|---|\n{table}\n\n![loss](plots/loss.png)\n\n"
-        f"Base: `{report.model}`. Data: SHA-256 {report.data_fingerprint[:16]}…\n\n"
+        + (f"What to do next:\n\n{following}\n" if following else "")
+        + f"Base: `{report.model}`. Data: SHA-256 {report.data_fingerprint[:16]}…\n\n"
         f"Versions: {versions_line}.\n"
     )

@@ -38,6 +38,7 @@ from graft.api.run.layout import (
     REPORT_TEXT,
     START,
     STATUS,
+    WATCHED,
 )
 from graft.api.run.prepare import Prepared
 from graft.api.run.report import RunReport
@@ -55,7 +56,8 @@ from graft.train.checkpoint import newest_whole, read_position
 _RESULTS = (ADAPTER, MODEL, REPORT, REPORT_TEXT, PLOTS)
 
 _MAY_CHANGE = (
-    *("export", "eval_every", "save_every", "save_minutes", "checkpoints"),
+    *("export", "eval_every", "eval_epochs", "save_every", "save_minutes", "checkpoints"),
+    *("keep", "patience", "min_improvement", "samples", "track"),
     *("checkpointing", "device", "trust_remote_code"),
 )
 """Settings that a resumed run need not share with the part before."""
@@ -144,6 +146,11 @@ def merged_settings(config: TrainConfig, stored: TrainConfig, run: Path) -> Trai
     changes = {name: getattr(config, name) for name in _MAY_CHANGE}
     changes["export"] = tuple(dict.fromkeys((*stored.export, *config.export)))
     changed = {name: value for name, value in changes.items() if value not in (None, "auto")}
+    # One of the two takes the other's place.
+    if config.eval_epochs not in (None, stored.eval_epochs):
+        changed["eval_every"] = None
+    elif config.eval_every not in (None, stored.eval_every):
+        changed["eval_epochs"] = None
     return dataclasses.replace(
         stored,
         **changed,
@@ -197,13 +204,18 @@ def lost_run(config: TrainConfig, run: Path, events: Events) -> Resumed:
     return Resumed(config, None, None, 0, None)
 
 
-def finished_report(run: Path, steps: int | None) -> RunReport | None:
-    """Return the report of a run that has finished so many steps, result and all, or None."""
+def finished_report(run: Path, keep: str, steps: int | None) -> RunReport | None:
+    """Return the report of a run that has finished so many steps, result and all, or None.
+
+    One that ended early may have been given more patience, and one that kept other parameters has
+    another result: both are taken up again.
+    """
     if not (_has_result(run) and _says_finished(run)):
         return None
     with suppress(GraftError):  # from an earlier version, say: it is made anew where that can be
         report = read_typed(run / REPORT, RunReport)
-        return report if report.steps == steps else None
+        whole = report.steps == report.steps_done == steps and report.keep == keep
+        return report if whole else None
     return None
 
 
@@ -297,7 +309,7 @@ def _serves_again(run: Path, prepared: Prepared) -> bool:
 
 def _clear(run: Path, keep_base: bool) -> None:
     bases = () if keep_base else (BASE_REFERENCE, BASE)
-    for name in (*_RESULTS, START, *bases, METRICS, STATUS, CHECKPOINTS, FAILED_BATCH):
+    for name in (*_RESULTS, START, *bases, METRICS, STATUS, CHECKPOINTS, FAILED_BATCH, *WATCHED):
         remove_folder(run / name)
 
 

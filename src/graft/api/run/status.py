@@ -138,9 +138,9 @@ class StatusFile:
         self.step = step
         self._write("running")
 
-    def finished(self) -> None:
-        """Write that the result is there."""
-        self.step = self.steps
+    def finished(self, step: int) -> None:
+        """Write that the result is there, after so many steps."""
+        self.step = step
         self._write("finished")
 
     @contextmanager
