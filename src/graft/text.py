@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import reprlib
+from collections.abc import Iterable
+from itertools import islice
 
 _QUOTE = reprlib.Repr()
 _QUOTE.maxdict = _QUOTE.maxlist = _QUOTE.maxtuple = _QUOTE.maxset = 6
@@ -24,6 +26,14 @@ def quoted(value: object, limit: int = 100) -> str:
     _QUOTE.maxstring = _QUOTE.maxother = _QUOTE.maxlong = limit
     text = _QUOTE.repr(value)
     return text if len(text) <= limit + 20 else f"{text[:limit]}..."
+
+
+def listed(names: Iterable[object], most: int = 10) -> str:
+    """Return names with commas between them, the first few, each cut and made printable."""
+    rest = iter(names)
+    found = [printable(str(name)[:100]) for name in islice(rest, most)]
+    more = sum(1 for _ in rest)
+    return (", ".join(found) or "none") + (f" and {more:,} more" if more else "")
 
 
 def printable(text: str) -> str:

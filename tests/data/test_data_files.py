@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from graft.data.sources.files import fingerprint, read_records
+from graft.data.sources.record import Record
 from graft.errors import GraftError
 
 ROWS = [
@@ -51,6 +52,13 @@ def write(tmp_path: Path, name: str, content: str | bytes, gz: bool = False) -> 
     return path
 
 
+def read(path: Path) -> tuple[list[Record], list[Record]]:
+    """Return the good rows and those with a problem."""
+    records = list(read_records(path))
+    bad = [record for record in records if record.problem is not None]
+    return [record for record in records if record not in bad], bad
+
+
 @pytest.mark.parametrize("gz", [False, True], ids=["plain", "gz"])
 @pytest.mark.parametrize(
     ("name", "content", "rows", "lines"),
@@ -59,7 +67,8 @@ def write(tmp_path: Path, name: str, content: str | bytes, gz: bool = False) -> 
         ("a.b.JSONL", "\ufeff" + JSONL, ROWS, ["1", "3"]),
         ("a.json", JSON, ROWS, ["2", "5"]),
         ("a.json", '{"n": [1], "data":\n' + JSON + ', "x": {}}', ROWS, ["3", "6"]),
-        ("a.json", '{"data": [{"n": 1}],\n"data":\n[{"n": 2}]}', [{"n": 2}], ["3"]),
+        ("a.json", '{"n": [],\n"data":\n[{"n": 2}], "m": {}}', [{"n": 2}], ["3"]),
+        ("a.csv", "text\ra\r\rb\r", [{"text": "a"}, {"text": "b"}], ["2", "4"]),
         ("a.csv", CSV, ROWS, ["2", "4"]),
         ("a.csv", "\ufeff" + CSV, ROWS, ["2", "4"]),
         ("a.parquet", parquet_bytes(ROWS), ROWS, ["row 1", "row 2"]),
@@ -74,38 +83,38 @@ def write(tmp_path: Path, name: str, content: str | bytes, gz: bool = False) -> 
 )
 def test_rows_and_their_lines(tmp_path, gz, name, content, rows, lines):
     path = write(tmp_path, name, content, gz)
-    records = read_records(path)
-    assert records.problems == []
-    assert [record.value for record in records.rows] == rows
-    assert [record.where for record in records.rows] == [f"{path}:{line}" for line in lines]
+    records = list(read_records(path))
+    assert [record.problem for record in records] == [None] * len(rows)
+    assert [record.value for record in records] == rows
+    assert [record.where for record in records] == [f"{path}:{line}" for line in lines]
 
 
 def test_nested_rows_survive_parquet(tmp_path):
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     path = write(tmp_path, "a.parquet", parquet_bytes([{"messages": messages}]))
-    assert read_records(path).rows[0].value == {"messages": messages}
+    assert next(read_records(path)).value == {"messages": messages}
 
 
 def test_a_long_csv_cell_is_read_and_the_global_limit_stays(tmp_path):
     limit = csv.field_size_limit()
     path = write(tmp_path, "a.csv", "text\n" + "x" * 200_000 + "\n")
-    assert read_records(path).rows[0].value == {"text": "x" * 200_000}
+    assert next(read_records(path)).value == {"text": "x" * 200_000}
     assert csv.field_size_limit() == limit
 
 
 def test_bad_lines_are_problems_and_good_ones_are_rows(tmp_path):
     path = write(tmp_path, "a.jsonl", '{"text": "a"}\n{"text": \n\n{"text": "b"}\nnull x\n')
-    records = read_records(path)
-    assert [record.value for record in records.rows] == [{"text": "a"}, {"text": "b"}]
-    assert [problem.split(": ")[0] for problem in records.problems] == [f"{path}:2", f"{path}:5"]
-    assert "not valid JSON: Expecting value (column" in records.problems[0]
+    good, bad = read(path)
+    assert [record.value for record in good] == [{"text": "a"}, {"text": "b"}]
+    assert [record.where for record in bad] == [f"{path}:2", f"{path}:5"]
+    assert "not valid JSON: Expecting value (column" in bad[0].problem
 
 
 def test_csv_rows_of_another_width_are_problems(tmp_path):
     path = write(tmp_path, "a.csv", 'a,b\n1,2\n"x\ny",2,3\n4\n5,6\n')
-    records = read_records(path)
-    assert [record.where for record in records.rows] == [f"{path}:2", f"{path}:6"]
-    assert [problem.split(" (")[0] for problem in records.problems] == [
+    good, bad = read(path)
+    assert [record.where for record in good] == [f"{path}:2", f"{path}:6"]
+    assert [f"{record.where}: {record.problem}".split(" (")[0] for record in bad] == [
         f"{path}:3: 3 cells, but the header names 2 columns",
         f"{path}:5: 1 cells, but the header names 2 columns",
     ]
@@ -125,6 +134,7 @@ def test_csv_rows_of_another_width_are_problems(tmp_path):
         ("a.json", b'[{"text": "a"},\n]', r"not valid JSON"),
         ("a.json", b'{"text": "a"}\n{"text": "b"}', r":2: .*Extra data.*name the file \.jsonl"),
         ("a.json", b'{"rows": [], "data": 3}', "an object with keys rows, data; expected a list"),
+        ("a.json", b'{"data": [],\n"data": [1]}', ":2: the key 'data' stands here twice"),
         ("a.json", b"3", "found int; expected a list of objects"),
         ("a.csv", b"a,b,a\n1,2,3\n", ":1: the header names 'a' twice"),
         ("a.csv", b'a\nx\n"open\nz\n', ":3: not valid CSV: unexpected end of data"),
@@ -138,17 +148,17 @@ def test_csv_rows_of_another_width_are_problems(tmp_path):
 def test_files_that_cannot_be_read(tmp_path, name, content, message):
     path = write(tmp_path, name, content)
     with pytest.raises(GraftError, match=message) as caught:
-        read_records(path)
+        list(read_records(path))
     assert str(caught.value).startswith(str(path))
 
 
 def test_missing_files_and_folders(tmp_path):
-    with pytest.raises(GraftError, match="no such file; check the path"):
-        read_records(tmp_path / "gone.jsonl")
+    with pytest.raises(GraftError, match="cannot be read: No such file"):
+        list(read_records(tmp_path / "gone.jsonl"))
     (tmp_path / "folder.jsonl").mkdir()
-    with pytest.raises(GraftError, match="this is a directory"):
-        read_records(tmp_path / "folder.jsonl")
-    with pytest.raises(GraftError, match="cannot read the file"):
+    with pytest.raises(GraftError, match="is no regular file, but a folder"):
+        list(read_records(tmp_path / "folder.jsonl"))
+    with pytest.raises(GraftError, match="cannot be read: No such file"):
         fingerprint(tmp_path / "gone.jsonl")
 
 

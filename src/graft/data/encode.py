@@ -9,7 +9,7 @@ from typing import Any
 
 from graft.data.chat import chat_prompt
 from graft.data.render import render_prompt, render_row
-from graft.data.rows import Rows, raise_row_problems
+from graft.data.rows import RowProblems, Rows
 from graft.data.shapes.base import Rendered, Tokenizer
 from graft.errors import GraftError
 
@@ -77,7 +77,7 @@ def encode_rows(
     Raises GraftError that lists every row that cannot be rendered or has no target left.
     """
     check_tokenizer(tokenizer, eos)
-    problems: list[str] = []
+    problems = RowProblems("rows that cannot be trained on")
     examples: list[Example] = []
     for begin in range(0, len(rows.rows), _CHUNK):
         wheres: list[str] = []
@@ -87,14 +87,14 @@ def encode_rows(
                 rendered.append(render_row(rows.kind, row, tokenizer, separator))
                 wheres.append(row.where)
             except GraftError as error:
-                problems.append(f"{row.where}: {error}")
+                problems.add(f"{row.where}: {error}")
         encoded = _tokenize([found.text for found in rendered], tokenizer)
         for where, found, tokens in zip(wheres, rendered, encoded, strict=True):
             example = _example(where, found, tokens, max_length, eos, tokenizer.eos_token_id)
             examples.append(example)
             if not any(example.targets):
-                problems.append(f"{where}: {_why_no_target(example, max_length)}")
-    raise_row_problems(problems, "rows that cannot be trained on")
+                problems.add(f"{where}: {_why_no_target(example, max_length)}")
+    problems.raise_all()
     return EncodedData(examples, rows.kind, rows.ignored_keys)
 
 

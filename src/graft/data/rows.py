@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from graft.data.shapes.base import type_in_words
 from graft.data.shapes.registry import SHAPES
-from graft.data.sources.files import Record, read_records
+from graft.data.sources.files import read_records
+from graft.data.sources.record import Record
 from graft.errors import GraftError, raise_problems
+from graft.text import listed
 
 _MOST_LISTED = 20
+_MOST_COUNTED = 10_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A checked row: where it stands and the values of its shape's keys."""
 
@@ -39,20 +42,21 @@ def read_rows(path: str | Path) -> Rows:
     Raises GraftError that lists every bad row with file and line: unreadable rows, wrong
     keys, missing or empty values, and rows of another kind than the file's first good row.
     """
-    records = read_records(path)
-    problems = list(records.problems)
+    problems = RowProblems(f"{path}: bad rows")
     rows: list[Row] = []
     ignored: set[str] = set()
     kind: str | None = None
     first = ""
-    for record in records.rows:
-        found = _kind_of(record, problems)
-        if found is None or not isinstance(record.value, Mapping):
+    asked = {key for shape in SHAPES.values() for key in shape.required + shape.optional}
+    for record in read_records(path, asked):
+        found, problem = _kind_of(record)
+        if not isinstance(record.value, Mapping) or found is None:
+            problems.add(f"{record.where}: {problem}")
             continue
         if kind is None:
             kind, first = found, record.where
         if found != kind:
-            problems.append(
+            problems.add(
                 f"{record.where}: {_a(found)} row, but {first} is {_a(kind)} row; "
                 "a file holds one kind of rows, so split it"
             )
@@ -61,40 +65,62 @@ def read_rows(path: str | Path) -> Rows:
         known = shape.required + shape.optional
         ignored.update(str(key) for key in record.value if key not in known)
         row = Row(record.where, shape.fields(record.value))
-        problems += [f"{row.where}: {problem}" for problem in shape.problems(row.fields)]
+        for wrong in shape.problems(row.fields):
+            problems.add(f"{row.where}: {wrong}")
         rows.append(row)
-    raise_row_problems(problems, f"{path}: bad rows")
+    problems.raise_all()
     assert kind is not None  # no problems and at least one record: some row had a kind
     return Rows(kind, rows, tuple(sorted(ignored)))
 
 
-def raise_row_problems(problems: Sequence[str], heading: str) -> None:
-    """Raise one GraftError that counts all problems and lists the first twenty."""
-    more = len(problems) - _MOST_LISTED
-    if more <= 0:
-        raise_problems(problems, heading)
-        return
-    lines = "\n".join(f"  - {problem}" for problem in problems[:_MOST_LISTED])
-    raise GraftError(f"{heading}: {len(problems)} problems\n{lines}\n  and {more} more")
+class RowProblems:
+    """Problems of rows: the first twenty of them, and how many there are."""
+
+    def __init__(self, heading: str) -> None:
+        self._heading = heading
+        self._first: list[str] = []
+        self._count = 0
+
+    def add(self, problem: str) -> None:
+        """Take a problem, which begins with its row's file and line; raise all when there are many.
+
+        Rows that are wrong one and all are not read to the end of a large file.
+        """
+        self._count += 1
+        if self._count <= _MOST_LISTED:
+            self._first.append(problem)
+        if self._count == _MOST_COUNTED:
+            self.raise_all()
+
+    def raise_all(self) -> None:
+        """Raise one GraftError that counts all problems, or return when there is none."""
+        more = self._count - _MOST_LISTED
+        if more <= 0:
+            raise_problems(self._first, self._heading)
+            return
+        lines = "\n".join(f"  - {problem}" for problem in self._first)
+        perhaps = "at least " if self._count == _MOST_COUNTED else ""
+        raise GraftError(
+            f"{self._heading}: {perhaps}{self._count} problems\n{lines}\n  and {more} more"
+        )
 
 
-def _kind_of(record: Record, problems: list[str]) -> str | None:
+def _kind_of(record: Record) -> tuple[str | None, str | None]:
+    """Return the name of a row's shape, or what is wrong with the row."""
+    if record.problem is not None:
+        return None, record.problem
     if not isinstance(record.value, Mapping):
-        found = type_in_words(record.value)
-        problems.append(f"{record.where}: {found}; expected an object; {_accepted()}")
-        return None
+        return None, f"{type_in_words(record.value)}; expected an object; {_accepted()}"
     kinds = [name for name in SHAPES if all(key in record.value for key in SHAPES[name].required)]
-    found = ", ".join(map(str, record.value)) or "none"
     if len(kinds) == 1:
-        return kinds[0]
+        return kinds[0], None
+    found = listed(record.value)
     if kinds:
-        problems.append(
-            f"{record.where}: found keys {found}, which fit {' and '.join(kinds)} rows alike; "
+        return None, (
+            f"found keys {found}, which fit {' and '.join(kinds)} rows alike; "
             "remove the keys of all kinds but one"
         )
-    else:
-        problems.append(f"{record.where}: found keys {found}; {_accepted()}")
-    return None
+    return None, f"found keys {found}; {_accepted()}"
 
 
 def _accepted() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import NoReturn
 
 from graft.errors import GraftError
 
@@ -22,7 +23,7 @@ def bound(number: float) -> int:
     return int(number * factor)
 
 
-def raise_beyond(where: object, found: str, most: str) -> None:
+def raise_beyond(where: object, found: str, most: str) -> NoReturn:
     """Raise GraftError for what is beyond a bound: where, what was found, and what is taken."""
     raise GraftError(
         f"{where}: {found}; at most {most} are taken. If that is what it should be, set "

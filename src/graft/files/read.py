@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import stat
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ YAML_NODES = 10_000
 """Values of a YAML file, each counted as often as anchors repeat it."""
 
 
-def open_regular(path: Path) -> io.BufferedReader:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading, without waiting for a pipe or reading a device for ever.
 
     Raises GraftError when it is not there, cannot be read, or is anything else than a file.

@@ -3,61 +3,55 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import hashlib
 import io
-import json
 import sys
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from graft.data.sources.json_file import read_json, read_jsonl
+from graft.data.sources.parquet import read_parquet
+from graft.data.sources.record import Record
+from graft.data.sources.stream import Stream, decode
 from graft.errors import GraftError
+from graft.files.read import open_regular
+from graft.text import listed, quoted
+
+Reader = Callable[[Stream, Collection[str] | None], Iterator[Record]]
 
 
-@dataclass(frozen=True)
-class Record:
-    """One row as the file holds it, and where it stands: 'file:line'."""
+def read_records(path: str | Path, keys: Collection[str] | None = None) -> Iterator[Record]:
+    """Yield every row of a .jsonl, .json, .csv, .parquet or .txt file, each also as .gz.
 
-    where: str
-    value: object
-
-
-@dataclass
-class Records:
-    """The rows of a file, and one line of text for each row that could not be read."""
-
-    rows: list[Record] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-
-def read_records(path: str | Path) -> Records:
-    """Return every row of a .jsonl, .json, .csv, .parquet or .txt file, each also as .gz.
-
-    Raises GraftError when the file is missing, empty, damaged, not UTF-8 or of an unknown
-    kind; rows that are wrong one by one come back as problems.
+    keys: the keys whose values are asked for, by default all; of Parquet no others are read, and
+    their values are None.
+    A row that cannot be read has a problem. Raises GraftError, perhaps after some rows, when the
+    file is missing, no regular file, empty, damaged, not UTF-8, of an unknown kind or beyond a
+    bound.
     """
-    reader = _reader_for(Path(path))
-    content = _read_bytes(Path(path))
-    if not content.strip():
-        raise GraftError(f"{path}: the file is empty; expected at least one row")
-    records = reader(content, str(path))
-    if not records.rows and not records.problems:
-        raise GraftError(f"{path}: the file holds no rows; expected at least one")
-    return records
+    path = Path(path)
+    reader = _reader_for(path)
+    with Stream(path) as stream:
+        empty = True
+        for record in reader(stream, keys):
+            empty = False
+            yield record
+    if empty:
+        found = "the file is empty" if stream.blank else "the file holds no rows"
+        raise GraftError(f"{path}: {found}; expected at least one row")
 
 
 def fingerprint(path: str | Path) -> str:
-    """Return the SHA-256 of the file's bytes as 64 hexadecimal digits."""
+    """Return the SHA-256 of a regular file's bytes as 64 hexadecimal digits."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(Path(path)) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise GraftError(f"{path}: cannot read the file: {error.strerror}") from error
+        raise GraftError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _reader_for(path: Path) -> Callable[[bytes, str], Records]:
+def _reader_for(path: Path) -> Reader:
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] == ".gz":
         suffixes.pop()
@@ -69,181 +63,104 @@ def _reader_for(path: Path) -> Callable[[bytes, str], Records]:
     return _READERS[suffix]
 
 
-def _read_bytes(path: Path) -> bytes:
-    if not path.exists():
-        raise GraftError(f"{path}: no such file; check the path")
-    if path.is_dir():
-        raise GraftError(f"{path}: this is a directory; expected a file of examples")
-    try:
-        content = path.read_bytes()
-        return gzip.decompress(content) if path.suffix.lower() == ".gz" else content
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise GraftError(
-            f"{path}: not a complete gzip file ({error}); download or compress it again"
-        ) from error
-    except OSError as error:
-        raise GraftError(f"{path}: cannot read the file: {error.strerror}") from error
+class _Lines:
+    """Lines of text as the csv module takes them, and how many bytes a row has so far."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        self.number = 0
+        """That of the line which was read last."""
+        self._begin = 1
+        self._bytes = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for number, line in self._stream.lines():
+            self._bytes += len(line)
+            if self._bytes > self._stream.most_row:
+                self._stream.refuse_long(self._begin, "row")
+            text = _text(line, self._stream, number) + "\n"
+            # An old Mac's lines end in a carriage return.
+            for part in io.StringIO(text, newline="") if "\r" in text[:-2] else (text,):
+                self.number += 1
+                yield part
+
+    def next_row(self) -> int:
+        """Begin a row, and return its line."""
+        self._begin, self._bytes = self.number + 1, 0
+        return self._begin
 
 
-def _decode(content: bytes, path: str) -> str:
-    try:
-        # utf-8-sig: spreadsheets write a byte order mark, which must not enter the first key.
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise GraftError(
-            f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); convert the file, "
-            "for example with: iconv -f LATIN1 -t UTF-8"
-        ) from error
-
-
-def _read_jsonl(content: bytes, path: str) -> Records:
-    records = Records()
-    # Not splitlines(): U+2028 and the like may stand inside a JSON string.
-    for number, line in enumerate(_decode(content, path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.rows.append(Record(f"{path}:{number}", json.loads(line)))
-        except json.JSONDecodeError as error:
-            records.problems.append(
-                f"{path}:{number}: not valid JSON: {error.msg} (column {error.colno})"
+def _read_csv(stream: Stream, keys: Collection[str] | None) -> Iterator[Record]:
+    lines = _Lines(stream)
+    rows = csv.reader(lines, strict=True)
+    header = _cells(rows, f"{stream.path}:1") or []
+    if not header and not stream.blank:
+        raise GraftError(f"{stream.path}:1: a blank line; expected the names of the columns")
+    doubled = sorted(name for name, count in Counter(header).items() if count > 1)
+    if doubled:
+        names = listed(map(quoted, doubled))
+        raise GraftError(f"{stream.path}:1: the header names {names} twice; rename the columns")
+    while True:
+        where = f"{stream.path}:{lines.next_row()}"
+        cells = _cells(rows, where)
+        if cells is None:
+            return
+        if len(cells) == len(header):
+            yield Record(where, dict(zip(header, cells, strict=True)))
+        elif cells:
+            problem = (
+                f"{len(cells)} cells, but the header names {len(header)} columns "
+                "(quote cells that hold commas or line breaks)"
             )
-    return records
+            yield Record(where, None, problem)
 
 
-def _read_json(content: bytes, path: str) -> Records:
-    text = _decode(content, path)
-    try:
-        document = json.loads(text)
-    except json.JSONDecodeError as error:
-        hint = ""
-        if error.msg == "Extra data":
-            hint = "; if every line is one object, name the file .jsonl"
-        raise GraftError(
-            f"{path}:{error.lineno}: not valid JSON: {error.msg} (column {error.colno}){hint}"
-        ) from error
-    if isinstance(document, dict) and not isinstance(document.get("data"), list):
-        keys = ", ".join(document) or "none"
-        raise GraftError(
-            f"{path}: an object with keys {keys}; expected a list of objects, "
-            'or {"data": [a list of objects]}'
-        )
-    if not isinstance(document, dict | list):
-        raise GraftError(
-            f"{path}: found {type(document).__name__}; expected a list of objects, "
-            'or {"data": [a list of objects]}'
-        )
-    records = Records()
-    line, counted = 1, 0
-    for index, value in _list_items(text, isinstance(document, dict)):
-        line += text.count("\n", counted, index)
-        counted = index
-        records.rows.append(Record(f"{path}:{line}", value))
-    return records
-
-
-def _list_items(text: str, in_object: bool) -> Iterator[tuple[int, object]]:
-    """Yield (character position, value) of the list's items; text is known to be valid JSON."""
-    decoder = json.JSONDecoder()
-    index = _skip(text, 0, " \t\r\n")
-    if in_object:
-        index = _last_value_of_data(text, index, decoder)
-    index = _skip(text, index + 1, " \t\r\n")
-    while text[index] != "]":
-        value, end = decoder.raw_decode(text, index)
-        yield index, value
-        index = _skip(text, end, " \t\r\n,")
-
-
-def _last_value_of_data(text: str, index: int, decoder: json.JSONDecoder) -> int:
-    """Return where the value of the key 'data' begins; the last wins, as in json.loads."""
-    found = index
-    index = _skip(text, index + 1, " \t\r\n")
-    while text[index] != "}":
-        key, end = decoder.raw_decode(text, index)
-        index = _skip(text, end, " \t\r\n:")
-        if key == "data":
-            found = index
-        _, end = decoder.raw_decode(text, index)
-        index = _skip(text, end, " \t\r\n,")
-    return found
-
-
-def _skip(text: str, index: int, characters: str) -> int:
-    while text[index] in characters:
-        index += 1
-    return index
-
-
-def _read_csv(content: bytes, path: str) -> Records:
-    text = _decode(content, path)
+def _cells(rows: Iterator[list[str]], where: str) -> list[str] | None:
+    """Return the next row, or None behind the last."""
     # The csv module's limit of 131,072 characters a cell is a process-wide setting.
     limit = csv.field_size_limit(sys.maxsize)
     try:
-        return _csv_records(text, path)
+        return next(rows, None)
+    except csv.Error as error:
+        raise GraftError(f"{where}: not valid CSV: {error}") from error
     finally:
         csv.field_size_limit(limit)
 
 
-def _csv_records(text: str, path: str) -> Records:
-    records = Records()
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    begin = 1
-    try:
-        header = next(reader)
-        doubled = sorted({name for name in header if header.count(name) > 1})
-        if doubled:
-            names = ", ".join(map(repr, doubled))
-            raise GraftError(f"{path}:1: the header names {names} twice; rename the columns")
-        begin = reader.line_num + 1
-        for cells in reader:
-            where, begin = f"{path}:{begin}", reader.line_num + 1
-            if len(cells) == len(header):
-                records.rows.append(Record(where, dict(zip(header, cells, strict=True))))
-            elif cells:
-                records.problems.append(
-                    f"{where}: {len(cells)} cells, but the header names {len(header)} columns "
-                    "(quote cells that hold commas or line breaks)"
-                )
-    except csv.Error as error:
-        raise GraftError(f"{path}:{begin}: not valid CSV: {error}") from error
-    return records
-
-
-def _read_parquet(content: bytes, path: str) -> Records:
-    # Imported here because it is slow to load and most data is not Parquet.
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        rows = pq.read_table(pa.BufferReader(content)).to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise GraftError(f"{path}: not a readable Parquet file: {error}") from error
-    return Records([Record(f"{path}:row {n}", row) for n, row in enumerate(rows, start=1)])
-
-
-def _read_txt(content: bytes, path: str) -> Records:
-    """Read documents that are separated by blank lines, one text row each."""
-    records = Records()
+def _read_txt(stream: Stream, keys: Collection[str] | None) -> Iterator[Record]:
+    """Yield documents that are separated by blank lines, one text row each."""
     document: list[str] = []
-    begin = 1
-    for number, line in enumerate([*_decode(content, path).split("\n"), ""], start=1):
-        line = line.removesuffix("\r")
+    begin = size = 0
+    for number, content in stream.lines():
+        line = _text(content, stream, number).removesuffix("\r") if content else ""
         if line.strip():
             if not document:
-                begin = number
+                begin, size = number, 0
             document.append(line)
+            size += len(content)
+            if size > stream.most_row:
+                stream.refuse_long(begin, "document (blank lines separate them)")
         elif document:
-            records.rows.append(Record(f"{path}:{begin}", {"text": "\n".join(document)}))
+            yield Record(f"{stream.path}:{begin}", {"text": "\n".join(document)})
             document = []
-    return records
+    if document:
+        yield Record(f"{stream.path}:{begin}", {"text": "\n".join(document)})
 
 
-_READERS: dict[str, Callable[[bytes, str], Records]] = {
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
+def _text(line: bytes, stream: Stream, number: int) -> str:
+    """Return a line of plain text; raises GraftError for what is none."""
+    if b"\0" in line:
+        raise GraftError(
+            f"{stream.path}:{number}: a zero byte, so this is no UTF-8 text; if it is UTF-16, "
+            "convert it with: iconv -f UTF-16 -t UTF-8"
+        )
+    return decode(line, stream.path, number)
+
+
+_READERS: dict[str, Reader] = {
+    ".jsonl": read_jsonl,
+    ".json": read_json,
     ".csv": _read_csv,
-    ".parquet": _read_parquet,
+    ".parquet": read_parquet,
     ".txt": _read_txt,
 }

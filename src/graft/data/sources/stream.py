@@ -1,0 +1,134 @@
+"""A data file as a stream of lines, decompressed within bounds."""
+
+from __future__ import annotations
+
+import gzip
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, NoReturn, cast
+
+from graft.errors import GraftError
+from graft.files.bounds import bound, raise_beyond
+from graft.files.read import open_regular
+
+LINE_BYTES = 32 * 2**20
+"""Most bytes of a line, a CSV row or a .txt document; parsed, they may take 25 times as many."""
+EXPANSION = 100
+"""Bytes that a byte of a compressed file may become: text compresses to a fourth, rows from a
+template to a fiftieth, and a bomb to a thousandth."""
+EXPANDED_BYTES = 16 * 2**20
+"""What any compressed file may become, however small it is."""
+WHOLE_BYTES = 2 * 2**30
+"""Most bytes of a file that is not read line by line."""
+
+_PIECE = 2**20
+
+
+class Stream:
+    """A regular file, .gz or not, that is read once; everything raises GraftError with its name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open_regular(path)
+        size = os.fstat(self._file.fileno()).st_size
+        self.most_expanded = max(bound(EXPANDED_BYTES), bound(EXPANSION) * size)
+        """Most bytes that the compressed file may become."""
+        self.most_row = bound(LINE_BYTES)
+        """Most bytes of a line, or of a row of several."""
+        self._compressed = path.suffix.lower() == ".gz"
+        self._stream: IO[bytes] = self._file
+        if self._compressed:
+            self._stream = cast(IO[bytes], gzip.GzipFile(fileobj=self._file))
+        self._read = 0
+        self.blank = True
+        """Whether nothing but white space has been read."""
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.close()
+        self._file.close()
+
+    def lines(self) -> Iterator[tuple[int, bytes]]:
+        """Yield every line with its number, without the newline that alone ends it."""
+        number = 1
+        rest = b""
+        while piece := self._next(_PIECE):
+            first, *others = piece.split(b"\n")
+            rest += first
+            if len(rest) > self.most_row:
+                self.refuse_long(number, "line")
+            for line in others:
+                yield number, rest
+                number += 1
+                rest = line
+        if rest:
+            yield number, rest
+
+    def refuse_long(self, number: int, what: str) -> NoReturn:
+        """Raise GraftError for a part of the file, which begins in a line, that is too long."""
+        most = f"{self.most_row:,}"
+        raise_beyond(f"{self.path}:{number}", f"a {what} of more than {most} bytes", most)
+
+    def whole(self) -> bytes:
+        """Return all that is in the file."""
+        pieces = []
+        while piece := self._next(_PIECE):
+            pieces.append(piece)
+            if self._read > bound(WHOLE_BYTES):
+                most = f"{bound(WHOLE_BYTES):,} bytes"
+                raise_beyond(self.path, f"more than {most}", f"{most} of a file that is one value")
+        return b"".join(pieces)
+
+    @contextmanager
+    def plain_file(self) -> Iterator[IO[bytes]]:
+        """Yield a file on the disk that is this one, or holds what is in it, decompressed."""
+        if not self._compressed:
+            yield self._file
+            return
+        try:
+            with tempfile.TemporaryFile() as copy:
+                while piece := self._next(_PIECE):
+                    copy.write(piece)
+                copy.seek(0)
+                yield copy
+        except OSError as error:
+            raise GraftError(f"{self.path} cannot be decompressed: {error.strerror}") from error
+
+    def _next(self, most: int) -> bytes:
+        try:
+            found = self._stream.read(most)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            raise GraftError(
+                f"{self.path}: not a complete gzip file ({error}); download or compress it again"
+            ) from error
+        except OSError as error:
+            raise GraftError(f"{self.path} cannot be read: {error.strerror}") from error
+        self._read += len(found)
+        self.blank = self.blank and not found.strip()
+        if self._compressed and self._read > self.most_expanded:
+            most_expanded = f"{self.most_expanded:,} bytes"
+            raise_beyond(
+                self.path,
+                f"becomes more than {most_expanded} when it is decompressed",
+                f"{EXPANSION} times its size, or {EXPANDED_BYTES >> 20} MiB,",
+            )
+        return found
+
+
+def decode(content: bytes, path: Path, number: int = 1) -> str:
+    """Return what begins in a line of a file as text; raises GraftError with the line."""
+    try:
+        # utf-8-sig: spreadsheets write a byte order mark, which must not enter the first key.
+        return content.decode("utf-8-sig" if number == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        line = number + content.count(b"\n", 0, error.start)
+        raise GraftError(
+            f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); convert the file, "
+            "for example with: iconv -f LATIN1 -t UTF-8"
+        ) from error
