@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from graft.cli.commands import COMMANDS
 from graft.errors import GraftError
+from graft.text import shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = COMMANDS[name]
         command.run(parse(command, words[1:], name))
     except GraftError as error:
-        print(f"graft {name}: error: {error}", file=sys.stderr)
+        print(f"graft {name}: error: {shown(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"graft {name}: interrupted", file=sys.stderr)
