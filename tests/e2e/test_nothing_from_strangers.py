@@ -74,7 +74,7 @@ def test_a_strangers_run_runs_no_code(command, mine, rows, tmp_path, capsys) -> 
     (run / "config.yaml").write_text(yaml.safe_dump({**settings, "trust_remote_code": True}))
     words = [word.format(rows=rows, out=tmp_path / "out") for word in COMMANDS[command]]
     assert main([command, str(run), *words]) == 1
-    assert "trust_remote_code" in capsys.readouterr().err
+    assert "--trust-remote-code alone" in capsys.readouterr().err
     assert not mark.exists()
     assert main([command, str(run), *words, "--trust-remote-code"]) in (0, 1)
     assert mark.exists()  # and so the flag is what keeps it out

@@ -8,7 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,7 +36,9 @@ def owned(folder: Path) -> Iterator[None]:
         _identify(lock)
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is still held
+        # While it is still held. On a disk that fails meanwhile it stays, and locks nobody out.
+        with suppress(OSError):
+            path.unlink()
         os.close(lock)
 
 

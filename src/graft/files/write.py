@@ -113,7 +113,11 @@ def _publish(temporary: Path, path: Path) -> None:
 
 
 def check_new(path: Path) -> None:
-    """Raise GraftError when there is something at `path`; an empty folder is nothing."""
+    """Raise GraftError when there is something at `path`; an empty folder is nothing.
+
+    What killed writers of it left is swept away.
+    """
+    sweep(path.parent, path.name)
     if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
         raise GraftError(f"{path} exists already; choose another name or remove it")
 
@@ -149,7 +153,9 @@ def sweep(folder: Path, name: str | None = None) -> list[str]:
 
     name: that of the file or folder that they were to become, by default any.
     """
-    living = []
+    living: list[str] = []
+    if not folder.is_dir():
+        return living
     for path in folder.glob(f".*{_SUFFIX}"):
         kept, _, token = path.name.removesuffix(_SUFFIX).rpartition(".")
         if len(token) != _TOKEN or (name is not None and kept != f".{name[:_LONGEST]}"):
