@@ -73,7 +73,7 @@ def next_call(
     """Call the command again and return a word for what came of it, and details."""
     expected = reference.contents
     before = contents(bench.box)
-    had_checkpoint = bool(whole_checkpoints(before, expected))
+    had_checkpoint = bool(whole_checkpoints(before))
     first = bench.run(words or scenario.resuming)
     outcome = first
     if _refused(first) and scenario.trains:
@@ -173,7 +173,7 @@ def _how_it_failed(outcome: Outcome) -> str:
 def _lost_checkpoint(found: Contents, reference: Reference, at: int) -> str | None:
     """Return the name of the newest checkpoint before operation `at`, if it is not there."""
     names = checkpoints_before(reference.record, at)
-    there = whole_checkpoints(found, reference.contents)
+    there = whole_checkpoints(found)
     return names[-1] if names and names[-1] not in there else None
 
 
@@ -218,8 +218,8 @@ def interrupt(
         place = _place(at, reference)
         ended = bench.run(scenario.words, Action.SIGNAL, at=at, value=number)
     found = contents(bench.box)
-    message, details = _after_signal(ended, found, reference)
-    begun = bool(whole_checkpoints(found, reference.contents))
+    message, details = _after_signal(ended, found)
+    begun = bool(whole_checkpoints(found))
     words = ("train", "--resume", "--out", bench.box / "run")
     word, more = next_call(bench, scenario, reference, words if begun else None)
     if ended.status == 0 and word in GOOD:
@@ -228,7 +228,7 @@ def interrupt(
     return Round(scenario.name, name, place, word, message, [*details, *more])
 
 
-def _after_signal(ended: Outcome, found: Contents, reference: Reference) -> tuple[str, list[str]]:
+def _after_signal(ended: Outcome, found: Contents) -> tuple[str, list[str]]:
     """Return a word for how a training ended after a signal: clear, where all is as it should be.
 
     A training that has done a step has a checkpoint of its last one, and says how to go on.
@@ -240,7 +240,7 @@ def _after_signal(ended: Outcome, found: Contents, reference: Reference) -> tupl
         return "ends late", line
     if "Traceback" in ended.output:
         return "traceback", line
-    step, whole = last_step(found), whole_checkpoints(found, reference.contents)
+    step, whole = last_step(found), whole_checkpoints(found)
     saved = [int(name.removeprefix("step-")) for name in whole]
     if 0 < step < STEPS and step not in saved:
         return "no checkpoint", [f"{step} steps done, checkpoints {saved}", *line]

@@ -18,6 +18,7 @@ EXISTS = "is there"
 CUT_OFF = "a line that is cut off"
 _TEXTS = {".md", ".html", ".png"}
 _TIMES = re.compile(r"seconds$|^tokens_per_second$|memory_bytes$")
+_CHECKPOINT_FILES = ("state.json", "state.safetensors")
 _CHECKPOINT = re.compile(r"(^|/)checkpoints/step-\d+/")
 
 
@@ -98,7 +99,7 @@ def differences(found: Mapping[str, Any], reference: Mapping[str, Any]) -> list[
 
 def leftovers(found: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
     """Return what is there beside the reference's files; more whole checkpoints may be."""
-    whole = whole_checkpoints(found, reference)
+    whole = whole_checkpoints(found)
     return [
         name
         for name in found
@@ -107,14 +108,13 @@ def leftovers(found: Mapping[str, Any], reference: Mapping[str, Any]) -> list[st
     ]
 
 
-def whole_checkpoints(found: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
+def whole_checkpoints(found: Mapping[str, Any]) -> list[str]:
     """Return the names of the checkpoints that have all of their files, oldest first."""
-    kinds = {Path(name).name for name in reference if _CHECKPOINT.search(name)}
     folders = {str(Path(name).parent) for name in found if _CHECKPOINT.search(name)}
     return sorted(
         Path(folder).name
         for folder in folders
-        if kinds and all(f"{folder}/{kind}" in found for kind in kinds)
+        if all(f"{folder}/{name}" in found for name in _CHECKPOINT_FILES)
     )
 
 
