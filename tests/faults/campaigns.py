@@ -141,16 +141,16 @@ def fail(bench: Bench, scenario: Scenario, at: int, number: int) -> Round:
     message = _how_it_failed(failed)
     broken = half_written(found, reference.contents)
     lost = _lost_checkpoint(found, reference, at)
-    missing = differences(found, reference.contents) if failed.status == 0 else []
+    missing = differences(found, reference.contents)
+    if failed.status == 0 and not missing:
+        return Round(scenario.name, errno.errorcode[number], _place(at, reference), "untouched")
     word, details = next_call(bench, scenario, reference)
     if broken:
         word, details = "unreadable", [*broken, f"then {word}", *details]
     elif lost:
         word, details = "checkpoint lost", [lost, f"then {word}", *details]
-    elif missing:
+    elif failed.status == 0:
         word, details = "silently incomplete", [*missing, f"then {word}", *details]
-    elif failed.status == 0 and word in GOOD:
-        word = "untouched"
     if message not in ("clear", "finished"):
         details = [failed.error, *details]
     fault = errno.errorcode[number]
@@ -218,13 +218,12 @@ def interrupt(
         place = _place(at, reference)
         ended = bench.run(scenario.words, Action.SIGNAL, at=at, value=number)
     found = contents(bench.box)
-    message, details = _after_signal(ended, found)
-    begun = bool(whole_checkpoints(found))
-    words = ("train", "--resume", "--out", bench.box / "run")
-    word, more = next_call(bench, scenario, reference, words if begun else None)
-    if ended.status == 0 and word in GOOD:
-        word = "untouched"
     name = signal.Signals(number).name
+    if ended.status == 0 and not differences(found, reference.contents):
+        return Round(scenario.name, name, place, "untouched")
+    message, details = _after_signal(ended, found)
+    words = ("train", "--resume", "--out", bench.box / "run")
+    word, more = next_call(bench, scenario, reference, words if whole_checkpoints(found) else None)
     return Round(scenario.name, name, place, word, message, [*details, *more])
 
 

@@ -67,7 +67,7 @@ class Bench:
         self.inputs.mkdir(parents=True)
         self.box.mkdir()
         self.warm = Warm(work)
-        self._references: dict[str, Reference] = {}
+        self._references: dict[tuple[object, ...], Reference] = {}
 
     def __enter__(self) -> Bench:
         return self
@@ -179,7 +179,7 @@ class Bench:
 
     def reference(self, scenario: Scenario) -> Reference:
         """Run it twice without a fault; what differs between the two is not compared after."""
-        if scenario.name not in self._references:
+        if scenario.words not in self._references:
             first = self._whole_run(scenario)
             second = self._whole_run(scenario)
             reference = Reference(
@@ -188,8 +188,8 @@ class Bench:
                 second.record,
                 second.seconds,
             )
-            self._references[scenario.name] = reference
-        return self._references[scenario.name]
+            self._references[scenario.words] = reference
+        return self._references[scenario.words]
 
     def _whole_run(self, scenario: Scenario) -> Reference:
         self.empty()
