@@ -5,6 +5,7 @@ A round's words, which the tables count:
 - identical: the next call went on, and all that it left is that of an uninterrupted run
 - begun anew and identical: the same, where there was no checkpoint to go on from
 - complete already: the next call refused to write over a whole result; nothing else was left
+- complete already, leftovers: the same, and temporary files stay beside it
 - refused: neither the same call with --resume nor the same call without it works
 - differing: the next call succeeded and something is missing or not as in an uninterrupted run
 - leftovers: it succeeded and all is right, but there is more than an uninterrupted run leaves
@@ -87,8 +88,8 @@ def next_call(
     if "Traceback" in outcome.output:
         return "traceback", [outcome.error]
     if outcome.status != 0:
-        if not wrong and not more and not scenario.trains:
-            return "complete already", []
+        if not wrong and not scenario.trains:
+            return ("complete already, leftovers", more) if more else ("complete already", [])
         lines = [first.error] if outcome is first else [first.error, outcome.error]
         return "refused", [*lines, *more]
     if wrong:
@@ -252,8 +253,12 @@ def _after_signal(ended: Outcome, found: Contents) -> tuple[str, list[str]]:
 
 
 def killed(bench: Bench, scenario: Scenario, index: int, chance: random.Random) -> Round:
-    """Kill at a random operation, before it or in its middle."""
-    at = chance.randint(1, bench.reference(scenario).operations)
+    """Kill at a random operation, before it or in its middle; half the time of a random kind."""
+    reference = bench.reference(scenario)
+    at = chance.randint(1, reference.operations)
+    if chance.random() < 0.5:  # else nearly all would be writes
+        kind = chance.choice(sorted({operation.kind for operation in reference.record}))
+        at = chance.choice([entry.number for entry in reference.record if entry.kind == kind])
     return kill(bench, scenario, at, chance.choice((Action.KILL, Action.TEAR)))
 
 
