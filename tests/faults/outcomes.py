@@ -90,11 +90,12 @@ def _as_expected(name: str, value: Any, expected: Any) -> bool:
 
 
 def differences(found: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
-    """Return the reference's files that are missing or not equal."""
+    """Return the reference's files that are missing or not equal; empty folders do not count."""
     return [
         name
         for name, expected in reference.items()
-        if name not in found or (expected != EXISTS and found[name] != expected)
+        if not name.endswith("/")
+        and (name not in found or (expected != EXISTS and found[name] != expected))
     ]
 
 
