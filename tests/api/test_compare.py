@@ -26,6 +26,8 @@ from graft.compare.contenders import (
 )
 from graft.compare.run import Comparison, compare
 from graft.errors import GraftError
+from graft.files.lock import LOCK, owned
+from graft.train.stop import Stop, StoppedError
 
 
 def test_words_name_contenders() -> None:
@@ -250,6 +252,39 @@ def test_a_training_that_was_interrupted_goes_on_from_its_checkpoint(
     monkeypatch.setattr(comparing, "finetune", noting)
     assert compare(config).results[0].loss == whole.results[0].loss
     assert resumed == [True]
+
+
+def test_a_comparison_has_one_owner_and_its_runs_have_too(
+    tiny_base: Path, rows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    config = configured(tiny_base, rows, out, contenders=("lora",), seeds=1, steps=2, generate=0)
+    out.mkdir()
+    with owned(out), pytest.raises(GraftError, match="is in use by process"):
+        compare(config)
+    run = out / "runs" / "lora-seed0"
+    run.mkdir(parents=True)
+    with owned(run):
+        (result,) = compare(config).results
+        assert (run / LOCK).is_file(), "what another process trains is left alone"
+    assert result.error is not None and "is in use by process" in result.error
+    (result,) = compare(config).results
+    assert result.error is None
+
+
+def test_a_comparison_that_is_stopped_goes_on(tiny_base: Path, rows: Path, tmp_path: Path) -> None:
+    settings = {"contenders": ("lora",), "seeds": 1, "steps": 4, "generate": 0}
+    whole = compare(configured(tiny_base, rows, tmp_path / "whole", **settings))
+    config, stop = configured(tiny_base, rows, tmp_path / "broken", **settings), Stop()
+
+    class Stops(comparing.Events):
+        def metrics(self, metrics):
+            if metrics["step"] == 3:
+                stop.ask()
+
+    with pytest.raises(StoppedError, match="stopped after step 3 .* the same command goes on"):
+        compare(config, Stops(), stop)
+    assert compare(config).results[0].loss == whole.results[0].loss
 
 
 def test_a_failure_does_not_lose_the_rest_and_is_tried_again(

@@ -130,6 +130,13 @@ def too_few_rows_to_hold_some_out(place: Place) -> list[str]:
     return train(place)
 
 
+@case("rows.jsonl:1", "'<|newend|>' has the number", "rows of embeddings", "nothing was started")
+def tokens_that_the_model_has_no_embedding_for(place: Place) -> list[str]:
+    path = place.base / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"<|end|>"', '"<|newend|>"'))
+    return train(place, "--rank", "0")
+
+
 @case("rows.jsonl:1", "--max-length")
 def rows_without_a_target(place: Place) -> list[str]:
     row = json.dumps({"prompt": "red lamp " * 40, "completion": "chair"})

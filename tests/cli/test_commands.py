@@ -101,6 +101,24 @@ def test_resume_needs_only_the_folder(tiny_base: Path, rows: Path, tmp_path: Pat
     assert run("train", "--resume", "--out", out, "--rank", 8) == 1
 
 
+def test_a_flag_that_is_given_counts_and_one_that_is_not_does_not(
+    tiny_base: Path, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, file = tmp_path / "run", tmp_path / "run.yaml"
+    given = {"model": str(tiny_base), "data": str(rows), "steps": 2, "out": str(out)}
+    file.write_text(yaml.safe_dump(given), encoding="utf-8")
+    assert run("train", file, "--seed", 3, "--batch-size", 4) == 0
+    shutil.rmtree(out / "adapter")
+    assert run("train", "--resume", "--out", out, "--seed", 0, "--no-eos") == 1
+    told = capsys.readouterr().err
+    assert "seed is 0, the run was begun with 3" in told and "eos is False" in told
+    assert run("train", file, "--resume", "--batch-size", 16) == 1
+    assert "batch_size is 16, the run was begun with 4" in capsys.readouterr().err
+    assert run("train", file, "--resume") == 0, "the file says what the run was begun with"
+    assert run("train", file, "--resume", "--steps", 3) == 0
+    assert yaml.safe_load((out / "config.yaml").read_text(encoding="utf-8"))["steps"] == 3
+
+
 def test_quantize_and_plan_agree_on_the_bytes(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

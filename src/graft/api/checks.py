@@ -111,7 +111,8 @@ def _unknown_names(config: TrainConfig) -> list[str]:
 def _bad_numbers(config: TrainConfig) -> list[str]:
     positive = (
         *("rank", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "alpha"),
-        *("loftq_rounds", "max_grad_norm", "eval_every", "eval_epochs", "save_every", "patience"),
+        *("loftq_rounds", "max_grad_norm", "eval_every", "eval_epochs", "save_every"),
+        *("save_minutes", "patience"),
     )
     values = {name: getattr(config, name) for name in positive}
     problems = [

@@ -255,8 +255,10 @@ def _settings(config: CompareConfig, folder: Path) -> dict[str, Any]:
 
 def _check_folder(out: Path) -> None:
     """Raise GraftError when `out` holds something that is no comparison."""
-    if not out.exists() or (out / SETTINGS).is_file() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out / SETTINGS).is_file():
         return
+    if out.is_dir() and all(path.name.startswith(".") for path in out.iterdir()):
+        return  # nothing, or what a call has left that was killed at its very beginning
     raise GraftError(
         f"{out} exists already and is no comparison; choose another --out or remove it"
     )

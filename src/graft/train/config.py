@@ -78,8 +78,8 @@ class LoopConfig:
     """Minutes between checkpoints. The last two are kept, and one is written at the end, so that a
     finished run can be given more steps."""
     checkpoints: bool = True
-    """Keep checkpoints. Without them one is written only when a training is told to stop (Ctrl-C,
-    SIGTERM, SIGHUP), and a run that was killed begins anew."""
+    """Write checkpoints. Without, whatever --save-every says, there is one only of a training that
+    is told to stop (Ctrl-C, SIGTERM, SIGHUP); a run that was killed begins anew."""
     resume: bool = False
     """Go on with the run in --out, from its newest checkpoint that is whole, or anew where it has
     none; with more --steps or --epochs beyond where it ended."""
