@@ -28,6 +28,9 @@ from graft.model.load import LoadedModel
 from graft.train.loop import Metrics
 from graft.train.trackers import TRACKERS, Tracker, Watchers
 
+_FEW_TOKENS = 512
+"""Of which a forward pass without gradients needs little memory beside any training."""
+
 
 class Watching:
     """Watches one run; nothing that it does changes a bit of what is trained."""
@@ -85,9 +88,9 @@ class Watching:
         self._watchers.end(asdict(report))
 
     def _tokens_at_once(self) -> int:
-        """Return as many tokens as a training batch has, which fit into the memory."""
+        """Return as many tokens as a training batch has, which fit into the memory, or few."""
         longest = max(len(example.input_ids) for example in self._prepared.training.examples)
-        return self._prepared.config.batch_size * longest
+        return max(_FEW_TOKENS, self._prepared.config.batch_size * longest)
 
 
 def write_samples(path: Path, step: int, texts: Sequence[Mapping[str, str]]) -> None:
