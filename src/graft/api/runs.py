@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,7 +15,8 @@ from graft.api.run.status import RunStatus, read_status
 from graft.api.settings import stored_settings
 from graft.errors import GraftError
 from graft.files.lock import is_owned
-from graft.files.read import read_json, read_text
+from graft.files.read import read_json
+from graft.train.metrics import read_metrics
 
 DEPTH = 2
 """How far below a folder runs are looked for."""
@@ -152,20 +152,11 @@ def _state(run: Path, status: RunStatus | None, reported: bool) -> str:
 
 
 def _history(path: Path) -> list[dict[str, float]]:
-    """Return the numbers of each line of a metrics file, up to one that is no entry."""
-    entries = []
-    for line in read_text(path).splitlines() if path.is_file() else []:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):  # the last one may be cut off
-            break
-        if not isinstance(value, dict):
-            break
-        numbers = {name: value[name] for name in value if _number(value, name) is not None}
-        if "step" not in numbers:
-            break
-        entries.append(numbers)
-    return entries
+    """Return the finite numbers of each entry of a metrics file."""
+    return [
+        {name: entry[name] for name in entry if _number(entry, name) is not None}
+        for entry in read_metrics(path)
+    ]
 
 
 def _number(values: Mapping[str, Any], name: str) -> float | None:

@@ -25,7 +25,7 @@ from graft.evaluate.samples import continuations
 from graft.files.read import read_text
 from graft.files.write import write_text
 from graft.model.load import LoadedModel
-from graft.train.loop import Metrics
+from graft.train.metrics import Metrics
 from graft.train.trackers import TRACKERS, Tracker, Watchers
 
 _FEW_TOKENS = 512
