@@ -13,6 +13,7 @@ import pytest
 from graft.api.runs import list_runs
 from graft.cli.main import main
 from graft.errors import GraftError
+from graft.files.lock import is_owned, owned
 
 BEGUN = Path(__file__).resolve().parents[1] / "fixtures" / "a5f4af3" / "runs"
 
@@ -51,11 +52,35 @@ def test_runs_are_found_two_levels_below(folder: Path) -> None:
 
 def test_a_finished_run_has_the_times_of_its_report(folder: Path) -> None:
     evaluate(folder / "first", (4, 1.5), (6, 1.75))
-    report = {"seconds": 75.0, "peak_memory_bytes": 3 * 2**20}
+    drift = {"kl": 0.25}
+    report = {"seconds": 75.0, "peak_memory_bytes": 3 * 2**20, "eval_loss": 1.5, "drift": drift}
     (folder / "first" / "report.json").write_text(json.dumps(report), encoding="utf-8")
     (run,) = list_runs([folder / "first"])
     assert run.status == "finished" and run.seconds == 75 and run.memory_bytes == 3 * 2**20
-    assert (run.loss, run.best_loss, run.best_step) == (1.75, 1.5, 4)
+    assert (run.loss, run.best_loss, run.best_step, run.drift) == (1.5, 1.5, 4, 0.25)
+
+
+def status(run: Path, state: str, **more: object) -> None:
+    found = {"state": state, "step": 4, "steps": 6, "since": "2026-01-02T03:04:05+00:00", **more}
+    (run / "status.json").write_text(json.dumps(found), encoding="utf-8")
+
+
+def test_a_run_is_what_its_status_says(folder: Path, capsys) -> None:
+    run = folder / "first"
+    part = {"since": "2026-01-02T03:04:05+00:00", "seconds": 7.5, "first_step": 1, "last_step": 4}
+    for state in ("interrupted", "finished"):
+        status(run, state, parts=[part])
+        assert list_runs([run])[0].status == state
+    status(run, "running", parts=[part, part])
+    (found,) = list_runs([run])
+    assert found.status == "killed" and found.seconds == 15
+    with owned(run):
+        assert is_owned(run) and list_runs([run])[0].status == "running"
+    assert not is_owned(run)
+    status(run, "failed", error="no \x1b[2J space")
+    assert main(["runs", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "failed" in printed and "no \\x1b[2J space" in printed
 
 
 @pytest.mark.parametrize(
@@ -66,7 +91,7 @@ def test_a_finished_run_has_the_times_of_its_report(folder: Path) -> None:
         ("config.yaml", b"model: base\n"),
         ("config.yaml", b"model: base\ndata: rows\nout: here\nsteps: many\n"),
         ("report.json", b"[]"),
-        ("metrics.jsonl", b"\xff"),
+        ("status.json", b'{"state": "asleep"}'),
     ],
 )
 def test_a_damaged_run_is_a_row_that_says_so(file, content, folder, capsys) -> None:
@@ -78,10 +103,11 @@ def test_a_damaged_run_is_a_row_that_says_so(file, content, folder, capsys) -> N
 
 
 @pytest.mark.parametrize(
-    "line", ['{"step": 5, "loss": ', "[[[[", "7", '{"loss": 1}', '{"step": "5", "loss": 1}']
+    "line",
+    ['{"step": 5, "loss": ', "[[[[", "7", "\udcff", '{"loss": 1}', '{"step": "5", "loss": 1}'],
 )
 def test_metrics_are_read_up_to_a_line_that_is_none(line: str, folder: Path) -> None:
-    with (folder / "first" / "metrics.jsonl").open("a", encoding="utf-8") as file:
+    with (folder / "first" / "metrics.jsonl").open("a", errors="surrogateescape") as file:
         file.write(f"{line}\n" + json.dumps({"step": 6, "loss": 1.0}) + "\n")
     (run,) = list_runs([folder / "first"])
     assert run.steps_done == 4 and run.status == "unfinished"

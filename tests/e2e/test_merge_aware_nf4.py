@@ -16,7 +16,7 @@ from graft.api.events import Events
 from graft.api.export import next_export
 from graft.api.plan import plan
 from graft.api.run.folder import load_any
-from graft.train.loop import read_metrics
+from graft.train.metrics import read_metrics
 
 STEPS, DENSE = 6, 0.5
 

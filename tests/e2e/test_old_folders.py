@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 import graft
 from graft.api.run.folder import read_run_config
 from graft.kernels.backend.native_library import instructions
-from graft.train.loop import read_metrics
+from graft.train.metrics import read_metrics
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "a5f4af3"
 WRITTEN_IN = "/tmp/a5f4af3"

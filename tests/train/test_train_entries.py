@@ -38,7 +38,8 @@ from graft.objectives.registry import OBJECTIVES
 from graft.optimizers.base import OptimizerKind, OptimizerSettings
 from graft.optimizers.registry import OPTIMIZERS
 from graft.train.config import LoopConfig
-from graft.train.loop import Metrics, TrainingTask, read_metrics, train
+from graft.train.loop import TrainingTask, train
+from graft.train.metrics import Metrics, read_metrics
 
 SMOOTHING = 0.1
 NOT_TIMED = ("step", "loss", "learning_rate", "grad_norm", "weight", "right", "eval_loss")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from graft.train.loop import Metrics
+from graft.train.metrics import Metrics
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,9 +11,12 @@ from typing import Any, Literal
 
 from graft.api.config import TrainConfig, as_plain
 from graft.api.run.layout import CONFIG, METRICS, REPORT
+from graft.api.run.status import RunStatus, read_status
 from graft.api.settings import stored_settings
 from graft.errors import GraftError
-from graft.files.read import read_json, read_text
+from graft.files.lock import is_owned
+from graft.files.read import read_json
+from graft.train.metrics import read_metrics
 
 DEPTH = 2
 """How far below a folder runs are looked for."""
@@ -29,9 +31,10 @@ class RunSummary:
     name: str
     """Its folder, as it was found."""
     status: str
-    """finished, adopted, unfinished, or damaged."""
+    """finished, running, killed, interrupted, failed, adopted, unfinished (of a version that wrote
+    no status), or damaged."""
     problem: str | None = None
-    """What is damaged."""
+    """What is damaged, or why it failed."""
     method: str | None = None
     model: str | None = None
     data: str | None = None
@@ -40,13 +43,15 @@ class RunSummary:
     loss_before: float | None = None
     """Held-out loss before the first step, in nats per target."""
     loss: float | None = None
-    """Of the last evaluation after it."""
+    """Of what is kept; while there is no result, of the last evaluation after the first."""
     best_loss: float | None = None
     best_step: int | None = None
     seconds: float | None = None
     """Of the whole run, or of its steps so far."""
     memory_bytes: int | None = None
     """The most so far."""
+    drift: float | None = None
+    """KL from the base on general text, in nats per token."""
     changed: str | None = None
     """When a step or the report was written last, in UTC."""
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -111,44 +116,47 @@ def _read(run: Path) -> RunSummary:
     steps = [entry for entry in history if "loss" in entry]
     evaluations = [entry for entry in history if "eval_loss" in entry]
     best = min(evaluations, key=lambda entry: entry["eval_loss"], default=None)
-    status = "unfinished" if report is None else "finished"
     measured = report or {}
+    status = read_status(run)
+    last = evaluations[-1]["eval_loss"] if len(evaluations) > 1 else None
     spent = math.fsum(entry.get("step_seconds", 0.0) for entry in steps)
     memory = max((entry.get("memory_bytes", 0.0) for entry in steps), default=0.0)
     return RunSummary(
         name=str(run),
-        status=status if plain["data"] else "adopted",
+        status=_state(run, status, report is not None) if plain["data"] else "adopted",
+        problem=None if status is None else status.error,
         method=plain["method"],
         model=_last_part(plain["model"]),
         data=_last_part(plain["data"]) or None,
         steps_done=int(steps[-1]["step"]) if steps else None,
         steps=plain["steps"],
         loss_before=evaluations[0]["eval_loss"] if evaluations else None,
-        loss=evaluations[-1]["eval_loss"] if len(evaluations) > 1 else None,
+        loss=_number(measured, "eval_loss") or last,
         best_loss=None if best is None else best["eval_loss"],
         best_step=None if best is None else int(best["step"]),
-        seconds=_number(measured, "seconds") or spent or None,
+        seconds=_number(measured, "seconds") or (status.seconds if status else spent) or None,
         memory_bytes=int(_number(measured, "peak_memory_bytes") or memory) or None,
+        drift=_number(drift, "kl") if isinstance(drift := measured.get("drift"), dict) else None,
         changed=_changed(run),
         settings=plain,
     )
 
 
+def _state(run: Path, status: RunStatus | None, reported: bool) -> str:
+    """Return how a run stands; one that says it runs and has no owner was killed."""
+    if status is None:
+        return "finished" if reported else "unfinished"
+    if status.state == "running":
+        return "running" if is_owned(run) else "killed"
+    return status.state
+
+
 def _history(path: Path) -> list[dict[str, float]]:
-    """Return the numbers of each line of a metrics file, up to one that is no entry."""
-    entries = []
-    for line in read_text(path).splitlines() if path.is_file() else []:
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):  # the last one may be cut off
-            break
-        if not isinstance(value, dict):
-            break
-        numbers = {name: value[name] for name in value if _number(value, name) is not None}
-        if "step" not in numbers:
-            break
-        entries.append(numbers)
-    return entries
+    """Return the finite numbers of each entry of a metrics file."""
+    return [
+        {name: entry[name] for name in entry if _number(entry, name) is not None}
+        for entry in read_metrics(path)
+    ]
 
 
 def _number(values: Mapping[str, Any], name: str) -> float | None:

@@ -17,7 +17,7 @@ from rich.progress import (
 )
 
 from graft.api.events import Events
-from graft.train.loop import Metrics
+from graft.train.metrics import Metrics
 
 _SECONDS_BETWEEN_LINES = 10.0
 

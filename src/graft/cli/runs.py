@@ -16,7 +16,7 @@ from graft.text import printable
 if TYPE_CHECKING:
     from graft.api.runs import RunSummary
 
-_IMPORTANT = ("status", "held-out loss", "steps", "method", "time", "best", "model", "MiB", "data")
+_IMPORTANT = ("status", "held-out loss", "steps", "method", "time", "best", "model", "drift", "MiB")
 _WORDS = ("status", "method", "model", "data")
 _MIB = 2**20
 _LONGEST = 40
@@ -127,6 +127,7 @@ _FIGURES: dict[str, Callable[[RunSummary], str]] = {
     "best": _best,
     "time": _time,
     "MiB": _memory,
+    "drift": lambda run: "-" if run.drift is None else f"{run.drift:.4f}",
 }
 """The columns, by title."""
 

@@ -44,9 +44,7 @@ def train(config: TrainConfig) -> None:
     )
     for line in report.next_steps:
         print(f"next: {line}")
-    if report.eval_loss > report.eval_loss_before:
-        return
-    if (out / ADAPTER).is_dir():  # not where the weights themselves were trained
+    if not report.worse and (out / ADAPTER).is_dir():  # it is nothing to export, or no adapter
         print(f"next: {next_export(out)}")
 
 

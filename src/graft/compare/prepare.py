@@ -46,7 +46,7 @@ from graft.model.folder import QUANTISATION_FILE
 from graft.model.running.checkpointing import check_checkpointing
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import select_targets
-from graft.train.loop import steps_to_train
+from graft.train.schedule import steps_to_train
 
 SETTINGS = "settings.json"
 _MAY_CHANGE = ("contenders", "bits", "seeds", "keep", "out")

@@ -28,7 +28,7 @@ class Result:
     """Nats per target token."""
     perplexity: float | None = None
     trained_perplexity: float | None = None
-    """Of the model in training, at the last step: what was there before it was deployed."""
+    """Of the model in training, at the step that was kept: what was there before deploying."""
     exact_match: float | None = None
     bleu: float | None = None
     rouge_l: float | None = None

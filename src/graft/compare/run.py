@@ -36,7 +36,7 @@ from graft.model.devices import resolve_device
 from graft.model.load import LoadedModel, load_model
 from graft.model.running.memory import forget_peak
 from graft.model.save import save_model
-from graft.train.loop import read_metrics
+from graft.train.metrics import read_metrics
 from graft.train.stop import Stop, StoppedError
 
 PAGE = "compare.html"

@@ -42,6 +42,21 @@ def owned(folder: Path) -> Iterator[None]:
         os.close(lock)
 
 
+def is_owned(folder: Path) -> bool:
+    """Return whether a process owns a folder now."""
+    try:
+        lock = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
+        return True
+    finally:
+        os.close(lock)
+    return False
+
+
 def _opened(path: Path) -> int:
     """Return a locked descriptor of the lock file; raises GraftError when it is held."""
     while True:

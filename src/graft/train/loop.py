@@ -18,8 +18,6 @@ from transformers import PreTrainedModel
 
 from graft.data.batches import Batch, BatchSampler
 from graft.data.encode import Example
-from graft.errors import GraftError
-from graft.files.read import open_regular
 from graft.files.write import unwritable, write_text
 from graft.model.running.memory import resident_bytes
 from graft.model.save import save_tensors
@@ -37,10 +35,10 @@ from graft.train.checkpoint import (
 from graft.train.config import LoopConfig
 from graft.train.gates import Gates
 from graft.train.health import NotFiniteError, check_gradients, raise_not_finite
-from graft.train.schedule import scheduled_learning_rate
+from graft.train.metrics import Metrics, read_metrics
+from graft.train.schedule import passes, scheduled_learning_rate, steps_between_evaluations
 from graft.train.stop import AbandonedError, Stop, StoppedError
 
-Metrics = dict[str, float]
 OnMetrics = Callable[[Metrics], None]
 OnBegin = Callable[[int, int], None]
 """Takes the number of steps, and the first to be done: 1, or the one that a run goes on with."""
@@ -84,16 +82,6 @@ class TrainingTask:
     check raises."""
 
 
-def steps_to_train(config: LoopConfig, rows: int) -> int:
-    """Return the number of optimizer steps; raises GraftError when both or wrong ones are given."""
-    if config.steps is not None and config.epochs is not None:
-        raise GraftError("steps and epochs are both given; give one of them")
-    if config.steps is not None:
-        return config.steps
-    epochs = 1.0 if config.epochs is None else config.epochs
-    return max(1, round(epochs * rows / (config.batch_size * config.grad_accum)))
-
-
 @dataclass(frozen=True)
 class Trained:
     """How a training ended; the model has the parameters that are kept."""
@@ -104,18 +92,6 @@ class Trained:
     """Steps done: fewer than planned where patience ended."""
     kept_step: int
     """The step that the parameters are of."""
-
-
-def steps_between_evaluations(config: LoopConfig, rows: int) -> float | None:
-    """Return after how many steps, not always whole, an evaluation is due; None: only at the ends.
-
-    Raises GraftError when both steps and epochs are given.
-    """
-    if config.eval_epochs is None:
-        return config.eval_every
-    if config.eval_every is not None:
-        raise GraftError("eval_every and eval_epochs are both given; give one of them")
-    return config.eval_epochs * rows / (config.batch_size * config.grad_accum)
 
 
 def train(
@@ -293,7 +269,7 @@ class _Loop:
 
     def _evaluate_if_due(self) -> None:
         step = self.moment.step
-        due = step in (0, self.task.steps) or self._passes(self.interval, step)
+        due = step in (0, self.task.steps) or passes(self.interval, step)
         if not due or self.evaluated == step:
             return
         self.task.model.eval()
@@ -305,11 +281,6 @@ class _Loop:
         self.best.evaluated(step, metrics["eval_loss"], last=step == self.task.steps)
         if self.task.on_evaluated is not None:
             self.task.on_evaluated(step)
-
-    @staticmethod
-    def _passes(interval: float | None, step: int) -> bool:
-        """Return whether a multiple of the interval lies between the step before and this one."""
-        return interval is not None and step // interval > (step - 1) // interval
 
     def _record(self, metrics: Metrics) -> None:
         self.last = {**self.last, **metrics}
@@ -378,24 +349,3 @@ class _Loop:
         if lost is not None:
             self.task.on_note(lost)
         self.moment = self._now(position.step)
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Return the entries of a metrics file, up to a line that was cut off or is none."""
-    entries: list[dict[str, Any]] = []
-    if not path.is_file():
-        return entries
-    with open_regular(path) as file:
-        for line in file:
-            try:
-                entry = json.loads(line)
-            except (ValueError, RecursionError):
-                break
-            if not isinstance(entry, dict) or not _is_number(*entry.values(), entry.get("step")):
-                break
-            entries.append(entry)
-    return entries
-
-
-def _is_number(*values: object) -> bool:
-    return all(isinstance(value, int | float) for value in values)

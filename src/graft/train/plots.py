@@ -61,6 +61,7 @@ def plot_loss(
             ha="center",
             fontsize=8,
             color="#c8442e",
+            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5},
         )
     top.margins(y=0.1)  # room for the figure above the first point
     top.set_ylabel("loss (nats per target token)")

@@ -30,8 +30,7 @@ from graft.objectives.registry import OBJECTIVES
 from graft.plan.memory import MemoryPlan, plan_memory
 from graft.text import quoted
 from graft.train.gates import eos_note
-from graft.train.loop import steps_to_train
-from graft.train.schedule import default_learning_rate
+from graft.train.schedule import default_learning_rate, steps_to_train
 
 
 @dataclass(frozen=True)

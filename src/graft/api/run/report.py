@@ -26,7 +26,8 @@ from graft.files.write import write_json, write_text
 from graft.formats.base import storage_bytes
 from graft.model.running.memory import peak_bytes
 from graft.plan.memory import MemoryPlan
-from graft.train.loop import Trained, read_metrics
+from graft.train.loop import Trained
+from graft.train.metrics import read_metrics
 from graft.train.plots import plot_loss
 
 
@@ -92,6 +93,11 @@ class RunReport:
     held_out_fingerprint: str | None
     """None where a share of the training file was held out."""
     versions: dict[str, str]
+
+    @property
+    def worse(self) -> bool:
+        """Whether what is kept is worse on held-out rows than before training."""
+        return not self.eval_loss <= self.eval_loss_before
 
 
 def base_facts(model: str, folder: Path) -> dict[str, Any]:
@@ -207,8 +213,7 @@ def write_report(run: Path, report: RunReport, history: Sequence[dict[str, Any]]
 def held_out_words(report: RunReport) -> str:
     """Return the held-out loss before and after, and plainly whether it got worse."""
     change = f"{report.eval_loss_before:.4f} → {report.eval_loss:.4f}"
-    worse = not report.eval_loss <= report.eval_loss_before
-    return f"{change}, worse than before training" if worse else change
+    return f"{change}, worse than before training" if report.worse else change
 
 
 def drift_words(report: RunReport) -> str:

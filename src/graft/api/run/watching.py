@@ -25,8 +25,11 @@ from graft.evaluate.samples import continuations
 from graft.files.read import read_text
 from graft.files.write import write_text
 from graft.model.load import LoadedModel
-from graft.train.loop import Metrics
+from graft.train.metrics import Metrics
 from graft.train.trackers import TRACKERS, Tracker, Watchers
+
+_FEW_TOKENS = 512
+"""Of which a forward pass without gradients needs little memory beside any training."""
 
 
 class Watching:
@@ -85,9 +88,9 @@ class Watching:
         self._watchers.end(asdict(report))
 
     def _tokens_at_once(self) -> int:
-        """Return as many tokens as a training batch has, which fit into the memory."""
+        """Return as many tokens as a training batch has, which fit into the memory, or few."""
         longest = max(len(example.input_ids) for example in self._prepared.training.examples)
-        return self._prepared.config.batch_size * longest
+        return max(_FEW_TOKENS, self._prepared.config.batch_size * longest)
 
 
 def write_samples(path: Path, step: int, texts: Sequence[Mapping[str, str]]) -> None:
