@@ -41,6 +41,32 @@ def printable(text: str) -> str:
     return _ACTS.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
+def reason(error: BaseException, limit: int = 300) -> str:
+    """Return what an exception of another library says, as one harmless line, or else its kind."""
+    text = " ".join(printable(str(error)[: 10 * limit]).split())
+    return (text if len(text) <= limit else f"{text[:limit]}...") or type(error).__name__
+
+
+def shown(message: str, limit: int = 2000) -> str:
+    """Return a message as a terminal may show it: nothing in it acts, and it fits on a page.
+
+    Of one that is too long each line keeps its beginning and its end, where the remedy is, and
+    the last lines are counted instead.
+    """
+    lines = message.splitlines() if len(message) > limit else [message]
+    if len(lines) > 1 or len(message) > limit:
+        lines = [one if len(one) <= 400 else f"{one[:250]} ... {one[-140:]}" for one in lines]
+    kept: list[str] = []
+    room = limit - 40
+    for line in lines:
+        room -= len(line) + 1
+        if room < 0 and len(lines) > 1:
+            kept.append(f"  ... and {len(lines) - len(kept)} more lines")
+            break
+        kept.append(line)
+    return printable("\n".join(kept))
+
+
 def markdown(text: str) -> str:
     """Return a text that Markdown shows as it is, in one line: no link, image, HTML or table."""
     return _MARKS.sub(r"\\\1", " ".join(printable(text).split()))

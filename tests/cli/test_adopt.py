@@ -217,9 +217,14 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], object], list[object], list[str
     "no rank": (lambda f, _: changed(f, r=None), [], ["r is None, not a number"]),
     "a changed base": (lambda f, _: changed(f, init_lora_weights="pissa"), [], ["'pissa'"]),
     "no number": (
-        lambda f, _: changed(f, alpha_pattern={"(": 3, "q_proj": "x"}, lora_dropout=1.5),
+        lambda f, _: changed(f, alpha_pattern={"q_proj": "x"}, r="8"),
         [],
-        ["alpha_pattern has '(', which is no pattern", "'x' for 'q_proj'", "lora_dropout is 1.5"],
+        ["alpha_pattern.q_proj is 'x'", "r is '8'"],
+    ),
+    "no pattern": (
+        lambda f, _: changed(f, alpha_pattern={"(": 3}, lora_dropout=1.5),
+        [],
+        ["alpha_pattern has '(', which is no valid regular expression", "lora_dropout is 1.5"],
     ),
     "truncated": (cut, [], ["truncated"]),
     "another shape": (another_shape, [], ["down_proj", "(4, 7)", "(4, 96)"]),

@@ -197,7 +197,7 @@ TARGETS: dict[str, Target] = {
     "yaml-quantize": Target("settings", "quantize.yaml", YAML, (quantize_file,)),
     "yaml-plan": Target("settings", "plan.yaml", YAML, (plan_file,)),
     "config": Target("base", "config.json", JSON, _READ_BASE),
-    "generation-config": Target("base", "generation_config.json", JSON, (generate, evaluate, chat)),
+    "generation-config": Target("base", "generation_config.json", JSON, (generate, quantize, chat)),
     "tokenizer": Target("base", "tokenizer.json", TOKENIZER, _READ_BASE),
     "tokenizer-config": Target("base", "tokenizer_config.json", JSON, _READ_BASE),
     "template": Target("base", "chat_template.jinja", JINJA, (chat, export_to("ollama"))),

@@ -232,10 +232,10 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         tensors(lambda t: t.update({A: torch.ones(4, 7), B: torch.ones(3, 4)})),
         [LAYER, "(4, 7)", "(3, 4)", "(4, 80)", "(80, 4)"],
     ),
-    "ranks that differ": (tensors(lambda t: t.update({A: torch.ones(2, 80)})), [LAYER, "(2, 80)"]),
+    "ranks that differ": (tensors(lambda t: t.update({A: torch.ones(2, 80)})), [LAYER, "[2, 80]"]),
     "A missing": (tensors(lambda t: t.pop(A)), [f"{LAYER}: lora_A or lora_B is missing"]),
     "B missing": (tensors(lambda t: t.pop(B)), [f"{LAYER}: lora_A or lora_B is missing"]),
-    "a layer missing": (tensors(drop_layer), [f"the tensors of {LAYER} are missing"]),
+    "a layer missing": (tensors(drop_layer), [f"the tensors of '{LAYER}' are missing"]),
     "foreign tensors": (
         tensors(
             lambda t: t.update(

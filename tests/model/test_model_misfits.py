@@ -147,13 +147,13 @@ PLAIN: dict[str, tuple[Damage, list[str]]] = {
     "index to an absolute path": (index({"a": "/etc/hostname"}), [INDEX, "/etc/hostname"]),
     "index to a missing file": (
         index({"a": "part.safetensors", "b": "gone.safetensors"}),
-        [INDEX, "gone.safetensors is named there but not in the folder"],
+        [INDEX, "'gone.safetensors' is named there but not in the folder"],
     ),
-    "index that holds a list": (index([]), [INDEX, "has no weight_map"]),
+    "index that holds a list": (index([]), [INDEX, "weight_map is []"]),
     "broken index": (write(INDEX, "{"), [INDEX, "no valid JSON"]),
     "exotic dtype": (
         change_tensors(lambda t: t.update({"x": torch.ones(1, dtype=torch.complex64)})),
-        ["tensor x has dtype C64"],
+        ["tensor 'x' is C64, which is not read"],
     ),
 }
 
@@ -163,7 +163,7 @@ QUANTISED: dict[str, tuple[Damage, list[str]]] = {
         ["format_version 99", "reads 1", "update graft"],
     ),
     "no version": (write("graft.json", "{}"), ["format_version None"]),
-    "no layers": (write("graft.json", '{"format_version": 1}'), ["names no layers"]),
+    "no layers": (write("graft.json", '{"format_version": 1}'), ["layers is missing"]),
     "unknown format": (
         change_json("graft.json", layers={LAYER: {"format": "nf5"}}),
         ["graft.json", LAYER, "unknown weight format 'nf5'; did you mean 'nf4'?"],
@@ -174,7 +174,7 @@ QUANTISED: dict[str, tuple[Damage, list[str]]] = {
     ),
     "three bad layers": (
         change_json("graft.json", layers={LAYER: "int", "model.x": {}, "lm_head": {}}),
-        ["3 problems", f"{LAYER} names no format", "model.x is no linear layer", "lm_head"],
+        ["3 problems", f"{LAYER}' names no format", "'model.x' is no linear layer", "lm_head"],
     ),
     "grid that is no format": (
         change_json("graft.json", layers={LAYER: {"format": "latent", "grid": "nf4"}}),

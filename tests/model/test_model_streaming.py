@@ -24,7 +24,7 @@ LINUX = pytest.mark.skipif(
 MEASURE = """
 import ctypes, gc, json, sys
 from pathlib import Path
-import torch
+import pydantic, torch  # graft.json is checked with pydantic
 from graft.formats.registry import make_format
 from graft.model.load import load_model
 from graft.model.save import save_model

@@ -164,9 +164,9 @@ def damaged(description: dict[str, object]) -> dict[str, dict[str, object]]:
     name = "model.layers.0.mlp.up_proj"
     return {
         "format_version 9": description | {"format_version": 9},
-        "names no layers": description | {"layers": None},
-        "elsewhere is no linear layer": description | {"layers": layers | {"elsewhere": {}}},
-        f"{name} names no format": description | {"layers": layers | {name: {}}},
+        "layers is None": description | {"layers": None},
+        "'elsewhere' is no linear layer": description | {"layers": layers | {"elsewhere": {}}},
+        f"'{name}' names no format": description | {"layers": layers | {name: {}}},
         "unknown weight format 'nfx'": description | {"layers": layers | {name: {"format": "nfx"}}},
     }
 

@@ -119,7 +119,13 @@ def low_rank(stored: StoredAdapter) -> int:
     """Return the rank of a stored low-rank update; raises GraftError when it has none."""
     if "A" not in stored.tensors or "B" not in stored.tensors:
         raise GraftError("lora_A or lora_B is missing")
-    return stored.tensors["A"].shape[0]
+    first, second = stored.tensors["A"], stored.tensors["B"]
+    if first.ndim != 2 or second.ndim != 2 or first.shape[0] != second.shape[1]:
+        raise GraftError(
+            f"lora_A is {list(first.shape)} and lora_B {list(second.shape)}; expected [rank, "
+            "inputs] and [outputs, rank]"
+        )
+    return first.shape[0]
 
 
 def scaling_of(stored: StoredAdapter, peft_factor: float = 1.0) -> float:

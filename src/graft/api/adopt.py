@@ -21,16 +21,15 @@ from graft.api.run.layout import ADAPTER, BASE, CONFIG, REPORT
 from graft.api.run.report import base_facts, stored_bits_per_weight, versions
 from graft.data.shapes.registry import CHAT, PLAIN
 from graft.errors import GraftError, Problems
-from graft.files.read import read_json
 from graft.files.write import new_folder, write_json, write_yaml
 from graft.formats.base import WeightFormat
 from graft.formats.choice import described
 from graft.formats.config import FormatConfig
 from graft.formats.dense import DenseFormat
 from graft.formats.registry import AS_IT_IS, parse_format
-from graft.model.adapter_files import OWN_CONFIG, load_adapter, save_adapter
+from graft.model.adapter_files import load_adapter, read_own_config, save_adapter
 from graft.model.load import load_model
-from graft.model.peft_files import PEFT_CONFIG, PEFT_WEIGHTS
+from graft.model.peft_files import PEFT_CONFIG, PEFT_WEIGHTS, read_peft_config
 from graft.model.save import save_model
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import freeze_layers, select_targets
@@ -183,18 +182,13 @@ def _read_settings(source: Path) -> dict[str, Any]:
         )
     if not (source / PEFT_CONFIG).is_file():
         raise GraftError(f"{source} is no adapter folder of PEFT: it has no {PEFT_CONFIG}")
-    own = read_json(source / OWN_CONFIG) if (source / OWN_CONFIG).is_file() else {}
-    start = str(own.get("init", "default"))
-    if STARTS[start].changes_base:
+    own = read_own_config(source)
+    if own is not None and STARTS[own.init].changes_base:
         raise GraftError(
-            f"{source} is from a run of graft that started as {start}, and its start is not in it; "
-            "use the run itself"
+            f"{source} is from a run of graft that started as {own.init}, and its start is not in "
+            "it; use the run itself"
         )
-    config = read_json(source / PEFT_CONFIG)
-    for key in ("r", "lora_alpha"):
-        if config.get("peft_type") == "LORA" and not isinstance(config.get(key), (int, float)):
-            raise GraftError(f"{source / PEFT_CONFIG}: {key} is {config.get(key)!r}, not a number")
-    return config
+    return read_peft_config(source)
 
 
 def _adapter_settings(method: Method, config: Mapping[str, Any]) -> dict[str, Any]:

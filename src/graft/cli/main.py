@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from graft.cli.commands import COMMANDS
 from graft.cli.signals import Ended, ending
 from graft.errors import GraftError
+from graft.text import shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ending():
             command.run(parse(command, words[1:], name))
     except GraftError as error:
-        print(f"graft {name}: error: {error}", file=sys.stderr)
+        print(f"graft {name}: error: {shown(str(error))}", file=sys.stderr)
         return 1
     except Ended as ended:
         print(f"graft {name}: {ended}", file=sys.stderr)

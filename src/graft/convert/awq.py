@@ -55,7 +55,7 @@ class AwqReader(Reader):
         names = [key.removesuffix(".qweight") for key in files if key.endswith(".qweight")]
         return Source(
             kind="AWQ (gemm)",
-            model=folder.skeleton(),
+            model=folder.skeleton(len(files)),
             layers={name: partial(_layer, files, name, rounding) for name in names},
             tensors=plain_tensors(files, (f"{name}.{part}" for name in names for part in _PARTS)),
             rounding=rounding,

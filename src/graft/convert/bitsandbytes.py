@@ -43,7 +43,7 @@ class BitsandbytesReader(Reader):
         parts += [f"{name}.{part}" for name in eights for part in _INT8_PARTS]
         return Source(
             kind="bitsandbytes",
-            model=folder.skeleton(),
+            model=folder.skeleton(len(files)),
             layers={
                 **{name: partial(_four_bits, files, name, key) for name, key in states.items()},
                 **{name: partial(_eight_bits, files, name) for name in eights},

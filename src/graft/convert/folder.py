@@ -15,8 +15,10 @@ from graft.convert.source import PlainTensor
 from graft.errors import GraftError
 from graft.files.read import read_json
 from graft.model.folder import parse_config
+from graft.model.foreign import check_files
 from graft.model.subject import build_skeleton
 from graft.model.weight_files import INDEX_FILE, PICKLES, SINGLE_FILE, WeightFiles
+from graft.text import quoted
 
 WORDS = (torch.int32, torch.uint32)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -42,10 +44,13 @@ class ForeignFolder:
             return False
         return any(path for pattern in PICKLES for path in self.folder.glob(pattern))
 
-    def skeleton(self) -> PreTrainedModel:
-        """Return the modules on the meta device, as they are without the quantisation."""
+    def skeleton(self, tensors: int = 0) -> PreTrainedModel:
+        """Return the modules on the meta device, as they are without the quantisation.
+
+        tensors: how many its files hold; see `build_skeleton`.
+        """
         plain = {key: value for key, value in self.config.items() if key not in _SETTINGS}
-        return build_skeleton(parse_config(plain, self.folder))
+        return build_skeleton(parse_config(plain, self.folder), tensors=tensors)
 
     def weights(self) -> WeightFiles:
         """Return the safetensors files; raises GraftError when there are none."""
@@ -55,8 +60,18 @@ class ForeignFolder:
 
 
 def open_folder(folder: Path) -> ForeignFolder:
-    """Read config.json; the settings of an older GPTQ folder are in quantize_config.json."""
+    """Read config.json; the settings of an older GPTQ folder are in quantize_config.json.
+
+    Raises GraftError when either is damaged.
+    """
+    check_files(folder)
     config = read_json(folder / "config.json")
+    for key in _SETTINGS:
+        if not isinstance(config.get(key, {}), dict):
+            raise GraftError(
+                f"{folder / 'config.json'}: {key} is {quoted(config[key])}; expected settings by "
+                "name"
+            )
     separate = folder / "quantize_config.json"
     if "quantization_config" not in config and separate.is_file():
         config["quantization_config"] = {"quant_method": "gptq"} | read_json(separate)

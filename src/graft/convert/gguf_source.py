@@ -59,7 +59,7 @@ class GgufReader(Reader):
 def gguf_source(path: Path) -> Source:
     """Return what is in a GGUF file; raises GraftError for types and tensors that have no place."""
     file, rounding = read_gguf(path), Rounding()
-    model = build_skeleton(gguf_config(file))
+    model = build_skeleton(gguf_config(file), tensors=len(file.tensors))
     linear = linear_layers(model)
     layers: dict[str, ReadLayer] = {}
     tensors: dict[str, PlainTensor] = {}

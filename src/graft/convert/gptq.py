@@ -57,7 +57,7 @@ class GptqReader(Reader):
         names = [key.removesuffix(".qweight") for key in files if key.endswith(".qweight")]
         return Source(
             kind=f"GPTQ ({layout})",
-            model=folder.skeleton(),
+            model=folder.skeleton(len(files)),
             layers={
                 name: partial(_layer, files, name, settings, layout == "gptq", rounding)
                 for name in names

@@ -51,7 +51,7 @@ class MlxReader(Reader):
         names = [key.removesuffix(".scales") for key in files if key.endswith(".scales")]
         return Source(
             kind="MLX",
-            model=folder.skeleton(),
+            model=folder.skeleton(len(files)),
             layers={
                 name: partial(_layer, files, name, _mode(settings, name), rounding)
                 for name in names

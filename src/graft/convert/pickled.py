@@ -18,7 +18,9 @@ from graft.convert.base import Reader
 from graft.convert.folder import ForeignFolder, open_folder
 from graft.convert.source import PlainTensor, Source
 from graft.errors import GraftError
+from graft.files.read import open_regular
 from graft.model.folder import find_folder
+from graft.model.foreign import understood
 from graft.model.weight_files import PICKLES, indexed_files
 
 _SINGLE = "pytorch_model.bin"
@@ -65,7 +67,7 @@ def pickled_source(folder: ForeignFolder, file: str | None = None) -> Source:
         for key, tensor in shards.read(name).items():
             make = partial(shards.tensor, name, key)
             tensors[key] = PlainTensor(tuple(tensor.shape), tensor.dtype, make)
-    return Source("PyTorch, pickled", folder.skeleton(), {}, tensors)
+    return Source("PyTorch, pickled", folder.skeleton(len(tensors)), {}, tensors)
 
 
 def _files(folder: Path) -> list[str]:
@@ -105,26 +107,28 @@ class _Shards:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        # Files of before PyTorch 1.6 are no zip archives and cannot be mapped.
-        mapped = zipfile.is_zipfile(path)
-        found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except pickle.UnpicklingError as error:
-        raise GraftError(
-            f"{path} is refused: it holds more than tensors and plain containers, or is damaged, "
-            f"and unpickling it could run code ({_reason(error)}); ask whoever made it for "
-            "safetensors"
-        ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise GraftError(
-            f"{path} is no readable PyTorch file ({_reason(error)}); download it again"
-        ) from error
+    open_regular(path).close()
+    with understood(path, "is no readable PyTorch file (download it again)"):
+        try:
+            # Files of before PyTorch 1.6 are no zip archives and cannot be mapped.
+            mapped = zipfile.is_zipfile(path)
+            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        except pickle.UnpicklingError as error:
+            raise GraftError(
+                f"{path} is refused: it holds more than tensors and plain containers, or is "
+                f"damaged, and unpickling it could run code ({_reason(error)}); ask whoever made "
+                "it for safetensors"
+            ) from error
     for key in _INSIDE:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
     if not isinstance(found, dict):
         raise GraftError(f"{path} holds a {type(found).__name__}; expected tensors by name")
-    tensors = {name: tensor for name, tensor in found.items() if isinstance(tensor, Tensor)}
+    tensors = {
+        name: tensor
+        for name, tensor in found.items()
+        if isinstance(name, str) and isinstance(tensor, Tensor)
+    }
     if not tensors:
         raise GraftError(f"{path} holds no tensors by name")
     return tensors

@@ -106,7 +106,7 @@ def plan_conversion(source: Source) -> ConversionPlan:
                     plan.dequantised.append(owner)
                     plan.tensors.append(_dense(name, layer, out_features, in_features))
             elif plain is not None:
-                plan.tensors.append(_plain(name, plain, tuple(tensor.shape)))
+                plan.tensors.append(_plain(name, plain, tensor))
             else:
                 raise GraftError(f"tensor {name} is missing")
     left = [key for key in (*source.layers, *source.tensors) if key not in used]
@@ -152,17 +152,27 @@ def _dense(name: str, layer: QuantisedLayer, out_features: int, in_features: int
 
 def _made(name: str, layer: QuantisedLayer) -> Mapping[str, Tensor]:
     try:
-        return layer.make()
+        packed = layer.make()
     except GraftError as error:
         raise GraftError(f"{name}: {error}") from error
+    odd = [
+        part
+        for part, tensor in packed.items()
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all())
+    ]
+    if odd:
+        raise GraftError(f"{name}: {' and '.join(odd)} are not finite; download it again")
+    return packed
 
 
-def _plain(name: str, tensor: PlainTensor, shape: tuple[int, ...]) -> FileTensor:
+def _plain(name: str, tensor: PlainTensor, place: Tensor) -> FileTensor:
+    shape = tuple(place.shape)
     if tensor.shape != shape:
         raise GraftError(
             f"{name} has shape {list(tensor.shape)}; config.json makes it {list(shape)}"
         )
-    if tensor.dtype not in WRITABLE:
+    alike = tensor.dtype.is_floating_point == place.is_floating_point()
+    if tensor.dtype not in WRITABLE or not alike:
         raise GraftError(f"{name} is {tensor.dtype}; graft keeps 16, 32 and 64-bit floats")
     return FileTensor(name, shape, tensor.dtype, tensor.make)
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from graft.data.encode import Example
+from graft.objectives.base import perplexity_of
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class FidelitySum:
 
     def result(self) -> Fidelity:
         """Return the figures over all rows, of which there is one at least."""
-        perplexity, other = (math.exp(loss / self._positions) for loss in self._losses)
+        perplexity, other = (perplexity_of(loss / self._positions) for loss in self._losses)
         return Fidelity(
             mean_kl=self._divergence / self._positions,
             top1_agreement=self._agree / self._positions,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 from io import BufferedReader
 from pathlib import Path
@@ -14,6 +15,9 @@ from graft.files.bounds import bound, raise_beyond
 from graft.text import quoted
 
 Kind = TypeVar("Kind")
+
+_HALF = re.compile(r"\\u[dD][89a-fA-F]")
+"""Begins one of the two escapes of a character beyond the first 65,536."""
 
 _MIB = 2**20
 JSON_BYTES = 256 * _MIB
@@ -63,14 +67,20 @@ def read_text(path: Path, most: int = JSON_BYTES) -> str:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; raises GraftError when it holds none."""
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
+        value = json.loads(text)
     except RecursionError as error:
         raise GraftError(f"{path} is no valid JSON: it is nested too deeply") from error
     except ValueError as error:
         raise GraftError(f"{path} is no valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise GraftError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    if _HALF.search(text):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # which nothing could write again
+            raise GraftError(f"{path} holds half a character: {error.reason}") from error
     return value
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft.entries import Entries, Listed
 from graft.errors import GraftError
+from graft.text import quoted, reason
 
 if TYPE_CHECKING:
     from graft.formats.base import WeightFormat
@@ -36,10 +37,15 @@ def make_format(name: str, options: Mapping[str, Any] | None = None) -> WeightFo
 
     Raises GraftError for an unknown name or for options that the format refuses.
     """
+    make, options = FORMATS[name].make, options or {}
     try:
-        return FORMATS[name].make(**(options or {}))
-    except (TypeError, ValueError) as error:
-        raise GraftError(f"weight format {name!r}: {error}") from error
+        kinds = {key: type(value) for key, value in make().options().items()}
+        for key, value in options.items():
+            if key in kinds and type(value) is not kinds[key]:  # to Python 4.0 is 4, and True is 1
+                raise TypeError(f"{key} is {quoted(value)}; expected {kinds[key].__name__}")
+        return make(**options)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise GraftError(f"weight format {name!r}: {reason(error)}") from error
 
 
 def describe_format(weight_format: WeightFormat) -> dict[str, Any]:

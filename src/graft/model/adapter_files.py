@@ -7,6 +7,7 @@ them graft_adapter.json, which keeps what PEFT's configuration cannot say exactl
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,70 @@ from graft.adapters.method import Method
 from graft.adapters.registry import method_of_files
 from graft.adapters.starts.registry import STARTS
 from graft.errors import GraftError, raise_problems
+from graft.files.bounds import bound, raise_beyond
 from graft.files.digest import check_digest
-from graft.files.read import read_json
+from graft.files.read import read_json, typed
 from graft.files.write import new_folder, write_json
 from graft.layers.frozen import FrozenLinear
 from graft.model.peft_files import (
     PEFT_CONFIG,
     PEFT_WEIGHTS,
+    Finite,
     foreign_tensor,
+    peft_alphas,
     peft_config,
     peft_key,
     peft_problems,
     peft_scaling,
+    read_peft_config,
     split_peft_key,
 )
 from graft.model.save import save_tensors
 from graft.model.weight_files import WeightFiles
+from graft.text import quoted
 
 OWN_CONFIG = "graft_adapter.json"
 OWN_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnConfig:
+    """What graft_adapter.json says."""
+
+    format_version: int
+    method: str | None = None
+    base: str | None = None
+    scaling: Mapping[str, Finite | None] = field(default_factory=dict)
+    """Of each layer, exactly as it was trained; None where the method has none."""
+    init: str = "default"
+    sha256: str | None = None
+    """Of the tensors; adapters of earlier versions do not say it."""
+
+
+def read_own_config(folder: Path) -> OwnConfig | None:
+    """Return what graft_adapter.json says, None where there is none, as beside PEFT's own.
+
+    Raises GraftError when it is damaged or of another version.
+    """
+    file = folder / OWN_CONFIG
+    if not file.is_file():
+        return None
+    found = read_json(file)
+    if found.get("format_version") != OWN_VERSION:
+        raise GraftError(
+            f"{file} has format_version {quoted(found.get('format_version'))}; this version of "
+            f"graft reads {OWN_VERSION}"
+        )
+    return typed(found, OwnConfig, file)
+
+
+def _read_configs(folder: Path) -> tuple[OwnConfig | None, dict[str, Any]]:
+    own = read_own_config(folder)
+    if (folder / PEFT_CONFIG).is_file():
+        return own, read_peft_config(folder)
+    if own is None:
+        raise GraftError(f"{folder} is no adapter folder: it has no {PEFT_CONFIG}")
+    return own, {}
 
 
 def save_adapter(
@@ -107,10 +153,9 @@ def check_adapter_file(folder: Path) -> None:
 
     Adapters of PEFT and of earlier versions do not say what that was.
     """
-    if (folder / OWN_CONFIG).is_file():
-        digest = read_json(folder / OWN_CONFIG).get("sha256")
-        if digest is not None:
-            check_digest(folder / PEFT_WEIGHTS, str(digest))
+    own = read_own_config(folder)
+    if own is not None and own.sha256 is not None:
+        check_digest(folder / PEFT_WEIGHTS, own.sha256)
 
 
 def load_adapter(
@@ -121,18 +166,10 @@ def load_adapter(
     Every tensor must find its layer and fit it. Raises GraftError with all that do not, before
     the model is changed.
     """
-    own = read_json(folder / OWN_CONFIG) if (folder / OWN_CONFIG).is_file() else {}
-    if own and own.get("format_version") != OWN_VERSION:
-        raise GraftError(
-            f"{folder / OWN_CONFIG} has format_version {own.get('format_version')!r}; this version "
-            f"of graft reads {OWN_VERSION}"
-        )
-    if not own and not (folder / PEFT_CONFIG).is_file():
-        raise GraftError(f"{folder} is no adapter folder: it has no {PEFT_CONFIG}")
-    config = read_json(folder / PEFT_CONFIG) if (folder / PEFT_CONFIG).is_file() else {}
+    own, config = _read_configs(folder)
     tensors = _read_tensors(folder)
     layers = dict(frozen_layers(model))
-    method = method_of_files(own.get("method"), config)
+    method = method_of_files(None if own is None else own.method, config)
     problems = peft_problems(config)
     by_layer: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -141,21 +178,25 @@ def load_adapter(
             problems.append(foreign_tensor(key))
         else:
             by_layer.setdefault(layer_name, {})[parameter] = tensor
-    if STARTS[str(own.get("init", "default"))].changes_base:
+    if own is not None and STARTS[own.init].changes_base:
         problems += [
             f"{layer_name} is dense, and this adapter makes up for the rounding of the weights in "
-            f"{own.get('base')!r}: load it on those"
+            f"{quoted(own.base)}: load it on those"
             for layer_name in by_layer
             if not layers[layer_name].weight_format.quantised
         ]
+    alphas, found = peft_alphas(config, by_layer)
+    problems += found
     made = {}
     for layer_name, parts in by_layer.items():
         try:
-            made[layer_name] = _build(method, layers[layer_name], parts, layer_name, config, own)
+            stored = _stored(parts, layer_name, own, config, alphas[layer_name])
+            made[layer_name] = _build(method, layers[layer_name], stored)
         except GraftError as error:
             problems.append(f"{layer_name}: {error}")
-    missing = [layer_name for layer_name in own.get("scaling", {}) if layer_name not in by_layer]
-    problems += [f"the tensors of {layer_name} are missing" for layer_name in missing]
+    scaled = {} if own is None else own.scaling
+    missing = [layer_name for layer_name in scaled if layer_name not in by_layer]
+    problems += [f"the tensors of {quoted(layer_name)} are missing" for layer_name in missing]
     if not by_layer and not problems:
         problems.append("it holds no tensors")
     if name in adapter_names(model):
@@ -173,9 +214,8 @@ def check_adapter(model: nn.Module, folder: Path, name: str = "default") -> None
 
     Names and shapes are read from the header of the file, so it costs nothing.
     """
-    own = read_json(folder / OWN_CONFIG)
-    config = read_json(folder / PEFT_CONFIG) if (folder / PEFT_CONFIG).is_file() else {}
-    method = method_of_files(own.get("method"), config)
+    own, config = _read_configs(folder)
+    method = method_of_files(None if own is None else own.method, config)
     with WeightFiles(folder, single_file=PEFT_WEIGHTS) as files:
         saved = {_split_key(key, config, method): files.shape(key) for key in files}
     trained: dict[tuple[str, str | None], tuple[int, ...]] = {
@@ -207,6 +247,9 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
             "with safetensors"
         )
     with WeightFiles(folder, single_file=PEFT_WEIGHTS) as files:
+        whole = [quoted(key) for key in files if not files.dtype(key).is_floating_point]
+        if whole:
+            raise GraftError(f"{folder / PEFT_WEIGHTS}: {', '.join(whole[:5])} hold integers")
         return {key: files.read(key).float().clone() for key in files}
 
 
@@ -220,26 +263,38 @@ def _split_key(key: str, config: Mapping[str, Any], method: Method) -> tuple[str
     return layer_name, parameter if parameter in kind.own_names else None
 
 
-def _build(
-    method: Method,
-    layer: FrozenLinear,
+def _stored(
     parts: Mapping[str, Tensor],
     layer_name: str,
+    own: OwnConfig | None,
     config: Mapping[str, Any],
-    own: Mapping[str, Any],
-) -> Adapter:
+    alpha: float,
+) -> StoredAdapter:
+    """Return one layer's adapter as the files hold it; raises GraftError for no sound tensors."""
+    for name, tensor in parts.items():
+        if not tensor.ndim or 0 in tensor.shape:
+            raise GraftError(f"{name} is {list(tensor.shape)}, which holds nothing")
+        if not bool(tensor.isfinite().all()):
+            raise GraftError(f"{name} holds what is infinite or no number")
+    scaling = None if own is None else own.scaling.get(layer_name)
+    peft = None
+    if config:
+        if own is not None and scaling is None:
+            raise GraftError(f"{OWN_CONFIG} has no scaling for it; save the adapter again")
+        if "A" in parts:
+            peft = peft_scaling(config, alpha, parts["A"].shape[0])
+    return StoredAdapter(parts, scaling, peft, config)
+
+
+def _build(method: Method, layer: FrozenLinear, stored: StoredAdapter) -> Adapter:
     """Return the adapter of one layer; raises GraftError when the tensors do not fit it."""
     kind = method.adapter
     assert kind is not None, "it reads files of adapters"
     found = layer.weight_format.name
     if kind.needed_format not in (None, found):
         raise GraftError(f"{kind.method} needs the {kind.needed_format} format, found {found!r}")
-    exact = own.get("scaling")
-    scaling = exact.get(layer_name) if isinstance(exact, dict) else None
-    peft = None
-    if config:
-        if isinstance(exact, dict) and not isinstance(scaling, (int, float)):
-            raise GraftError(f"{OWN_CONFIG} has no scaling for it; save the adapter again")
-        if "A" in parts:
-            peft = peft_scaling(config, layer_name, parts["A"].shape[0])
-    return kind.from_stored(layer, StoredAdapter(parts, scaling, peft, config))
+    rank = len(stored.tensors.get("A", ()))
+    most = bound(max(layer.in_features, layer.out_features))
+    if rank > most:  # room is taken by it, not by what the file holds
+        raise_beyond("its A", f"rank {rank:,}", f"{most:,}")
+    return kind.from_stored(layer, stored)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
-    StrictDataclassError,
 )
 from transformers import (
     CONFIG_MAPPING,
@@ -26,11 +25,14 @@ from transformers import (
 
 from graft.errors import GraftError, raise_problems
 from graft.files.digest import check_digest
-from graft.files.read import read_json
+from graft.files.read import read_json, typed
 from graft.formats.base import WeightFormat
 from graft.formats.registry import parse_format
+from graft.model.foreign import check_counts, check_files, understood
+from graft.text import quoted
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 QUANTISATION_FILE = "graft.json"
 FORMAT_VERSION = 1
 CONFIG_MARKER = {"packed_by": "graft"}
@@ -44,7 +46,7 @@ CONVERTIBLE = ("gptq", "awq", "bitsandbytes", None)
 _FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 """What is downloaded of a model on the hub: weights as safetensors alone."""
 
-_NO_TOKENIZER = (ValueError, KeyError, OSError, ImportError)
+_TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
 def find_folder(model: str, config_alone: bool = False) -> Path:
@@ -71,6 +73,7 @@ def find_folder(model: str, config_alone: bool = False) -> Path:
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Return the model's configuration; raises GraftError when it is damaged or unknown."""
+    check_files(folder)
     raw = read_json(folder / CONFIG_FILE)
     # MLX has the second name, and in newer folders both.
     quantisation = raw.get("quantization_config", raw.get("quantization"))
@@ -84,6 +87,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
         )
     if quantisation is not None and not (folder / QUANTISATION_FILE).is_file():
         raise GraftError(f"{folder} is a quantised folder without its {QUANTISATION_FILE}")
+    check_counts(raw, folder / CONFIG_FILE)
     with understood(folder / CONFIG_FILE):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # Our marker must not reach transformers, which refuses it.
@@ -94,24 +98,9 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
 
 def parse_config(raw: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
     """Return the configuration that a config.json of that folder holds; raises as `read_config`."""
+    check_counts(raw, folder / CONFIG_FILE)
     with understood(folder / CONFIG_FILE):
         return CONFIG_MAPPING[str(raw.get("model_type"))].from_dict(dict(raw))
-
-
-@contextmanager
-def understood(file: Path) -> Iterator[None]:
-    """Raise GraftError for what transformers raises on a configuration that makes no model."""
-    try:
-        yield
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        ArithmeticError,
-        OSError,
-        StrictDataclassError,
-    ) as error:
-        raise GraftError(f"{file} is not understood: {error}") from error
 
 
 def read_tokenizer(
@@ -119,24 +108,28 @@ def read_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Return the model's tokenizer; its configuration is read too, unless it is given.
 
-    Raises GraftError when the folder has none.
+    Raises GraftError when the folder has none, or one that cannot encode a word.
     """
-    try:
-        return AutoTokenizer.from_pretrained(
+    check_files(folder)
+    for name in _TOKENIZER_SETTINGS:
+        if (folder / name).is_file():
+            read_json(folder / name)  # whose messages are plainer
+    with understood(folder, "has no tokenizer that can be loaded"):
+        tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, config=config
         )
-    except Exception as error:
-        # For a damaged tokenizer.json the library raises Exception itself, and no kind of it.
-        if type(error) is not Exception and not isinstance(error, _NO_TOKENIZER):
-            raise
-        raise GraftError(f"{folder} has no tokenizer that can be loaded: {error}") from error
+        ids = tokenizer("a word")["input_ids"]
+        tokenizer.decode(ids)
+    return tokenizer
 
 
 def read_generation_config(folder: Path) -> GenerationConfig | None:
-    """Return the defaults of generation, where the folder has any."""
-    if not (folder / "generation_config.json").is_file():
+    """Return the defaults of generation, where the folder has any; raises GraftError for none."""
+    file = folder / GENERATION_FILE
+    if not file.is_file():
         return None
-    return GenerationConfig.from_dict(read_json(folder / "generation_config.json"))
+    with understood(file):
+        return GenerationConfig.from_dict(read_json(file))
 
 
 def check_weights(folder: Path) -> None:
@@ -144,10 +137,34 @@ def check_weights(folder: Path) -> None:
 
     Folders of earlier versions do not say what that was.
     """
-    digests = read_json(folder / QUANTISATION_FILE).get("sha256")
-    if isinstance(digests, dict):
-        for name, digest in digests.items():
-            check_digest(folder / Path(name).name, str(digest))
+    for name, digest in (read_quantisation(folder).sha256 or {}).items():
+        check_digest(folder / Path(name).name, digest)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantisation:
+    """What graft.json says."""
+
+    format_version: int
+    layers: Mapping[str, Any]
+    """What `describe_format` says of each quantised layer."""
+    source_dtype: str | None = None
+    """That of the weights before they were packed."""
+    sha256: Mapping[str, str] | None = None
+    """Of each weight file; folders of earlier versions do not say it."""
+
+
+def read_quantisation(folder: Path) -> Quantisation:
+    """Return what graft.json says; raises GraftError when it is damaged or of another version."""
+    file = folder / QUANTISATION_FILE
+    found = read_json(file)
+    version = found.get("format_version")
+    if version != FORMAT_VERSION:
+        raise GraftError(
+            f"{file} has format_version {quoted(version)}; this version of graft reads "
+            f"{FORMAT_VERSION}: update graft, or quantise again"
+        )
+    return typed(found, Quantisation, file)
 
 
 def stored_formats(folder: Path, known: Collection[str] | None = None) -> dict[str, WeightFormat]:
@@ -159,26 +176,16 @@ def stored_formats(folder: Path, known: Collection[str] | None = None) -> dict[s
     file = folder / QUANTISATION_FILE
     if not file.is_file():
         return {}
-    description = read_json(file)
-    version = description.get("format_version")
-    if version != FORMAT_VERSION:
-        raise GraftError(
-            f"{file} has format_version {version!r}; this version of graft reads {FORMAT_VERSION}: "
-            "update graft, or quantise again"
-        )
-    layers = description.get("layers")
-    if not isinstance(layers, dict):
-        raise GraftError(f"{file} names no layers; quantise again")
     formats, problems = {}, []
-    for name, layer in layers.items():
+    for name, layer in read_quantisation(folder).layers.items():
         if known is not None and name not in known:
-            problems.append(f"{name} is no linear layer of this model")
+            problems.append(f"{quoted(name)} is no linear layer of this model")
         elif not isinstance(layer, dict) or not isinstance(layer.get("format"), str):
-            problems.append(f"{name} names no format")
+            problems.append(f"{quoted(name)} names no format")
         else:
             try:
                 formats[name] = parse_format(layer)
             except GraftError as error:
-                problems.append(f"{name}: {error}")
+                problems.append(f"{quoted(name)}: {error}")
     raise_problems(problems[:20], f"{file}, which may be from another version of graft")
     return formats

@@ -140,6 +140,8 @@ class _Loader:
                     f"{key} has shape {list(self.files.shape(key))}; config.json makes it "
                     f"{list(tensor.shape)}"
                 )
+            elif self.files.dtype(key).is_floating_point != tensor.is_floating_point():
+                problems.append(f"{key} holds {self.files.dtype(key)}; expected {tensor.dtype}")
             elif name in inside:
                 plan[inside[name]] = key
             elif name.removesuffix(".bias") not in self.formats:

@@ -7,13 +7,19 @@ What is read goes by the tensors that there are. Options that only say which lay
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from graft.adapters.base import Adapter
-from graft.errors import GraftError
+from graft.errors import GraftError, raise_problems
+from graft.files.read import read_json, typed
 from graft.layers.frozen import FrozenLinear
+from graft.patterns import match_names
+from graft.text import quoted
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -50,7 +56,7 @@ def split_peft_key(key: str, names: Mapping[str, str]) -> tuple[str, str | None]
 
 def foreign_tensor(key: str) -> str:
     """Return what is wrong with a tensor that is no parameter of an adapted linear layer."""
-    problem = f"tensor {key} belongs to no linear layer of this model"
+    problem = f"tensor {quoted(key)} belongs to no linear layer of this model"
     if "lora_embedding_" in key:
         return f"{problem}: it adapts an embedding, and only linear layers are adapted here"
     if key.startswith(f"{_PREFIX}lm_head."):
@@ -102,50 +108,90 @@ def peft_config(
     } | settings
 
 
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _PeftFields:
+    """The fields of PEFT's configuration that are read, of whatever kind of adapter."""
+
+    peft_type: str | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    r: int | None = None
+    lora_alpha: Finite | None = None
+    lora_dropout: Finite | None = None
+    lora_bias: bool | None = None
+    bias: str | None = None
+    use_rslora: bool | None = None
+    use_dora: bool | None = None
+    use_qalora: bool | None = None
+    qalora_group_size: int | None = None
+    alpha_pattern: Mapping[str, Finite] | None = None
+    init_lora_weights: bool | str | None = None
+
+
+def read_peft_config(folder: Path) -> dict[str, Any]:
+    """Return adapter_config.json, each field that is read of the type that PEFT gives it.
+
+    Raises GraftError when it is damaged, or is LoRA's without a rank and alpha.
+    """
+    file = folder / PEFT_CONFIG
+    config = read_json(file)
+    fields = typed(config, _PeftFields, file)
+    if fields.peft_type == "LORA":
+        problems = [
+            f"{key} is {quoted(config.get(key))}, not a number above 0"
+            for key in ("r", "lora_alpha")
+            if not (config.get(key) or 0) > 0
+        ]
+        raise_problems(problems, str(file))
+    return config
+
+
 def peft_problems(config: Mapping[str, Any]) -> list[str]:
     """Return what a PEFT configuration asks for that is not read here."""
     problems = []
     if config and config.get("peft_type") != "LORA":
-        problems.append(f"peft_type is {config.get('peft_type')!r}; only LORA is read")
+        problems.append(f"peft_type is {quoted(config.get('peft_type'))}; only LORA is read")
     for option in _UNREAD_OPTIONS:
         if config.get(option):
             problems.append(f"{option} is set, which is not read")
     initialisation = str(config.get("init_lora_weights"))
     if initialisation.lower().startswith(_BASE_CHANGING):
         problems.append(
-            f"init_lora_weights is {initialisation!r}, which changed the base it was trained on; "
-            "save it again with PEFT's path_initial_model_for_weight_conversion"
+            f"init_lora_weights is {quoted(initialisation)}, which changed the base it was trained "
+            "on; save it again with PEFT's path_initial_model_for_weight_conversion"
         )
-    if config.get("bias", "none") != "none":
-        problems.append(f"bias is {config['bias']!r}; only 'none' (and lora_bias) is read")
-    patterns = (config.get("alpha_pattern") or {}).items()
-    problems += [found for one in patterns if (found := _pattern_problem(*one))]
-    dropout = config.get("lora_dropout") or 0.0
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        problems.append(f"lora_dropout is {dropout!r}; expected 0 up to, but not including, 1")
+    if (config.get("bias") or "none") != "none":
+        problems.append(f"bias is {quoted(config['bias'])}; only 'none' (and lora_bias) is read")
+    if not 0 <= (config.get("lora_dropout") or 0.0) < 1:
+        problems.append(
+            f"lora_dropout is {config['lora_dropout']!r}; expected 0 up to, but not including, 1"
+        )
     variants = [one for one in _VARIANTS if config.get(one)]
     if len(variants) > 1:
         problems.append(f"{' and '.join(variants)} are both set, which PEFT itself has not")
     return problems
 
 
-def _pattern_problem(pattern: str, alpha: object) -> str | None:
-    """Return what hinders in an entry of alpha_pattern."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        return f"alpha_pattern has {pattern!r}, which is no pattern: {error}"
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        return f"alpha_pattern has {alpha!r} for {pattern!r}; expected a number"
-    return None
+def peft_alphas(
+    config: Mapping[str, Any], layers: Collection[str]
+) -> tuple[dict[str, float], list[str]]:
+    """Return alpha of each layer by the first of PEFT's patterns that fits it, and problems."""
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    alphas = dict.fromkeys(layers, float(config.get("lora_alpha") or 0.0))
+    matched = match_names(list(patterns), list(layers), suffixes=True)
+    problems = [
+        f"alpha_pattern has {quoted(pattern)}, which {found.problem}"
+        for pattern, found in zip(patterns, matched, strict=True)
+        if found.problem
+    ]
+    for alpha, found in reversed(list(zip(patterns.values(), matched, strict=True))):
+        alphas.update(dict.fromkeys(found.names, float(alpha)))
+    return alphas, problems
 
 
-def peft_scaling(config: Mapping[str, Any], layer_name: str, rank: int) -> float:
-    """Return alpha/rank (or alpha/sqrt(rank)) of a layer, with PEFT's per-layer patterns."""
-    alpha = config["lora_alpha"]
-    for pattern, value in (config.get("alpha_pattern") or {}).items():
-        fits = not _pattern_problem(pattern, value)  # else it is told
-        if fits and re.match(rf"(.*\.)?({pattern})$", layer_name):
-            alpha = value
-            break
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def peft_scaling(config: Mapping[str, Any], alpha: float, rank: int) -> float:
+    """Return alpha/rank (or alpha/sqrt(rank)) of a layer."""
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)

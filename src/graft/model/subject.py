@@ -13,17 +13,17 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
-from graft.errors import GraftError
-from graft.files.read import read_json
 from graft.formats.base import WeightFormat
 from graft.model.families import Family, family_of
 from graft.model.folder import (
     QUANTISATION_FILE,
     find_folder,
     read_config,
+    read_quantisation,
     read_tokenizer,
     stored_formats,
 )
+from graft.model.foreign import modules_within, understood
 from graft.model.targets import linear_layers
 from graft.model.weight_files import WeightFiles
 
@@ -80,8 +80,9 @@ class Subject:
         With the configuration alone it is what that says, float32 when it says nothing.
         """
         if (self.folder / QUANTISATION_FILE).is_file():
-            name = str(read_json(self.folder / QUANTISATION_FILE).get("source_dtype"))
-            return {"bfloat16": torch.bfloat16, "float16": torch.float16}.get(name, torch.float32)
+            name = read_quantisation(self.folder).source_dtype
+            halves = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+            return halves.get(str(name), torch.float32)
         if not self.config_alone:
             return self.weight_files.source_dtype()
         return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
@@ -118,7 +119,8 @@ class Subject:
         """The skeleton, and the names of its tensors that have the dtype of the model."""
         config = copy.deepcopy(self.config)
         config.dtype = _MARK
-        model = build_skeleton(config, self.trust_remote_code)
+        tensors = 0 if self.config_alone else len(self.weight_files)
+        model = build_skeleton(config, self.trust_remote_code, tensors)
         typed = frozenset(name for name, tensor in _tensors(model) if tensor.dtype == _MARK)
         stated = self.config.dtype
         _set_dtype(model, typed, stated if isinstance(stated, torch.dtype) else None)
@@ -140,16 +142,20 @@ def open_subject(
     return Subject(folder, config, trust_remote_code, config_alone)
 
 
-def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+def build_skeleton(
+    config: PreTrainedConfig, trust_remote_code: bool = False, tensors: int = 0
+) -> PreTrainedModel:
     """Return the modules of a configuration on the meta device: shapes and names without data.
 
-    Raises GraftError when it makes no causal language model.
+    tensors: how many the folder's files hold, which bounds how many modules may be built. Raises
+    GraftError when it makes no causal language model, or one of more modules.
     """
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError) as error:
-        raise GraftError(f"this is no causal language model that can be built: {error}") from error
+    with (
+        understood("config.json", "makes no causal language model that can be built"),
+        modules_within(tensors),
+        torch.device("meta"),
+    ):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     assert isinstance(model, PreTrainedModel)
     return model.eval()
 

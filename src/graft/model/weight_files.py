@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import mmap
+import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from graft.errors import GraftError, raise_problems
-from graft.files.read import read_json
+from graft.files.read import open_regular, read_typed
+from graft.model.foreign import understood
+from graft.text import quoted
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -22,6 +25,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header, a little-endian integer of 64 bits."""
+
+_DAMAGED = "is no readable safetensors file (truncated? copy or download it again)"
 
 _MAP_FLAGS = mmap.MAP_PRIVATE
 if sys.platform == "linux":
@@ -70,6 +75,9 @@ class WeightFiles:
     def __contains__(self, name: str) -> bool:
         return name in self._entries
 
+    def __len__(self) -> int:
+        return len(self._entries)
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._entries)
 
@@ -81,7 +89,7 @@ class WeightFiles:
         """Return a tensor's dtype without reading its data; raises GraftError for exotic ones."""
         code = self._entries[name].dtype
         if code not in _DTYPES:
-            raise GraftError(f"{self.folder}: tensor {name} has dtype {code}, which is not read")
+            raise GraftError(f"{self.folder}: tensor {quoted(name)} is {code}, which is not read")
         return _DTYPES[code]
 
     def read(self, name: str) -> torch.Tensor:
@@ -126,19 +134,13 @@ class WeightFiles:
 
     def _read_header(self, file: str) -> dict[str, _Entry]:
         path = self.folder / file
-        try:
+        with open_regular(path) as opened, understood(path, _DAMAGED):
             # safetensors checks the whole header: that it is one, and that the tensors fill the
             # file without gaps.
             with safe_open(path, framework="numpy") as handle:
                 names = list(handle.keys())  # noqa: SIM118  (not a dict)
-            with path.open("rb") as opened:
-                length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
-                header = json.loads(opened.read(length))
-        except (SafetensorError, OSError) as error:
-            raise GraftError(
-                f"{path} is no readable safetensors file: {error}; "
-                "it may be truncated: copy or download it again"
-            ) from error
+            length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
+            header = json.loads(opened.read(length))
         entries = {}
         for name in names:
             begin, end = header[name]["data_offsets"]
@@ -186,19 +188,27 @@ def _weight_files(folder: Path) -> list[str]:
     raise GraftError(f"{folder} has no {SINGLE_FILE} (and no {INDEX_FILE})")
 
 
+@dataclass(frozen=True)
+class _Index:
+    """What an index file says."""
+
+    weight_map: Mapping[str, str] = field(default_factory=dict)
+    """The file of each tensor."""
+
+
 def indexed_files(index: Path) -> list[str]:
     """Return the names of the weight files that an index lists, all of them in its folder.
 
     Raises GraftError when it lists none, or one that is not there.
     """
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
+    weight_map = read_typed(index, _Index).weight_map
+    if not weight_map:
         raise GraftError(f"{index} has no weight_map; download it again")
-    files = sorted({str(file) for file in weight_map.values()})
+    files = sorted(set(weight_map.values()))
     problems = [
-        f"{file} is named there but not in the folder; download it again"
+        f"{quoted(file)} is named there but not in the folder; download it again"
         for file in files
-        if Path(file).name != file or not (index.parent / file).is_file()
+        if Path(file).name != file or not os.path.isfile(index.parent / file)
     ]
     raise_problems(problems, str(index))
     return files

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from graft.export.card import CardFacts, license_of, model_card
 from graft.files.read import read_json, typed
 from graft.files.write import write_text
 from graft.model.load import LoadedModel
+from graft.objectives.base import perplexity_of
 
 _VERSIONS = ("graft-llm", "torch", "transformers")
 
@@ -162,14 +162,15 @@ def _scores(report: Mapping[str, Any]) -> dict[str, str]:
     worse = "" if after <= before else " (worse than before training)"
     scores = {"loss before, after (nats per token)": f"{before:.4f}, {after:.4f}{worse}"}
     if report.get("perplexity") is not None:
-        scores["perplexity before, after"] = f"{math.exp(before):.4f}, {math.exp(after):.4f}"
+        found = (f"{perplexity_of(loss):.4f}" for loss in (before, after))
+        scores["perplexity before, after"] = ", ".join(found)
     if report.get("kept"):
         scores["parameters"] = f"of {report['kept']}"
     if isinstance(drift := report.get("drift"), dict):
-        found = typed(drift, Drift, f"{REPORT}, drift")
+        told = typed(drift, Drift, f"{REPORT}, drift")
         scores["drift from the base on general text"] = (
-            f"KL {found.kl:.4f} nats per token, perplexity {found.perplexity_before:.4g}, "
-            f"{found.perplexity:.4g}"
+            f"KL {told.kl:.4f} nats per token, perplexity {told.perplexity_before:.4g}, "
+            f"{told.perplexity:.4g}"
         )
     return scores
 

@@ -10,7 +10,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from graft.errors import GraftError, raise_problems
 from graft.model.families import FAMILIES, Family, GgufLayout
-from graft.model.folder import understood
+from graft.model.foreign import understood
 from graft.model.gguf.file import GgufFile
 from graft.model.gguf.layout import ROPE_PARAMETERS_KEY, rope_factors
 

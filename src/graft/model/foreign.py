@@ -1,0 +1,112 @@
+"""What Transformers and tokenizers are given to read, and what they raise on it, as one error.
+
+Both take a model folder as it is: their exceptions on odd values are of every kind, and a count in
+config.json is a loop. So each call of them on a folder's files is made inside `understood`, and
+what would make them wait or grow for ever is looked at before.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from graft.errors import GraftError
+from graft.files.bounds import bound, raise_beyond
+from graft.files.read import JSON_BYTES
+from graft.text import reason
+
+LAYERS = 10_000
+"""Layers that a configuration may ask for; the deepest models have a few hundred."""
+MODULES = 20_000
+"""Modules that any model may have; those of large ones are fewer than 4,000."""
+MODULES_PER_TENSOR = 8
+"""Modules for each tensor in the folder's files, where that is more: most modules hold one."""
+
+_PANICS = "pyo3_runtime"
+"""The module of what a panic in Rust raises, which is no Exception."""
+
+
+@contextmanager
+def understood(where: object, what: str = "is not understood") -> Iterator[None]:
+    """Raise GraftError for whatever another library raises on what a folder holds.
+
+    where, what: the beginning of the message, as in 'FILE is not understood'.
+    """
+    try:
+        yield
+    except GraftError:
+        raise
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__module__ != _PANICS:
+            raise  # somebody ends the process
+        raise GraftError(f"{where} {what}: {reason(error)}") from error
+
+
+def check_files(folder: Path) -> None:
+    """Raise GraftError when a file of a model folder is none, or is too large to be read whole.
+
+    A pipe or a device under the name of one would be waited for, or read for ever.
+    """
+    most = bound(JSON_BYTES)
+    for path in folder.iterdir():
+        try:
+            status = path.stat()
+        except OSError:
+            continue  # a link to nothing is as if there were no file
+        if stat.S_ISDIR(status.st_mode):
+            continue
+        if not stat.S_ISREG(status.st_mode):
+            raise GraftError(f"{path} is no regular file, but a pipe or a device; remove it")
+        if path.suffix in (".json", ".jinja", ".txt", ".model") and status.st_size > most:
+            raise_beyond(path, f"{status.st_size:,} bytes", f"{most:,}")
+
+
+def check_counts(config: object, file: Path) -> None:
+    """Raise GraftError when a configuration asks for more layers than the bound.
+
+    A count of layers is a loop already where the configuration is read.
+    """
+    for key, value in _settings(config):
+        counts = isinstance(value, (int, float)) and ("layer" in key or key == "depth")
+        if counts and value > bound(LAYERS):
+            raise_beyond(file, f"{key} is {value:,}", f"{bound(LAYERS):,}")
+
+
+def _settings(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield every key with its value, of the configurations inside too."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield str(key), inner
+            yield from _settings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _settings(inner)
+
+
+@contextmanager
+def modules_within(tensors: int) -> Iterator[None]:
+    """Raise GraftError when the block builds more modules than a folder with so many tensors has.
+
+    Whatever a configuration calls its counts, what they make is modules.
+    """
+    most = max(bound(MODULES), MODULES_PER_TENSOR * tensors)
+    built = 0
+
+    def count(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        nonlocal built
+        built += 1
+        if built > most:
+            found = f"it makes more than {most:,} modules, and the files hold {tensors:,} tensors"
+            raise_beyond("config.json", found, f"{most:,} modules")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
