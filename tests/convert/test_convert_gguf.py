@@ -298,7 +298,7 @@ def infinite(_, tensors):
     ("change", "words"),
     [
         (missing, "tensor model.layers.1.self_attn.v_proj.weight is missing"),
-        (strange, "1 tensors have no place in a llama (blk.0.ffn_gate_exps.weight"),
+        (strange, "1 tensors have no place in a llama ('blk.0.ffn_gate_exps.weight'"),
         (misshapen, "v_proj.weight has shape [3, 64]; config.json makes it [32, 64]"),
         (misshapen_blocks, "tensor blk.0.attn_v.weight is [3, 64]; the metadata make it [32, 64]"),
         (other_factors, "rotary factors that are not those of Llama 3.1"),

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import struct
+
 import gguf
 import numpy as np
 import pytest
@@ -91,6 +93,40 @@ def test_other_files_are_refused(tmp_path):
         read_gguf(path)
 
 
+def with_array(data: bytes, kind: int, count: int, inside: bytes) -> bytes:
+    """Return a file with one more value in its metadata, an array."""
+    key = struct.pack("<Q", 5) + b"array" + struct.pack("<IIQ", 9, kind, count)
+    (pairs,) = struct.unpack_from("<Q", data, 16)
+    return data[:16] + struct.pack("<Q", pairs + 1) + key + inside + data[24:]
+
+
+def test_arrays_are_passed_over_at_once(exported):
+    _, path = exported
+    found, data = read_gguf(path), path.read_bytes()
+    other = path.with_name("array.gguf")
+    other.write_bytes(with_array(data, 0, 32_000_003, bytes(32_000_003)))
+    read = read_gguf(other)
+    assert read.metadata == found.metadata | {"array": None}
+    assert all(torch.equal(read.tensors[n].bytes(), found.tensors[n].bytes()) for n in read.tensors)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count", "inside", "words"),
+    [
+        (0, 2**63, b"", "it ends before byte"),
+        (8, 2**63, bytes(8 * 30_000), "more than 20,000 values; at most 20,000 are taken"),
+        (9, 1, bytes(12), "an array holds arrays"),
+        (99, 1, b"", "99 is not a valid GGUFValueType"),
+    ],
+)
+def test_arrays_that_are_none(kind, count, inside, words, exported, monkeypatch):
+    _, path = exported
+    path.write_bytes(with_array(path.read_bytes(), kind, count, inside))
+    monkeypatch.setattr("graft.model.gguf.header.VALUES", 20_000)
+    with pytest.raises(GraftError, match=words):
+        read_gguf(path)
+
+
 def test_damaged_header_bytes_never_escape_as_other_errors(exported):
     _, path = exported
     data = bytearray(path.read_bytes())
@@ -123,7 +159,7 @@ def test_damaged_header_bytes_never_escape_as_other_errors(exported):
             r"token_embd.weight is \[320, 64\]; expected \[320, 32\]",
         ),
         ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "rope scaling is 'yarn'"),
-        ({"metadata": {"graft.rope_parameters": "{"}}, "is no JSON"),
+        ({"metadata": {"graft.rope_parameters": "{"}}, "rope_parameters that are not understood"),
         ({"tensors": {"blk.0.attn_v.weight": None}}, "attn_v.weight is missing"),
         ({"tensors": {"rope_freqs.weight": np.full(8, 3, "f4")}}, "rotary factors"),
         ({"tensors": {"blk.0.extra.weight": np.ones(8, "f4")}}, "has no place in a Llama"),

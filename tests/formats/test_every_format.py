@@ -185,3 +185,16 @@ def test_unknown_formats_and_options_are_told() -> None:
         make_format("int", {"statistics": "bfloat16"})
     with pytest.raises(GraftError, match="dtype is 'float8'"):
         make_format("dense", {"dtype": "float8"})
+    for value in (4.0, True, "4", None):
+        with pytest.raises(GraftError, match=f"bits is {value!r}; expected int"):
+            make_format("int", {"bits": value})
+    with pytest.raises(GraftError, match="double_quant is 1; expected bool"):
+        make_format("nf4", {"double_quant": 1})
+
+
+def test_a_grid_inside_grids_without_end_is_refused() -> None:
+    description: dict[str, object] = {"format": "nf4"}
+    for _ in range(3000):
+        description = {"format": "latent", "grid": description}
+    with pytest.raises(GraftError, match="maximum recursion depth"):
+        parse_format(description)

@@ -248,7 +248,8 @@ def gguf_field(data: bytes, rng: Random) -> Mutation:
 
 def gguf_array(data: bytes, rng: Random) -> Mutation:
     """Metadata of many elements, as a vocabulary is, or of arrays in arrays."""
-    count, kind = rng.choice((1000, 10**6, 5 * 10**6)), rng.choice((0, 1, _GGUF_ARRAY))
+    count, kind = 32 * rng.choice((100, 10**4, 10**6)) + 30, rng.choice((0, 1, _GGUF_ARRAY))
+    # The pair has a multiple of 32 bytes, so that the tensors behind it stay in place.
     value, key = struct.pack("<IQ", kind, count) + bytes(count), b"fuzz.array"
     if kind == _GGUF_ARRAY:
         value = struct.pack("<IQ", _GGUF_ARRAY, 1) * (count // 12)

@@ -285,6 +285,35 @@ DAMAGES: dict[str, tuple[Damage, list[str]]] = {
         ["2 problems", "lora_embedding_A", "adapts an embedding", "adapts the output head"],
     ),
     "activated LoRA": (config(alora_invocation_tokens=[1, 2]), ["alora_invocation_tokens"]),
+    "a pattern that goes back and tries again": (
+        config(alpha_pattern={"(.+)+!": 3}),
+        ["alpha_pattern has", "takes more than 1 s"],
+    ),
+    "an alpha that is no number": (
+        config(lora_alpha=float("nan")),
+        ["lora_alpha is nan: Input should be a finite number"],
+    ),
+    "fields of other types": (
+        config(r="4", use_dora=1, alpha_pattern=[1]),
+        ["3 problems", "r is '4'", "use_dora is 1", "alpha_pattern is [1]"],
+    ),
+    "a scaling that is no number": (
+        config(OWN, scaling={LAYER: [1, 2]}),
+        [f"scaling.{LAYER} is [1, 2]: Input should be a valid number"],
+    ),
+    "a rank beyond the layer": (
+        tensors(lambda t: t.update({A: torch.ones(9999, 80), B: torch.ones(80, 9999)})),
+        [LAYER, "rank 9,999; at most 80 are taken"],
+    ),
+    "numbers that are none": (
+        tensors(lambda t: t[B][0].fill_(float("nan"))),
+        [f"{LAYER}: B holds what is infinite or no number"],
+    ),
+    "integers": (tensors(lambda t: t.update({A: t[A].int()})), [A, "hold integers"]),
+    "tensors without a row": (
+        tensors(lambda t: t.update({A: t[A][:0], B: t[B][:, :0]})),
+        [f"{LAYER}: A is [0, 80], which holds nothing"],
+    ),
     "qalora on a dense base": (
         config(use_qalora=True, qalora_group_size=32),
         [LAYER, "qalora needs the int format, found 'dense'"],
@@ -302,13 +331,14 @@ def test_a_qalora_adapter_of_another_model_is_refused(load, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_what_does_not_fit_changes_nothing(case, load, tmp_path) -> None:
+def test_what_does_not_fit_changes_nothing(case, load, tmp_path, monkeypatch) -> None:
     save_adapter(attached(load("llama").model, method="lora"), tmp_path / "a")
     damage, pieces = DAMAGES[case]
     damage(tmp_path / "a")
     model = load("llama").model
     freeze_layers(model, select_targets(model, ()))
     before = dict(model.named_modules())
+    monkeypatch.setattr("graft.patterns.PATTERN_SECONDS", 1)
     with pytest.raises(GraftError) as raised:
         load_adapter(model, tmp_path / "a")
     for piece in [*pieces, str(tmp_path / "a")]:

@@ -36,6 +36,7 @@ from graft.model.gguf.layout import rotary_heads, rows_from_gguf
 from graft.model.gguf.load import gguf_places
 from graft.model.subject import build_skeleton
 from graft.model.targets import linear_layers
+from graft.text import quoted
 
 _INTEGERS = {
     GGMLQuantizationType.Q4_0: IntGroupFormat(4, BLOCK),
@@ -98,7 +99,7 @@ def _check(file: GgufFile, known: set[str], unread: dict[GGMLQuantizationType, l
     if strange:
         problems.append(
             f"{len(strange)} tensors have no place in a {file.metadata['general.architecture']} "
-            f"({', '.join(strange[:3])} ...)"
+            f"({', '.join(map(quoted, strange[:3]))} ...)"
         )
     raise_problems(problems, str(file.path))
 

@@ -49,7 +49,7 @@ def width_of(words: int, codes: int, name: str, tool: str) -> int:
 
     Raises GraftError for a width that the int format has not.
     """
-    bits = words * 32 / codes
+    bits = words * 32 / codes if codes else 0
     if bits not in BITS:
         raise GraftError(
             f"{name} holds {codes} codes in {words} 32-bit words, {bits:g} bits each; graft reads "

@@ -18,7 +18,12 @@ from graft.files.write import new_folder, write_json
 from graft.formats.registry import describe_format
 from graft.layers.frozen import FrozenLinear
 from graft.layers.registry import kind_of
-from graft.model.folder import CONFIG_MARKER, FORMAT_VERSION, QUANTISATION_FILE
+from graft.model.folder import (
+    CONFIG_MARKER,
+    FORMAT_VERSION,
+    GENERATION_FILE,
+    QUANTISATION_FILE,
+)
 from graft.model.load import LoadedModel
 from graft.model.tensor_file import WRITABLE, FileTensor, OnTensor, write_tensor_file
 from graft.model.weight_files import SINGLE_FILE
@@ -208,4 +213,5 @@ def write_tokenizer_files(loaded: LoadedModel, folder: Path) -> None:
             raise
         raise OSError(errno.EIO, f"the tokenizer: {error}") from error
     if loaded.model.generation_config is not None:
-        loaded.model.generation_config.save_pretrained(folder)
+        # Not by save_pretrained, which refuses what many folders say, and Transformers takes.
+        loaded.model.generation_config.to_json_file(folder / GENERATION_FILE)

@@ -162,16 +162,15 @@ def _scores(report: Mapping[str, Any]) -> dict[str, str]:
     worse = "" if after <= before else " (worse than before training)"
     scores = {"loss before, after (nats per token)": f"{before:.4f}, {after:.4f}{worse}"}
     if report.get("perplexity") is not None:
-        scores["perplexity before, after"] = ", ".join(
-            f"{perplexity_of(loss):.4f}" for loss in (before, after)
-        )
+        found = (f"{perplexity_of(loss):.4f}" for loss in (before, after))
+        scores["perplexity before, after"] = ", ".join(found)
     if report.get("kept"):
         scores["parameters"] = f"of {report['kept']}"
     if isinstance(drift := report.get("drift"), dict):
-        found = typed(drift, Drift, f"{REPORT}, drift")
+        told = typed(drift, Drift, f"{REPORT}, drift")
         scores["drift from the base on general text"] = (
-            f"KL {found.kl:.4f} nats per token, perplexity {found.perplexity_before:.4g}, "
-            f"{found.perplexity:.4g}"
+            f"KL {told.kl:.4f} nats per token, perplexity {told.perplexity_before:.4g}, "
+            f"{told.perplexity:.4g}"
         )
     return scores
 

@@ -13,6 +13,7 @@ from graft.model.families import FAMILIES, Family, GgufLayout
 from graft.model.foreign import understood
 from graft.model.gguf.file import GgufFile
 from graft.model.gguf.layout import ROPE_PARAMETERS_KEY, rope_factors
+from graft.text import quoted
 
 
 def _read_families() -> dict[str, tuple[Family, GgufLayout]]:
@@ -29,7 +30,7 @@ def gguf_config(file: GgufFile) -> PretrainedConfig:
     known = _read_families()
     if architecture not in known:
         raise GraftError(
-            f"{file.path}: architecture is {architecture!r}; graft reads GGUF files of "
+            f"{file.path}: architecture is {quoted(architecture)}; graft reads GGUF files of "
             f"{', '.join(known)}"
         )
     family, layout = known[architecture]
@@ -80,14 +81,8 @@ def gguf_config(file: GgufFile) -> PretrainedConfig:
 
 def _rope_parameters(file: GgufFile, architecture: str, config: PretrainedConfig) -> dict[str, Any]:
     if ROPE_PARAMETERS_KEY in file.metadata:
-        try:
-            rope = json.loads(file.value(ROPE_PARAMETERS_KEY, str))
-        except json.JSONDecodeError as error:
-            raise GraftError(
-                f"{file.path}: metadata {ROPE_PARAMETERS_KEY} is no JSON ({error}); export the "
-                "file again"
-            ) from error
-        return dict(rope)
+        with understood(file.path, f"has metadata {ROPE_PARAMETERS_KEY} that are not understood"):
+            return dict(json.loads(file.value(ROPE_PARAMETERS_KEY, str)))
     theta = file.number(f"{architecture}.rope.freq_base", 10000.0)
     factors = file.tensors.get("rope_freqs.weight")
     if factors is not None:
@@ -97,7 +92,7 @@ def _rope_parameters(file: GgufFile, architecture: str, config: PretrainedConfig
         return {"rope_type": "default", "rope_theta": theta}
     if scaling != "linear":
         raise GraftError(
-            f"{file.path}: rope scaling is {scaling!r}; graft reads none, linear and llama3"
+            f"{file.path}: rope scaling is {quoted(scaling)}; graft reads none, linear and llama3"
         )
     factor = file.number(f"{architecture}.rope.scaling.factor")
     return {"rope_type": "linear", "rope_theta": theta, "factor": factor}

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -16,6 +15,9 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from graft.errors import GraftError
+from graft.files.read import open_regular
+from graft.model.gguf.header import Bytes, Header, Place
+from graft.text import quoted, reason
 
 FLOATS = {
     GGMLQuantizationType.F32: torch.float32,
@@ -24,8 +26,12 @@ FLOATS = {
 }
 """The unquantised types, by the dtype that holds them."""
 
-_CORRUPT = (ValueError, IndexError, KeyError, OverflowError, MemoryError, struct.error)
-"""What gguf's reader raises on a malformed file (UnicodeDecodeError is a ValueError)."""
+_PLAIN = {
+    GGMLQuantizationType.F64: np.float64,
+    GGMLQuantizationType.F32: np.float32,
+    GGMLQuantizationType.F16: np.float16,
+}
+"""The types that NumPy has a dtype for."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,8 @@ class GgufFile:
         # Python counts a bool as an int; GGUF does not.
         if not isinstance(found, kind) or (isinstance(found, bool) and kind is not bool):
             raise GraftError(
-                f"{self.path}: metadata {key} is {found!r}; expected {kind.__name__}; export the "
-                "file again"
+                f"{self.path}: metadata {key} is {quoted(found)}; expected {kind.__name__}; export "
+                "the file again"
             )
         return found
 
@@ -75,20 +81,26 @@ def read_gguf(path: Path) -> GgufFile:
 
     Raises GraftError when the file is missing, truncated or malformed.
     """
-    if not path.is_file():
+    if not path.exists():
         raise GraftError(f"{path}: no such file")
+    open_regular(path).close()
     try:
-        with np.errstate(over="ignore"):  # sizes of a damaged file
-            reader = gguf.GGUFReader(path)
-            metadata = {name: field.contents() for name, field in reader.fields.items()}
-    except _CORRUPT as error:
+        mapped = np.memmap(path, np.uint8, "r")
+        header = Header(path, mapped)
+    except (ValueError, struct.error) as error:  # UnicodeDecodeError is a ValueError
         raise GraftError(
-            f"{path}: not a complete GGUF file ({error}); export or download it again"
+            f"{path}: not a complete GGUF file ({reason(error)}); export or download it again"
         ) from error
-    tensors = {
-        tensor.name: GgufTensor(
-            tensor.tensor_type, tuple(int(size) for size in reversed(tensor.shape)), tensor.data
-        )
-        for tensor in reader.tensors
-    }
-    return GgufFile(path, metadata, tensors)
+    tensors = {name: _tensor(mapped, place) for name, place in header.tensors.items()}
+    return GgufFile(path, header.metadata, tensors)
+
+
+def _tensor(mapped: Bytes, place: Place) -> GgufTensor:
+    """Return a view of a tensor as gguf's functions take it: numbers, or blocks as bytes."""
+    data = mapped[place.begin : place.begin + place.bytes]
+    dtype = _PLAIN.get(place.type)
+    if dtype is None:
+        data = data.reshape(*place.shape[:-1], -1) if place.bytes else data
+    else:
+        data = np.frombuffer(data, dtype).reshape(place.shape)
+    return GgufTensor(place.type, place.shape, data)

@@ -14,6 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from graft.adapters.attach import replace_module
 from graft.errors import GraftError, raise_problems
 from graft.layers.frozen import FrozenLinear
+from graft.model.foreign import modules_within, understood
 from graft.model.gguf.config import gguf_config
 from graft.model.gguf.file import FLOATS, GgufFile, read_gguf
 from graft.model.gguf.layout import (
@@ -25,6 +26,7 @@ from graft.model.gguf.layout import (
     rotary_heads,
     rows_from_gguf,
 )
+from graft.text import quoted
 
 
 def load_gguf_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
@@ -38,12 +40,16 @@ def load_gguf_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForC
     architecture = file.value("general.architecture", str)
     if architecture != "llama":
         raise GraftError(
-            f"{path}: architecture is {architecture!r}; graft reads GGUF files of architecture "
-            "'llama' as they are: bring others in with graft convert"
+            f"{path}: architecture is {quoted(architecture)}; graft reads GGUF files of "
+            "architecture 'llama' as they are: bring others in with graft convert"
         )
     config = gguf_config(file)
     assert isinstance(config, LlamaConfig)
-    with torch.device("meta"):
+    with (
+        understood(path, "makes no model that can be built"),
+        modules_within(len(file.tensors)),
+        torch.device("meta"),
+    ):
         model = LlamaForCausalLM(config)
     _check(file, model)
     for name, target, module in list(gguf_places(model)):
@@ -101,7 +107,7 @@ def _check(file: GgufFile, model: LlamaForCausalLM) -> None:
     for name, tensor in file.tensors.items():
         shape = expected.get(name)
         if shape is None:
-            problems.append(f"tensor {name} has no place in a Llama")
+            problems.append(f"tensor {quoted(name)} has no place in a Llama")
         elif tensor.shape != shape:
             problems.append(f"tensor {name} is {list(tensor.shape)}; expected {list(shape)}")
         elif tensor.type not in _readable(name, shape):
@@ -109,7 +115,7 @@ def _check(file: GgufFile, model: LlamaForCausalLM) -> None:
                 f"tensor {name} is {tensor.type.name}; graft reads "
                 f"{', '.join(kind.name for kind in _readable(name, shape))} there"
             )
-    raise_problems(problems, f"{file.path}")
+    raise_problems(problems[:20], f"{file.path}")
     if factors is not None and not torch.equal(file.tensors["rope_freqs.weight"].dense(), factors):
         raise GraftError(
             f"{file.path}: rope_freqs.weight does not follow from {ROPE_PARAMETERS_KEY}; export "

@@ -1,0 +1,124 @@
+"""What other libraries are given to read: bounded before, and one error for all that they raise."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from graft.errors import GraftError
+from graft.model.folder import read_config, read_generation_config, read_tokenizer
+from graft.model.foreign import understood
+from graft.model.load import load_model
+from graft.model.subject import open_subject
+
+
+class PanicException(BaseException):  # noqa: N818  (its name in Rust's bindings)
+    __module__ = "pyo3_runtime"
+
+
+@pytest.mark.parametrize(
+    "kind", [ZeroDivisionError, RecursionError, AttributeError, PanicException]
+)
+def test_whatever_a_library_raises_is_one_error(kind) -> None:
+    words = r"^FILE is not understood: it \\x1b\[31m fell$"
+    with pytest.raises(GraftError, match=words), understood("FILE"):
+        raise kind("it \x1b[31m fell\n")
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+def test_who_ends_the_process_is_not_kept_from_it(kind) -> None:
+    with pytest.raises(kind), understood("FILE"):
+        raise kind
+
+
+@pytest.fixture
+def folder(tiny_base, tmp_path):
+    return shutil.copytree(tiny_base, tmp_path / "base")
+
+
+def change(file, **values) -> None:
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000; at most 10,000"),
+        ({"num_hidden_layers": 9000}, "more than 20,000 modules, and the files hold 20 tensors"),
+        ({"text_config": [{"n_layer": 1e15}]}, "n_layer is 1,000,000,000,000,000.0; at most"),
+        ({"num_attention_heads": 0}, "not understood|cannot be built|can be built"),
+        ({"vocab_size": -1}, "makes no causal language model that can be built"),
+        ({"pad_token_id": 10**30}, "not understood|makes no causal language model"),
+        ({"dtype": "1"}, "config.json is not understood"),
+        ({"rope_parameters": 3}, "not understood|can be built"),
+    ],
+)
+def test_a_configuration_asks_for_no_more_than_the_files_hold(values, words, folder) -> None:
+    change(folder / "config.json", **values)
+    with pytest.raises(GraftError, match=words):
+        _ = open_subject(folder).skeleton
+
+
+def test_bounds_can_be_widened(folder, monkeypatch) -> None:
+    change(folder / "config.json", num_hidden_layers=10_001)
+    monkeypatch.setenv("GRAFT_BOUNDS", "2")
+    assert read_config(folder).num_hidden_layers == 10_001
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("tokenizer_config.json", {"tokenizer_class": True}),
+        ("tokenizer_config.json", {"eos_token": 3}),
+        ("tokenizer_config.json", {"extra_special_tokens": {"a": ["\ud800"]}}),
+        ("tokenizer.json", {"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}),
+        ("tokenizer.json", {"model": None}),
+    ],
+)
+def test_odd_tokenizers_are_refused(name, values, folder) -> None:
+    change(folder / name, **values)
+    with pytest.raises(GraftError, match=r"base"):
+        read_tokenizer(folder)
+
+
+def test_deep_nesting_is_refused(folder) -> None:
+    text = (folder / "tokenizer.json").read_text().rstrip()[:-1]
+    (folder / "tokenizer.json").write_text(text + ',"x":' + "[" * 100_000 + "]" * 100_000 + "}")
+    with pytest.raises(GraftError, match="has no tokenizer that can be loaded"):
+        read_tokenizer(folder)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "added_tokens.json", "chat_template.jinja"])
+def test_nobody_waits_for_a_pipe(name, folder) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(GraftError, match=f"{name} is no regular file"):
+        read_tokenizer(folder)
+    with pytest.raises(GraftError, match=f"{name} is no regular file"):
+        read_config(folder)
+
+
+def test_a_file_of_settings_has_a_largest_size(folder) -> None:
+    os.truncate(folder / "tokenizer.json", 2**40)  # takes no room on the disk
+    with pytest.raises(GraftError, match=r"1,099,511,627,776 bytes; at most 268,435,456"):
+        read_tokenizer(folder)
+
+
+def test_odd_defaults_of_generation_are_refused(folder) -> None:
+    change(folder / "generation_config.json", watermarking_config=3)
+    with pytest.raises(GraftError, match="generation_config.json is not understood"):
+        read_generation_config(folder)
+
+
+def test_integers_are_no_dense_weights(folder) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].view(torch.int32)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(GraftError, match=f"{name} holds torch.int32; expected torch.float32"):
+        load_model(folder)
