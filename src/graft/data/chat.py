@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 
 from graft.data.shapes.base import Rendered, Tokenizer, text_problem, type_in_words
 from graft.errors import GraftError, raise_problems
+from graft.text import listed
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -34,7 +35,7 @@ def message_problems(messages: object) -> list[str]:
             continue
         for key in ("role", "content"):
             if key not in message:
-                keys = ", ".join(map(str, message)) or "none"
+                keys = listed(message)
                 problems.append(f"message {number}: {key!r} is missing (keys: {keys})")
             elif wrong := text_problem(message[key]):
                 problems.append(f"message {number}: {key!r} {wrong}")
@@ -48,7 +49,7 @@ def answer_problems(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return why well-formed messages hold nothing to train, if they do not."""
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        return [f"no message of role 'assistant' (roles: {', '.join(roles)}), so nothing to train"]
+        return [f"no message of role 'assistant' (roles: {listed(roles)}), so nothing to train"]
     if roles[0] == "assistant":
         return [
             "message 1: the assistant speaks first, with nothing to answer; "

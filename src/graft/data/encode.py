@@ -12,6 +12,7 @@ from graft.data.render import render_prompt, render_row
 from graft.data.rows import RowProblems, Rows
 from graft.data.shapes.base import Rendered, Tokenizer
 from graft.errors import GraftError
+from graft.text import listed
 
 _CHUNK = 1024
 
@@ -65,7 +66,7 @@ class EncodedData:
             f"end of sequence trained in {self.eos_rows:,} rows"
         )
         if self.ignored_keys:
-            line += f"; keys not used: {', '.join(self.ignored_keys)}"
+            line += f"; keys not used: {listed(self.ignored_keys)}"
         return line
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from graft.errors import GraftError
+from graft.text import listed
 
 
 class Tokenizer(Protocol):
@@ -114,9 +115,8 @@ class RowShape(ABC):
         fields = self.asked(given) if isinstance(given, str) else given
         key = self.required[0]
         if key not in fields:
-            found = ", ".join(fields) or "none"
             raise GraftError(
-                f"a prompt of kind {self.name} needs the key {key!r}; found keys {found}"
+                f"a prompt of kind {self.name} needs the key {key!r}; found keys {listed(fields)}"
             )
         return self.render_prompt(fields, tokenizer, separator)
 
