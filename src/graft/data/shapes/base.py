@@ -23,6 +23,10 @@ class Tokenizer(Protocol):
         """The Jinja template of conversations, or None."""
 
     @property
+    def special_tokens_map(self) -> Mapping[str, Any]:
+        """What a template knows of the tokenizer, by name: bos_token, eos_token ..."""
+
+    @property
     def bos_token(self) -> str | None:
         """The text of the token that begins a sequence, or None."""
 
