@@ -100,4 +100,5 @@ def _match() -> None:
             found = [number for number, name in enumerate(names) if matches(name)]
         except (re.error, OverflowError, RecursionError) as error:
             found = str(error)[:200] or type(error).__name__
-        print(json.dumps(found), flush=True)
+        sys.stdout.write(json.dumps(found) + "\n")
+        sys.stdout.flush()

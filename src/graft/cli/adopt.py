@@ -9,6 +9,7 @@ from typing import Literal
 from graft.api.config import AdoptedFormat
 from graft.cli.command import Command
 from graft.cli.fields import Positional
+from graft.cli.show import show
 from graft.model.config import TrustConfig
 
 
@@ -39,11 +40,11 @@ def adopt(arguments: AdoptArguments) -> None:
 
     with progress() as events:
         report = run(**asdict(arguments), events=events)
-    print(
+    show(
         f"{arguments.out}: {report.title}, {report.parameters:,} parameters in "
         f"{report.layers} layers, on {report.model}"
     )
-    print(f"next: {next_export(Path(arguments.out))}")
+    show(f"next: {next_export(Path(arguments.out))}")
 
 
 COMMAND = Command(arguments=AdoptArguments, run=adopt)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
-from graft.cli.generate import print_at_once
+from graft.cli.show import show, show_answer
 from graft.model.config import TrustConfig
 
 
@@ -34,7 +33,7 @@ def chat(arguments: ChatArguments) -> None:
     style = prompt_style(Path(arguments.model))
     remembers = SHAPES[style.kind].is_conversation or loaded.tokenizer.chat_template is not None
     if not remembers:
-        print("This model has no chat template: each line stands alone.", file=sys.stderr)
+        show("This model has no chat template: each line stands alone.", error=True)
     messages: list[dict[str, str]] = []
     while line := _ask():
         messages.append({"role": "user", "content": line})
@@ -44,9 +43,9 @@ def chat(arguments: ChatArguments) -> None:
             style=style,
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,
-            on_text=print_at_once,
+            on_text=show_answer,
         )
-        print()
+        show()
         messages.append({"role": "assistant", "content": answer})
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.cli.command import Command
+from graft.cli.show import show
 from graft.cli.signals import stopping
 from graft.compare.config import CompareConfig
 from graft.errors import GraftError
@@ -54,7 +55,7 @@ def compare(arguments: CompareArguments) -> None:
         result = run(arguments, events, stop)
     title = f"{Path(arguments.model).name} on {Path(arguments.data).name}, held-out rows"
     _show(title, result.rows, with_figures((*SCORES, *COSTS), result.rows))
-    print(f"{result.page}, {result.data}; {result.seconds:.0f} s")
+    show(f"{result.page}, {result.data}; {result.seconds:.0f} s")
     if result.failed:
         raise GraftError(_failures(result.failed, len(result.results)))
 

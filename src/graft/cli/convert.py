@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
+from graft.cli.show import show, show_json
 
 if TYPE_CHECKING:
     from graft.api.convert import ConvertReport
@@ -38,10 +38,10 @@ def convert(arguments: ConvertArguments) -> None:
             arguments.source, arguments.out, tokenizer=arguments.tokenizer, events=events
         )
     if arguments.json:
-        print(json.dumps(asdict(report) | {"path": str(report.path)}, indent=2))
+        show_json(asdict(report) | {"path": str(report.path)})
         return
     for name, value in _lines(report).items():
-        print(f"{name:<14}{value}")
+        show(f"{name:<14}{value}")
 
 
 def _lines(report: ConvertReport) -> dict[str, str]:

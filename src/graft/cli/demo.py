@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graft.cli.command import Command
+from graft.cli.show import show
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -34,20 +35,19 @@ def demo(arguments: DemoArguments) -> None:
     console = Console(highlight=False, soft_wrap=True)
     console.print(_table(result))
     console.print("\n[bold]A product that training never saw[/bold]")
-    console.print(result.prompt, markup=False)
+    show(result.prompt)
     before, after = result.stations[0], result.stations[-1]
     for station in (before, after):
         console.print(f"\n[bold]{station.name}[/bold]")
-        console.print(_shortened(station.sample), markup=False)
+        show(_shortened(station.sample))
     console.print("\n[bold]Files[/bold]")
     for name, path in result.files.items():
-        console.print(f"  {name:<13} {path}", markup=False)
+        show(f"  {name:<13} {path}")
     console.print(f"\n{result.seconds:.0f} s in all. [bold]Your own data next:[/bold]")
-    console.print(
+    show(
         "  graft train --model FOLDER_OR_HUB_ID --data rows.jsonl --method qalora --out run\n"
         "  graft export run --to gguf --out model.gguf\n"
-        '  where a row is {"prompt": ..., "completion": ...}, {"text": ...} or {"messages": [...]}',
-        markup=False,
+        '  where a row is {"prompt": ..., "completion": ...}, {"text": ...} or {"messages": [...]}'
     )
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from graft.cli.command import Command
+from graft.cli.show import show, show_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,14 +23,14 @@ def doctor(arguments: DoctorArguments) -> None:
 
     diagnosis = diagnose()
     if arguments.json:
-        print(json.dumps(diagnosis, indent=2))
+        show_json(diagnosis)
         return
     for section, facts in diagnosis.items():
-        print(section)
+        show(section)
         width = max(len(_label(name)) for name in facts)
         for name, value in facts.items():
-            print(f"  {_label(name):<{width}}  {_text(name, value)}")
-        print()
+            show(f"  {_label(name):<{width}}  {_text(name, value)}")
+        show()
 
 
 def _label(name: str) -> str:

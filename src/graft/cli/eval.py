@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Literal
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
+from graft.cli.show import show, show_json
 from graft.model.config import TrustConfig
 
 
@@ -58,9 +58,9 @@ def evaluate(arguments: EvalArguments) -> None:
         batch_size=arguments.batch_size,
     )
     if arguments.json:
-        print(json.dumps(result))
+        show_json(result, indent=None)
         return
-    print(
+    show(
         f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.4f} over "
         f"{result['target_tokens']:,} target tokens in {result['rows']:,} rows "
         f"({result['cut_rows']:,} cut)"

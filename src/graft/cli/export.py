@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
+from graft.cli.show import show
 from graft.export.config import ExportTarget
 from graft.model.config import TrustConfig
 
@@ -42,8 +43,8 @@ def export(arguments: ExportArguments) -> None:
             events=events,
         )
     for note in report.notes:
-        print(f"note: {note}")
-    print(f"{report.path}: {report.bytes / 2**20:,.1f} MiB")
+        show(f"note: {note}")
+    show(f"{report.path}: {report.bytes / 2**20:,.1f} MiB")
 
 
 COMMAND = Command(arguments=ExportArguments, run=export)

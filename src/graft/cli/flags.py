@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar, get_origin
 
 from graft.cli.command import Command
 from graft.cli.fields import Flag, flags_of
+from graft.cli.show import show
 from graft.errors import GraftError, did_you_mean, raise_problems
 
 Arguments = TypeVar("Arguments")
@@ -32,7 +33,7 @@ def parse(command: Command[Arguments], words: Sequence[str], name: str) -> Argum
     if asked:
         from graft.cli.help import page
 
-        print(page(command, name, settings, whole="--help-all" in asked))
+        show(page(command, name, settings, whole="--help-all" in asked))
         sys.exit(0)
     flags = flags_of(command.arguments, settings)
     _check_names(words, flags, name)
@@ -99,7 +100,7 @@ def _parsed(
         if (problem := flag.kind.problem(value)) is not None
     ]
     if problems:
-        print("\n".join(problems), file=sys.stderr)
+        show("\n".join(problems), error=True)
         sys.exit(2)
     return kind(**values)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
+from graft.cli.show import show, show_answer
 from graft.model.config import TrustConfig
 
 
@@ -47,14 +48,9 @@ def generate(arguments: GenerateArguments) -> None:
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         seed=arguments.seed,
-        on_text=print_at_once,
+        on_text=show_answer,
     )
-    print()
-
-
-def print_at_once(text: str) -> None:
-    """Print a piece of text as it comes."""
-    print(text, end="", flush=True)
+    show()
 
 
 COMMAND = Command(arguments=GenerateArguments, run=generate)

@@ -5,10 +5,12 @@ torch and transformers are imported by the subcommands when they run, so that --
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 
 from graft.cli.commands import COMMANDS
+from graft.cli.show import discard, flush, print_whatever_comes, show
 from graft.cli.signals import Ended, ending
 from graft.errors import GraftError
 from graft.text import shown
@@ -18,21 +20,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one subcommand; return its exit status.
 
     0, or 1 after a GraftError, 2 for wrong usage, and 128 + n when signal n ended it: 130 on
-    Ctrl-C.
+    Ctrl-C, 141 where nobody reads on (`graft runs | head -1`).
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    print_whatever_comes()
+    try:
+        try:
+            return _run(list(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            flush()
+    except BrokenPipeError:
+        discard(sys.stdout)
+        return 128 + signal.SIGPIPE
+    except GraftError as error:
+        discard(sys.stdout)
+        show(f"graft: error: {error}", error=True)
+        return 1
+
+
+def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "--help-all"):
-        print(_usage())
+        show(_usage())
         return 0
     if words[0] in ("-V", "--version"):
         from importlib.metadata import version
 
-        print(f"graft {version('graft-llm')}")
+        show(f"graft {version('graft-llm')}")
         return 0
     name = words[0]
     problem = COMMANDS.problem(name)
     if problem is not None:
-        print(f"graft: {problem}", file=sys.stderr)
+        show(f"graft: {problem}", error=True)
         return 2
     try:
         from graft.cli.flags import parse
@@ -41,13 +58,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with ending():
             command.run(parse(command, words[1:], name))
     except GraftError as error:
-        print(f"graft {name}: error: {shown(str(error))}", file=sys.stderr)
+        show(f"graft {name}: error: {shown(str(error))}", error=True)
         return 1
     except Ended as ended:
-        print(f"graft {name}: {ended}", file=sys.stderr)
+        show(f"graft {name}: {ended}", error=True)
         return ended.status
     except KeyboardInterrupt:  # raised by no signal, or before they were handled
-        print(f"graft {name}: interrupted", file=sys.stderr)
+        show(f"graft {name}: interrupted", error=True)
         return 130
     return 0
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
+from graft.cli.show import show
 from graft.model.config import TrustConfig
 
 
@@ -38,8 +39,8 @@ def merge(arguments: MergeArguments) -> None:
             trust_remote_code=arguments.trust_remote_code,
             events=events,
         )
-    print(report.summary())
-    print(f"{arguments.out}, with merge-report.json")
+    show(report.summary())
+    show(f"{arguments.out}, with merge-report.json")
 
 
 COMMAND = Command(arguments=MergeArguments, run=merge)

@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-import json
-
 from graft.api.config import PlanConfig
 from graft.cli.command import Command
+from graft.cli.show import show, show_json
 
 
 def plan(config: PlanConfig) -> None:
     """Predict the memory of a training run; no weights are read."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     from graft.api.plan import plan as run
+    from graft.text import printable
 
     memory = run(config)
     if config.json:
-        print(json.dumps(memory.as_dict(), indent=2))
+        show_json(memory.as_dict())
         return
-    table = Table(title=f"{config.method} on {config.model}")
+    table = Table(title=Text(printable(f"{config.method} on {config.model}"), "table.title"))
     table.add_column("what")
     table.add_column("size", justify="right")
     table.add_column("note")
     for row in memory.table():
-        table.add_row(*row)
-    Console().print(table)
-    print(f"checkpointing: {memory.checkpointing_reason}")
+        table.add_row(*map(printable, row))
+    Console().print(table, markup=False)
+    show(f"checkpointing: {memory.checkpointing_reason}")
 
 
 COMMAND = Command(arguments=PlanConfig, run=plan, takes_file=True)

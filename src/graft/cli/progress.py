@@ -17,6 +17,7 @@ from rich.progress import (
 )
 
 from graft.api.events import Events
+from graft.text import printable
 from graft.train.metrics import Metrics
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -28,10 +29,10 @@ class TerminalEvents(Events):
     def __init__(self, console: Console) -> None:
         self.console = console
         self.bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[info]}"),
+            TextColumn("{task.fields[info]}", markup=False),
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=console,
@@ -56,12 +57,12 @@ class TerminalEvents(Events):
 
     def note(self, text: str) -> None:
         """Print a sentence above the bars."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Move the stage's bar; remove it when the stage is done."""
         if stage not in self.tasks:
-            self.tasks[stage] = self.bar.add_task(stage, total=total, info="")
+            self.tasks[stage] = self.bar.add_task(printable(stage), total=total, info="")
         self.bar.update(self.tasks[stage], completed=done, total=total)
         if done == total:
             self.bar.remove_task(self.tasks.pop(stage))

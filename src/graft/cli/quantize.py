@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from graft.api.config import QuantizeConfig
 from graft.cli.command import Command
+from graft.cli.show import show
 
 
 def quantize(config: QuantizeConfig) -> None:
@@ -14,7 +15,7 @@ def quantize(config: QuantizeConfig) -> None:
     with progress() as events:
         out = run(config, events)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    print(f"{out}: {size / 2**20:,.1f} MiB of weights")
+    show(f"{out}: {size / 2**20:,.1f} MiB of weights")
 
 
 COMMAND = Command(arguments=QuantizeConfig, run=quantize, takes_file=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from graft.api.runs import SortKey
 from graft.cli.command import Command
 from graft.cli.fields import Positionals
+from graft.cli.show import show, show_json
 from graft.text import printable
 
 if TYPE_CHECKING:
@@ -47,10 +47,10 @@ def runs(arguments: RunsArguments) -> None:
     if arguments.json:
         rows = [asdict(run) for run in found]
         values = {"runs": rows, "differing_settings": differences} if compared else {"runs": rows}
-        print(json.dumps(values, indent=2))
+        show_json(values)
         return
     if not found:
-        print("no runs here or two levels below; graft train --out FOLDER makes one")
+        show("no runs here or two levels below; graft train --out FOLDER makes one")
         return
     if compared:
         _compare(found, differences)
@@ -58,7 +58,7 @@ def runs(arguments: RunsArguments) -> None:
         _list(found)
     for run in found:
         if run.problem is not None:
-            print(printable(f"{run.name}: {run.problem}"))
+            show(f"{run.name}: {run.problem}")
 
 
 def _list(found: Sequence[RunSummary]) -> None:

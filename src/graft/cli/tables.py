@@ -7,6 +7,9 @@ from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from graft.text import printable
 
 
 class Column(NamedTuple):
@@ -30,6 +33,10 @@ def print_table(
     important: titles in the order in which they are to be kept; the others follow in theirs.
     """
     console = console or Console(highlight=False)
+    first, *columns = [
+        Column(printable(one.title), [*map(printable, one.texts)], one.right)
+        for one in (first, *columns)
+    ]
     widths = [max(map(len, [column.title, *column.texts])) + 3 for column in columns]
     taken = 4 + max(map(len, [first.title, *first.texts]))
     shown = set()
@@ -43,7 +50,7 @@ def print_table(
             taken += widths[index]
             shown.add(index)
     chosen = [column for index, column in enumerate(columns) if index in shown]
-    table = Table(title=title)
+    table = Table(title=Text(printable(title), style="table.title"))
     table.add_column(first.title)
     for column in chosen:
         table.add_column(column.title, justify="right" if column.right else "left")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from graft.api.config import TrainConfig
 from graft.cli.command import Command
+from graft.cli.show import show
 from graft.cli.signals import Ended, stopping
 from graft.errors import GraftError
 from graft.train.stop import StoppedError
@@ -33,7 +34,7 @@ def train(config: TrainConfig) -> None:
         ended.args = (f"{ended}; go on with: {resume_command(out, config.trust_remote_code)}",)
         raise
     perplexity = "" if report.perplexity is None else f", perplexity {report.perplexity:.4f}"
-    print(
+    show(
         f"held-out loss {held_out_words(report)}{perplexity}, {report.steps_done} steps in "
         f"{report.seconds:.0f} s\n"
         f"end: {report.ended}; kept: {report.kept}\n"
@@ -43,9 +44,9 @@ def train(config: TrainConfig) -> None:
         f"report: {out / 'report.md'}, plot: {out / 'plots' / 'loss.png'}"
     )
     for line in report.next_steps:
-        print(f"next: {line}")
+        show(f"next: {line}")
     if not report.worse and (out / ADAPTER).is_dir():  # it is nothing to export, or no adapter
-        print(f"next: {next_export(out)}")
+        show(f"next: {next_export(out)}")
 
 
 def _settings_of_resumed_run(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
+from graft.cli.show import show, show_json
 from graft.errors import raise_problems
 from graft.model.config import TrustConfig
 
@@ -49,10 +49,10 @@ def verify(arguments: VerifyArguments) -> None:
             events=events,
         )
     if arguments.json:
-        print(json.dumps(asdict(found) | {"passed": found.passed}, indent=2))
+        show_json(asdict(found) | {"passed": found.passed})
     else:
         for name, value in _lines(found).items():
-            print(f"{name:<24}{value}")
+            show(f"{name:<24}{value}")
     raise_problems(found.problems, f"{found.file} is not verified")
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jinja2 import TemplateError
-
 from graft.data.shapes.base import Rendered, Tokenizer, text_problem, type_in_words
+from graft.data.templates import render_template
 from graft.errors import GraftError, raise_problems
+from graft.text import listed
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -34,7 +34,7 @@ def message_problems(messages: object) -> list[str]:
             continue
         for key in ("role", "content"):
             if key not in message:
-                keys = ", ".join(map(str, message)) or "none"
+                keys = listed(message)
                 problems.append(f"message {number}: {key!r} is missing (keys: {keys})")
             elif wrong := text_problem(message[key]):
                 problems.append(f"message {number}: {key!r} {wrong}")
@@ -48,7 +48,7 @@ def answer_problems(messages: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return why well-formed messages hold nothing to train, if they do not."""
     roles = [message["role"] for message in messages]
     if "assistant" not in roles:
-        return [f"no message of role 'assistant' (roles: {', '.join(roles)}), so nothing to train"]
+        return [f"no message of role 'assistant' (roles: {listed(roles)}), so nothing to train"]
     if roles[0] == "assistant":
         return [
             "message 1: the assistant speaks first, with nothing to answer; "
@@ -63,7 +63,7 @@ def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> 
     Raises GraftError when they are no messages or the template refuses them.
     """
     raise_problems(message_problems(messages), "prompt")
-    return _apply_template(messages, tokenizer, generation=True)
+    return _apply_template(messages, tokenizer, [(len(messages), True)])[0]
 
 
 def render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Rendered:
@@ -73,12 +73,15 @@ def render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> 
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     messages = messages[: turns[-1] + 1]
-    # White space after the last turn's end would only stand between it and the EOS token.
-    text = _apply_template(messages, tokenizer, generation=False).rstrip()
-    spans = []
+    beginnings = [(len(messages), False)]
     for index in turns:
-        before = _apply_template(messages[:index], tokenizer, generation=True)
-        through = _apply_template(messages[: index + 1], tokenizer, generation=False).rstrip()
+        beginnings += [(index, True), (index + 1, False)]
+    texts = _apply_template(messages, tokenizer, beginnings)
+    # White space after the last turn's end would only stand between it and the EOS token.
+    text = texts[0].rstrip()
+    spans = []
+    for index, before, through in zip(turns, texts[1::2], texts[2::2], strict=True):
+        through = through.rstrip()
         start = len(before)
         if not through.startswith(before) or not text.startswith(before):
             raise GraftError(
@@ -106,15 +109,13 @@ def _without_lead(turn: str, content: str) -> str:
 
 
 def _apply_template(
-    messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, generation: bool
-) -> str:
-    try:
-        text: str = tokenizer.apply_chat_template(
-            [dict(message) for message in messages],
-            chat_template=DEFAULT_CHAT_TEMPLATE if tokenizer.chat_template is None else None,
-            tokenize=False,
-            add_generation_prompt=generation,
-        )
-    except TemplateError as error:
-        raise GraftError(f"the chat template refuses the messages: {error}") from error
-    return text
+    messages: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    beginnings: Sequence[tuple[int, bool]],
+) -> list[str]:
+    template = DEFAULT_CHAT_TEMPLATE if tokenizer.chat_template is None else None
+    texts = render_template(tokenizer, template, messages, beginnings)
+    for text in texts:
+        if problem := text_problem(text):
+            raise GraftError(f"what the chat template renders {problem}")
+    return texts

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,9 +11,18 @@ from graft.data.chat import chat_prompt
 from graft.data.render import render_prompt, render_row
 from graft.data.rows import RowProblems, Rows
 from graft.data.shapes.base import Rendered, Tokenizer
+from graft.data.templates import rendering
 from graft.errors import GraftError
+from graft.files.bounds import bound, raise_beyond
+from graft.text import listed
+
+ROW_CHARACTERS = 2**20
+"""Characters that any row may have; each may take 500 bytes and 4 µs before the row is cut."""
+TOKEN_CHARACTERS = 32
+"""Characters that a row may have for each token that is left of it."""
 
 _CHUNK = 1024
+_CHUNK_CHARACTERS = 2**20
 
 
 @dataclass(frozen=True)
@@ -65,7 +74,7 @@ class EncodedData:
             f"end of sequence trained in {self.eos_rows:,} rows"
         )
         if self.ignored_keys:
-            line += f"; keys not used: {', '.join(self.ignored_keys)}"
+            line += f"; keys not used: {listed(self.ignored_keys)}"
         return line
 
 
@@ -79,23 +88,44 @@ def encode_rows(
     check_tokenizer(tokenizer, eos)
     problems = RowProblems("rows that cannot be trained on")
     examples: list[Example] = []
-    for begin in range(0, len(rows.rows), _CHUNK):
-        wheres: list[str] = []
-        rendered: list[Rendered] = []
-        for row in rows.rows[begin : begin + _CHUNK]:
-            try:
-                rendered.append(render_row(rows.kind, row, tokenizer, separator))
-                wheres.append(row.where)
-            except GraftError as error:
-                problems.add(f"{row.where}: {error}")
-        encoded = _tokenize([found.text for found in rendered], tokenizer)
-        for where, found, tokens in zip(wheres, rendered, encoded, strict=True):
-            example = _example(where, found, tokens, max_length, eos, tokenizer.eos_token_id)
-            examples.append(example)
-            if not any(example.targets):
-                problems.add(f"{where}: {_why_no_target(example, max_length)}")
+    with rendering():
+        for chunk in _chunks(rows, tokenizer, max_length, separator, problems):
+            encoded = _tokenize([found.text for _, found in chunk], tokenizer)
+            for (where, found), tokens in zip(chunk, encoded, strict=True):
+                example = _example(where, found, tokens, max_length, eos, tokenizer.eos_token_id)
+                examples.append(example)
+                if not any(example.targets):
+                    problems.add(f"{where}: {_why_no_target(example, max_length)}")
     problems.raise_all()
     return EncodedData(examples, rows.kind, rows.ignored_keys)
+
+
+def _chunks(
+    rows: Rows, tokenizer: Tokenizer, max_length: int, separator: str, problems: RowProblems
+) -> Iterator[list[tuple[str, Rendered]]]:
+    """Yield rendered rows, and where they stand, in lots that a tokenizer takes at once."""
+    chunk: list[tuple[str, Rendered]] = []
+    characters = 0
+    for row in rows.rows:
+        try:
+            found = render_row(rows.kind, row, tokenizer, separator)
+            _check_length(found.text, max_length)
+        except GraftError as error:
+            problems.add(f"{row.where}: {error}")
+            continue
+        chunk.append((row.where, found))
+        characters += len(found.text)
+        if len(chunk) == _CHUNK or characters > _CHUNK_CHARACTERS:
+            yield chunk
+            chunk, characters = [], 0
+    yield chunk
+
+
+def _check_length(text: str, max_length: int) -> None:
+    most = max(bound(ROW_CHARACTERS), bound(TOKEN_CHARACTERS) * max_length)
+    if len(text) > most:
+        cut = f"{most:,}, of which {max_length:,} tokens are left,"
+        raise_beyond("its text", f"{len(text):,} characters", cut)
 
 
 def encode_prompt(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from graft.errors import GraftError
+from graft.text import listed
 
 
 class Tokenizer(Protocol):
@@ -20,6 +21,10 @@ class Tokenizer(Protocol):
     @property
     def chat_template(self) -> Any:
         """The Jinja template of conversations, or None."""
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, Any]:
+        """What a template knows of the tokenizer, by name: bos_token, eos_token ..."""
 
     @property
     def bos_token(self) -> str | None:
@@ -114,9 +119,8 @@ class RowShape(ABC):
         fields = self.asked(given) if isinstance(given, str) else given
         key = self.required[0]
         if key not in fields:
-            found = ", ".join(fields) or "none"
             raise GraftError(
-                f"a prompt of kind {self.name} needs the key {key!r}; found keys {found}"
+                f"a prompt of kind {self.name} needs the key {key!r}; found keys {listed(fields)}"
             )
         return self.render_prompt(fields, tokenizer, separator)
 
