@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,14 @@ def test_measuring_changes_neither_the_model_nor_random_states(loaded: LoadedMod
     assert all(module.training for module in loaded.model.modules())
     assert all(torch.equal(content[key], now) for key, now in loaded.model.state_dict().items())
     assert all(parameter.grad is None for parameter in loaded.model.parameters())
+
+
+def test_measuring_takes_a_moment(loaded: LoadedModel) -> None:
+    """About 0.03 s for the tiny model on an idle core: two forward passes of 2048 tokens."""
+    windows = general_windows(loaded.tokenizer, limit=64)
+    begin = time.process_time()
+    measure_drift(loaded.model, observe(loaded.model, windows))
+    assert time.process_time() - begin < 1.0
 
 
 def test_a_reference_is_read_back_as_it_was_or_refused(loaded, tmp_path) -> None:

@@ -93,18 +93,18 @@ def test_patience_counts_improvements_by_more_than_the_least(tmp_path: Path) -> 
     assert run.best.exhausted
 
 
-def test_an_older_best_stays_as_long_as_a_checkpoint_may_need_it(tmp_path: Path) -> None:
+def test_an_older_best_stays_as_long_as_a_checkpoint_needs_it(tmp_path: Path) -> None:
     run = Run(tmp_path)
     for step, loss in ((10, 3.0), (20, 2.0), (30, 1.0)):
         run.at(step, loss)
-    run.best.sweep(15)  # whose best is that of step 10
-    assert run.kept() == ["step-00000010", "step-00000020", "step-00000030"]
-    run.best.sweep(25)
-    assert run.kept() == ["step-00000020", "step-00000030"]
-    run.best.sweep(30)
+    run.best.sweep([15, 18])  # both of which need that of step 10, and none that of step 20
+    assert run.kept() == ["step-00000010", "step-00000030"]
+    run.best.sweep([18, 30])
+    assert run.kept() == ["step-00000010", "step-00000030"]
+    run.best.sweep([30, 35])
     assert run.kept() == ["step-00000030"]
     run.at(40, 0.5)
-    run.best.sweep(None)
+    run.best.sweep([5])
     assert run.kept() == ["step-00000040"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -46,8 +46,8 @@ class _Kept:
 class BestParameters:
     """Keeps what was trained at the best evaluation so far, in best/step-N of a run's folder.
 
-    An older best is removed when no checkpoint is left that may need it, so that a run that goes on
-    from any of them ends as the unbroken one. The last step's are not written: they are there.
+    An older best stays as long as a checkpoint needs it, so that a run that goes on from any of
+    them ends as the unbroken one. The last step's are not written: they are there.
     """
 
     def __init__(
@@ -113,12 +113,15 @@ class BestParameters:
             )
         return None
 
-    def sweep(self, oldest: int | None) -> None:
-        """Remove what neither this run nor the oldest checkpoint, if there is one, can need."""
+    def sweep(self, checkpoints: Sequence[int]) -> None:
+        """Remove what neither this run needs nor one that goes on from one of the checkpoints.
+
+        Each best is better than those before it, so a checkpoint needs the last one up to its step.
+        """
         steps = self._steps()
-        reachable = [step for step in steps if oldest is None or step <= oldest]
-        for step in steps:
-            if reachable and step < reachable[-1]:
+        needed = {max((step for step in steps if step <= at), default=0) for at in checkpoints}
+        for step in steps[:-1]:
+            if step not in needed:
                 remove_folder(self._path(step))
 
     def recall(self, done: int) -> int:

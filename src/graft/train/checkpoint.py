@@ -111,9 +111,9 @@ def checkpoints(folder: Path) -> list[Path]:
     )
 
 
-def oldest_step(folder: Path) -> int | None:
-    """Return the step of the oldest checkpoint, or None where there is none."""
-    return next((_step_of(path) for path in checkpoints(folder)), None)
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints, oldest first, whether they are whole or not."""
+    return [_step_of(path) for path in checkpoints(folder)]
 
 
 def newest_whole(folder: Path, up_to: int | None = None) -> tuple[Path | None, list[str]]:

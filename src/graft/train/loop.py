@@ -26,8 +26,8 @@ from graft.optimizers.base import OptimizerKind
 from graft.train.best import BEST, BestParameters
 from graft.train.checkpoint import (
     Position,
+    checkpoint_steps,
     load_checkpoint,
-    oldest_step,
     random_state,
     read_position,
     save_checkpoint,
@@ -279,6 +279,7 @@ class _Loop:
         self._record({"step": step, **metrics})
         self.evaluated = step
         self.best.evaluated(step, metrics["eval_loss"], last=step == self.task.steps)
+        self.best.sweep(checkpoint_steps(self.task.folder / CHECKPOINTS))
         if self.task.on_evaluated is not None:
             self.task.on_evaluated(step)
 
@@ -314,7 +315,7 @@ class _Loop:
             self.optimizer,
             self.task.optimizer,
         )
-        self.best.sweep(oldest_step(self.task.folder / CHECKPOINTS))
+        self.best.sweep(checkpoint_steps(self.task.folder / CHECKPOINTS))
         self.saved, self.saved_at = step, time.monotonic()
         if self.task.on_saved is not None:
             self.task.on_saved(step)
