@@ -17,9 +17,11 @@ from faults.warm import Outcome, Warm
 
 STEPS = 6
 _TRAIN = ["--steps", STEPS, "--batch-size", 2, "--max-length", 32, "--checkpointing", "none"]
+_TRAIN += ["--eval-every", 1]
 _LORA = ("--method", "lora", "--rank", 4)
 TRAININGS: dict[str, tuple[object, ...]] = {
     "lora with dropout": (*_LORA, "--dropout", 0.1),
+    "lora that gets worse": (*_LORA, "--learning-rate", 0.3),
     "qalora": ("--method", "qalora"),
     "merge_aware that rounds between steps": ("--method", "merge_aware", "--bits", 2),
     "merge_aware that rounds at the start": ("--method", "merge_aware", "--dense-fraction", 0),
