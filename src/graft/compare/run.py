@@ -162,7 +162,8 @@ class _Comparing:
     def _train(self, training: Training) -> None:
         run = self._run(training)
         if (run / REPORT).is_file():
-            return
+            with owned_run(run):  # which clears away what a kill at its very end left
+                return
         self.events.note(f"training {training.name}")
         config = training.config(self.config, str(run))
         eval_every = config.eval_every or max(1, self.prepared.steps // _EVALUATIONS)

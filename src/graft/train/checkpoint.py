@@ -97,10 +97,15 @@ def save_checkpoint(
             "sha256": digest,
         }
         write_json(part / _STATE, state)
-    found = checkpoints(folder)
+    keep_newest(path)
+    return path
+
+
+def keep_newest(path: Path) -> None:
+    """Remove what is left beside a checkpoint and the KEPT - 1 before it."""
+    found = checkpoints(path.parent)
     for old in [*found[: max(0, found.index(path) + 1 - KEPT)], *found[found.index(path) + 1 :]]:
         remove_folder(old)
-    return path
 
 
 def checkpoints(folder: Path) -> list[Path]:

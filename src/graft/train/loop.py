@@ -27,6 +27,7 @@ from graft.train.best import BEST, BestParameters
 from graft.train.checkpoint import (
     Position,
     checkpoint_steps,
+    keep_newest,
     load_checkpoint,
     random_state,
     read_position,
@@ -349,4 +350,6 @@ class _Loop:
         lost = self.best.restore(position.best, position.step, position.step == self.task.steps)
         if lost is not None:
             self.task.on_note(lost)
+        keep_newest(checkpoint)  # a kill may have come before what was no longer needed had gone
+        self.best.sweep(checkpoint_steps(checkpoint.parent))
         self.moment = self._now(position.step)
