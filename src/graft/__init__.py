@@ -30,10 +30,13 @@ if TYPE_CHECKING:
     from graft.api.verify import verify
     from graft.compare.config import CompareConfig
     from graft.compare.run import compare
+    from graft.train.stop import Stop, StoppedError
 
 _HOME = {
     "CompareConfig": "graft.compare.config",
     "QuantizeConfig": "graft.api.config",
+    "Stop": "graft.train.stop",
+    "StoppedError": "graft.train.stop",
     "TrainConfig": "graft.api.config",
     "adopt": "graft.api.adopt",
     "compare": "graft.compare.run",
@@ -52,6 +55,8 @@ __all__ = [
     "CompareConfig",
     "GraftError",
     "QuantizeConfig",
+    "Stop",
+    "StoppedError",
     "TrainConfig",
     "adopt",
     "compare",

@@ -137,6 +137,13 @@ def tokens_that_the_model_has_no_embedding_for(place: Place) -> list[str]:
     return train(place, "--rank", "0")
 
 
+@case("the prompt", "'<|newend|>' has the number", "rows of embeddings")
+def prompt_with_such_a_token(place: Place) -> list[str]:
+    path = place.base / "tokenizer_config.json"
+    path.write_text(path.read_text().replace('"<|end|>"', '"<|newend|>"'))
+    return ["generate", str(place.base), "--prompt", "red <|newend|>"]
+
+
 @case("rows.jsonl:1", "--max-length")
 def rows_without_a_target(place: Place) -> list[str]:
     row = json.dumps({"prompt": "red lamp " * 40, "completion": "chair"})

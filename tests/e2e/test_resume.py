@@ -17,6 +17,7 @@ from graft.api.events import Events
 from graft.api.run.folder import read_run_config
 from graft.api.run.resume import owned_run
 from graft.api.run.status import read_status
+from graft.api.runs import list_runs
 from graft.errors import GraftError
 from graft.train.loop import read_metrics
 from graft.train.stop import Stop, StoppedError
@@ -166,6 +167,18 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(broken, whole)
     assert events.told("a checkpoint cannot be used") and events.told("going on from")
     assert events.steps == [3, 4, 5, 6]
     assert adapter(broken) == adapter(whole) and losses(broken) == losses(whole)
+
+
+def test_lost_metrics_stop_no_report(whole, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    shutil.rmtree(run / "adapter")
+    (run / "metrics.jsonl").write_text("")
+    events = Heard()
+    report = graft.finetune(again(run), events)
+    assert events.told("metrics.jsonl is damaged") and not events.steps
+    assert report.loss == losses(whole)[-2][1] and report.eval_loss == losses(whole)[-1][2]
+    assert adapter(run) == adapter(whole)
 
 
 def test_without_a_whole_checkpoint_the_run_is_begun_anew(broken, whole, tiny_base, rows):
@@ -389,11 +402,18 @@ def test_a_run_that_fails_says_so_and_keeps_the_batch(tiny_base, rows, tmp_path)
         graft.finetune(config)
 
 
-def test_a_run_that_was_killed_may_be_running(broken):
+def test_a_run_that_was_killed_is_told_from_one_that_is_running(broken):
     status = json.loads((broken / "status.json").read_text())
     (broken / "status.json").write_text(json.dumps(status | {"state": "running"}))
-    with pytest.raises(GraftError, match="is running, or was killed .*step 4 of 6.*--resume"):
+    with pytest.raises(GraftError, match="was killed, .*checkpoint at step 4 of 6.*--resume"):
         graft.load(broken)
+    (row,) = list_runs([broken])
+    assert row.status == "killed"
+    with owned_run(broken):
+        with pytest.raises(GraftError, match="a run that is being worked on"):
+            graft.load(broken)
+        (row,) = list_runs([broken])
+        assert row.status == "running"
 
 
 def test_a_run_has_one_owner(broken, whole):

@@ -26,6 +26,7 @@ from graft.model.load import LoadedModel, PackLayer, load_model
 from graft.model.save import save_model
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import freeze_layers, select_targets
+from graft.model.tokens import check_tokens
 
 PackAround = Callable[[str, Tensor, WeightFormat, Callable[[Tensor], Packed]], Packed]
 """Rounds the weight of the named layer to a format, given how the solver rounds a weight."""
@@ -191,4 +192,7 @@ def _calibration(config: QuantizeConfig, subject: Subject) -> list[Example]:
     settings = DataConfig(data=config.data, max_length=length, eos=False)
     longest = resolve_max_length(settings, limit)
     encoded = load_examples(config.data, subject.tokenizer, settings, longest)
-    return encoded.examples[: config.calibration_rows]
+    examples = encoded.examples[: config.calibration_rows]
+    rows = ((example.where, example.input_ids) for example in examples)
+    check_tokens(subject.skeleton, subject.tokenizer, rows)
+    return examples

@@ -46,6 +46,7 @@ from graft.model.folder import QUANTISATION_FILE
 from graft.model.running.checkpointing import check_checkpointing
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import select_targets
+from graft.model.tokens import check_tokens
 from graft.train.schedule import steps_to_train
 
 SETTINGS = "settings.json"
@@ -177,6 +178,8 @@ def _read_data(config: CompareConfig, base: Subject, problems: Problems) -> _Dat
         training, held_out = load_train_and_eval(
             config, base.tokenizer, base.position_limit, _SPLIT_SEED
         )
+        rows = ((one.where, one.input_ids) for one in (*training.examples, *held_out.examples))
+        check_tokens(base.skeleton, base.tokenizer, rows)
         data = _Data(training, held_out, _prompts(config, held_out, base.tokenizer))
         if config.generate and missing_scorers():  # asked for by name, not by default
             problems.found.append(

@@ -337,9 +337,7 @@ class _Loop:
         position = read_position(checkpoint)
         self.sampler.restore(position.sampler)
         load_checkpoint(checkpoint, self.task.parameters, self.optimizer, self.task.optimizer)
-        kept = [
-            entry for entry in read_metrics(self.metrics_file) if entry["step"] <= position.step
-        ]
+        kept = self._kept_metrics(position)
         write_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
         for entry in kept:
             self.last |= entry
@@ -353,3 +351,17 @@ class _Loop:
         keep_newest(checkpoint)  # a kill may have come before what was no longer needed had gone
         self.best.sweep(checkpoint_steps(checkpoint.parent))
         self.moment = self._now(position.step)
+
+    def _kept_metrics(self, position: Position) -> list[dict[str, Any]]:
+        """Return the metrics up to a checkpoint, with what it knows itself where they are lost."""
+        step, best = position.step, position.best
+        kept = [entry for entry in read_metrics(self.metrics_file) if entry["step"] <= step]
+        if not any(entry["step"] == step and "loss" in entry for entry in kept):
+            self.task.on_note(
+                f"{self.metrics_file} is damaged: of the steps up to {step} it has lost some, and "
+                "the report is without them"
+            )
+        if best and not any(e["step"] == best.step and "eval_loss" in e for e in kept):
+            kept.append({"step": best.step, "eval_loss": best.loss})
+            kept.sort(key=lambda entry: entry["step"])
+        return kept

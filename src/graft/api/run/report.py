@@ -74,7 +74,7 @@ class RunReport:
     """Of the training rows that train the end of sequence."""
     seconds: float
     tokens_per_second: float
-    """Tokens computed per second of training steps, padding included."""
+    """Tokens computed per second of training steps, padding included; 0 where it is not known."""
     peak_memory_bytes: int
     planned_memory_bytes: int
     init: str
@@ -141,7 +141,7 @@ def make_report(
         learning_rate=learning_rate,
         can_go_on=config.checkpoints,
     )
-    timed = [entry for entry in history if "step_seconds" in entry]
+    timed = [entry for entry in history if {"step_seconds", "tokens_per_second"} <= entry.keys()]
     spent = sum(entry["step_seconds"] for entry in timed)
     tokens = sum(entry["tokens_per_second"] * entry["step_seconds"] for entry in timed)
     return RunReport(
@@ -165,7 +165,7 @@ def make_report(
         drift=drift,
         eos_share=training.eos_rows / len(training.examples),
         seconds=seconds,
-        tokens_per_second=tokens / spent,
+        tokens_per_second=tokens / spent if spent else 0.0,
         peak_memory_bytes=peak_bytes(next(model.parameters()).device),
         planned_memory_bytes=plan.peak_bytes,
         init=config.init,

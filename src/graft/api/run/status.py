@@ -16,6 +16,7 @@ from typing import Literal
 
 from graft.api.run.layout import STATUS
 from graft.errors import GraftError
+from graft.files.lock import is_owned
 from graft.files.read import read_typed
 from graft.files.write import write_json
 from graft.text import printable
@@ -61,11 +62,11 @@ class RunStatus:
         return sum(part.seconds for part in self.parts)
 
     def words(self) -> str:
-        """Return what has become of the run, as in 'a run that ...'."""
+        """Return what has become of the run, that no process owns, as in 'a run that ...'."""
         place = f"step {self.step} of {self.steps}"
         match self.state:
             case "running":
-                return f"is running, or was killed (begun {self.since}, checkpoint at {place})"
+                return f"was killed, with its last checkpoint at {place}"
             case "interrupted":
                 return f"was interrupted at {place} ({self.until})"
             case "failed":
@@ -101,6 +102,8 @@ def taken(run: Path) -> str:
 
 
 def _words(run: Path) -> str:
+    if is_owned(run):
+        return "is being worked on by another process"
     with suppress(GraftError):  # without a status it can be gone on with all the same
         status = read_status(run)
         if status is not None:
