@@ -25,10 +25,10 @@ from _timing import print_table
 
 import graft
 from graft.adapters.attach import frozen_layers
-from graft.api.run.folder import run_summary
 from graft.api.run.layout import REPORT
 from graft.api.verify import MAX_KL, MAX_LOGIT, MAX_PERPLEXITY, Certificate
 from graft.export import registry
+from graft.files.read import read_json
 
 TARGETS = ("gguf", "mlx", "onnx", "openvino", "hf")
 FLOAT32_ROUNDING = 2.5e-7
@@ -59,7 +59,7 @@ def main() -> None:
         run = folder / f"run-{bits}"
         if not (run / REPORT).is_file():
             _train(model, run, data, held_out, bits, arguments.steps)
-        print(f"{bits} bits: perplexity {run_summary(run)['perplexity']:.4f}", flush=True)
+        print(f"{bits} bits: perplexity {read_json(run / REPORT)['perplexity']:.4f}", flush=True)
         files = folder / f"files-{bits}"
         for target in there:
             results.append(_row(run, files, bits, target))

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Generic, TypeVar
 
 from graft.errors import GraftError, did_you_mean
+from graft.text import quoted
 
 Entry = TypeVar("Entry")
 
@@ -69,7 +70,9 @@ class Entries(Generic[Entry]):
 
     def problem(self, name: str) -> str | None:
         """Return what is wrong with a name, or None for one that there is."""
-        return None if name in self else f"unknown {self.kind} {name!r}{did_you_mean(name, self)}"
+        if name in self:
+            return None
+        return f"unknown {self.kind} {quoted(name)}{did_you_mean(name, self)}"
 
     def add(self, name: str, entry: Entry, summary: str = "") -> None:
         """Add an entry that is imported already; raises ValueError when its name is taken."""

@@ -15,7 +15,11 @@ _ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800
 """What moves a terminal's cursor, changes its colours or the direction of its text, or has no
 UTF-8; a newline and a tab are left."""
 
-_MARKS = re.compile(r"([\\`*_{}\[\]<>()#|~!&])")
+_MARKS = re.compile(
+    r"([\\`*_{}\[\]<>#|~!&$@]|^[-+=](?=[-=\s]|$)|(?:(?<=^\d)|(?<=^\d\d))[.)](?=\s)"
+    r"|:(?=//)|(?<=\bwww)\.)"
+)
+"""What Markdown and GitHub's extensions of it take for more than text."""
 
 
 def quoted(value: object, limit: int = 100) -> str:

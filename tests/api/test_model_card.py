@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,11 @@ import yaml
 
 import graft
 from graft.api.run.folder import fingerprint_weights
+from graft.api.run.report import RunReport
+from graft.api.run.report import _markdown as report_markdown
 from graft.cli.main import main
+from graft.train.metrics import read_metrics
+from graft.train.plots import plot_loss
 
 BASE = ("name", "hub_id", "fingerprint", "license")
 
@@ -176,3 +181,31 @@ def test_people_may_edit_a_card(run: Path, tmp_path: Path) -> None:
     assert found.passed and found.card == "missing"
     (folder / "more.json").write_text("{}", encoding="utf-8")
     assert graft.verify(run, folder).differing_files == ("more.json",)
+
+
+NASTY = "a|b <script>x</script> `c` $\\frac$ [d](http://e)\x1b[2J & \u202e"
+
+
+def test_names_that_mark_up_are_shown_as_they_are(run: Path, tmp_path: Path) -> None:
+    stored = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    stored |= {"model": f"/models/{NASTY}", "next_steps": [NASTY], "drift": None, "kept": NASTY}
+    report = RunReport(**stored)
+    text = report_markdown(report)
+    assert not re.search(r"(?<!\\)(<script|\[d|`c|\$)", text) and "\x1b" not in text
+    tables = [line for line in text.splitlines() if line.startswith("| kept")]
+    assert len(re.findall(r"(?<!\\)\|", tables[0])) == 3
+    plot_loss(read_metrics(run / "metrics.jsonl"), tmp_path / "loss.png", NASTY)
+    assert (tmp_path / "loss.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("base_license", ["mit"]), ("training_rows", "38"), ("versions", 3), ("drift", {"kl": 1})],
+)
+def test_a_report_with_a_field_of_another_type_is_told(run, tmp_path, field, value) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    stored = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    (tmp_path / "run" / "report.json").write_text(json.dumps(stored | {field: value}))
+    with pytest.raises(graft.GraftError, match=rf"(?s)report.json is damaged.*{field}"):
+        graft.export_model(tmp_path / "run", "hf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import subprocess
@@ -165,3 +166,8 @@ def test_chat(
     capsys.readouterr()
     assert run("chat", out, "--max-new-tokens", 4) == 0
     assert "no chat template" not in capsys.readouterr().err
+    assert run("generate", out, "--prompt", "red \udcff") == 1
+    assert "holds half of a surrogate pair" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"red \xff\n"), encoding="utf-8"))
+    assert run("chat", out, "--max-new-tokens", 4) == 0

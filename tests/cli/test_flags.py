@@ -89,6 +89,21 @@ def test_settings_of_a_file_are_checked_likewise() -> None:
     ]
 
 
+def test_settings_are_quoted_in_a_few_harmless_words() -> None:
+    long = "\x1b[2J" * 100_000
+    wrong = {
+        "method": long,
+        "bits": [long] * 1000,
+        "dora": {long: long},
+        long: 1,
+        "export": [3] * 9,
+    }
+    with pytest.raises(GraftError) as error:
+        checked_settings(wrong, Toy, "x.yaml")
+    assert "5 problems" in str(error.value) and "\x1b" not in str(error.value)
+    assert len(str(error.value)) < 3000
+
+
 @pytest.mark.parametrize("words", [["--no-method", "x"], ["--no-here"], ["--plac", "x"]])
 def test_flags_that_there_are_not(words: list[str]) -> None:
     with pytest.raises(GraftError, match="--help-all lists the flags: unknown flag"):

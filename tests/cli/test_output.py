@@ -20,7 +20,7 @@ from graft.cli.main import main
 from graft.cli.progress import TerminalEvents
 from graft.cli.tables import Column, print_table
 from graft.errors import GraftError
-from graft.text import markdown, printable
+from graft.text import printable
 
 HOSTILE = "\x1b]0;title\x07\x1b[2J\r\x08\x9b31m\u202e[bold]x[/nothing] \ud83d end"
 SPELT = r"\x1b]0;title\x07\x1b[2J\r\x08\x9b31m\u202e[bold]x[/nothing] \ud83d end"
@@ -146,10 +146,3 @@ def test_commands_print_through_show_alone() -> None:
     ]
     assert calls == []
     assert generate.show_answer is show.show_answer
-
-
-def test_markdown_shows_a_text_as_it_is() -> None:
-    text = "<script>a</script> [b](http://c) ![d](e) `f` *g* _h_ | # i\n- j &amp; \x1b[2J ~~k~~"
-    shown = markdown(text)
-    assert "\n" not in shown and "\x1b" not in shown
-    assert shown.startswith(r"\<script\>a\</script\> \[b\]\(http://c\) \!\[d\]\(e\)")

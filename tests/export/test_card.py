@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shlex
 from pathlib import Path
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
-from graft.export.card import CardFacts, escaped, front_matter, license_of, model_card
+from graft.export.card import CardFacts, front_matter, license_of, model_card
 from graft.export.registry import TARGETS
+from graft.text import markdown, printable
 
 NASTY = "a|b <script>*c*</script> [d](e) `f` ```g``` # h\n\n# 'i' \"j\" $x$ &lt;"
 
@@ -85,9 +88,40 @@ def test_no_name_breaks_the_page() -> None:
     assert "it's `````.gguf" in program
 
 
-def test_escaped_text_is_one_line() -> None:
-    assert escaped("a\n b\t|c") == r"a b \|c"
-    assert escaped("plain, text-1.0 (x)") == "plain, text-1.0 (x)"
+@pytest.mark.parametrize(
+    "text",
+    [
+        NASTY,
+        "\x1b]0;t\x07 \u202e end",
+        "- a",
+        "+ a",
+        "1. a",
+        "2) a",
+        "> a",
+        "=== a",
+        "    code",
+        "~~~ python",
+        "<http://a.b> http://a.b www.a.b <b@c.d> b@c.d",
+        "![a](http://b/c.png) [x]: http://b",
+        "a\\nb \\",
+        "&amp; &#35;",
+        "***bold*** __x__ ~~y~~",
+        "| a | b |\n|---|---|\n| c | d |",
+        "a\n===\nb\n---\nc",
+    ],
+)
+def test_markdown_shows_a_text_as_it_is(text: str) -> None:
+    tokens = MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(markdown(text))
+    assert [token.type for token in tokens] == ["paragraph_open", "inline", "paragraph_close"]
+    inside = [(child.type, child.content) for child in tokens[1].children or []]
+    assert {kind for kind, _ in inside} <= {"text", "text_special"}
+    assert "".join(content for _, content in inside) == " ".join(printable(text).split())
+    assert not re.search(r"(?<!\\)://|www\.", markdown(text))  # which GitHub would link
+
+
+def test_text_is_one_line() -> None:
+    assert markdown("a\n b\t|c") == r"a b \|c"
+    assert markdown("plain, text-1.0 (x)") == "plain, text-1.0 (x)"
 
 
 def test_where_a_card_lies() -> None:
@@ -118,6 +152,16 @@ def test_the_licence_that_a_card_names(text: str, expected: dict, tmp_path: Path
 def test_no_card_names_nothing(tmp_path: Path) -> None:
     assert front_matter(tmp_path / "README.md") == {}
     (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\n---\n")
+    assert front_matter(tmp_path / "README.md") == {}
+
+
+def test_a_card_that_is_no_file_or_a_bomb_names_nothing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.md")
+    assert front_matter(tmp_path / "pipe.md") == {}
+    anchors = "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+    (tmp_path / "README.md").write_text(f"---\nlicense: mit\na0: &a0 1\n{anchors}---\n")
+    assert front_matter(tmp_path / "README.md") == {}
+    (tmp_path / "README.md").write_text("---\n" + "license: mit\n" * 2**17 + "---\n")
     assert front_matter(tmp_path / "README.md") == {}
 
 

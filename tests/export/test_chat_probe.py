@@ -109,3 +109,19 @@ def test_a_system_message_that_has_no_place_is_left_out_and_told(template):
 def test_what_cannot_be_said_is_refused(template, words):
     with pytest.raises(GraftError, match=words):
         derived(template)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes"),
+        ("{{ 'x' * 10 ** 10 }}", "fails on the messages: (Memory|Overflow)Error"),
+        ("{{ messages[0].nothing.more }}", "refuses the messages"),
+        ("{{ 'x' * 9999 ~ messages[-1].content ~ messages | length }}", "does not write the"),
+    ],
+)
+def test_a_template_that_takes_all_is_told(template, message, monkeypatch):
+    monkeypatch.setenv("GRAFT_BOUNDS", "0.2")
+    with pytest.raises(GraftError, match=f"the chat template {message}") as told:
+        derived(template)
+    assert len(str(told.value)) < 1000

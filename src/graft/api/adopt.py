@@ -34,6 +34,7 @@ from graft.model.save import save_model
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import freeze_layers, select_targets
 from graft.plan.skeleton import freeze_on_meta
+from graft.text import markdown
 
 
 @dataclass(frozen=True)
@@ -250,16 +251,17 @@ def _report(
 def _markdown(report: AdoptReport) -> str:
     bits = "-" if report.bits_per_weight is None else f"{report.bits_per_weight:.3f}"
     rows = {
-        "adapter": f"`{report.adopted_from}`, SHA-256 {report.adapter_sha256[:16]}…",
+        "adapter": f"{report.adopted_from}, SHA-256 {report.adapter_sha256[:16]}…",
         "written by": f"PEFT {report.peft_version}" if report.peft_version else "PEFT",
         "layers, ranks": f"{report.layers}, {' '.join(map(str, report.ranks))}",
         "parameters": f"{report.parameters:,}",
         "bits per weight of the adapted layers": bits,
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    table = "\n".join(f"| {name} | {markdown(value)} |" for name, value in rows.items())
     versions_line = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return (
-        f"# {report.title} on {Path(report.model).name}, adopted\n\n"
+        f"# {markdown(f'{report.title} on {Path(report.model).name}, adopted')}\n\n"
         "graft did not train this adapter: it was brought in with `graft adopt`.\n\n"
-        f"| | |\n|---|---|\n{table}\n\nBase: `{report.model}`.\n\nVersions: {versions_line}.\n"
+        f"| | |\n|---|---|\n{table}\n\nBase: {markdown(report.model)}.\n\n"
+        f"Versions: {versions_line}.\n"
     )

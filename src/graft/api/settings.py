@@ -13,6 +13,7 @@ from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 from graft.entries import Entries
 from graft.errors import did_you_mean, raise_problems
 from graft.files.read import read_yaml
+from graft.text import quoted
 
 TRUST = "trust_remote_code"
 """The field that no file decides."""
@@ -34,19 +35,20 @@ def checked_settings(values: Mapping[str, Any], kind: type, where: str) -> dict[
         if name == TRUST:
             if value:
                 problems.append(
-                    f"{key} is {value!r}: a file may come from elsewhere, so that a model's own "
-                    "code is run on the word of the command line alone; give --trust-remote-code"
+                    f"{key} is {quoted(value)}: a file may come from elsewhere, so that a model's "
+                    "own code is run on the word of the command line alone; give "
+                    "--trust-remote-code"
                 )
             continue
         if name not in fields:
-            problems.append(f"unknown key {key!r}{did_you_mean(name, fields)}")
+            problems.append(f"unknown key {quoted(key)}{did_you_mean(name, fields)}")
             continue
         hint = _with_choices(hints[name])
         try:
             checked[name] = TypeAdapter(hint).validate_python(_listed(value, hint))
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
-            problems.append(f"{key} is {value!r}: {reason}")
+            problems.append(f"{key} is {quoted(value)}: {reason}")
     raise_problems(problems, where)
     return checked
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +36,8 @@ def chat(arguments: ChatArguments) -> None:
     remembers = SHAPES[style.kind].is_conversation or loaded.tokenizer.chat_template is not None
     if not remembers:
         show("This model has no chat template: each line stands alone.", error=True)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # a byte that is no text ends no conversation
     messages: list[dict[str, str]] = []
     while line := _ask():
         messages.append({"role": "user", "content": line})

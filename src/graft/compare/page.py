@@ -24,6 +24,7 @@ from graft.compare.results import (
     with_figures,
 )
 from graft.files.write import write_text
+from graft.text import printable
 from graft.train.plots import smoothed
 
 _FAR_OFF = 3.0
@@ -84,7 +85,7 @@ class PageContent:
 
 def write_page(path: Path, content: PageContent) -> None:
     """Write the page, whole or not at all."""
-    write_text(path, render_page(content))
+    write_text(path, printable(render_page(content)))
 
 
 def render_page(content: PageContent) -> str:

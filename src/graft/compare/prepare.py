@@ -37,6 +37,7 @@ from graft.data.load import load_train_and_eval
 from graft.data.rows import Row, read_rows
 from graft.data.shapes.registry import SHAPES
 from graft.data.sources.files import fingerprint
+from graft.data.templates import placeholder
 from graft.errors import GraftError, Problems
 from graft.evaluate.scores import missing_scorers, why_no_scorers
 from graft.files.read import read_json
@@ -47,6 +48,7 @@ from graft.model.running.checkpointing import check_checkpointing
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import select_targets
 from graft.model.tokens import check_tokens
+from graft.text import printable, quoted
 from graft.train.schedule import steps_to_train
 
 SETTINGS = "settings.json"
@@ -273,14 +275,14 @@ def _check_settings(out: Path, settings: Mapping[str, Any]) -> None:
         return
     before, now = read_json(out / SETTINGS), json.loads(json.dumps(settings))
     changed = [
-        f"{name} is {now.get(name)!r}, was {before.get(name)!r}"
+        f"{printable(name)[:100]} is {quoted(now.get(name))}, was {quoted(before.get(name))}"
         for name in dict.fromkeys([*before, *now])
         if now.get(name) != before.get(name)
     ]
     if changed:
         raise GraftError(
-            f"{out} holds a comparison with other settings ({'; '.join(changed)}); give the same "
-            "ones to go on with it, or another --out"
+            f"{out} holds a comparison with other settings ({'; '.join(changed[:10])}); give "
+            "the same ones to go on with it, or another --out"
         )
 
 
@@ -306,5 +308,8 @@ def _make_folder(config: CompareConfig, settings: Mapping[str, Any], data: _Data
 
 
 def _write_rows(path: Path, rows: Iterable[Row]) -> None:
-    lines = (json.dumps(dict(row.fields), ensure_ascii=False) + "\n" for row in rows)
-    write_text(path, "".join(lines))
+    lines = (
+        json.dumps(dict(row.fields), ensure_ascii=False, default=placeholder) + "\n" for row in rows
+    )
+    # Half a surrogate pair, which has no UTF-8, as JSON spells it.
+    write_text(path, "".join(lines).encode("utf-8", "backslashreplace").decode())

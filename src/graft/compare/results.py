@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from graft.compare.contenders import YARDSTICK, entry_label
+from graft.compare.contenders import YARDSTICK, Entry, entry_label
+from graft.errors import GraftError
+from graft.files.read import read_typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,36 @@ class Result:
     def label(self) -> str:
         """Its name in words."""
         return entry_label(self.contender, self.bits, self.seed)
+
+
+def read_result(path: Path, entry: Entry, texts: int) -> Result:
+    """Return what was written of an entry with so many texts; raises GraftError for anything else.
+
+    So nothing that is damaged, or another model's, gets into the tables.
+    """
+    result = read_typed(path, Result)
+    figures = [value for value in asdict(result).values() if isinstance(value, float)]
+    if (
+        (result.contender, result.bits, result.seed)
+        != (entry.contender.name, entry.bits, entry.seed)
+        or result.loss is None
+        or result.perplexity is None
+        or not all(map(math.isfinite, figures))
+        or len(result.texts) != texts
+    ):
+        raise GraftError(f"{path} is damaged: it is no result of {entry.label}")
+    return result
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunCosts:
+    """What is read of a training's report."""
+
+    perplexity: float | None
+    trainable_parameters: int
+    seconds: float
+    peak_memory_bytes: int
+    learning_rate: float
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,6 @@ from graft.api.events import Events
 from graft.api.finetune import finetune
 from graft.api.merge import merge
 from graft.api.quantize import Rounding, load_quantised
-from graft.api.run.folder import run_summary
 from graft.api.run.layout import METRICS, MODEL, REPORT
 from graft.api.run.report import stored_bits_per_weight, versions
 from graft.api.run.resume import owned_run
@@ -24,12 +23,12 @@ from graft.compare.config import CompareConfig
 from graft.compare.contenders import Entry, Training
 from graft.compare.page import PageContent, write_page
 from graft.compare.prepare import SETTINGS, Prepared, int_format, prepare
-from graft.compare.results import Result, Row, row_as_dict, summarise
+from graft.compare.results import Result, Row, RunCosts, read_result, row_as_dict, summarise
 from graft.errors import GraftError
 from graft.evaluate.generate import generate_text
 from graft.evaluate.loss import evaluate_loss
 from graft.evaluate.scores import missing_scorers, score_texts, why_no_scorers
-from graft.files.read import read_json
+from graft.files.read import read_json, read_typed
 from graft.files.write import write_json
 from graft.formats.registry import parse_format
 from graft.model.devices import resolve_device
@@ -100,9 +99,11 @@ class _Comparing:
     def run(self, begin: float) -> Comparison:
         prepared = self.prepared
         for entry in prepared.entries:
-            if (file := self._result_file(entry)).is_file():
-                stored = read_json(file)
-                self.results[entry] = Result(**{**stored, "texts": tuple(stored["texts"])})
+            if (file := self._result_file(entry)).exists():
+                try:
+                    self.results[entry] = read_result(file, entry, len(prepared.prompts))
+                except GraftError as damaged:
+                    self.events.note(f"{damaged}; it is scored again")
         if self.results:
             scored = f"{len(self.results)} of {len(prepared.entries)}"
             self.events.note(f"{scored} deployed models are scored already")
@@ -278,14 +279,14 @@ class _Comparing:
         """Return what the training cost, from its report."""
         if training is None:
             return {}
-        report = run_summary(self._run(training))
+        costs = read_typed(self._run(training) / REPORT, RunCosts)
         return {
             "run": training.name,
-            "trained_perplexity": report["perplexity"],
-            "trained_parameters": report["trainable_parameters"],
-            "training_seconds": report["seconds"],
-            "peak_memory_bytes": report["peak_memory_bytes"],
-            "learning_rate": report["learning_rate"],
+            "trained_perplexity": costs.perplexity,
+            "trained_parameters": costs.trainable_parameters,
+            "training_seconds": costs.seconds,
+            "peak_memory_bytes": costs.peak_memory_bytes,
+            "learning_rate": costs.learning_rate,
         }
 
     # What is written ------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import Any
 from graft.data.chat import chat_prompt
 from graft.data.render import render_prompt, render_row
 from graft.data.rows import RowProblems, Rows
-from graft.data.shapes.base import Rendered, Tokenizer
+from graft.data.shapes.base import Rendered, Tokenizer, text_problem
 from graft.data.templates import rendering
 from graft.errors import GraftError
 from graft.files.bounds import bound, raise_beyond
@@ -134,6 +134,8 @@ def encode_prompt(
     """Return the token ids that generation starts from: render_prompt with training's BOS."""
     check_tokenizer(tokenizer, eos=False)
     text = render_prompt(kind, fields, tokenizer, separator)
+    if problem := text_problem(text):
+        raise GraftError(f"the prompt {problem}")
     return _tokenize([text], tokenizer)[0].ids
 
 

@@ -57,7 +57,7 @@ def render_template(
     with _LOCK:
         worker = _worker(tokenizer, template)
         try:
-            request = json.dumps([messages, beginnings], default=_placeholder)
+            request = json.dumps([messages, beginnings], default=placeholder)
         except (TypeError, ValueError, RecursionError) as error:
             raise GraftError(f"the messages are no JSON: {error}") from error
         reply = worker.ask(request.encode())
@@ -222,6 +222,6 @@ def _rendered(tokenizer: Tokenizer, template: object, request: bytes) -> list[st
     return texts
 
 
-def _placeholder(value: object) -> str:
+def placeholder(value: object) -> str:
     """Return what transformers shows a template instead of a value that JSON does not know."""
     return f"<{type(value).__name__}>"

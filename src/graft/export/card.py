@@ -13,7 +13,13 @@ from pathlib import Path
 
 import yaml
 
+from graft.errors import GraftError
 from graft.export.registry import TARGETS
+from graft.files.read import parse_yaml, read_text
+from graft.text import markdown, printable
+
+CARD_BYTES = 2**20
+"""Most bytes of a card that is read for its front matter."""
 
 GRAFT_TAG = "graft"
 """A tag of every card that is written here."""
@@ -40,30 +46,24 @@ class CardFacts:
 
 def model_card(facts: CardFacts) -> str:
     """Return the card's text."""
-    sections = [f"# {escaped(facts.title)}"]
+    sections = [f"# {markdown(facts.title)}"]
     named = facts.license.get("license_name") or facts.license.get("license")
     unnamed = "The licence is not stated here: see the base before you publish this."
-    sections.append(f"Licence: {escaped(named)}." if named else unnamed)
+    sections.append(f"Licence: {markdown(named)}." if named else unnamed)
     sections += [_table(heading, rows) for heading, rows in facts.tables.items() if rows]
     sections.append("## How to run it\n\n" + _how_to_run(facts))
     if facts.notes:
-        lines = "\n".join(f"- {escaped(note)}" for note in facts.notes)
+        lines = "\n".join(f"- {markdown(note)}" for note in facts.notes)
         sections.append(f"## Notes\n\n{lines}")
     return f"---\n{_front_matter(facts)}---\n\n" + "\n\n".join(sections) + "\n"
-
-
-def escaped(text: str) -> str:
-    """Return text on one line that Markdown shows as it is, in a table's cell too."""
-    return re.sub(r"([\\`*_{}\[\]<>|~&#$!])", r"\\\1", " ".join(text.split()))
 
 
 def front_matter(card: Path) -> dict[str, object]:
     """Return the front matter of a card; empty where there is no card, or none that is YAML."""
     try:
-        text = card.read_text(encoding="utf-8")
-        found = re.match(r"---\r?\n(.*?)\r?\n---\s*(\n|$)", text, re.DOTALL)
-        value = yaml.safe_load(found.group(1)) if found else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        found = re.match(r"---\r?\n(.*?)\r?\n---\s*(\n|$)", read_text(card, CARD_BYTES), re.DOTALL)
+        value = parse_yaml(found.group(1), card) if found else None
+    except GraftError:
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -85,12 +85,13 @@ def _front_matter(facts: CardFacts) -> str:
 
 
 def _table(heading: str, rows: Mapping[str, str]) -> str:
-    lines = "\n".join(f"| {escaped(name)} | {escaped(value)} |" for name, value in rows.items())
-    return f"## {escaped(heading)}\n\n| | |\n|---|---|\n{lines}"
+    lines = "\n".join(f"| {markdown(name)} | {markdown(value)} |" for name, value in rows.items())
+    return f"## {markdown(heading)}\n\n| | |\n|---|---|\n{lines}"
 
 
 def _how_to_run(facts: CardFacts) -> str:
-    words, language, commands = TARGETS[facts.target].usage(facts.file, facts.base_model)
+    usage = TARGETS[facts.target].usage(facts.file, facts.base_model)
+    words, language, commands = map(printable, usage)
     longest = max((len(run) for run in re.findall("`+", commands)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{words}\n\n{fence}{language}\n{commands}\n{fence}"

@@ -6,13 +6,14 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterable
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
 
 from graft.errors import GraftError, raise_problems
 from graft.files.bounds import bound, raise_beyond
-from graft.text import quoted
+from graft.text import printable, quoted
 
 Kind = TypeVar("Kind")
 
@@ -102,13 +103,18 @@ def typed(value: object, kind: type[Kind], where: object) -> Kind:
         return TypeAdapter(kind).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         problems = [
-            f"{'.'.join(map(str, one['loc']))} is {quoted(one['input'])}: {one['msg']}"
+            f"{_place(one['loc'])} is {quoted(one['input'])}: {one['msg']}"
             if one["type"] != "missing"
-            else f"{'.'.join(map(str, one['loc']))} is missing"
+            else f"{_place(one['loc'])} is missing"
             for one in error.errors(include_url=False)[:5]
         ]
         raise_problems(problems, f"{where} is damaged, or from another version of graft")
         raise
+
+
+def _place(parts: Iterable[object]) -> str:
+    """Return where in a value something is, as in 'a.b.0'; a key may be anything."""
+    return printable(".".join(str(part)[:50] for part in parts)) or "it"
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from graft.errors import GraftError
 from graft.files.write import replacing
+from graft.text import printable
 
 
 def plot_loss(
@@ -65,7 +66,8 @@ def plot_loss(
         )
     top.margins(y=0.1)  # room for the figure above the first point
     top.set_ylabel("loss (nats per target token)")
-    top.set_title(title)
+    # Dollars in a name are no formula.
+    top.set_title(printable(title), parse_math=False)
     top.grid(alpha=0.3)
     top.legend()
     bottom.plot(x, [entry["learning_rate"] for entry in steps], color="#555555")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from graft.adapters.attach import frozen_layers
 from graft.adapters.registry import method_of
@@ -17,12 +17,42 @@ from graft.data.shapes.registry import SHAPES
 from graft.evaluate.forgetting import Drift
 from graft.export.base import CARD, Target
 from graft.export.card import CardFacts, license_of, model_card
-from graft.files.read import read_json, typed
+from graft.files.read import read_typed
 from graft.files.write import write_text
 from graft.model.load import LoadedModel
 from graft.objectives.base import perplexity_of
 
 _VERSIONS = ("graft-llm", "torch", "transformers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Report:
+    """What a card reads of report.json, whichever version wrote it, and for whatever run."""
+
+    base_name: str | None = None
+    base_hub_id: str | None = None
+    base_fingerprint: str | None = None
+    base_license: dict[str, str] = field(default_factory=dict)
+    steps: int | None = None
+    steps_done: int | None = None
+    eval_loss: float | None = None
+    eval_loss_before: float | None = None
+    perplexity: float | None = None
+    kept: str | None = None
+    drift: Drift | None = None
+    trainable_parameters: int | None = None
+    training_rows: int | None = None
+    training_tokens: int | None = None
+    held_out_rows: int | None = None
+    data_fingerprint: str | None = None
+    held_out_fingerprint: str | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    adopted_from: str | None = None
+    adapter_sha256: str | None = None
+    peft_version: str | None = None
+    layers: int | None = None
+    ranks: tuple[int, ...] = ()
+    parameters: int | None = None
 
 
 def weights_in_words(loaded: LoadedModel) -> str:
@@ -50,14 +80,15 @@ def write_card(
     """
     run = is_run(source)
     config = read_run_config(source) if run else None
-    report = read_json(source / REPORT) if run and (source / REPORT).is_file() else {}
+    told = run and (source / REPORT).is_file()
+    report = read_typed(source / REPORT, _Report) if told else _Report()
     if run:
-        hub_id, fingerprint = report.get("base_hub_id"), report.get("base_fingerprint")
-        base_license = report.get("base_license") or {}
+        hub_id, fingerprint = report.base_hub_id, report.base_fingerprint
+        base_license = report.base_license
     else:
         hub_id = None if source.exists() else source.as_posix()
         fingerprint, base_license = fingerprint_weights(base), license_of(base / CARD)
-    name = str(report.get("base_name") or Path(config.model if config else source).absolute().name)
+    name = report.base_name or Path(config.model if config else source).absolute().name
     trained_as = method_of(config).title(config) if config else None
     tags = [
         *([config.method] if config else []),
@@ -86,18 +117,18 @@ def write_card(
     write_text(target.card_path(exported), model_card(facts))
 
 
-def _data(config: TrainConfig, report: Mapping[str, Any]) -> dict[str, str]:
-    held_out = _count(report.get("held_out_rows"))
+def _data(config: TrainConfig, report: _Report) -> dict[str, str]:
+    held_out = _count(report.held_out_rows)
     other = None if config.eval_data is None else _file_name(config.eval_data)
     share = f"{held_out}, a share of the same file" if held_out else None
     return _known(
         {
             "file": _file_name(config.data),
-            "SHA-256": report.get("data_fingerprint"),
-            "rows": _count(report.get("training_rows")),
-            "tokens": _count(report.get("training_tokens")),
+            "SHA-256": report.data_fingerprint,
+            "rows": _count(report.training_rows),
+            "tokens": _count(report.training_tokens),
             "held-out file": other,
-            "SHA-256 of that": report.get("held_out_fingerprint"),
+            "SHA-256 of that": report.held_out_fingerprint,
             "held-out rows": held_out if other else share,
         }
     )
@@ -108,14 +139,14 @@ def _file_name(path: str) -> str:
     return path.replace("\\", "/").rpartition("/")[2]
 
 
-def _training(source: Path, config: TrainConfig, report: Mapping[str, Any]) -> dict[str, str]:
-    if "adopted_from" in report:
+def _training(source: Path, config: TrainConfig, report: _Report) -> dict[str, str]:
+    if report.adopted_from is not None:
         return _adoption(config, report)
     style = prompt_style(source)
     separator = repr(style.separator) if SHAPES[style.kind].uses_separator else None
-    versions = report.get("versions") or {}
+    versions = report.versions
     batch = config.batch_size * config.grad_accum
-    steps = report.get("steps_done", report.get("steps"))
+    steps = report.steps if report.steps_done is None else report.steps_done
     method = method_of(config)
     every = "every linear layer but the output head" if method.trains_adapter else "all"
     return _known(
@@ -132,7 +163,7 @@ def _training(source: Path, config: TrainConfig, report: Mapping[str, Any]) -> d
             "steps, rows in each": None if steps is None else f"{steps}, {batch}",
             "peak learning rate": f"{config.learning_rate:.3g}" if config.learning_rate else None,
             "seed": config.seed,
-            "trained parameters": _count(report.get("trainable_parameters")),
+            "trained parameters": _count(report.trainable_parameters),
             "trained with": ", ".join(
                 f"{one} {versions[one]}" for one in _VERSIONS if one in versions
             ),
@@ -140,37 +171,36 @@ def _training(source: Path, config: TrainConfig, report: Mapping[str, Any]) -> d
     )
 
 
-def _adoption(config: TrainConfig, report: Mapping[str, Any]) -> dict[str, str]:
+def _adoption(config: TrainConfig, report: _Report) -> dict[str, str]:
     """Return what is known of an adapter that graft did not train."""
-    peft = f"PEFT {report['peft_version']}" if report.get("peft_version") else "PEFT"
+    peft = f"PEFT {report.peft_version}" if report.peft_version else "PEFT"
     return _known(
         {
             "method": method_of(config).title(config),
             "trained with": f"{peft}; graft brought the adapter in and did not train it",
-            "SHA-256 of the adapter": report.get("adapter_sha256"),
-            "layers": report.get("layers"),
-            "ranks": " ".join(map(str, report.get("ranks", []))),
-            "trained parameters": _count(report.get("parameters")),
+            "SHA-256 of the adapter": report.adapter_sha256,
+            "layers": report.layers,
+            "ranks": " ".join(map(str, report.ranks)),
+            "trained parameters": _count(report.parameters),
         }
     )
 
 
-def _scores(report: Mapping[str, Any]) -> dict[str, str]:
-    before, after = report.get("eval_loss_before"), report.get("eval_loss")
+def _scores(report: _Report) -> dict[str, str]:
+    before, after = report.eval_loss_before, report.eval_loss
     if before is None or after is None:
         return {}
     worse = "" if after <= before else " (worse than before training)"
     scores = {"loss before, after (nats per token)": f"{before:.4f}, {after:.4f}{worse}"}
-    if report.get("perplexity") is not None:
+    if report.perplexity is not None:
         found = (f"{perplexity_of(loss):.4f}" for loss in (before, after))
         scores["perplexity before, after"] = ", ".join(found)
-    if report.get("kept"):
-        scores["parameters"] = f"of {report['kept']}"
-    if isinstance(drift := report.get("drift"), dict):
-        told = typed(drift, Drift, f"{REPORT}, drift")
+    if report.kept:
+        scores["parameters"] = f"of {report.kept}"
+    if (drift := report.drift) is not None:
         scores["drift from the base on general text"] = (
-            f"KL {told.kl:.4f} nats per token, perplexity {told.perplexity_before:.4g}, "
-            f"{told.perplexity:.4g}"
+            f"KL {drift.kl:.4f} nats per token, perplexity {drift.perplexity_before:.4g}, "
+            f"{drift.perplexity:.4g}"
         )
     return scores
 

@@ -7,20 +7,19 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
-from graft.api.run.layout import ADAPTER, BASE, BASE_REFERENCE, CONFIG, MODEL, PROMPT, REPORT
+from graft.api.run.layout import ADAPTER, BASE, BASE_REFERENCE, CONFIG, MODEL, PROMPT
 from graft.api.run.status import unfinished
 from graft.api.settings import stored_settings
 from graft.data.chat import DEFAULT_CHAT_TEMPLATE
 from graft.data.shapes.registry import PLAIN, SHAPES
 from graft.errors import GraftError, raise_problems
 from graft.files.digest import file_digest
-from graft.files.read import open_regular, read_bytes, read_json, read_typed
+from graft.files.read import open_regular, read_bytes, read_typed
 from graft.files.write import write_json
 from graft.model.adapter_files import check_adapter_file, load_adapter
 from graft.model.folder import CONFIG_FILE, QUANTISATION_FILE, check_weights, read_tokenizer
@@ -179,8 +178,3 @@ def _sampled(folder: Path) -> str:
                 file.seek(position)
                 digest.update(file.read(1 << 12))
     return digest.hexdigest()
-
-
-def run_summary(run: Path) -> dict[str, Any]:
-    """Return the report of a finished run; raises GraftError when there is none."""
-    return read_json(run / REPORT)

@@ -26,6 +26,7 @@ from graft.files.write import write_json, write_text
 from graft.formats.base import storage_bytes
 from graft.model.running.memory import peak_bytes
 from graft.plan.memory import MemoryPlan
+from graft.text import markdown
 from graft.train.loop import Trained
 from graft.train.metrics import read_metrics
 from graft.train.plots import plot_loss
@@ -255,13 +256,13 @@ def _markdown(report: RunReport) -> str:
         f"({report.planned_memory_bytes / 2**20:,.0f} MiB)",
         "checkpointing": report.checkpointing,
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    following = "".join(f"- {_sentence(line)}\n" for line in report.next_steps)
+    table = "\n".join(f"| {name} | {markdown(value)} |" for name, value in rows.items())
+    following = "".join(f"- {markdown(_sentence(line))}\n" for line in report.next_steps)
     versions_line = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     return (
-        f"# {_described(report)}\n\n"
+        f"# {markdown(_described(report))}\n\n"
         f"| | |\n|---|---|\n{table}\n\n![loss](plots/loss.png)\n\n"
         + (f"What to do next:\n\n{following}\n" if following else "")
-        + f"Base: `{report.model}`. Data: SHA-256 {report.data_fingerprint[:16]}…\n\n"
+        + f"Base: {markdown(report.model)}. Data: SHA-256 {report.data_fingerprint[:16]}…\n\n"
         f"Versions: {versions_line}.\n"
     )

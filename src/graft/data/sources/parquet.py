@@ -29,7 +29,7 @@ def read_parquet(stream: Stream, keys: Collection[str] | None = None) -> Iterato
         process = start_apart(_tell, asked, seconds=seconds, memory=bound(MEMORY), stdin=file)
     assert process.stdout is not None
     try:
-        others: dict[str, object] = {}
+        others: dict[str, object] | None = None
         read = number = 0
         end: object = None
         while line := process.stdout.readline(stream.most_row + 1):
@@ -38,24 +38,28 @@ def read_parquet(stream: Stream, keys: Collection[str] | None = None) -> Iterato
                 stream.refuse_long(number, "row")
             if read > most:
                 raise_beyond(path, f"its rows have more than {most:,} bytes", f"{most:,}")
+            if not line.endswith(b"\n"):  # cut off, as its writer was ended
+                break
             found = json.loads(line, object_hook=_other)
-            if end is None:
-                others = dict.fromkeys(found)
-                end = False
-            elif isinstance(found, list):
-                number += 1
-                yield Record(f"{path}:row {number}", others | found[0])
-            elif isinstance(found, str):
-                number += 1
-                yield Record(f"{path}:row {number}", None, found)
-            else:
+            if isinstance(found, bool | dict):
                 end = found
+            elif others is None:
+                others = dict.fromkeys(found)
+            else:
+                number += 1
+                is_row = isinstance(found, list)
+                yield Record(
+                    f"{path}:row {number}",
+                    others | found[0] if is_row else None,
+                    None if is_row else found,
+                )
     finally:
         process.kill()
         process.stdout.close()
         process.wait()
     if isinstance(end, dict):
-        raise GraftError(f"{path}: not a readable Parquet file: {end}")
+        words = " ".join(f"{kind}: {words}" for kind, words in end.items())
+        raise GraftError(f"{path}: not a readable Parquet file: {words}")
     if end is not True:
         raise GraftError(
             f"{path}: not a readable Parquet file: reading it ended at row {number + 1}, or took "
@@ -98,15 +102,21 @@ def _tell_rows(keys: Collection[str] | None) -> None:
         facts = file.metadata.row_group(group)
         count = max(min(2**24 * facts.num_rows // max(facts.total_byte_size, 1), 1024), 1)
         for batch in file.iter_batches(count, [group], columns, use_threads=False):
-            for number in range(batch.num_rows):
-                _write(_row(batch, number))
+            for row in _rows(batch):
+                _write(row)
 
 
-def _row(batch: Any, number: int) -> object:
+def _rows(batch: Any) -> Iterator[list[object] | str]:
+    """Yield each row in a list, or why it is none."""
     try:
-        return batch.slice(number, 1).to_pylist()
+        for row in batch.to_pylist():
+            yield [row]
     except (ValueError, TypeError, OverflowError) as error:
-        return f"not readable: {error}"
+        if batch.num_rows == 1:
+            yield f"not readable: {error}"
+        else:
+            for number in range(batch.num_rows):
+                yield from _rows(batch.slice(number, 1))
 
 
 def _write(value: object) -> None:

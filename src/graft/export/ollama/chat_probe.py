@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from graft.errors import GraftError
 from graft.export.ollama.go_template import go_text, render_go
+from graft.text import quoted
 
 Render = Callable[[Sequence[dict[str, str]]], str]
 """From messages, the last a user's, to the text that asks for an answer."""
@@ -103,8 +104,8 @@ def checked_template(joints: ChatJoints, render: Render, bos: str) -> tuple[str,
         roles, found, expected = wrong[0]
         raise GraftError(
             "the chat template does not write the same between any two messages: with "
-            f"{', '.join(_NAMES[role] for role in roles)} it gives {expected!r}, where its parts "
-            f"give {found!r}; Ollama's templates cannot do that; {_INSTEAD}"
+            f"{', '.join(_NAMES[role] for role in roles)} it gives {quoted(expected)}, where its "
+            f"parts give {quoted(found)}; Ollama's templates cannot do that; {_INSTEAD}"
         )
     notes = []
     if joints.start_system is None:

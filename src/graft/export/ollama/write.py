@@ -24,6 +24,7 @@ from graft.export.ollama.chat_probe import chat_joints, checked_template
 from graft.export.ollama.go_template import go_text, render_go
 from graft.files.write import new_folder
 from graft.model.load import LoadedModel
+from graft.text import quoted
 
 GGUF_FILE = "model.gguf"
 MODELFILE = "Modelfile"
@@ -66,7 +67,9 @@ def ollama_prompt(
         before, _, behind = text.partition(_SENTINEL)
         template = f"{go_text(before)}{{{{ .Prompt }}}}{go_text(behind)}"
         if render_go(template, {"Prompt": _SENTINEL}) != text:
-            raise GraftError(f"the prompt {text!r} cannot be written as a template of Ollama's")
+            raise GraftError(
+                f"the prompt {quoted(text)} cannot be written as a template of Ollama's"
+            )
         return OllamaPrompt(template, "", (), ())
     if "strftime_now" in str(tokenizer.chat_template):
         raise GraftError(
@@ -149,8 +152,8 @@ def _quoted(text: str) -> str:
     """
     if '"""' in text or not all(letter.isprintable() or letter in "\n\t" for letter in text):
         raise GraftError(
-            f"the token {text!r} ends an answer, and a Modelfile cannot hold it; name another "
-            "eos_token in tokenizer_config.json and generation_config.json"
+            f"the token {quoted(text)} ends an answer, and a Modelfile cannot hold it; name "
+            "another eos_token in tokenizer_config.json and generation_config.json"
         )
     return f'"""{text}"""' if '"' in text or "\n" in text else f'"{text}"'
 
@@ -170,7 +173,7 @@ def _settings(loaded: LoadedModel) -> Iterator[tuple[str, float | int]]:
         # A text in its place could bring lines of its own into the Modelfile.
         if type(value) not in (int, float) or not math.isfinite(value):
             raise GraftError(
-                f"generation_config.json: {theirs} is {value!r}; expected a finite number"
+                f"generation_config.json: {theirs} is {quoted(value)}; expected a finite number"
             )
         yield ours, value
     context = context_length(loaded.model.config)
