@@ -151,6 +151,10 @@ def export_to(target: str) -> Command:
     return words
 
 
+def runs(place: Place) -> tuple[str, ...]:
+    return ("runs", str(place.copy.parent))
+
+
 def compare(place: Place) -> tuple[str, ...]:
     return ("compare", *compare_flags(place.corpus), "--out", str(place.copy / "out"))
 
@@ -180,7 +184,7 @@ _READ_DATA = (_train_on(), evaluate_on)
 _READ_BASE = (generate, evaluate, train_model, quantize, plan, export_to("gguf"), chat)
 _READ_INT = (generate, evaluate, train_model, plan, export_to("gguf"), export_to("hf"))
 _READ_NF4 = (generate, evaluate, train_model, export_to("hf"))
-_READ_RUN = (generate, evaluate, merge, export_to("hf"))
+_READ_RUN = (generate, evaluate, merge, export_to("hf"), runs)
 
 TARGETS: dict[str, Target] = {
     "data-jsonl": Target("data", "rows.jsonl", JSONL, _READ_DATA),
@@ -237,6 +241,10 @@ for _method in RUNS:
         f"run-{_method}-weights": Target(_run, "adapter/*.safetensors", SAFETENSORS, _readers),
         f"run-{_method}-json": Target(_run, "*.json", JSON, _readers),
         f"state-{_method}": Target(_stopped, "checkpoints/*/state.json", JSON, (resume,)),
+        f"resume-{_method}-json": Target(_stopped, "*.json", JSON, (resume, runs)),
+        f"resume-{_method}-general": Target(
+            _stopped, "general.safetensors", SAFETENSORS, (resume,)
+        ),
         f"state-{_method}-tensors": Target(
             _stopped, "checkpoints/*/state.safetensors", SAFETENSORS, (resume,)
         ),
