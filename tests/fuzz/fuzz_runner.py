@@ -25,7 +25,7 @@ from typing import Any
 import fuzz_corpus
 import torch
 from fuzz_mutation import Expect, Mutation
-from fuzz_targets import TARGETS, Command, Place, Target, evaluate_on
+from fuzz_targets import TARGETS, Command, Place, Target, evaluate_on, resume
 
 import graft
 from graft.cli.main import main
@@ -168,6 +168,9 @@ class Fuzzer:
         mutation = target.mutate(file.read_bytes(), rng)
         if not target.compared and mutation.expect is not Expect.REFUSED:
             mutation = replace(mutation, expect=Expect.ANY)
+        if command is resume and mutation.expect is Expect.REFUSED:
+            # It may also go on from an older checkpoint, or begin anew, to the same end.
+            mutation = replace(mutation, expect=Expect.SAME_IF_READ)
         sound = None
         if mutation.expect in (Expect.SAME, Expect.SAME_IF_READ):
             sound = self._sound_answer(target, index, file.relative_to(copy))
