@@ -13,6 +13,7 @@ from graft.data.load import load_examples, resolve_max_length
 from graft.evaluate.generate import OnText, generate_text
 from graft.evaluate.loss import evaluate_loss
 from graft.model.load import LoadedModel
+from graft.model.tokens import check_tokens
 
 
 def evaluate_model(
@@ -39,6 +40,8 @@ def evaluate_model(
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     length = resolve_max_length(config, limit)
     encoded = load_examples(data, loaded.tokenizer, config, length)
+    texts = ((example.where, example.input_ids) for example in encoded.examples)
+    check_tokens(texts, loaded.model, loaded.tokenizer, loaded.folder)
     result = evaluate_loss(loaded.model, encoded.examples, batch_size)
     return {
         "loss": result.loss,
@@ -73,6 +76,7 @@ def generate(
         ids = encode_prompt(style.kind, prompt, loaded.tokenizer, style.separator)
     else:
         ids = encode_chat(list(prompt), loaded.tokenizer)
+    check_tokens([("the prompt", ids)], loaded.model, loaded.tokenizer, loaded.folder)
     return generate_text(
         loaded.model,
         loaded.tokenizer,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,15 +19,15 @@ from graft.api.run.status import taken
 from graft.api.run.watched import Watched, watched
 from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
-from graft.errors import Problems, raise_problems
+from graft.errors import Problems
 from graft.formats.base import WeightFormat
 from graft.formats.registry import settings_of
 from graft.model.running.checkpointing import check_checkpointing
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import select_targets
+from graft.model.tokens import check_tokens
 from graft.objectives.registry import OBJECTIVES
 from graft.plan.memory import MemoryPlan, plan_memory
-from graft.text import quoted
 from graft.train.gates import eos_note
 from graft.train.schedule import default_learning_rate, steps_to_train
 
@@ -79,7 +78,8 @@ def prepare(config: TrainConfig, events: Events, dense_steps: int | None = None)
         kind = training.kind
         if config.objective in OBJECTIVES:
             OBJECTIVES[config.objective].check_rows(kind)
-        _check_tokens(subject, (training, held_out))
+        texts = ((one.where, one.input_ids) for one in (*training.examples, *held_out.examples))
+        check_tokens(texts, subject.skeleton, tokenizer, subject.folder)
         seen = watched(config, subject, held_out)
     with problems.collecting():
         weight_format = base_format(config, subject)
@@ -101,28 +101,6 @@ def _taken(out: Path) -> list[str]:
     if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
         return [f"{out} exists already; choose another --out or remove it"]
     return []
-
-
-def _check_tokens(subject: Subject, data: Iterable[EncodedData]) -> None:
-    """Raise GraftError with every token that the model has no embedding for."""
-    count = next(subject.skeleton.get_input_embeddings().parameters()).shape[0]
-    found: dict[int, str] = {}
-    for example in (one for part in data for one in part.examples):
-        if max(example.input_ids) >= count:
-            for token in example.input_ids:
-                if token >= count:
-                    found.setdefault(token, example.where)
-    spelt = subject.tokenizer.convert_ids_to_tokens(list(found))
-    problems = [
-        f"{where}: token {quoted(text)} has the number {token}"
-        for (token, where), text in zip(found.items(), spelt, strict=True)
-    ]
-    raise_problems(
-        problems[:20],
-        f"the tokenizer of {subject.folder} has tokens for which the model, with {count:,} rows of "
-        "embeddings, has none; take the tokenizer that belongs to it (is a special token in "
-        "tokenizer_config.json a new one?), or enlarge the model with resize_token_embeddings",
-    )
 
 
 def _resolved(
