@@ -26,6 +26,7 @@ from pathlib import Path
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "fuzz"))
 
+from fuzz_corpus import SMALL  # noqa: E402
 from fuzz_runner import Case, Fuzzer, Outcome  # noqa: E402
 from fuzz_targets import TARGETS  # noqa: E402
 
@@ -39,23 +40,31 @@ def main() -> int:
     parser.add_argument("--only", help="the name of one round")
     parser.add_argument("--out", type=Path, help="JSON file with the results")
     parser.add_argument("--folder", type=Path, help="where the sound files are kept")
+    parser.add_argument("--small", action="store_true", help="fewer sound files, sooner made")
     arguments = parser.parse_args()
     if arguments.only:
         cases = [Case.named(arguments.only)]
     else:
-        names = [name for name in TARGETS if name.startswith(tuple(arguments.targets))]
+        held = [name for name in TARGETS if not arguments.small or _in_small(name)]
+        names = [name for name in held if name.startswith(tuple(arguments.targets))]
         numbers = range(arguments.rounds)
         cases = [Case(names[n % len(names)], n // len(names), arguments.seed) for n in numbers]
     with (
         tempfile.TemporaryDirectory(prefix="graft-fuzz-") as temporary,
-        Fuzzer(arguments.folder or Path(temporary) / "fuzz") as fuzzer,
+        Fuzzer(arguments.folder or Path(temporary) / "fuzz", arguments.small) as fuzzer,
     ):
+        fuzzer.control()
         outcomes = campaign(fuzzer, cases, talks=bool(arguments.only))
     results = summary(outcomes)
     if arguments.out:
         arguments.out.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     show(results)
     return 1 if results["failures"] else 0
+
+
+def _in_small(name: str) -> bool:
+    parts = TARGETS[name].folder.split("/")
+    return parts[0] != "compared" and (len(parts) == 1 or parts[1] in SMALL)
 
 
 def campaign(fuzzer: Fuzzer, cases: list[Case], talks: bool) -> list[Outcome]:

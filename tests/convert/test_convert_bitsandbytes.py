@@ -101,3 +101,11 @@ def test_what_differs_is_refused(change, words, make, tmp_path):
     with pytest.raises(GraftError, match=words):
         graft.convert_model(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_statistics_that_are_no_numbers_are_refused(make, tmp_path):
+    folder = make()
+    change_tensors(folder, lambda t: t[f"{LAYER}.weight.absmax"].fill_(float("nan")))
+    with pytest.raises(GraftError, match=f"{LAYER}: absmax are not finite"):
+        graft.convert_model(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

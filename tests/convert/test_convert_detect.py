@@ -90,3 +90,11 @@ def test_a_tool_is_an_entry(tiny_base, tmp_path):
 
 def test_whoever_loads_such_a_folder_is_told_of_every_tool_that_is_read():
     assert set(CONVERTIBLE) == {reader.quant_method for reader in READERS.values()}
+
+
+@pytest.mark.parametrize("key", ["quantization_config", "quantization"])
+def test_settings_that_are_none_are_refused(key, tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "theirs")
+    settings(**{key: 0.5})(tmp_path / "theirs")
+    with pytest.raises(GraftError, match=f"{key} is 0.5; expected settings by name"):
+        graft.convert_model(tmp_path / "theirs", tmp_path / "out")

@@ -154,3 +154,16 @@ def test_what_cannot_be_read_is_refused_and_runs_nothing(write, words, bare, tmp
         graft.convert_model(bare, tmp_path / "out")
     assert not os.path.exists("/tmp/graft-must-not-run")
     assert not (tmp_path / "out").exists()
+
+
+def test_nobody_waits_for_a_pipe(bare, tmp_path):
+    os.mkfifo(bare / "pytorch_model.bin")
+    with pytest.raises(GraftError, match="pytorch_model.bin is no regular file"):
+        graft.convert_model(bare, tmp_path / "out")
+
+
+def test_integers_are_no_weights(tensors, bare, tmp_path):
+    name = "model.norm.weight"
+    torch.save(tensors | {name: tensors[name].int()}, bare / "pytorch_model.bin")
+    with pytest.raises(GraftError, match=f"{name} is torch.int32; graft keeps"):
+        graft.convert_model(bare, tmp_path / "out")

@@ -96,7 +96,7 @@ def next_call(
         return "differing", wrong
     if more:
         return "leftovers", more
-    if had_checkpoint and (outcome is not first or "anew" in first.output):
+    if had_checkpoint and scenario.trains and (outcome is not first or "anew" in first.output):
         return "checkpoint lost", [first.error]
     if scenario.trains and not had_checkpoint:
         return "begun anew and identical", []

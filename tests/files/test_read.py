@@ -88,7 +88,15 @@ def test_anchors_may_share_but_not_multiply(tmp_path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["a: !!python/object/apply:os.system [true]", "[" * 5000, "a: 2020-99-99", "a: {b", "1"]
+    "text",
+    [
+        "a: !!python/object/apply:os.system [true]",
+        "[" * 5000,
+        "a: 2020-99-99",
+        "a: {b",
+        "1",
+        "a: !!timestamp x",
+    ],
 )
 def test_yaml_that_is_none_of_ours(text, tmp_path) -> None:
     (tmp_path / "a.yaml").write_text(text)

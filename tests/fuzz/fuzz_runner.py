@@ -25,7 +25,7 @@ from typing import Any
 import fuzz_corpus
 import torch
 from fuzz_mutation import Expect, Mutation
-from fuzz_targets import TARGETS, Command, Place
+from fuzz_targets import TARGETS, Command, Place, Target, evaluate_on, resume
 
 import graft
 from graft.cli.main import main
@@ -91,7 +91,7 @@ def warm() -> None:
                 importlib.import_module(module.name)
     import graft.api.run.report as report
 
-    report.plot_loss = lambda history, path, title: None  # it takes longer than the training
+    report.plot_loss = lambda *_: None  # it takes longer than the training
     logging = importlib.import_module("transformers.utils.logging")
     logging.set_verbosity_error()
 
@@ -102,9 +102,9 @@ class Fuzzer:
     Everything that trains runs in children: after a first backward pass a process must not fork.
     """
 
-    def __init__(self, folder: Path, seconds: float = SECONDS) -> None:
-        self.corpus, self.scratch, self.seconds = folder / "corpus", folder / "scratch", seconds
-        self._sound: dict[tuple[str, int, str], str] = {}
+    def __init__(self, folder: Path, small: bool = False) -> None:
+        self.corpus, self.scratch, self.small = folder / "corpus", folder / "scratch", small
+        self._sound: dict[tuple[str, Command, str], str] = {}
         warm()
         if not self.corpus.is_dir():
             self._build(folder)
@@ -127,7 +127,7 @@ class Fuzzer:
                 with (folder / "corpus.log").open("w") as log:
                     os.dup2(log.fileno(), 1)
                     os.dup2(log.fileno(), 2)
-                    fuzz_corpus.build_corpus(self.corpus)
+                    fuzz_corpus.build_corpus(self.corpus, self.small)
                 status = 0
             except BaseException:
                 traceback.print_exc()
@@ -144,21 +144,36 @@ class Fuzzer:
 
     def run(self, case: Case) -> Outcome:
         """Run one case and judge it; what seems to hang is tried a second time."""
-        outcome = self._judged(case)
-        return self._judged(case) if outcome.status == "hang" else outcome
+        outcome = self._judged(case, TARGETS[case.target])
+        if outcome.status == "hang":
+            return self._judged(case, TARGETS[case.target])
+        return outcome
 
-    def _judged(self, case: Case) -> Outcome:
-        target, rng = TARGETS[case.target], Random(case.name)
+    def control(self) -> None:
+        """Raise RuntimeError unless an answer that differs from the sound one is found out."""
+
+        def other_words(data: bytes, rng: Random) -> Mutation:
+            return Mutation(data.replace(b"lamp", b"chair"), "other words", Expect.SAME)
+
+        target = replace(TARGETS["data-jsonl"], mutate=other_words, commands=(evaluate_on,))
+        if (found := self._judged(Case("control", 0), target)).status != "another answer":
+            raise RuntimeError(f"another answer is not found out: {found}")
+
+    def _judged(self, case: Case, target: Target) -> Outcome:
+        rng = Random(case.name)
         index = rng.randrange(len(target.commands))
         command = target.commands[index]
         copy = self._copy(target.folder)
         file = rng.choice(sorted(copy.glob(target.file)))
         mutation = target.mutate(file.read_bytes(), rng)
-        sound = None
         if not target.compared and mutation.expect is not Expect.REFUSED:
             mutation = replace(mutation, expect=Expect.ANY)
+        if command is resume and mutation.expect is Expect.REFUSED:
+            # It may also go on from an older checkpoint, or begin anew, to the same end.
+            mutation = replace(mutation, expect=Expect.SAME_IF_READ)
+        sound = None
         if mutation.expect in (Expect.SAME, Expect.SAME_IF_READ):
-            sound = self._sound_answer(case.target, index, command, file.relative_to(copy))
+            sound = self._sound_answer(target, index, file.relative_to(copy))
             copy = self._copy(target.folder)
         _put(file, mutation, self.corpus)
         place = Place(self.corpus, copy, file, self.scratch / "out")
@@ -172,15 +187,16 @@ class Fuzzer:
         shutil.copytree(self.corpus / folder, copy)
         return copy
 
-    def _sound_answer(self, target: str, index: int, command: Command, file: Path) -> str:
+    def _sound_answer(self, target: Target, index: int, file: Path) -> str:
         """Return what the command gives on the file as it was."""
-        key = (target, index, str(file))
+        key = (target.folder, target.commands[index], str(file))
         if key not in self._sound:
-            copy = self._copy(TARGETS[target].folder)
+            copy = self._copy(target.folder)
             place = Place(self.corpus, copy, copy / file, self.scratch / "out")
-            found = self._in_child(command(place), place)
+            words = target.commands[index](place)
+            found = self._in_child(words, place)
             if found.get("code") != 0:
-                raise RuntimeError(f"{command(place)} fails on sound files: {found}")
+                raise RuntimeError(f"{words} fails on sound files: {found}")
             self._sound[key] = found["answer"]
         return self._sound[key]
 
@@ -191,10 +207,10 @@ class Fuzzer:
         child = os.fork()
         if child == 0:
             try:
-                _drive(words, place, log, told, said, self.seconds)
+                _drive(words, place, log, told, said)
             finally:
                 os._exit(70)
-        _, status, usage = _wait(child, self.seconds * 2)
+        _, status, usage = _wait(child, 2 * SECONDS)
         found = {"seconds": time.perf_counter() - begin, "log": _text(log), "status": status}
         found["bytes"] = max(0, usage.ru_maxrss * 1024 - held)
         if told.is_file():
@@ -214,9 +230,7 @@ def _wait(child: int, seconds: float) -> tuple[int, int, Any]:
     return os.wait4(child, 0)
 
 
-def _drive(
-    words: tuple[str, ...], place: Place, log: Path, told: Path, said: Path, seconds: float
-) -> None:
+def _drive(words: tuple[str, ...], place: Place, log: Path, told: Path, said: Path) -> None:
     """Be the child: run the command under its limits and write down how it ended."""
     for path, number in ((said, 1), (log, 2)):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), number)
@@ -224,7 +238,7 @@ def _drive(
     sys.stdin = os.fdopen(0, closefd=False)
     os.chdir(place.copy.parent)
     faulthandler.enable(2)
-    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+    faulthandler.dump_traceback_later(SECONDS, exit=True, file=2)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 2 * BYTES, size + 2 * BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

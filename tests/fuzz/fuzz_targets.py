@@ -151,6 +151,10 @@ def export_to(target: str) -> Command:
     return words
 
 
+def runs(place: Place) -> tuple[str, ...]:
+    return ("runs", str(place.copy.parent))
+
+
 def compare(place: Place) -> tuple[str, ...]:
     return ("compare", *compare_flags(place.corpus), "--out", str(place.copy / "out"))
 
@@ -180,7 +184,7 @@ _READ_DATA = (_train_on(), evaluate_on)
 _READ_BASE = (generate, evaluate, train_model, quantize, plan, export_to("gguf"), chat)
 _READ_INT = (generate, evaluate, train_model, plan, export_to("gguf"), export_to("hf"))
 _READ_NF4 = (generate, evaluate, train_model, export_to("hf"))
-_READ_RUN = (generate, evaluate, merge, export_to("hf"))
+_READ_TENSORS = (generate, evaluate, merge, export_to("hf"))
 
 TARGETS: dict[str, Target] = {
     "data-jsonl": Target("data", "rows.jsonl", JSONL, _READ_DATA),
@@ -230,13 +234,20 @@ TARGETS: dict[str, Target] = {
 }
 for _method in RUNS:
     _run, _stopped = f"runs/{_method}", f"stopped/{_method}"
-    _readers = (*_READ_RUN, export_to("gguf"), verify) if _method == "qalora" else _READ_RUN
+    _tensors: tuple[Command, ...] = _READ_TENSORS
+    if _method == "qalora":
+        _tensors = (*_READ_TENSORS, export_to("gguf"), verify)
+    _readers = (*_tensors, runs)
     TARGETS |= {
         f"run-{_method}-config": Target(_run, "config.yaml", YAML, _readers),
         f"run-{_method}-own-adapter": Target(_run, "adapter/graft_adapter.json", JSON, _readers),
-        f"run-{_method}-weights": Target(_run, "adapter/*.safetensors", SAFETENSORS, _readers),
+        f"run-{_method}-weights": Target(_run, "adapter/*.safetensors", SAFETENSORS, _tensors),
         f"run-{_method}-json": Target(_run, "*.json", JSON, _readers),
         f"state-{_method}": Target(_stopped, "checkpoints/*/state.json", JSON, (resume,)),
+        f"resume-{_method}-json": Target(_stopped, "*.json", JSON, (resume, runs)),
+        f"resume-{_method}-general": Target(
+            _stopped, "general.safetensors", SAFETENSORS, (resume,)
+        ),
         f"state-{_method}-tensors": Target(
             _stopped, "checkpoints/*/state.safetensors", SAFETENSORS, (resume,)
         ),
@@ -248,7 +259,7 @@ for _method in RUNS:
             _run, "adapter/adapter_config.json", JSON, _readers
         )
     else:
-        TARGETS[f"run-{_method}-base"] = Target(_run, "base/graft.json", JSON, _READ_RUN)
+        TARGETS[f"run-{_method}-base"] = Target(_run, "base/graft.json", JSON, _tensors)
         TARGETS[f"run-{_method}-base-weights"] = Target(
-            _run, "base/model.safetensors", SAFETENSORS, _readers
+            _run, "base/model.safetensors", SAFETENSORS, _tensors
         )

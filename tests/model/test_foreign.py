@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import graft
 from graft.errors import GraftError
 from graft.model.folder import read_config, read_generation_config, read_tokenizer
 from graft.model.foreign import understood
@@ -122,3 +123,12 @@ def test_integers_are_no_dense_weights(folder) -> None:
     save_file(tensors, folder / "model.safetensors")
     with pytest.raises(GraftError, match=f"{name} holds torch.int32; expected torch.float32"):
         load_model(folder)
+
+
+def test_a_token_without_an_embedding_is_told_by_name(folder, rows) -> None:
+    change(folder / "tokenizer_config.json", eos_token="<|new|>")
+    words = r"token '<\|new\|>' has the number"
+    with pytest.raises(GraftError, match=words):
+        graft.evaluate_model(folder, str(rows), max_length=48)
+    with pytest.raises(GraftError, match=words):
+        graft.generate(folder, "red <|new|>")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import gc
 import math
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ from graft.evaluate.generate import generate_text
 from graft.evaluate.loss import evaluate_loss
 from graft.evaluate.scores import missing_scorers, score_texts, why_no_scorers
 from graft.files.read import read_json, read_typed
-from graft.files.write import write_json
+from graft.files.write import remove_folder, write_json
 from graft.formats.registry import parse_format
 from graft.model.devices import resolve_device
 from graft.model.load import LoadedModel, load_model
@@ -158,7 +157,7 @@ class _Comparing:
         if not self.config.keep:  # the dense merge that all shared, and what failures left
             for part in (training, *pending):
                 if part is not None:
-                    shutil.rmtree(self._deployed(part.name), ignore_errors=True)
+                    remove_folder(self._deployed(part.name))
 
     def _train(self, training: Training) -> None:
         run = self._run(training)
@@ -199,7 +198,7 @@ class _Comparing:
             **self._costs(entry.training),
         )
         if entry.contender.solver is not None and not self.config.keep:
-            shutil.rmtree(folder)
+            remove_folder(folder)
         return result
 
     def _deploy(self, entry: Entry) -> Path:

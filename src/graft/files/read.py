@@ -144,7 +144,7 @@ def parse_yaml(text: str, path: Path) -> Any:
         raise GraftError(f"{path} is no valid YAML: {str(error)[:500]}") from error
     except RecursionError as error:
         raise GraftError(f"{path} is no valid YAML: it is nested too deeply") from error
-    except (ValueError, TypeError, OverflowError) as error:  # of a date or number that is none
+    except (ValueError, TypeError, OverflowError, AttributeError) as error:  # no date, no number
         raise GraftError(f"{path} is no valid YAML: {str(error)[:500]}") from error
 
 
