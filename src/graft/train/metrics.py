@@ -10,6 +10,8 @@ from graft.files.read import open_regular
 
 Metrics = dict[str, float]
 
+_LINE_BYTES = 2**16
+
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Return the entries of a metrics file, up to a line that was cut off or is none."""
@@ -17,16 +19,23 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return entries
     with open_regular(path) as file:
-        for line in file:
+        while line := file.readline(_LINE_BYTES):
             try:
                 entry = json.loads(line)
             except (ValueError, RecursionError):
                 break
-            if not isinstance(entry, dict) or not _is_number(*entry.values(), entry.get("step")):
+            if not _is_entry(entry):
                 break
             entries.append(entry)
     return entries
 
 
-def _is_number(*values: object) -> bool:
-    return all(isinstance(value, int | float) for value in values)
+def _is_entry(entry: object) -> bool:
+    """Return whether a value is the figures of a step or an evaluation, none of them missing."""
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("step")) is int
+        and all(isinstance(value, int | float) for value in entry.values())
+        and ("loss" not in entry or "learning_rate" in entry)
+        and ("step_seconds" not in entry or "tokens_per_second" in entry)
+    )
