@@ -20,6 +20,7 @@ _TEXTS = {".md", ".html", ".png"}
 _TIMES = re.compile(r"seconds$|^tokens_per_second$|memory_bytes$|^since$|^until$|^parts$")
 """Keys of what may differ: `parts` of a run are between its interruptions."""
 _CHECKPOINT_FILES = ("state.json", "state.safetensors")
+_BEST = re.compile(r"(^|/)best/step-\d+/")
 _CHECKPOINT = re.compile(r"(^|/)checkpoints/step-\d+/")
 
 
@@ -100,13 +101,18 @@ def differences(found: Mapping[str, Any], reference: Mapping[str, Any]) -> list[
 
 
 def leftovers(found: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
-    """Return what is there beside the reference's files; more whole checkpoints may be."""
+    """Return what is there beside the reference's files.
+
+    More whole checkpoints may be, and the best parameters that such a one needs.
+    """
     whole = whole_checkpoints(found)
+    others = [name for name in whole if name not in whole_checkpoints(reference)]
     return [
         name
         for name in found
         if name not in reference
         and not (_CHECKPOINT.search(name) and Path(name).parent.name in whole)
+        and not (_BEST.search(name) and any(Path(name).parent.name <= other for other in others))
     ]
 
 
