@@ -8,8 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from graft.adapters.registry import method_of
+from graft.adapters.registry import METHODS, method_of, settings_of
 from graft.adapters.starts.registry import STARTS
 from graft.api.config import TrainConfig, as_plain
 from graft.api.events import Events
@@ -51,6 +52,7 @@ from graft.files.write import new_folder, remove_folder, sweep, write_json, writ
 from graft.model.adapter_files import check_adapter_file
 from graft.model.peft_files import PEFT_WEIGHTS
 from graft.model.weight_files import WeightFiles
+from graft.text import quoted
 from graft.train.checkpoint import newest_whole, read_position
 
 _RESULTS = (ADAPTER, MODEL, REPORT, REPORT_TEXT, PLOTS)
@@ -130,12 +132,13 @@ def merged_settings(config: TrainConfig, stored: TrainConfig, run: Path) -> Trai
     if not stored.data:
         raise GraftError(f"--resume: {run} was adopted, not trained, and has nothing to go on from")
     looked_at = _LOOKED_AT if _read_inputs(run) else _LOOKED_AT[:-3]
+    wanted, begun = (dataclasses.replace(one, **_method_fields(one)) for one in (config, stored))
     problems = [
-        f"{field.name} is {given!r}, the run was begun with {before!r}"
+        f"{field.name} is {quoted(given)}, the run was begun with {quoted(before)}"
         for field in dataclasses.fields(TrainConfig)
         if field.name not in (*_MAY_CHANGE, *looked_at)
-        and (given := getattr(config, field.name)) is not None
-        and given != (before := getattr(stored, field.name))
+        and (given := getattr(wanted, field.name)) is not None
+        and given != (before := getattr(begun, field.name))
     ]
     steps, epochs = config.steps, config.epochs
     if epochs is not None and steps not in (None, stored.steps):
@@ -162,6 +165,11 @@ def merged_settings(config: TrainConfig, stored: TrainConfig, run: Path) -> Trai
         out=config.out,
         resume=True,
     )
+
+
+def _method_fields(config: TrainConfig) -> dict[str, Any]:
+    """Return the fields that say the method, in the one way of several that there may be."""
+    return {} if METHODS.problem(config.method) else settings_of(method_of(config))
 
 
 def find_place(config: TrainConfig, stored: TrainConfig, run: Path, events: Events) -> Resumed:
