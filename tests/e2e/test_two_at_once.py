@@ -1,4 +1,4 @@
-"""Commands side by side: each writes its own, and two that want one place are told of each other."""
+"""Commands side by side: each writes its own, and two that want one place are told so."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from graft.calibrate.registry import SOLVERS
 from graft.entries import Entries
 from graft.errors import raise_problems
 from graft.export.registry import TARGETS
+from graft.files.bounds import bound
 from graft.formats.choice import described
 from graft.formats.config import FormatConfig
 from graft.formats.registry import AS_IT_IS, make_format
@@ -108,6 +109,10 @@ def _unknown_names(config: TrainConfig) -> list[str]:
     return [problem for problem in found if problem is not None]
 
 
+_MOST_BATCHES = 1_000_000
+"""Of one step, whose rows are drawn before it begins."""
+
+
 def _bad_numbers(config: TrainConfig) -> list[str]:
     positive = (
         *("rank", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "alpha"),
@@ -128,6 +133,10 @@ def _bad_numbers(config: TrainConfig) -> list[str]:
         for name, value in not_negative.items()
         if not value >= 0
     ]
+    if config.grad_accum > bound(_MOST_BATCHES):
+        problems.append(
+            f"--grad-accum is {config.grad_accum:,}; expected at most {bound(_MOST_BATCHES):,}"
+        )
     shares = {
         "dropout": config.dropout,
         "warmup-fraction": config.warmup_fraction,

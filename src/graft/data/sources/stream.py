@@ -41,11 +41,25 @@ class Stream:
         """Most bytes of a line, or of a row of several."""
         self._compressed = path.suffix.lower() == ".gz"
         self._stream: IO[bytes] = self._file
-        if self._compressed:
-            self._stream = cast(IO[bytes], gzip.GzipFile(fileobj=self._file))
         self._read = 0
         self.blank = True
         """Whether nothing but white space has been read."""
+        if self._compressed:
+            # All of it once beforehand: that a bomb is one is known before its rows are parsed,
+            # which takes twenty times as long.
+            try:
+                with self._decompressing() as self._stream:
+                    while self._next(_PIECE):
+                        pass
+            except BaseException:
+                self._file.close()
+                raise
+            self._file.seek(0)
+            self._read, self.blank = 0, True
+            self._stream = self._decompressing()
+
+    def _decompressing(self) -> IO[bytes]:
+        return cast(IO[bytes], gzip.GzipFile(fileobj=self._file))
 
     def __enter__(self) -> Stream:
         return self
