@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -26,6 +27,15 @@ def test_every_name_that_it_imports_exists(script: Path) -> None:
                 if not hasattr(module, name.name) and not find_spec(f"{node.module}.{name.name}")
             ]
     assert missing == []
+
+
+@pytest.mark.parametrize("page", ["SECURITY.md", "docs/reliability.md", "ARCHITECTURE.md"])
+def test_every_test_that_a_page_names_exists(page: str) -> None:
+    named = set(
+        re.findall(r"`(tests/[\w/.]+|benchmarks/[\w/.]+)`", (ROOT / page).read_text("utf-8"))
+    )
+    assert named, "it names what holds its promises"
+    assert sorted(name for name in named if not (ROOT / name).exists()) == []
 
 
 def test_there_are_scripts() -> None:

@@ -17,7 +17,7 @@ from graft.api.merge import merge
 from graft.api.quantize import Rounding, load_quantised
 from graft.api.run.layout import METRICS, MODEL, REPORT
 from graft.api.run.report import stored_bits_per_weight, versions
-from graft.api.run.resume import owned_run
+from graft.api.run.resume import has_finished, owned_run
 from graft.compare.config import CompareConfig
 from graft.compare.contenders import Entry, Training
 from graft.compare.page import PageContent, write_page
@@ -161,7 +161,7 @@ class _Comparing:
 
     def _train(self, training: Training) -> None:
         run = self._run(training)
-        if (run / REPORT).is_file():
+        if has_finished(run):
             with owned_run(run):  # which clears away what a kill at its very end left
                 return
         self.events.note(f"training {training.name}")

@@ -187,7 +187,7 @@ def find_place(config: TrainConfig, stored: TrainConfig, run: Path, events: Even
     for problem in damaged:
         events.note(f"a checkpoint cannot be used: {problem}")
     if checkpoint is None:
-        if _has_result(run) and _says_finished(run):
+        if has_finished(run):
             raise GraftError(
                 f"{run} has finished, and has no checkpoint to go on from; use it as it is, or "
                 "train anew with another --out"
@@ -212,13 +212,18 @@ def lost_run(config: TrainConfig, run: Path, events: Events) -> Resumed:
     return Resumed(config, None, None, 0, None)
 
 
+def has_finished(run: Path) -> bool:
+    """Return whether a run has its result, its report, and all that belongs to them."""
+    return _has_result(run) and _says_finished(run)
+
+
 def finished_report(run: Path, keep: str, steps: int | None) -> RunReport | None:
     """Return the report of a run that has finished so many steps, result and all, or None.
 
     One that ended early may have been given more patience, and one that kept other parameters has
     another result: both are taken up again.
     """
-    if not (_has_result(run) and _says_finished(run)):
+    if not has_finished(run):
         return None
     with suppress(GraftError):  # from an earlier version, say: it is made anew where that can be
         report = read_typed(run / REPORT, RunReport)
