@@ -12,8 +12,8 @@ from graft.train.plots import smoothed
 
 _STILL_FALLING = 0.05
 """Share of the whole fall of the held-out loss that its last interval has where it goes on."""
-_LEAST_FALL = 1e-3
-"""Nats that such an interval falls at least."""
+_LEAST_CHANGE = 1e-3
+"""Nats by which a loss falls or rises at least, for words to be made of it."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class Ending:
         found = []
         if self.worse:
             found.append(self._when_worse())
-        elif self.kept_step != self.done:
+        elif self.last - self.loss > _LEAST_CHANGE:
             found.append(
                 f"the held-out loss rose after step {self.kept_step:,} ({self.loss:.4f} → "
                 f"{self.last:.4f}): more rows, a lower --learning-rate (it was "
@@ -144,7 +144,7 @@ class Ending:
         if len(losses) < 3:
             return False
         fall = losses[-2] - losses[-1]
-        return fall > max(_LEAST_FALL, _STILL_FALLING * (losses[0] - losses[-1]))
+        return fall > max(_LEAST_CHANGE, _STILL_FALLING * (losses[0] - losses[-1]))
 
     def _best_step(self) -> int:
         return min(self.evaluations[1:], key=lambda one: one[1], default=(self.done, 0.0))[0]
