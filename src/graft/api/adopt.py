@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from graft.api.run.layout import ADAPTER, BASE, CONFIG, REPORT
 from graft.api.run.report import base_facts, stored_bits_per_weight, versions
 from graft.data.shapes.registry import CHAT, PLAIN
 from graft.errors import GraftError, Problems
+from graft.files.digest import file_digest
 from graft.files.write import new_folder, write_json, write_yaml
 from graft.formats.base import WeightFormat
 from graft.formats.choice import described
@@ -234,7 +234,7 @@ def _report(
     layers = [layer.adapter("default") for _, layer in adapted_layers(model)]
     return AdoptReport(
         adopted_from=str(source.resolve()),
-        adapter_sha256=hashlib.sha256((source / PEFT_WEIGHTS).read_bytes()).hexdigest(),
+        adapter_sha256=file_digest(source / PEFT_WEIGHTS),
         peft_version=config.get("peft_version"),
         model=settings.model,
         method=settings.method,

@@ -293,17 +293,12 @@ def _make_folder(config: CompareConfig, settings: Mapping[str, Any], data: _Data
     same rows, and nothing that calibrates on the training file sees them.
     """
     out = Path(config.out)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / SETTINGS, settings)
-        if config.eval_data is None:
-            train, held_out = out / "data" / "train.jsonl", out / "data" / "heldout.jsonl"
-            train.parent.mkdir(exist_ok=True)
-            _write_rows(train, _rows(config, data.training.examples))
-            _write_rows(held_out, _rows(config, data.held_out.examples))
-            config = dataclasses.replace(config, data=str(train), eval_data=str(held_out))
-    except OSError as error:
-        raise GraftError(f"{out} cannot be written: {error.strerror}") from error
+    write_json(out / SETTINGS, settings)
+    if config.eval_data is None:
+        train, held_out = out / "data" / "train.jsonl", out / "data" / "heldout.jsonl"
+        _write_rows(train, _rows(config, data.training.examples))
+        _write_rows(held_out, _rows(config, data.held_out.examples))
+        config = dataclasses.replace(config, data=str(train), eval_data=str(held_out))
     return config
 
 

@@ -93,7 +93,6 @@ class _Comparing:
         self.prepared, self.events, self.stop = prepared, events, stop
         self.out, self.config = prepared.out, prepared.config
         self.results: dict[Entry, Result] = {}
-        (self.out / "results").mkdir(exist_ok=True)
 
     def run(self, begin: float) -> Comparison:
         prepared = self.prepared

@@ -95,7 +95,6 @@ def export_gguf(
     plan = plan_tensors(model, unquantised, dense)
     vocabulary = convert_tokenizer(tokenizer, model.config)
     with replacing(path) as temporary:
-        temporary.parent.mkdir(parents=True, exist_ok=True)
         writer = gguf.GGUFWriter(temporary, gguf_layout(model.config).architecture)
         try:
             max_rounding = _write(
