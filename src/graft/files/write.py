@@ -117,9 +117,17 @@ def check_new(path: Path) -> None:
 
     What killed writers of it left is swept away.
     """
-    sweep(path.parent, path.name)
-    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
+    try:
+        sweep(path.parent, path.name)
+        is_there = os.path.lexists(path) and not _is_empty(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
+    if is_there:
         raise GraftError(f"{path} exists already; choose another name or remove it")
+
+
+def _is_empty(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink() and not any(path.iterdir())
 
 
 def remove_folder(path: Path) -> None:
@@ -180,6 +188,14 @@ def flush_folder(folder: Path) -> None:
         for file in files:
             _flush(Path(root, file))
         _flush(Path(root))
+
+
+def flush(path: Path) -> None:
+    """Flush a file that grows to the disk; raises GraftError when that fails."""
+    try:
+        _flush(path)
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 def write_text(path: Path, text: str) -> None:

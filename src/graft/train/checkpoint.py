@@ -39,6 +39,8 @@ class Position:
     """The last metrics; none in checkpoints of earlier versions."""
     best: Best | None = None
     """The best evaluation so far."""
+    evaluated: int | None = None
+    """The step of the last evaluation that all this knows of; None in those of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class _State:
     sampler: dict[str, int]
     metrics: dict[str, float] = field(default_factory=dict)
     best: Best | None = None
+    evaluated: int | None = None
     sha256: str | None = None
     """Of the tensors' file; None in checkpoints of earlier versions."""
 
@@ -88,17 +91,20 @@ def save_checkpoint(
     remove_folder(path)
     with new_folder(path) as part:
         digest = save_tensors(tensors, part / _TENSORS)
-        state = {
-            "version": CHECKPOINT_VERSION,
-            "step": position.step,
-            "sampler": position.sampler,
-            "metrics": position.metrics,
-            "best": None if position.best is None else asdict(position.best),
-            "sha256": digest,
-        }
-        write_json(part / _STATE, state)
+        _write_state(part, position, digest)
     keep_newest(path)
     return path
+
+
+def note_evaluation(folder: Path, position: Position) -> None:
+    """Give the checkpoint of a step, at one stroke, what an evaluation has found at it since."""
+    path = folder / f"step-{position.step:08d}"
+    _write_state(path, position, _read_state(path).sha256)
+
+
+def _write_state(path: Path, position: Position, digest: str | None) -> None:
+    state = _State(CHECKPOINT_VERSION, **vars(position), sha256=digest)
+    write_json(path / _STATE, asdict(state))
 
 
 def keep_newest(path: Path) -> None:
@@ -142,7 +148,7 @@ def newest_whole(folder: Path, up_to: int | None = None) -> tuple[Path | None, l
 def read_position(path: Path) -> Position:
     """Return where a checkpoint stands; raises GraftError when it is damaged."""
     state = _read_state(path)
-    return Position(state.step, state.sampler, state.metrics, state.best)
+    return Position(state.step, state.sampler, state.metrics, state.best, state.evaluated)
 
 
 def load_checkpoint(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from transformers import PreTrainedModel
 
 from graft.data.batches import Batch, BatchSampler
 from graft.data.encode import Example
-from graft.files.write import unwritable, write_text
+from graft.files.write import flush, unwritable, write_text
 from graft.model.running.memory import resident_bytes
 from graft.model.save import save_tensors
 from graft.objectives.base import LossResult, Objective
@@ -29,6 +28,7 @@ from graft.train.checkpoint import (
     checkpoint_steps,
     keep_newest,
     load_checkpoint,
+    note_evaluation,
     random_state,
     read_position,
     save_checkpoint,
@@ -280,6 +280,10 @@ class _Loop:
         self._record({"step": step, **metrics})
         self.evaluated = step
         self.best.evaluated(step, metrics["eval_loss"], last=step == self.task.steps)
+        if (
+            step and step == self.saved
+        ):  # a stop came first: this step's checkpoint knows nothing of it
+            note_evaluation(self.task.folder / CHECKPOINTS, self._position())
         self.best.sweep(checkpoint_steps(self.task.folder / CHECKPOINTS))
         if self.task.on_evaluated is not None:
             self.task.on_evaluated(step)
@@ -303,15 +307,14 @@ class _Loop:
             self._save()
 
     def _save(self) -> None:
-        step, sampler, random = self.moment
+        step = self.moment.step
         if step == self.saved:
             return
-        with self.metrics_file.open("rb") as file:  # which the checkpoint goes on from
-            os.fsync(file.fileno())
+        flush(self.metrics_file)  # which the checkpoint goes on from
         save_checkpoint(
             self.task.folder / CHECKPOINTS,
-            Position(step, sampler, self.last, self.best.state),
-            random,
+            self._position(),
+            self.moment.random,
             self.task.parameters,
             self.optimizer,
             self.task.optimizer,
@@ -320,6 +323,10 @@ class _Loop:
         self.saved, self.saved_at = step, time.monotonic()
         if self.task.on_saved is not None:
             self.task.on_saved(step)
+
+    def _position(self) -> Position:
+        step, sampler, _ = self.moment
+        return Position(step, sampler, self.last, self.best.state, self.evaluated)
 
     def _stopped(self) -> StoppedError:
         """Write a checkpoint of the last whole step; return what to raise."""
@@ -355,7 +362,12 @@ class _Loop:
     def _kept_metrics(self, position: Position) -> list[dict[str, Any]]:
         """Return the metrics up to a checkpoint, with what it knows itself where they are lost."""
         step, best = position.step, position.best
-        kept = [entry for entry in read_metrics(self.metrics_file) if entry["step"] <= step]
+        known = step if position.evaluated is None else position.evaluated
+        kept = [
+            entry
+            for entry in read_metrics(self.metrics_file)
+            if entry["step"] <= (step if "loss" in entry else known)
+        ]
         if not any(entry["step"] == step and "loss" in entry for entry in kept):
             self.task.on_note(
                 f"{self.metrics_file} is damaged: of the steps up to {step} it has lost some, and "
