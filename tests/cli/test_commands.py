@@ -171,3 +171,10 @@ def test_chat(
     monkeypatch.undo()
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"red \xff\n"), encoding="utf-8"))
     assert run("chat", out, "--max-new-tokens", 4) == 0
+
+
+def test_a_name_that_no_file_can_have_is_told(capsys) -> None:
+    assert main(["generate", "x" * 5000, "--prompt", "a"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("graft generate: error: File name too long: 'xxx")
+    assert len(error) < 300

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from random import Random
 
 from fuzz_json import JSON, dump
-from fuzz_mutation import BYTES, TEXT, Mutation, choose
+from fuzz_mutation import BYTES, TEXT, Expect, Mutation, choose
 
 _PIECES = (
     "{% for i in range(10**9) %}{% endfor %}",
@@ -66,7 +67,12 @@ def piece(data: bytes, rng: Random) -> Mutation:
     return Mutation(changed.encode(), f"{added[:50]!r} at {place}")
 
 
-JINJA = choose([(5, piece), (1, TEXT), (1, BYTES)])
+def text(data: bytes, rng: Random) -> Mutation:
+    """Any change of a text; all of a template is text to be written, a byte order mark too."""
+    return replace(TEXT(data, rng), expect=Expect.ANY)
+
+
+JINJA = choose([(5, piece), (1, text), (1, BYTES)])
 
 
 _PATTERNS = ("(a+)+$", "(", "(?:x{1000}){1000}", "(?i:'s)|[^a]{99999}", "\\p{Nothing}", "", "a|")

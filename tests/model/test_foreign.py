@@ -132,3 +132,12 @@ def test_a_token_without_an_embedding_is_told_by_name(folder, rows) -> None:
         graft.evaluate_model(folder, str(rows), max_length=48)
     with pytest.raises(GraftError, match=words):
         graft.generate(folder, "red <|new|>")
+
+
+@pytest.mark.parametrize("tokens", ["2", 1e400, 10**30, True, [2, "3"], {"a": 1}, 2.0])
+def test_tokens_that_end_a_text_are_numbers(folder, tokens) -> None:
+    change(folder / "generation_config.json", eos_token_id=tokens)
+    with pytest.raises(GraftError, match="eos_token_id is .*; expected the number of a token"):
+        read_generation_config(folder)
+    change(folder / "generation_config.json", eos_token_id=[1, 2], pad_token_id=-1)
+    assert read_generation_config(folder).eos_token_id == [1, 2]

@@ -13,7 +13,7 @@ from graft.cli.commands import COMMANDS
 from graft.cli.show import discard, flush, print_whatever_comes, show
 from graft.cli.signals import Ended, ending
 from graft.errors import GraftError
-from graft.text import shown
+from graft.text import quoted, shown
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +59,12 @@ def _run(words: list[str]) -> int:
             command.run(parse(command, words[1:], name))
     except GraftError as error:
         show(f"graft {name}: error: {shown(str(error))}", error=True)
+        return 1
+    except BrokenPipeError:
+        raise
+    except OSError as error:  # of a file that was asked for by the way
+        about = "" if error.filename is None else f": {quoted(str(error.filename))}"
+        show(f"graft {name}: error: {error.strerror or error}{about}", error=True)
         return 1
     except Ended as ended:
         show(f"graft {name}: {ended}", error=True)

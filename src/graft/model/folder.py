@@ -137,8 +137,22 @@ def read_generation_config(folder: Path) -> GenerationConfig | None:
     file = folder / GENERATION_FILE
     if not file.is_file():
         return None
+    stored = read_json(file)
+    problems = [
+        f"{name} is {quoted(stored[name])}; expected the number of a token, or several"
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id")
+        if not _are_tokens(stored.get(name))
+    ]
+    raise_problems(problems, str(file))
     with understood(file):
-        return GenerationConfig.from_dict(read_json(file))
+        return GenerationConfig.from_dict(stored)
+
+
+def _are_tokens(value: object) -> bool:
+    """Return whether a value is None, a token's number, or a list of them."""
+    numbers = value if isinstance(value, list) else [] if value is None else [value]
+    # Some files say -1 for none.
+    return all(type(number) is int and -1 <= number < 2**31 for number in numbers)
 
 
 def check_weights(folder: Path) -> None:
