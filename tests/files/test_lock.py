@@ -1,12 +1,17 @@
+import errno
+import fcntl
+import json
 import os
 import re
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from graft.errors import GraftError
-from graft.files.lock import LOCK, owned
+from graft.files.lock import LOCK, is_owned, owned
+from graft.files.write import scratch_folder, sweep, write_text
 
 HOLD = (
     "import sys, time\nfrom pathlib import Path\nfrom graft.files.lock import owned\n"
@@ -62,3 +67,30 @@ def test_one_of_many_that_begin_at_once_wins(tmp_path) -> None:
     for one in many:
         one.communicate("")
     assert sorted(outcomes) == ["lost"] * 5 + ["won"]
+
+
+def test_without_locks_the_process_that_is_named_decides(tmp_path, monkeypatch) -> None:
+    def unsupported(*arguments) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with owned(tmp_path):
+        assert is_owned(tmp_path)
+        with pytest.raises(GraftError, match=f"in use by process {os.getpid()} "), owned(tmp_path):
+            raise AssertionError
+    assert not is_owned(tmp_path)
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    named = {"process": ended.pid, "host": socket.gethostname(), "since": "", "command": ""}
+    (tmp_path / LOCK).write_text(json.dumps(named))
+    with owned(tmp_path):
+        pass
+    write_text(tmp_path / "file", "is written all the same")
+    with scratch_folder(tmp_path / "out"):
+        assert sweep(tmp_path) == []
+
+
+def test_a_pipe_in_the_place_of_the_lock_is_told(tmp_path) -> None:
+    os.mkfifo(tmp_path / LOCK)
+    with pytest.raises(GraftError, match="cannot be written"), owned(tmp_path):
+        raise AssertionError

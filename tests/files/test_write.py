@@ -13,6 +13,7 @@ from graft.files.write import (
     remove_folder,
     replacing,
     sweep,
+    unwritable,
     write_json,
     write_text,
 )
@@ -158,3 +159,15 @@ def test_a_folder_that_appears_meanwhile_is_kept(tmp_path) -> None:
         (tmp_path / "out" / "mine").write_text("precious")
     assert names(tmp_path) == ["out"]
     assert names(tmp_path / "out") == ["mine"]
+
+
+@pytest.mark.parametrize("name", ["x" * 250, "\u6f22" * 82 + ".json"])
+def test_a_name_as_long_as_names_may_be(name, tmp_path) -> None:
+    write_text(tmp_path / name, "1")
+    assert names(tmp_path) == [name]
+
+
+def test_the_advice_fits_the_fault(tmp_path) -> None:
+    full, loop = (unwritable(tmp_path, OSError(n, os.strerror(n))) for n in (28, errno.ELOOP))
+    assert str(full).endswith("free some space or choose another place with --out")
+    assert str(loop).endswith("Too many levels of symbolic links")

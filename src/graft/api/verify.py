@@ -109,7 +109,7 @@ def verify(
     fidelity = _fidelity(loaded, runtime, rows, events)
     gaps = _gaps(loaded, runtime, rows, events)
     tokenizer, size = loaded.tokenizer, bytes_on_disk(path)
-    parameters = build_skeleton(loaded.model.config).num_parameters()
+    parameters = build_skeleton(loaded.model.config, trust_remote_code).num_parameters()
     found = Certificate(
         model=str(model),
         file=str(path),

@@ -235,8 +235,14 @@ class _Comparing:
             return run / MODEL
         folder = self._deployed(training.name)
         if not folder.is_dir():
-            into = training.contender.merges_into
-            merge(run, folder, into=into, device=self.config.device, events=self.events)
+            merge(
+                run,
+                folder,
+                into=training.contender.merges_into,
+                device=self.config.device,
+                trust_remote_code=self.config.trust_remote_code,
+                events=self.events,
+            )
         return folder
 
     def _load(self, folder: Path) -> LoadedModel:

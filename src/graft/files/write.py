@@ -24,7 +24,7 @@ from graft.errors import GraftError
 
 _SUFFIX = ".part"
 _LONGEST = 200
-"""Characters of a name that are kept in its temporary one; a name has at most 255 bytes."""
+"""Bytes of a name that are kept in its temporary one; a name has at most 255."""
 
 
 @contextmanager
@@ -166,9 +166,9 @@ def sweep(folder: Path, name: str | None = None) -> list[str]:
         return living
     for path in folder.glob(f".*{_SUFFIX}"):
         kept, _, token = path.name.removesuffix(_SUFFIX).rpartition(".")
-        if len(token) != _TOKEN or (name is not None and kept != f".{name[:_LONGEST]}"):
+        if len(token) != _TOKEN or (name is not None and kept != _hidden(name)):
             continue
-        with suppress(OSError):  # gone meanwhile, or another user's
+        with suppress(OSError):  # gone meanwhile, another user's, or without locks
             lock = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             try:
                 if not _lock(lock):
@@ -218,10 +218,9 @@ def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
 
 def unwritable(path: Path, error: OSError) -> GraftError:
     """Return what to raise when a file or folder cannot be written."""
-    return GraftError(
-        f"{path} cannot be written: {error.strerror or error}; free some space or choose another "
-        "place with --out"
-    )
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    advice = "; free some space or choose another place with --out" if full else ""
+    return GraftError(f"{path} cannot be written: {error.strerror or error}{advice}")
 
 
 _TOKEN = 12
@@ -230,7 +229,11 @@ _TOKEN = 12
 
 def _temporary_name(path: Path) -> Path:
     token = secrets.token_hex(_TOKEN // 2)
-    return path.with_name(f".{path.name[:_LONGEST]}.{token}{_SUFFIX}")
+    return path.with_name(f"{_hidden(path.name)}.{token}{_SUFFIX}")
+
+
+def _hidden(name: str) -> str:
+    return "." + os.fsdecode(os.fsencode(name)[:_LONGEST])
 
 
 def _reserved(path: Path, folder: bool) -> tuple[Path, int]:
@@ -247,7 +250,8 @@ def _reserved(path: Path, folder: bool) -> tuple[Path, int]:
         else:
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         lock = os.open(temporary, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        _lock(lock)
+        with suppress(OSError):  # without locks nothing is known to be stale, and nothing swept
+            _lock(lock)
         # Another's sweep may have come between the two lines above.
         if temporary.exists():
             return temporary, lock
@@ -255,10 +259,13 @@ def _reserved(path: Path, folder: bool) -> tuple[Path, int]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock an open file for as long as it is open; return whether nobody else holds it."""
+    """Lock an open file for as long as it is open; return whether nobody else holds it.
+
+    Raises OSError where the file system has no locks.
+    """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # held, or a file system without locks, where nothing is known to be stale
+    except BlockingIOError:
         return False
     return True
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import hashlib
 import io
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ from graft.data.sources.parquet import read_parquet
 from graft.data.sources.record import Record
 from graft.data.sources.stream import Stream, decode
 from graft.errors import GraftError
-from graft.files.read import open_regular
+from graft.files.digest import file_digest
 from graft.text import listed, quoted
 
 Reader = Callable[[Stream, Collection[str] | None], Iterator[Record]]
@@ -44,11 +43,7 @@ def read_records(path: str | Path, keys: Collection[str] | None = None) -> Itera
 
 def fingerprint(path: str | Path) -> str:
     """Return the SHA-256 of a regular file's bytes as 64 hexadecimal digits."""
-    try:
-        with open_regular(Path(path)) as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise GraftError(f"{path} cannot be read: {error.strerror}") from error
+    return file_digest(Path(path))
 
 
 def _reader_for(path: Path) -> Reader:
