@@ -91,6 +91,7 @@ def replaced(part, value):
         (replaced("weight.absmax", torch.ones(3)), r"absmax is float32 \[3\]; expected float32"),
         (replaced("weight", torch.zeros(9, 1).byte()), "9 bytes of codes; expected 1024"),
         (lambda t: t.update({STATE: torch.zeros(4).byte()}), "is no JSON"),
+        (lambda t: t.update({STATE: torch.zeros(4)}), "is no JSON"),
         (lambda t: t.update({STATE: torch.tensor(list(b"[1]")).byte()}), "holds no JSON object"),
         (lambda t: t.pop(f"{LAYER}.weight.absmax"), "absmax is missing"),
     ],

@@ -183,6 +183,9 @@ _METRICS = choose([(3, JSONL), (1, TEXT)])
 _READ_DATA = (_train_on(), evaluate_on)
 _READ_BASE = (generate, evaluate, train_model, quantize, plan, export_to("gguf"), chat)
 _READ_INT = (generate, evaluate, train_model, plan, export_to("gguf"), export_to("hf"))
+_READ_WEIGHTS = tuple(one for one in _READ_BASE if one is not plan)
+"""A plan reads the headers of weights alone, and asks for no tensor by its name."""
+_READ_INT_WEIGHTS = tuple(one for one in _READ_INT if one is not plan)
 _READ_NF4 = (generate, evaluate, train_model, export_to("hf"))
 _READ_TENSORS = (generate, evaluate, merge, export_to("hf"))
 
@@ -206,12 +209,12 @@ TARGETS: dict[str, Target] = {
     "tokenizer-config": Target("base", "tokenizer_config.json", JSON, _READ_BASE),
     "template": Target("base", "chat_template.jinja", JINJA, (chat, export_to("ollama"))),
     "template-training": Target("base", "chat_template.jinja", JINJA, (train_model,)),
-    "weights": Target("base", "model.safetensors", SAFETENSORS, _READ_BASE),
+    "weights": Target("base", "model.safetensors", SAFETENSORS, _READ_WEIGHTS),
     "index": Target("sharded", "model.safetensors.index.json", JSON, _READ_BASE),
-    "shards": Target("sharded", "model-*.safetensors", SAFETENSORS, _READ_BASE),
+    "shards": Target("sharded", "model-*.safetensors", SAFETENSORS, _READ_WEIGHTS),
     "int-config": Target("int", "config.json", JSON, _READ_INT),
     "int-graft-json": Target("int", "graft.json", JSON, _READ_INT),
-    "int-weights": Target("int", "model.safetensors", SAFETENSORS, _READ_INT),
+    "int-weights": Target("int", "model.safetensors", SAFETENSORS, _READ_INT_WEIGHTS),
     "nf4-graft-json": Target("nf4", "graft.json", JSON, _READ_NF4),
     "nf4-weights": Target("nf4", "model.safetensors", SAFETENSORS, _READ_NF4),
     "peft-config": Target("peft", "adapter_config.json", JSON, (adopt,)),

@@ -83,8 +83,11 @@ def _four_bits(
 
 def _state(files: WeightFiles, key: str) -> dict[str, Any]:
     try:
-        state = json.loads(bytes(files.read_once(key).tolist()))
-    except ValueError as error:
+        stored = files.read_once(key)
+        if stored.dtype != torch.uint8 or stored.dim() != 1:
+            raise ValueError(f"it is {stored.dtype} of {stored.dim()} dimensions, and no text")
+        state = json.loads(stored.numpy().tobytes())
+    except (ValueError, RecursionError) as error:
         raise GraftError(f"{key} is no JSON ({error}); download the folder again") from error
     if not isinstance(state, dict):
         raise GraftError(f"{key} holds no JSON object; download the folder again")
