@@ -21,7 +21,7 @@ from graft.api.run.report import base_facts, stored_bits_per_weight, versions
 from graft.data.shapes.registry import CHAT, PLAIN
 from graft.errors import GraftError, Problems
 from graft.files.digest import file_digest
-from graft.files.write import new_folder, write_json, write_yaml
+from graft.files.write import check_new, new_folder, write_json, write_yaml
 from graft.formats.base import WeightFormat
 from graft.formats.choice import described
 from graft.formats.config import FormatConfig
@@ -148,8 +148,8 @@ def _checked(
 ) -> _Found:
     """Return what there is to adopt; raises GraftError with all that hinders."""
     problems = Problems()
-    if run.exists():
-        problems.found.append(f"{run} exists already; choose another --out or remove it")
+    with problems.collecting():
+        check_new(run)
     weight_format: WeightFormat | None = None
     with problems.collecting():
         weight_format = _weight_format(format, double_quant)

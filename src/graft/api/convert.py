@@ -10,6 +10,7 @@ from graft.api.events import Events
 from graft.convert.detect import open_source
 from graft.convert.writer import plan_conversion, write_conversion
 from graft.errors import GraftError
+from graft.files.write import check_new
 from graft.formats.base import WeightFormat
 from graft.formats.registry import settings_of
 from graft.model.folder import read_generation_config, read_tokenizer
@@ -53,8 +54,7 @@ def convert_model(
     """
     events = events or Events()
     target = Path(out)
-    if target.exists():
-        raise GraftError(f"{target} exists already; choose another name or remove it")
+    check_new(target)
     found, folder = open_source(str(source))
     if tokenizer is None and not folder.is_dir():
         raise GraftError(f"{folder}: give the folder of its tokenizer too (--tokenizer)")

@@ -26,7 +26,7 @@ from graft.files.write import check_new
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.layers.frozen import FrozenLinear
-from graft.model.adapter_files import load_adapter
+from graft.model.adapter_files import check_adapter_file, load_adapter
 from graft.model.load import LoadedModel, load_model
 from graft.model.save import save_model
 from graft.model.targets import freeze_layers
@@ -99,6 +99,7 @@ def merge(
         original = _original_base(run, device, trust_remote_code)
         if (run / START).is_dir():
             start, active = START, adapter_names(loaded.model)
+            check_adapter_file(run / START)
             load_adapter(loaded.model, run / START, start)
             activate_adapters(loaded.model, active)
     report = merge_loaded(loaded, original=original, start=start, dtype=merged_dtype, events=events)

@@ -19,6 +19,7 @@ from graft.data.config import DataConfig
 from graft.data.encode import Example
 from graft.data.load import load_examples, resolve_max_length
 from graft.errors import GraftError
+from graft.files.write import check_new
 from graft.formats.base import Packed, WeightFormat
 from graft.formats.config import WIDTHS
 from graft.formats.registry import describe_format, parse_format
@@ -162,8 +163,7 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
         measured = f"--solver {solver}" if reads_text else "--bits auto"
         raise GraftError(f"{measured} needs --data, whose text calibrates it")
     out = Path(config.out)
-    if out.exists():
-        raise GraftError(f"{out} exists already; choose another name or remove it")
+    check_new(out)
     subject = open_subject(config.model, config.trust_remote_code)
     rounding = Rounding(
         weight_format=parse_format(description),
