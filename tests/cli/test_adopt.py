@@ -229,7 +229,10 @@ REFUSALS: dict[str, tuple[Callable[[Path, Path], object], list[object], list[str
     "truncated": (cut, [], ["truncated"]),
     "another shape": (another_shape, [], ["down_proj", "(4, 7)", "(4, 96)"]),
     "several": (
-        lambda f, out: (changed(f, use_dora=True, modules_to_save=["lm_head"]), out.mkdir()),
+        lambda f, out: (
+            changed(f, use_dora=True, modules_to_save=["lm_head"]),
+            (out / "mine").mkdir(parents=True),
+        ),
         ["--double-quant"],
         ["exists already", "--format nf4 and fp4", "modules_to_save", "magnitude_vector is mis"],
     ),
