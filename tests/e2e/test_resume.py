@@ -316,6 +316,21 @@ def test_steps_that_were_dense_stay_so_when_there_are_more(tiny_base, rows, tmp_
     assert graft.merge(run, tmp_path / "merged").exact
 
 
+def test_with_fewer_steps_the_weights_are_still_rounded(tiny_base, rows, tmp_path):
+    run = tmp_path / "run"
+    common = {"method": "merge_aware", "dense_fraction": 0.5, "steps": 8}
+    killed_after(5, settings(tiny_base, rows, run, **common))
+    config = (run / "config.yaml").read_text()
+    with pytest.raises(GraftError, match="4 steps before its weights are rounded"):
+        graft.finetune(again(run, steps=4))
+    assert (run / "config.yaml").read_text() == config
+    events = Heard()
+    graft.finetune(again(run, steps=5), events)
+    assert events.steps == [5]
+    assert read_run_config(run).dense_fraction == 0.8
+    assert graft.merge(run, tmp_path / "merged").exact
+
+
 def test_a_finished_run_without_checkpoints_cannot_be_given_more(tiny_base, rows, tmp_path):
     run = tmp_path / "run"
     graft.finetune(settings(tiny_base, rows, run, checkpoints=False, save_every=None))

@@ -98,7 +98,10 @@ def finetune(
                 resumed = find_place(config, stored, run, events)
         elif config.resume:
             events.note(f"there is no {run}: the run is begun")
-        prepared = prepare(config, events, None if resumed is None else resumed.dense_steps)
+        rounded, unrounded = (
+            (None, 0) if resumed is None else (resumed.dense_steps, resumed.unrounded)
+        )
+        prepared = prepare(config, events, rounded, unrounded)
         config = prepared.config
         if resumed is None:
             begin_run(run, prepared)

@@ -91,6 +91,8 @@ class Resumed:
     """Steps done there."""
     dense_steps: int | None
     """After which step the weights were rounded, if they were; see `Prepared`."""
+    unrounded: int = 0
+    """Steps done there, where the method rounds the weights and has not yet."""
 
 
 @contextmanager
@@ -196,7 +198,9 @@ def find_place(config: TrainConfig, stored: TrainConfig, run: Path, events: Even
         return Resumed(config, stored, None, 0, None)
     step = read_position(checkpoint).step
     events.note(f"going on from {checkpoint}")
-    return Resumed(config, stored, checkpoint, step, dense if step > dense else None)
+    if step <= dense:
+        return Resumed(config, stored, checkpoint, step, None, unrounded=step)
+    return Resumed(config, stored, checkpoint, step, dense)
 
 
 def lost_run(config: TrainConfig, run: Path, events: Events) -> Resumed:
@@ -243,6 +247,12 @@ def settle(run: Path, prepared: Prepared, resumed: Resumed, events: Events) -> N
         raise GraftError(
             f"--resume: {run} has done {step} steps; {prepared.steps} are fewer. Give more, or "
             "train anew with another --out"
+        )
+    if prepared.dense_steps >= prepared.steps:
+        raise GraftError(
+            f"--resume: {run} has done {step} steps before its weights are rounded, and of "
+            f"{prepared.steps} none would be left after that. Give more, or train anew with "
+            "another --out"
         )
     if stored is not None and step and prepared.steps != stored.steps:
         events.note(
