@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -244,6 +246,30 @@ def test_a_damaged_base_is_made_anew(method, tiny_base, rows, tmp_path):
     assert events.steps == ([3, 4, 5, 6] if method == "merge_aware" else [5, 6])
     assert adapter(run) == adapter(unbroken)
     assert file.read_bytes() == (unbroken / "base" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("unreadable", ["base/model.safetensors", "adapter", "inputs.json"])
+def test_what_the_system_did_not_read_is_not_taken_as_damaged(
+    unreadable, tiny_base, rows, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    graft.finetune(settings(tiny_base, rows, run, method="qalora", steps=2))
+    before = sorted(path for path in run.rglob("*") if path.name != ".lock")
+    opened = os.open
+
+    def fails(path, *arguments, **more):
+        if str(path).startswith(str(run / unreadable)):
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fails)
+        with pytest.raises(GraftError, match=f"{unreadable}.*cannot be read: Input/output error"):
+            graft.finetune(again(run, steps=4))
+    assert sorted(path for path in run.rglob("*") if path.name != ".lock") == before
+    events = Heard()
+    graft.finetune(again(run, steps=4), events)
+    assert events.steps == [3, 4]
 
 
 # A run that has finished --------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from graft.api.run.status import read_status
 from graft.data.sources.files import fingerprint
 from graft.errors import GraftError, raise_problems
 from graft.files.lock import LOCK, owned
-from graft.files.read import read_bytes, read_typed, read_yaml
+from graft.files.read import passing_damage, read_bytes, read_typed, read_yaml
 from graft.files.write import new_folder, remove_folder, sweep, write_json, write_yaml
 from graft.model.adapter_files import check_adapter_file
 from graft.model.peft_files import PEFT_WEIGHTS
@@ -229,7 +229,7 @@ def finished_report(run: Path, keep: str, steps: int | None) -> RunReport | None
     """
     if not has_finished(run):
         return None
-    with suppress(GraftError):  # from an earlier version, say: it is made anew where that can be
+    with passing_damage():  # from an earlier version, say: it is made anew where that can be
         report = read_typed(run / REPORT, RunReport)
         whole = report.steps == report.steps_done == steps and report.keep == keep
         return report if whole else None
@@ -302,7 +302,7 @@ def _read_inputs(run: Path) -> RunInputs | None:
     """Return what a run was begun with; None where that is lost, or was never written."""
     if not (run / INPUTS).is_file():
         return None
-    with suppress(GraftError):
+    with passing_damage():
         return read_typed(run / INPUTS, RunInputs)
     return None
 
@@ -338,7 +338,7 @@ def _clear(run: Path, keep_base: bool) -> None:
 
 def _has_result(run: Path) -> bool:
     """Return whether what was trained lies there, in files that can be read."""
-    with suppress(GraftError):
+    with passing_damage():
         if (run / MODEL).is_dir():
             WeightFiles(run / MODEL)
         else:
@@ -349,7 +349,7 @@ def _has_result(run: Path) -> bool:
 
 
 def _says_finished(run: Path) -> bool:
-    with suppress(GraftError):
+    with passing_damage():
         status = read_status(run)
         if status is not None:
             return status.state == "finished"
