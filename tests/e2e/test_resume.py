@@ -210,6 +210,17 @@ def test_with_all_settings_a_run_is_begun_whatever_is_left_of_it(
     assert adapter(broken) == adapter(whole) and losses(broken) == losses(whole)
 
 
+def test_a_base_of_settings_that_are_lost_is_made_anew(tiny_base, rows, tmp_path):
+    unbroken, run = tmp_path / "unbroken", tmp_path / "run"
+    graft.finetune(settings(tiny_base, rows, unbroken, method="qalora", bits=3, steps=2))
+    killed_after(1, settings(tiny_base, rows, run, method="qalora", bits=4, steps=2))
+    (run / "config.yaml").unlink()
+    given = settings(tiny_base, rows, run, method="qalora", bits=3, steps=2, resume=True)
+    graft.finetune(given)
+    for file in ("adapter/adapter_model.safetensors", "base/model.safetensors"):
+        assert (run / file).read_bytes() == (unbroken / file).read_bytes()
+
+
 def test_a_folder_of_other_things_is_left_alone(tiny_base, rows, tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(GraftError, match="no run folder .*letter.txt"):

@@ -260,7 +260,8 @@ def settle(run: Path, prepared: Prepared, resumed: Resumed, events: Events) -> N
             "learning rate follows the schedule of all of them"
         )
     if resumed.checkpoint is None:
-        _clear(run, keep_base=_serves_again(run, prepared))
+        # Where the settings are lost, nothing says with which the base was made.
+        _clear(run, keep_base=stored is not None and _serves_again(run, prepared))
         _write_beginning(run, prepared)
         return
     if prepared.dense_steps and step <= prepared.dense_steps:  # it is rounded again, from there on
