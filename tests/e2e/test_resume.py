@@ -339,6 +339,22 @@ def test_a_finished_run_takes_more_steps(tiny_base, rows, tmp_path, whole):
     assert read_run_config(run).steps == 10
 
 
+def test_a_result_never_lies_beside_the_report_of_another(tiny_base, rows, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    graft.finetune(settings(tiny_base, rows, run, steps=2))
+
+    def die(*arguments: object) -> None:
+        raise Dies
+
+    with monkeypatch.context() as patch:
+        patch.setattr("graft.api.finetune.write_report", die)
+        with pytest.raises(Dies):
+            graft.finetune(again(run, steps=4))
+    assert (run / "adapter").is_dir()
+    assert not any((run / name).exists() for name in ("report.json", "report.md", "plots"))
+    assert graft.finetune(again(run)).steps_done == 4
+
+
 def test_steps_that_were_dense_stay_so_when_there_are_more(tiny_base, rows, tmp_path):
     run = tmp_path / "run"
     common = {"method": "merge_aware", "dense_fraction": 0.5, "steps": 4}
