@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -208,6 +210,17 @@ def test_with_all_settings_a_run_is_begun_whatever_is_left_of_it(
     assert adapter(broken) == adapter(whole) and losses(broken) == losses(whole)
 
 
+def test_a_base_of_settings_that_are_lost_is_made_anew(tiny_base, rows, tmp_path):
+    unbroken, run = tmp_path / "unbroken", tmp_path / "run"
+    graft.finetune(settings(tiny_base, rows, unbroken, method="qalora", bits=3, steps=2))
+    killed_after(1, settings(tiny_base, rows, run, method="qalora", bits=4, steps=2))
+    (run / "config.yaml").unlink()
+    given = settings(tiny_base, rows, run, method="qalora", bits=3, steps=2, resume=True)
+    graft.finetune(given)
+    for file in ("adapter/adapter_model.safetensors", "base/model.safetensors"):
+        assert (run / file).read_bytes() == (unbroken / file).read_bytes()
+
+
 def test_a_folder_of_other_things_is_left_alone(tiny_base, rows, tmp_path):
     (tmp_path / "letter.txt").write_text("mine")
     with pytest.raises(GraftError, match="no run folder .*letter.txt"):
@@ -244,6 +257,30 @@ def test_a_damaged_base_is_made_anew(method, tiny_base, rows, tmp_path):
     assert events.steps == ([3, 4, 5, 6] if method == "merge_aware" else [5, 6])
     assert adapter(run) == adapter(unbroken)
     assert file.read_bytes() == (unbroken / "base" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("unreadable", ["base/model.safetensors", "adapter", "inputs.json"])
+def test_what_the_system_did_not_read_is_not_taken_as_damaged(
+    unreadable, tiny_base, rows, tmp_path, monkeypatch
+):
+    run = tmp_path / "run"
+    graft.finetune(settings(tiny_base, rows, run, method="qalora", steps=2))
+    before = sorted(path for path in run.rglob("*") if path.name != ".lock")
+    opened = os.open
+
+    def fails(path, *arguments, **more):
+        if str(path).startswith(str(run / unreadable)):
+            raise OSError(errno.EIO, "Input/output error")
+        return opened(path, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", fails)
+        with pytest.raises(GraftError, match=f"{unreadable}.*cannot be read: Input/output error"):
+            graft.finetune(again(run, steps=4))
+    assert sorted(path for path in run.rglob("*") if path.name != ".lock") == before
+    events = Heard()
+    graft.finetune(again(run, steps=4), events)
+    assert events.steps == [3, 4]
 
 
 # A run that has finished --------------------------------------------------------------------------
@@ -302,6 +339,22 @@ def test_a_finished_run_takes_more_steps(tiny_base, rows, tmp_path, whole):
     assert read_run_config(run).steps == 10
 
 
+def test_a_result_never_lies_beside_the_report_of_another(tiny_base, rows, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    graft.finetune(settings(tiny_base, rows, run, steps=2))
+
+    def die(*arguments: object) -> None:
+        raise Dies
+
+    with monkeypatch.context() as patch:
+        patch.setattr("graft.api.finetune.write_report", die)
+        with pytest.raises(Dies):
+            graft.finetune(again(run, steps=4))
+    assert (run / "adapter").is_dir()
+    assert not any((run / name).exists() for name in ("report.json", "report.md", "plots"))
+    assert graft.finetune(again(run)).steps_done == 4
+
+
 def test_steps_that_were_dense_stay_so_when_there_are_more(tiny_base, rows, tmp_path):
     run = tmp_path / "run"
     common = {"method": "merge_aware", "dense_fraction": 0.5, "steps": 4}
@@ -313,6 +366,21 @@ def test_steps_that_were_dense_stay_so_when_there_are_more(tiny_base, rows, tmp_
     graft.finetune(again(run), events)
     assert events.steps == [7, 8]
     assert (run / "base" / "model.safetensors").read_bytes() == base, "it was rounded after step 2"
+    assert graft.merge(run, tmp_path / "merged").exact
+
+
+def test_with_fewer_steps_the_weights_are_still_rounded(tiny_base, rows, tmp_path):
+    run = tmp_path / "run"
+    common = {"method": "merge_aware", "dense_fraction": 0.5, "steps": 8}
+    killed_after(5, settings(tiny_base, rows, run, **common))
+    config = (run / "config.yaml").read_text()
+    with pytest.raises(GraftError, match="4 steps before its weights are rounded"):
+        graft.finetune(again(run, steps=4))
+    assert (run / "config.yaml").read_text() == config
+    events = Heard()
+    graft.finetune(again(run, steps=5), events)
+    assert events.steps == [5]
+    assert read_run_config(run).dense_fraction == 0.8
     assert graft.merge(run, tmp_path / "merged").exact
 
 

@@ -25,6 +25,9 @@ from graft.api.run.layout import (
     FAILED_BATCH,
     METRICS,
     MODEL,
+    PLOTS,
+    REPORT,
+    REPORT_TEXT,
     START,
 )
 from graft.api.run.prepare import Prepared, prepare
@@ -98,7 +101,10 @@ def finetune(
                 resumed = find_place(config, stored, run, events)
         elif config.resume:
             events.note(f"there is no {run}: the run is begun")
-        prepared = prepare(config, events, None if resumed is None else resumed.dense_steps)
+        rounded, unrounded = (
+            (None, 0) if resumed is None else (resumed.dense_steps, resumed.unrounded)
+        )
+        prepared = prepare(config, events, rounded, unrounded)
         config = prepared.config
         if resumed is None:
             begin_run(run, prepared)
@@ -279,7 +285,8 @@ def _save_result(loaded: LoadedModel, prepared: Prepared, run: Path) -> None:
     for target in prepared.config.export:
         for stale in _export_paths(run, target):
             remove_folder(stale)
-    for name in (ADAPTER, MODEL, FAILED_BATCH):
+    # The report first: one of an earlier part never lies beside this part's result.
+    for name in (REPORT, REPORT_TEXT, PLOTS, ADAPTER, MODEL, FAILED_BATCH):
         remove_folder(run / name)
     if prepared.method.trains_adapter:
         base = run / BASE if (run / BASE).is_dir() else Path(prepared.config.model)

@@ -6,7 +6,8 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeVar
@@ -43,6 +44,26 @@ def open_regular(path: Path) -> BufferedReader:
         os.close(descriptor)
         raise GraftError(f"{path} is no regular file, but a folder, a pipe or a device")
     return os.fdopen(descriptor, "rb")
+
+
+def unread(error: GraftError) -> OSError | None:
+    """Return why the system did not read a file; None where it is missing or damaged."""
+    cause = error.__cause__
+    lost = isinstance(cause, FileNotFoundError)
+    return cause if isinstance(cause, OSError) and not lost else None
+
+
+@contextmanager
+def passing_damage() -> Iterator[None]:
+    """Leave the block at a file that is missing or damaged.
+
+    Raises the GraftError of one that the system did not read: it may be whole all the same.
+    """
+    try:
+        yield
+    except GraftError as error:
+        if unread(error) is not None:
+            raise
 
 
 def read_bytes(path: Path, most: int = JSON_BYTES) -> bytes:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from graft.errors import GraftError, raise_problems
-from graft.files.read import open_regular, read_json, typed
+from graft.files.read import open_regular, read_json, typed, unread
 from graft.files.write import new_folder, remove_folder, write_json
 from graft.model.save import save_tensors
 from graft.model.weight_files import WeightFiles
@@ -213,17 +213,19 @@ def _damage(path: Path) -> str | None:
         WeightFiles(path, single_file=_TENSORS)
     except _VersionError:
         raise
-    except (GraftError, OSError) as error:
-        cause = error if isinstance(error, OSError) else error.__cause__
-        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError):
+    except GraftError as error:
+        if (cause := unread(error)) is not None:
             raise GraftError(_unread(path, cause)) from error  # it may be whole all the same
         return str(error)
     return None
 
 
 def _sha256(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise GraftError(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _unread(path: Path, error: OSError) -> str:

@@ -11,8 +11,8 @@ from graft.api.quantize import Rounding, load_quantised
 from graft.api.run.folder import load_run_base, write_base_reference
 from graft.api.run.layout import BASE, BASE_REFERENCE
 from graft.api.run.prepare import Prepared
-from graft.errors import GraftError
 from graft.export.registry import TARGETS
+from graft.files.read import passing_damage
 from graft.files.write import remove_folder
 from graft.formats.config import WIDTHS
 from graft.model.folder import check_weights
@@ -72,12 +72,13 @@ def save_base(loaded: LoadedModel, run: Path) -> None:
 
 
 def base_is_whole(run: Path) -> bool:
-    """Return whether a run's folder holds its base, as it was written."""
-    if not (run / BASE).is_dir():
-        return False
-    try:
-        check_weights(run / BASE)
-        WeightFiles(run / BASE)
-    except GraftError:
-        return False
-    return True
+    """Return whether a run's folder holds its base, as it was written.
+
+    Raises GraftError when it cannot be read for another reason than damage.
+    """
+    if (run / BASE).is_dir():
+        with passing_damage():
+            check_weights(run / BASE)
+            WeightFiles(run / BASE)
+            return True
+    return False

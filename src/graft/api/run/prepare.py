@@ -53,11 +53,14 @@ class Prepared:
     watched: Watched
 
 
-def prepare(config: TrainConfig, events: Events, dense_steps: int | None = None) -> Prepared:
+def prepare(
+    config: TrainConfig, events: Events, dense_steps: int | None = None, unrounded: int = 0
+) -> Prepared:
     """Check everything that can be checked without weights, and fill in every default.
 
     dense_steps: after how many steps a run that is resumed has rounded its weights, where it has.
-    Raises GraftError with all problems at once; nothing is written.
+    unrounded: how many steps it has done, where it rounds them later. Raises GraftError with all
+    problems at once; nothing is written.
     """
     problems = Problems()
     with problems.collecting():
@@ -91,7 +94,9 @@ def prepare(config: TrainConfig, events: Events, dense_steps: int | None = None)
     if (ends := eos_note(training, config.eos)) is not None:
         events.note(ends)
     both = training, held_out
-    return _resolved(config, subject, weight_format, targets, both, seen, events, dense_steps)
+    return _resolved(
+        config, subject, weight_format, targets, both, seen, events, dense_steps, unrounded
+    )
 
 
 def _taken(out: Path) -> list[str]:
@@ -112,6 +117,7 @@ def _resolved(
     seen: Watched,
     events: Events,
     dense_steps: int | None,
+    unrounded: int,
 ) -> Prepared:
     """Fill in the defaults, which follow from the method, the model, the data and the memory."""
     training, held_out = data
@@ -132,9 +138,10 @@ def _resolved(
     if config.checkpointing == "auto":
         events.note(f"checkpointing: {plan.checkpointing_reason}")
     steps = steps_to_train(config, len(training.examples))
+    planned = method.dense_steps(config, steps)
     if dense_steps is None:
-        dense_steps = method.dense_steps(config, steps)
-    elif dense_steps != method.dense_steps(config, steps):  # it has more steps now than then
+        dense_steps = max(planned, unrounded)
+    if dense_steps != planned:  # it has more or fewer steps now than then
         config = dataclasses.replace(config, dense_fraction=dense_steps / steps)
     chosen = {} if weight_format is None else settings_of(weight_format)
     if config.bits == "auto":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ from graft.api.run.status import read_status
 from graft.data.sources.files import fingerprint
 from graft.errors import GraftError, raise_problems
 from graft.files.lock import LOCK, owned
-from graft.files.read import read_bytes, read_typed, read_yaml
+from graft.files.read import passing_damage, read_bytes, read_typed, read_yaml
 from graft.files.write import new_folder, remove_folder, sweep, write_json, write_yaml
 from graft.model.adapter_files import check_adapter_file
 from graft.model.peft_files import PEFT_WEIGHTS
@@ -91,6 +91,8 @@ class Resumed:
     """Steps done there."""
     dense_steps: int | None
     """After which step the weights were rounded, if they were; see `Prepared`."""
+    unrounded: int = 0
+    """Steps done there, where the method rounds the weights and has not yet."""
 
 
 @contextmanager
@@ -196,7 +198,9 @@ def find_place(config: TrainConfig, stored: TrainConfig, run: Path, events: Even
         return Resumed(config, stored, None, 0, None)
     step = read_position(checkpoint).step
     events.note(f"going on from {checkpoint}")
-    return Resumed(config, stored, checkpoint, step, dense if step > dense else None)
+    if step <= dense:
+        return Resumed(config, stored, checkpoint, step, None, unrounded=step)
+    return Resumed(config, stored, checkpoint, step, dense)
 
 
 def lost_run(config: TrainConfig, run: Path, events: Events) -> Resumed:
@@ -225,7 +229,7 @@ def finished_report(run: Path, keep: str, steps: int | None) -> RunReport | None
     """
     if not has_finished(run):
         return None
-    with suppress(GraftError):  # from an earlier version, say: it is made anew where that can be
+    with passing_damage():  # from an earlier version, say: it is made anew where that can be
         report = read_typed(run / REPORT, RunReport)
         whole = report.steps == report.steps_done == steps and report.keep == keep
         return report if whole else None
@@ -244,13 +248,20 @@ def settle(run: Path, prepared: Prepared, resumed: Resumed, events: Events) -> N
             f"--resume: {run} has done {step} steps; {prepared.steps} are fewer. Give more, or "
             "train anew with another --out"
         )
+    if prepared.dense_steps >= prepared.steps:
+        raise GraftError(
+            f"--resume: {run} has done {step} steps before its weights are rounded, and of "
+            f"{prepared.steps} none would be left after that. Give more, or train anew with "
+            "another --out"
+        )
     if stored is not None and step and prepared.steps != stored.steps:
         events.note(
             f"{prepared.steps} steps instead of {stored.steps}: from step {step + 1} on the "
             "learning rate follows the schedule of all of them"
         )
     if resumed.checkpoint is None:
-        _clear(run, keep_base=_serves_again(run, prepared))
+        # Where the settings are lost, nothing says with which the base was made.
+        _clear(run, keep_base=stored is not None and _serves_again(run, prepared))
         _write_beginning(run, prepared)
         return
     if prepared.dense_steps and step <= prepared.dense_steps:  # it is rounded again, from there on
@@ -292,7 +303,7 @@ def _read_inputs(run: Path) -> RunInputs | None:
     """Return what a run was begun with; None where that is lost, or was never written."""
     if not (run / INPUTS).is_file():
         return None
-    with suppress(GraftError):
+    with passing_damage():
         return read_typed(run / INPUTS, RunInputs)
     return None
 
@@ -328,7 +339,7 @@ def _clear(run: Path, keep_base: bool) -> None:
 
 def _has_result(run: Path) -> bool:
     """Return whether what was trained lies there, in files that can be read."""
-    with suppress(GraftError):
+    with passing_damage():
         if (run / MODEL).is_dir():
             WeightFiles(run / MODEL)
         else:
@@ -339,7 +350,7 @@ def _has_result(run: Path) -> bool:
 
 
 def _says_finished(run: Path) -> bool:
-    with suppress(GraftError):
+    with passing_damage():
         status = read_status(run)
         if status is not None:
             return status.state == "finished"
