@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import graft
+from graft.data.encode import encode_prompt
 from graft.errors import GraftError
 from graft.model.folder import read_config, read_generation_config, read_tokenizer
-from graft.model.foreign import understood
 from graft.model.load import load_model
 from graft.model.subject import open_subject
+from graft.understood import understood
 
 
 class PanicException(BaseException):  # noqa: N818  (its name in Rust's bindings)
@@ -141,3 +142,11 @@ def test_tokens_that_end_a_text_are_numbers(folder, tokens) -> None:
         read_generation_config(folder)
     change(folder / "generation_config.json", eos_token_id=[1, 2], pad_token_id=-1)
     assert read_generation_config(folder).eos_token_id == [1, 2]
+
+
+def test_a_pattern_that_fails_on_some_texts_is_one_error(folder) -> None:
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+b"}, "behavior": "Isolated"}
+    change(folder / "tokenizer.json", pre_tokenizer=split | {"invert": False})
+    tokenizer = read_tokenizer(folder)
+    with pytest.raises(GraftError, match=r"tokenizer\.json makes a tokenizer that fails on a text"):
+        encode_prompt("text", "a" * 40, tokenizer, "\n")

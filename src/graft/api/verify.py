@@ -27,6 +27,7 @@ from graft.export.runtimes import Runtime
 from graft.files.write import scratch_folder, write_json
 from graft.model.load import LoadedModel
 from graft.model.subject import build_skeleton
+from graft.understood import tokenizing
 
 ROWS, TOKENS = 40, 128
 """Held-out rows that are scored, and tokens of each."""
@@ -110,6 +111,8 @@ def verify(
     gaps = _gaps(loaded, runtime, rows, events)
     tokenizer, size = loaded.tokenizer, bytes_on_disk(path)
     parameters = build_skeleton(loaded.model.config, trust_remote_code).num_parameters()
+    with tokenizing():
+        same_tokens = all(runtime.encode(text) == tokenizer(text)["input_ids"] for text in texts)
     found = Certificate(
         model=str(model),
         file=str(path),
@@ -122,7 +125,7 @@ def verify(
         equal_texts=sum(gap is None for gap in gaps),
         texts=len(gaps),
         largest_gap=max((gap for gap in gaps if gap is not None), default=0.0),
-        same_tokens=all(runtime.encode(text) == tokenizer(text)["input_ids"] for text in texts),
+        same_tokens=same_tokens,
         same_template=runtime.chat_template == tokenizer.chat_template,
         same_stop_tokens=tokenizer.eos_token_id is None
         or tokenizer.eos_token_id in runtime.stop_ids,
@@ -159,7 +162,9 @@ def _held_out(
         raise GraftError(
             f"no held-out row has a target within its first {length} tokens; give other --data"
         )
-    texts = [str(loaded.tokenizer.decode(row.input_ids, skip_special_tokens=True)) for row in rows]
+    decode = loaded.tokenizer.decode
+    with tokenizing():
+        texts = [str(decode(row.input_ids, skip_special_tokens=True)) for row in rows]
     return rows, texts
 
 

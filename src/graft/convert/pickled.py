@@ -20,8 +20,8 @@ from graft.convert.source import PlainTensor, Source
 from graft.errors import GraftError
 from graft.files.read import open_regular
 from graft.model.folder import find_folder
-from graft.model.foreign import understood
 from graft.model.weight_files import PICKLES, indexed_files
+from graft.understood import understood
 
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"

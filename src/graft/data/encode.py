@@ -15,6 +15,7 @@ from graft.data.templates import rendering
 from graft.errors import GraftError
 from graft.files.bounds import bound, raise_beyond
 from graft.text import listed
+from graft.understood import tokenizing
 
 ROW_CHARACTERS = 2**20
 """Characters that any row may have; each may take 500 bytes and 4 µs before the row is cut."""
@@ -177,16 +178,17 @@ def _tokenize(texts: list[str], tokenizer: Tokenizer) -> list[_Tokens]:
     """Encode with the tokenizer's own BOS, once, and without an EOS of its own."""
     if not texts:
         return []
-    encoded = tokenizer(
-        texts,
-        add_special_tokens=True,
-        padding=False,
-        truncation=False,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-        return_attention_mask=False,
-        verbose=False,
-    )
+    with tokenizing():
+        encoded = tokenizer(
+            texts,
+            add_special_tokens=True,
+            padding=False,
+            truncation=False,
+            return_offsets_mapping=True,
+            return_special_tokens_mask=True,
+            return_attention_mask=False,
+            verbose=False,
+        )
     columns = (encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"])
     return [
         _without_doubles(text, tokenizer.bos_token, ids, offsets, added)

@@ -18,6 +18,7 @@ from graft.files.read import read_text
 from graft.model.running.loss import each_logits
 from graft.model.save import save_tensors
 from graft.model.weight_files import WeightFiles
+from graft.understood import tokenizing
 
 GENERAL_TEXT = Path(__file__).with_name("general_text.txt")
 """Everyday facts, arithmetic, code, letters and a dialogue, written for this."""
@@ -80,10 +81,11 @@ def general_windows(
     """
     source = GENERAL_TEXT if path is None else path
     text = read_text(source, _TEXT_BYTES)[: 64 * TOKENS]
-    first, bare = (
-        tokenizer(given, add_special_tokens=special, verbose=False)["input_ids"]
-        for given, special in (("a", True), (text, False))
-    )
+    with tokenizing():
+        first, bare = (
+            tokenizer(given, add_special_tokens=special, verbose=False)["input_ids"]
+            for given, special in (("a", True), (text, False))
+        )
     bos = [tokenizer.bos_token_id] if first[:1] == [tokenizer.bos_token_id] else []
     length = min(WINDOW, limit or WINDOW) - len(bos)
     rows = [

@@ -17,6 +17,7 @@ from transformers.generation.streamers import TextStreamer
 
 from graft.errors import GraftError
 from graft.model.running.decode import Decoder, why_not_native
+from graft.understood import tokenizing
 
 OnText = Callable[[str], None]
 
@@ -30,9 +31,22 @@ _HEEDED = ("eos_token_id", "repetition_penalty")
 _NEUTRAL = {"num_beams": 1, "num_return_sequences": 1}
 
 
+class _Words:
+    """A tokenizer for a stream: what it raises is one error."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._tokenizer = tokenizer
+
+    def decode(self, ids: Any, **options: Any) -> str:
+        with tokenizing():
+            text = self._tokenizer.decode(ids, **options)
+        assert isinstance(text, str)
+        return text
+
+
 class _Stream(TextStreamer):
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, on_text: OnText) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, words: _Words, on_text: OnText) -> None:
+        super().__init__(words, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
         self.on_text = on_text
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -61,7 +75,8 @@ def generate_text(
         raise GraftError("the prompt is empty; give at least one token")
     if room < 1:
         raise GraftError(f"the prompt has {len(prompt_ids)} tokens; the model takes {limit}")
-    stream = None if on_text is None else _Stream(tokenizer, on_text)
+    words = _Words(tokenizer)
+    stream = None if on_text is None else _Stream(words, on_text)
     if temperature > 0:
         torch.manual_seed(seed)
     if decodes_natively(model, len(prompt_ids) + room):
@@ -76,9 +91,7 @@ def generate_text(
             stream.end()
     else:
         new = _generated(model, tokenizer, prompt_ids, room, temperature, stream)
-    text = tokenizer.decode(new, skip_special_tokens=True)
-    assert isinstance(text, str)
-    return text
+    return words.decode(new, skip_special_tokens=True)
 
 
 def decodes_natively(model: PreTrainedModel, positions: int) -> bool:

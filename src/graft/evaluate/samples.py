@@ -10,6 +10,7 @@ from graft.data.encode import EncodedData, Example
 from graft.data.shapes.registry import SHAPES
 from graft.errors import GraftError
 from graft.evaluate.generate import generate_text
+from graft.understood import tokenizing
 
 NEW_TOKENS = 64
 """The most that a sample shows."""
@@ -64,6 +65,7 @@ def continuations(
 
 
 def _words(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text = tokenizer.decode(ids, skip_special_tokens=True)
+    with tokenizing():
+        text = tokenizer.decode(ids, skip_special_tokens=True)
     assert isinstance(text, str)
     return text

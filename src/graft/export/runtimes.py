@@ -16,6 +16,7 @@ from torch import Tensor
 from graft.errors import GraftError
 from graft.model.folder import read_config, read_tokenizer
 from graft.model.gguf.layout import head_dim
+from graft.understood import tokenizing
 
 
 class Runtime(Protocol):
@@ -53,7 +54,8 @@ class FolderRuntime:
 
     def encode(self, text: str) -> list[int]:
         """See `Runtime`."""
-        ids: list[int] = self._tokenizer(text)["input_ids"]
+        with tokenizing():
+            ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids
 
     @property

@@ -28,8 +28,9 @@ from graft.files.digest import check_digest
 from graft.files.read import read_json, typed
 from graft.formats.base import WeightFormat
 from graft.formats.registry import parse_format
-from graft.model.foreign import check_counts, check_files, understood
+from graft.model.foreign import check_counts, check_files
 from graft.text import quoted
+from graft.understood import understood
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"

@@ -1,4 +1,4 @@
-"""What Transformers and tokenizers are given to read, and what they raise on it, as one error.
+"""What Transformers and tokenizers are given to read, looked at before.
 
 Both take a model folder as it is: their exceptions on odd values are of every kind, and a count in
 config.json is a loop. So each call of them on a folder's files is made inside `understood`, and
@@ -19,7 +19,6 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from graft.errors import GraftError
 from graft.files.bounds import bound, raise_beyond
 from graft.files.read import JSON_BYTES
-from graft.text import reason
 
 LAYERS = 10_000
 """Layers that a configuration may ask for; the deepest models have a few hundred."""
@@ -27,25 +26,6 @@ MODULES = 20_000
 """Modules that any model may have; those of large ones are fewer than 4,000."""
 MODULES_PER_TENSOR = 8
 """Modules for each tensor in the folder's files, where that is more: most modules hold one."""
-
-_PANICS = "pyo3_runtime"
-"""The module of what a panic in Rust raises, which is no Exception."""
-
-
-@contextmanager
-def understood(where: object, what: str = "is not understood") -> Iterator[None]:
-    """Raise GraftError for whatever another library raises on what a folder holds.
-
-    where, what: the beginning of the message, as in 'FILE is not understood'.
-    """
-    try:
-        yield
-    except GraftError:
-        raise
-    except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__module__ != _PANICS:
-            raise  # somebody ends the process
-        raise GraftError(f"{where} {what}: {reason(error)}") from error
 
 
 def check_files(folder: Path) -> None:

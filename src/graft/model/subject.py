@@ -23,9 +23,10 @@ from graft.model.folder import (
     read_tokenizer,
     stored_formats,
 )
-from graft.model.foreign import modules_within, understood
+from graft.model.foreign import modules_within
 from graft.model.targets import linear_layers
 from graft.model.weight_files import WeightFiles
+from graft.understood import understood
 
 _MARK = torch.bfloat16
 """The dtype that a skeleton is built in. What has it then has the model's dtype: no module asks for

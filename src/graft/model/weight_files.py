@@ -16,8 +16,8 @@ from safetensors import safe_open
 
 from graft.errors import GraftError, raise_problems
 from graft.files.read import open_regular, read_typed
-from graft.model.foreign import understood
 from graft.text import quoted
+from graft.understood import understood
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

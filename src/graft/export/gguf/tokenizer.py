@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from graft.errors import GraftError, raise_problems
 from graft.export.gguf.tokenizer_kind import TokenizerKind, recognise, scores_by_merge
+from graft.understood import tokenizing
 
 _BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
@@ -161,8 +162,9 @@ def _affixes(
     tokenizer: PreTrainedTokenizerBase, special_ids: Mapping[str, int]
 ) -> tuple[bool, bool, list[str]]:
     """Return whether the tokenizer puts BOS before and EOS after a text."""
-    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    whole: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
+    with tokenizing():
+        plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+        whole: list[int] = tokenizer("a", add_special_tokens=True)["input_ids"]
     starts = range(len(whole) - len(plain) + 1)
     start = next((i for i in starts if whole[i : i + len(plain)] == plain), 0)
     before, after = whole[:start], whole[start + len(plain) :]

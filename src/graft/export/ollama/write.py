@@ -25,6 +25,7 @@ from graft.export.ollama.go_template import go_text, render_go
 from graft.files.write import new_folder
 from graft.model.load import LoadedModel
 from graft.text import quoted
+from graft.understood import tokenizing
 
 GGUF_FILE = "model.gguf"
 MODELFILE = "Modelfile"
@@ -141,7 +142,8 @@ def _stops(loaded: LoadedModel, ends: tuple[str, ...]) -> list[str]:
         loaded.model.config.eos_token_id,
     ):
         named += ids if isinstance(ids, list) else [] if ids is None else [ids]
-    texts = [str(loaded.tokenizer.decode([index])) for index in named]
+    with tokenizing():
+        texts = [str(loaded.tokenizer.decode([index])) for index in named]
     return [text for text in dict.fromkeys([*texts, *ends]) if text]
 
 

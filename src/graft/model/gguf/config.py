@@ -10,10 +10,10 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from graft.errors import GraftError, raise_problems
 from graft.model.families import FAMILIES, Family, GgufLayout
-from graft.model.foreign import understood
 from graft.model.gguf.file import GgufFile
 from graft.model.gguf.layout import ROPE_PARAMETERS_KEY, rope_factors
 from graft.text import quoted
+from graft.understood import understood
 
 
 def _read_families() -> dict[str, tuple[Family, GgufLayout]]:

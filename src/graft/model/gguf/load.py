@@ -14,7 +14,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from graft.adapters.attach import replace_module
 from graft.errors import GraftError, raise_problems
 from graft.layers.frozen import FrozenLinear
-from graft.model.foreign import modules_within, understood
+from graft.model.foreign import modules_within
 from graft.model.gguf.config import gguf_config
 from graft.model.gguf.file import FLOATS, GgufFile, read_gguf
 from graft.model.gguf.layout import (
@@ -27,6 +27,7 @@ from graft.model.gguf.layout import (
     rows_from_gguf,
 )
 from graft.text import quoted
+from graft.understood import understood
 
 
 def load_gguf_model(path: Path, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
