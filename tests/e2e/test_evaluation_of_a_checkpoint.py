@@ -57,6 +57,7 @@ def states(run: Path) -> dict[str, dict]:
     found = {}
     for path in sorted((run / "checkpoints").iterdir()):
         state = json.loads((path / "state.json").read_text())
+        del state["state_sha256"]  # of times too
         for name in ("step_seconds", "tokens_per_second", "memory_bytes"):
             del state["metrics"][name]
         found[path.name] = state
