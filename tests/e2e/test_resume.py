@@ -442,6 +442,27 @@ def test_the_content_of_data_and_model_counts_and_not_their_place(
     assert read_run_config(broken).data == str(data)
 
 
+def test_the_tokenizer_counts_too(tiny_base, rows, tmp_path, broken, whole):
+    base = tmp_path / "moved-base"
+    shutil.copytree(tiny_base, base)
+    changed = base / "tokenizer_config.json"
+    content = changed.read_bytes()
+    changed.write_text(json.dumps(json.loads(content) | {"model_max_length": 77}))
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(
+        GraftError,
+        match="moved-base has not the tokenizer .*: chat_template.jinja, tokenizer_config.json ch",
+    ):
+        graft.finetune(again(broken, model=str(base)))
+    inputs = json.loads((broken / "inputs.json").read_text())
+    del inputs["tokenizer"]  # as earlier versions wrote it, of which it is not known
+    (broken / "inputs.json").write_text(json.dumps(inputs))
+    changed.write_bytes(content)
+    graft.finetune(again(broken, model=str(base)))
+    assert adapter(broken) == adapter(whole)
+    assert "tokenizer.json" in json.loads((broken / "inputs.json").read_text())["tokenizer"]
+
+
 def test_going_on_changes_no_setting(broken):
     before = (broken / "config.yaml").read_text()
     graft.finetune(again(broken))

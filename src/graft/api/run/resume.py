@@ -17,6 +17,7 @@ from graft.api.events import Events
 from graft.api.run.base import base_is_whole
 from graft.api.run.folder import (
     PromptStyle,
+    fingerprint_tokenizer,
     fingerprint_weights,
     is_run,
     read_run_config,
@@ -52,7 +53,7 @@ from graft.files.write import new_folder, remove_folder, sweep, write_json, writ
 from graft.model.adapter_files import check_adapter_file
 from graft.model.peft_files import PEFT_WEIGHTS
 from graft.model.weight_files import WeightFiles
-from graft.text import quoted
+from graft.text import printable, quoted
 from graft.train.checkpoint import newest_whole, read_position
 
 _RESULTS = (ADAPTER, MODEL, REPORT, REPORT_TEXT, PLOTS)
@@ -75,6 +76,8 @@ class RunInputs:
     eval_data: str | None
     model: str
     """See `fingerprint_weights`."""
+    tokenizer: dict[str, str] | None = None
+    """See `fingerprint_tokenizer`; None in those of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -296,6 +299,7 @@ def _inputs(prepared: Prepared) -> RunInputs:
         data=fingerprint(config.data),
         eval_data=None if config.eval_data is None else fingerprint(config.eval_data),
         model=fingerprint_weights(prepared.subject.folder),
+        tokenizer=fingerprint_tokenizer(prepared.subject.folder),
     )
 
 
@@ -320,6 +324,12 @@ def _check_inputs(run: Path, prepared: Prepared) -> None:
         for name in ("data", "eval_data", "model")
         if getattr(before, name) != getattr(now, name)
     ]
+    if before.tokenizer is not None and now.tokenizer is not None:
+        differing = before.tokenizer.items() ^ now.tokenizer.items()
+        if names := ", ".join(sorted({printable(name) for name, _ in differing})):
+            problems.append(
+                f"{config.model} has not the tokenizer that the run was begun with: {names} changed"
+            )
     raise_problems(
         problems, f"--resume: {run} goes on with the same inputs, or is begun in another --out"
     )
