@@ -240,6 +240,16 @@ def test_metrics_and_status_that_are_lost_stop_nothing(broken, whole):
     assert not list(broken.rglob("*.part"))
 
 
+def test_damaged_samples_are_begun_anew(tiny_base, rows, tmp_path):
+    run = tmp_path / "run"
+    common = {"samples": 1, "eval_every": 2, "steps": 4}
+    killed_after(3, settings(tiny_base, rows, run, **common))
+    (run / "samples.jsonl").write_bytes(b'{"step": 0, "text": "\xff')
+    graft.finetune(again(run))
+    lines = (run / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4]
+
+
 @pytest.mark.parametrize("method", ["qalora", "merge_aware"])
 def test_a_damaged_base_is_made_anew(method, tiny_base, rows, tmp_path):
     common = {"method": method, "dense_fraction": 0.5 if method == "merge_aware" else None}
