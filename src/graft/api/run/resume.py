@@ -64,8 +64,10 @@ _MAY_CHANGE = (
     *("checkpointing", "device", "trust_remote_code"),
 )
 """Settings that a resumed run need not share with the part before."""
-_LOOKED_AT = ("out", "resume", "steps", "epochs", "data", "eval_data", "model")
+_LOOKED_AT = ("out", "resume", "steps", "epochs")
 """Settings that are compared by more than their value."""
+_FINGERPRINTED = ("data", "eval_data", "model")
+"""Settings that are compared by the content of what they name, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def merged_settings(config: TrainConfig, stored: TrainConfig, run: Path) -> Trai
     """Return the settings to go on with; raises GraftError with those that contradict the run's."""
     if not stored.data:
         raise GraftError(f"--resume: {run} was adopted, not trained, and has nothing to go on from")
-    looked_at = _LOOKED_AT if _read_inputs(run) else _LOOKED_AT[:-3]
+    looked_at = (*_LOOKED_AT, *_FINGERPRINTED) if _read_inputs(run) else _LOOKED_AT
     wanted, begun = (dataclasses.replace(one, **_method_fields(one)) for one in (config, stored))
     problems = [
         f"{field.name} is {quoted(given)}, the run was begun with {quoted(before)}"
@@ -321,7 +323,7 @@ def _check_inputs(run: Path, prepared: Prepared) -> None:
     problems = [
         f"{getattr(config, name)} is not the {name.replace('_', '-')} that the run was begun with: "
         f"its SHA-256 is {getattr(now, name) or 'none'}, and was {getattr(before, name) or 'none'}"
-        for name in ("data", "eval_data", "model")
+        for name in _FINGERPRINTED
         if getattr(before, name) != getattr(now, name)
     ]
     if before.tokenizer is not None and now.tokenizer is not None:
