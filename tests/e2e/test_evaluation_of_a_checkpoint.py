@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 import graft
 from graft.api.events import Events
 from graft.train import loop
+from graft.train.metrics import read_metrics
 from graft.train.stop import Stop, StoppedError
 
 
@@ -57,6 +59,7 @@ def states(run: Path) -> dict[str, dict]:
     found = {}
     for path in sorted((run / "checkpoints").iterdir()):
         state = json.loads((path / "state.json").read_text())
+        del state["state_sha256"]  # of times too
         for name in ("step_seconds", "tokens_per_second", "memory_bytes"):
             del state["metrics"][name]
         found[path.name] = state
@@ -70,6 +73,29 @@ def test_after_the_last_step(config) -> None:
     assert states(run)["step-00000004"]["evaluated"] == 3
     graft.finetune(dataclasses.replace(config("run"), resume=True))
     assert states(run) == states(Path(unbroken.out))
+
+
+def test_an_evaluation_that_the_metrics_have_lost_is_not_counted_again(config) -> None:
+    patient = {"learning_rate": 1e-9, "min_improvement": 1.0, "patience": 4}
+    unbroken = dataclasses.replace(config("unbroken", 8), **patient)
+    report = graft.finetune(unbroken)
+    run = stopped(dataclasses.replace(config("run", 8), **patient), 3)
+    shutil.rmtree(run / "checkpoints" / "step-00000003")
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    kept = [line for line in lines if json.loads(line)["step"] < 2 or '"loss"' in line]
+    assert len(kept) < len(lines)
+    (run / "metrics.jsonl").write_text("\n".join(kept) + "\n")
+    again = graft.finetune(dataclasses.replace(config("run", 8), resume=True, **patient))
+    assert again.steps_done == report.steps_done < 8
+    evaluated = [
+        {
+            e["step"]: e["eval_loss"]
+            for e in read_metrics(folder / "metrics.jsonl")
+            if "eval_loss" in e
+        }
+        for folder in (run, Path(unbroken.out))
+    ]
+    assert evaluated[0] == evaluated[1]
 
 
 def test_and_when_a_kill_comes_between(config, monkeypatch) -> None:

@@ -240,6 +240,16 @@ def test_metrics_and_status_that_are_lost_stop_nothing(broken, whole):
     assert not list(broken.rglob("*.part"))
 
 
+def test_damaged_samples_are_begun_anew(tiny_base, rows, tmp_path):
+    run = tmp_path / "run"
+    common = {"samples": 1, "eval_every": 2, "steps": 4}
+    killed_after(3, settings(tiny_base, rows, run, **common))
+    (run / "samples.jsonl").write_bytes(b'{"step": 0, "text": "\xff')
+    graft.finetune(again(run))
+    lines = (run / "samples.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4]
+
+
 @pytest.mark.parametrize("method", ["qalora", "merge_aware"])
 def test_a_damaged_base_is_made_anew(method, tiny_base, rows, tmp_path):
     common = {"method": method, "dense_fraction": 0.5 if method == "merge_aware" else None}
@@ -440,6 +450,27 @@ def test_the_content_of_data_and_model_counts_and_not_their_place(
     assert adapter(broken) == adapter(whole)
     assert json.loads((broken / "base.json").read_text())["path"] == str(base)
     assert read_run_config(broken).data == str(data)
+
+
+def test_the_tokenizer_counts_too(tiny_base, rows, tmp_path, broken, whole):
+    base = tmp_path / "moved-base"
+    shutil.copytree(tiny_base, base)
+    changed = base / "tokenizer_config.json"
+    content = changed.read_bytes()
+    changed.write_text(json.dumps(json.loads(content) | {"model_max_length": 77}))
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    with pytest.raises(
+        GraftError,
+        match="moved-base has not the tokenizer .*: chat_template.jinja, tokenizer_config.json ch",
+    ):
+        graft.finetune(again(broken, model=str(base)))
+    inputs = json.loads((broken / "inputs.json").read_text())
+    del inputs["tokenizer"]  # as earlier versions wrote it, of which it is not known
+    (broken / "inputs.json").write_text(json.dumps(inputs))
+    changed.write_bytes(content)
+    graft.finetune(again(broken, model=str(base)))
+    assert adapter(broken) == adapter(whole)
+    assert "tokenizer.json" in json.loads((broken / "inputs.json").read_text())["tokenizer"]
 
 
 def test_going_on_changes_no_setting(broken):

@@ -17,8 +17,11 @@ EXISTS = "is there"
 """Of a file of which two equal runs write different ones: a plot, a page with times."""
 CUT_OFF = "a line that is cut off"
 _TEXTS = {".md", ".html", ".png"}
-_TIMES = re.compile(r"seconds$|^tokens_per_second$|memory_bytes$|^since$|^until$|^parts$")
-"""Keys of what may differ: `parts` of a run are between its interruptions."""
+_TIMES = re.compile(
+    r"seconds$|^tokens_per_second$|memory_bytes$|^since$|^until$|^parts$|^state_sha256$"
+)
+"""Keys of what may differ: `parts` of a run are between its interruptions, and `state_sha256` is of
+times too."""
 _CHECKPOINT_FILES = ("state.json", "state.safetensors")
 _BEST = re.compile(r"(^|/)best/step-\d+/")
 _CHECKPOINT = re.compile(r"(^|/)checkpoints/step-\d+/")

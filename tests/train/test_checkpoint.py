@@ -18,6 +18,7 @@ from graft.train.checkpoint import (
     checkpoints,
     load_checkpoint,
     newest_whole,
+    note_evaluation,
     random_state,
     read_position,
     save_checkpoint,
@@ -146,6 +147,8 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "a step that is a text": lambda path: rewrite(path, step="4"),
     "another step": lambda path: rewrite(path, step=3),
     "a place that is a list": lambda path: rewrite(path, sampler=[1, 2]),
+    "another place": lambda path: rewrite(path, sampler={"epoch": 0, "position": 7}),
+    "another best": lambda path: rewrite(path, best={"step": 1, "loss": 1.0, "improved": 1.0}),
 }
 
 
@@ -158,6 +161,22 @@ def test_the_newest_that_is_whole_is_taken(training, name):
     assert len(damaged) == 1 and str(newer) in damaged[0]
     DAMAGES[name](older)
     assert newest_whole(training.folder)[0] is None
+
+
+def test_a_checkpoint_of_an_earlier_version_has_no_sum_of_its_state(training):
+    path = training.save(4)
+    state = json.loads((path / STATE).read_text())
+    del state["state_sha256"]
+    (path / STATE).write_text(json.dumps(state))
+    assert newest_whole(training.folder) == (path, [])
+
+
+def test_what_is_noted_of_an_evaluation_leaves_the_checkpoint_whole(training):
+    path = training.save(4)
+    noted = Position(4, {"epoch": 0, "position": 4}, {"eval_loss": float("nan")}, evaluated=4)
+    note_evaluation(training.folder, noted)
+    assert newest_whole(training.folder) == (path, [])
+    assert read_position(path).evaluated == 4
 
 
 def test_what_may_be_whole_is_not_passed_over(training, monkeypatch):

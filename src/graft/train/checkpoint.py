@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ KEPT = 2
 
 _TENSORS = "state.safetensors"
 _STATE = "state.json"
+_STATE_DIGEST = "state_sha256"
 _RNG, _CUDA_RNG = "rng", "rng.cuda"
 
 
@@ -55,6 +58,8 @@ class _State:
     evaluated: int | None = None
     sha256: str | None = None
     """Of the tensors' file; None in checkpoints of earlier versions."""
+    state_sha256: str | None = None
+    """Of all the fields above, see `_state_digest`; None in those of earlier versions."""
 
 
 class _VersionError(GraftError):
@@ -103,8 +108,14 @@ def note_evaluation(folder: Path, position: Position) -> None:
 
 
 def _write_state(path: Path, position: Position, digest: str | None) -> None:
-    state = _State(CHECKPOINT_VERSION, **vars(position), sha256=digest)
-    write_json(path / _STATE, asdict(state))
+    state = asdict(_State(CHECKPOINT_VERSION, **vars(position), sha256=digest))
+    write_json(path / _STATE, state | {_STATE_DIGEST: _state_digest(state)})
+
+
+def _state_digest(state: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of what state.json says beside it."""
+    said = {name: value for name, value in state.items() if name != _STATE_DIGEST}
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def keep_newest(path: Path) -> None:
@@ -199,7 +210,10 @@ def _read_state(path: Path) -> _State:
             f"{path} has version {version}, and this version of graft reads {CHECKPOINT_VERSION}; "
             "go on with the one that wrote it, or remove it"
         )
-    return typed(state, _State, path / _STATE)
+    read = typed(state, _State, path / _STATE)
+    if read.state_sha256 not in (None, _state_digest(state)):
+        raise GraftError(f"{path / _STATE} is not what was written (its SHA-256 is another)")
+    return read
 
 
 def _damage(path: Path) -> str | None:

@@ -283,6 +283,7 @@ class _Loop:
         if (
             step and step == self.saved
         ):  # a stop came first: this step's checkpoint knows nothing of it
+            flush(self.metrics_file)
             note_evaluation(self.task.folder / CHECKPOINTS, self._position())
         self.best.sweep(checkpoint_steps(self.task.folder / CHECKPOINTS))
         if self.task.on_evaluated is not None:
@@ -350,6 +351,8 @@ class _Loop:
             self.last |= entry
             if "loss" not in entry:
                 self.evaluated = entry["step"]
+        if position.evaluated is not None:  # whatever the lines have lost
+            self.evaluated = position.evaluated
         self.last |= position.metrics
         self.saved = position.step
         lost = self.best.restore(position.best, position.step, position.step == self.task.steps)
@@ -373,7 +376,11 @@ class _Loop:
                 f"{self.metrics_file} is damaged: of the steps up to {step} it has lost some, and "
                 "the report is without them"
             )
-        if best and not any(e["step"] == best.step and "eval_loss" in e for e in kept):
-            kept.append({"step": best.step, "eval_loss": best.loss})
-            kept.sort(key=lambda entry: entry["step"])
-        return kept
+        evaluations = {} if best is None else {best.step: best.loss}
+        if position.evaluated is not None and "eval_loss" in position.metrics:
+            evaluations[position.evaluated] = position.metrics["eval_loss"]
+        there = {entry["step"] for entry in kept if "eval_loss" in entry}
+        kept += [
+            {"step": at, "eval_loss": loss} for at, loss in evaluations.items() if at not in there
+        ]
+        return sorted(kept, key=lambda entry: entry["step"])

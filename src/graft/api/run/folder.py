@@ -28,6 +28,11 @@ from graft.model.load import LoadedModel, load_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.text import quoted
 
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja"),
+)
+
 
 def is_run(path: Path) -> bool:
     """Return whether a folder is that of a run."""
@@ -165,6 +170,15 @@ def fingerprint_weights(folder: Path) -> str:
     files = [folder / CONFIG_FILE, folder / QUANTISATION_FILE, *folder.glob("*.safetensors")]
     digests = {path.name: file_digest(path) for path in files if path.exists()}
     return hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_tokenizer(folder: Path) -> dict[str, str]:
+    """Return the SHA-256 of each file of a model's tokenizer that is there, by its name.
+
+    Raises GraftError when one of them cannot be read.
+    """
+    files = sorted({path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)})
+    return {path.name: file_digest(path) for path in files if path.exists()}
 
 
 def _sampled(folder: Path) -> str:

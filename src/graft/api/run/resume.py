@@ -17,6 +17,7 @@ from graft.api.events import Events
 from graft.api.run.base import base_is_whole
 from graft.api.run.folder import (
     PromptStyle,
+    fingerprint_tokenizer,
     fingerprint_weights,
     is_run,
     read_run_config,
@@ -52,7 +53,7 @@ from graft.files.write import new_folder, remove_folder, sweep, write_json, writ
 from graft.model.adapter_files import check_adapter_file
 from graft.model.peft_files import PEFT_WEIGHTS
 from graft.model.weight_files import WeightFiles
-from graft.text import quoted
+from graft.text import printable, quoted
 from graft.train.checkpoint import newest_whole, read_position
 
 _RESULTS = (ADAPTER, MODEL, REPORT, REPORT_TEXT, PLOTS)
@@ -63,8 +64,10 @@ _MAY_CHANGE = (
     *("checkpointing", "device", "trust_remote_code"),
 )
 """Settings that a resumed run need not share with the part before."""
-_LOOKED_AT = ("out", "resume", "steps", "epochs", "data", "eval_data", "model")
+_LOOKED_AT = ("out", "resume", "steps", "epochs")
 """Settings that are compared by more than their value."""
+_FINGERPRINTED = ("data", "eval_data", "model")
+"""Settings that are compared by the content of what they name, where it is known."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,8 @@ class RunInputs:
     eval_data: str | None
     model: str
     """See `fingerprint_weights`."""
+    tokenizer: dict[str, str] | None = None
+    """See `fingerprint_tokenizer`; None in those of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +138,7 @@ def merged_settings(config: TrainConfig, stored: TrainConfig, run: Path) -> Trai
     """Return the settings to go on with; raises GraftError with those that contradict the run's."""
     if not stored.data:
         raise GraftError(f"--resume: {run} was adopted, not trained, and has nothing to go on from")
-    looked_at = _LOOKED_AT if _read_inputs(run) else _LOOKED_AT[:-3]
+    looked_at = (*_LOOKED_AT, *_FINGERPRINTED) if _read_inputs(run) else _LOOKED_AT
     wanted, begun = (dataclasses.replace(one, **_method_fields(one)) for one in (config, stored))
     problems = [
         f"{field.name} is {quoted(given)}, the run was begun with {quoted(before)}"
@@ -296,6 +301,7 @@ def _inputs(prepared: Prepared) -> RunInputs:
         data=fingerprint(config.data),
         eval_data=None if config.eval_data is None else fingerprint(config.eval_data),
         model=fingerprint_weights(prepared.subject.folder),
+        tokenizer=fingerprint_tokenizer(prepared.subject.folder),
     )
 
 
@@ -317,9 +323,15 @@ def _check_inputs(run: Path, prepared: Prepared) -> None:
     problems = [
         f"{getattr(config, name)} is not the {name.replace('_', '-')} that the run was begun with: "
         f"its SHA-256 is {getattr(now, name) or 'none'}, and was {getattr(before, name) or 'none'}"
-        for name in ("data", "eval_data", "model")
+        for name in _FINGERPRINTED
         if getattr(before, name) != getattr(now, name)
     ]
+    if before.tokenizer is not None and now.tokenizer is not None:
+        differing = before.tokenizer.items() ^ now.tokenizer.items()
+        if names := ", ".join(sorted({printable(name) for name, _ in differing})):
+            problems.append(
+                f"{config.model} has not the tokenizer that the run was begun with: {names} changed"
+            )
     raise_problems(
         problems, f"--resume: {run} goes on with the same inputs, or is begun in another --out"
     )

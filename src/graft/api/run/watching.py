@@ -22,7 +22,7 @@ from graft.evaluate.forgetting import (
     write_reference,
 )
 from graft.evaluate.samples import continuations
-from graft.files.read import read_text
+from graft.files.read import passing_damage, read_text
 from graft.files.write import write_text
 from graft.model.load import LoadedModel
 from graft.train.metrics import Metrics
@@ -102,9 +102,15 @@ def write_samples(path: Path, step: int, texts: Sequence[Mapping[str, str]]) -> 
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file of samples, up to one that is none."""
+    """Return the lines of a file of samples, up to one that is none; none of one that is no text.
+
+    Raises GraftError when it cannot be read for another reason than damage.
+    """
     found: list[dict[str, Any]] = []
-    for line in read_text(path).split("\n") if path.is_file() else []:
+    text = ""
+    with passing_damage():
+        text = read_text(path)
+    for line in text.split("\n"):
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
