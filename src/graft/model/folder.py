@@ -29,6 +29,7 @@ from graft.files.read import read_json, typed
 from graft.formats.base import WeightFormat
 from graft.formats.registry import parse_format
 from graft.model.foreign import check_counts, check_files
+from graft.model.tokenizer_file import check_growth
 from graft.text import quoted
 from graft.understood import understood
 
@@ -124,6 +125,8 @@ def read_tokenizer(
     for name in _TOKENIZER_SETTINGS:
         if (folder / name).is_file():
             read_json(folder / name)  # whose messages are plainer
+    for file in folder.glob("tokenizer.*json"):  # there may be others, for older versions
+        check_growth(file)
     with understood(folder, "has no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, config=config
