@@ -7,13 +7,17 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from graft.errors import GraftError, raise_problems
 from graft.files.bounds import bound, raise_beyond
 from graft.text import printable, quoted
+
+if TYPE_CHECKING:
+    import yaml
 
 Kind = TypeVar("Kind")
 
@@ -23,7 +27,7 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 _MIB = 2**20
 JSON_BYTES = 256 * _MIB
 """A tokenizer of 256,000 words takes 33 MiB."""
-YAML_BYTES = 1 * _MIB
+YAML_BYTES = 256 * 2**10
 YAML_NODES = 10_000
 """Values of a YAML file, each counted as often as anchors repeat it."""
 
@@ -133,7 +137,7 @@ def parse_yaml(text: str, path: Path) -> Any:
     import yaml  # which not every command needs
 
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _yaml_loader()(text)
         try:
             node = loader.get_single_node()
             _check_nodes(node, path)
@@ -146,6 +150,31 @@ def parse_yaml(text: str, path: Path) -> Any:
         raise GraftError(f"{path} is no valid YAML: it is nested too deeply") from error
     except (ValueError, TypeError, OverflowError, AttributeError) as error:  # no date, no number
         raise GraftError(f"{path} is no valid YAML: {str(error)[:500]}") from error
+
+
+@cache
+def _yaml_loader() -> type[yaml.SafeLoader]:
+    """Return a loader without numbers to base 60, such as 1:30, whose reading is quadratic."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+            tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+            is_text = kind is yaml.ScalarNode and ":" in value and tag in numbers
+            return self.DEFAULT_SCALAR_TAG if is_text else tag
+
+    def refuse(loader: Loader, node: yaml.ScalarNode) -> Any:
+        if ":" in loader.construct_scalar(node):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a number to base 60", node.start_mark
+            )
+        return numbers[node.tag](loader, node)
+
+    kinds = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    numbers = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in kinds}
+    for tag in kinds:
+        Loader.add_constructor(tag, refuse)
+    return Loader
 
 
 def _check_nodes(root: Any, path: Path) -> None:
