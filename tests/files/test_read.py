@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 
 from graft.errors import GraftError
-from graft.files.read import read_bytes, read_typed, read_yaml
+from graft.files.read import LARGE_JSON_BYTES, read_bytes, read_json, read_typed, read_yaml
 
 
 @dataclass(frozen=True)
@@ -120,3 +120,13 @@ def test_numbers_to_base_60_are_texts(tmp_path) -> None:
     file.write_text("a: " + "x" * 2**18)
     with pytest.raises(GraftError, match="more than 262,144 bytes"):
         read_yaml(file)
+
+
+def test_a_small_file_of_json_is_small(tmp_path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text("{}")
+    os.truncate(file, 2**24 + 1)  # takes no room on the disk
+    with pytest.raises(GraftError, match="more than 16,777,216 bytes"):
+        read_json(file)
+    with pytest.raises(GraftError, match="is no valid JSON"):
+        read_json(file, LARGE_JSON_BYTES)

@@ -25,8 +25,10 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 """Begins one of the two escapes of a character beyond the first 65,536."""
 
 _MIB = 2**20
-JSON_BYTES = 256 * _MIB
-"""A tokenizer of 256,000 words takes 33 MiB."""
+JSON_BYTES = 16 * _MIB
+"""Each byte of JSON may become 16 of memory."""
+LARGE_JSON_BYTES = 64 * _MIB
+"""Of what has an entry for each word or tensor: a tokenizer of 256,000 words takes 33 MiB."""
 YAML_BYTES = 256 * 2**10
 YAML_NODES = 10_000
 """Values of a YAML file, each counted as often as anchors repeat it."""
@@ -70,9 +72,9 @@ def read_text(path: Path, most: int = JSON_BYTES) -> str:
         raise GraftError(f"{path} is no UTF-8 text: {error.reason}, byte {error.start}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raises GraftError when it holds none."""
-    text = read_text(path)
+def read_json(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:
+    """Return the JSON object in a file; raises GraftError when it holds none; see `read_bytes`."""
+    text = read_text(path, most)
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -89,13 +91,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_typed(path: Path, kind: type[Kind]) -> Kind:
+def read_typed(path: Path, kind: type[Kind], most: int = JSON_BYTES) -> Kind:
     """Return the JSON object in a file as a dataclass, every field checked for its type.
 
     Keys that the dataclass does not name are left out. Raises GraftError with every field that is
     missing or of another type.
     """
-    return typed(read_json(path), kind, path)
+    return typed(read_json(path, most), kind, path)
 
 
 def typed(value: object, kind: type[Kind], where: object) -> Kind:

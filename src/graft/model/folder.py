@@ -25,7 +25,7 @@ from transformers import (
 
 from graft.errors import GraftError, raise_problems
 from graft.files.digest import check_digest
-from graft.files.read import read_json, typed
+from graft.files.read import LARGE_JSON_BYTES, read_json, typed
 from graft.formats.base import WeightFormat
 from graft.formats.registry import parse_format
 from graft.model.foreign import check_counts, check_files
@@ -184,7 +184,7 @@ class Quantisation:
 def read_quantisation(folder: Path) -> Quantisation:
     """Return what graft.json says; raises GraftError when it is damaged or of another version."""
     file = folder / QUANTISATION_FILE
-    found = read_json(file)
+    found = read_json(file, LARGE_JSON_BYTES)
     version = found.get("format_version")
     if version != FORMAT_VERSION:
         raise GraftError(

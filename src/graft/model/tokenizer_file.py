@@ -10,11 +10,9 @@ from typing import Any
 
 from graft.errors import GraftError
 from graft.files.bounds import bound, raise_beyond
-from graft.files.read import read_bytes
+from graft.files.read import LARGE_JSON_BYTES, read_bytes
 from graft.text import quoted
 
-TOKENIZER_BYTES = 256 * 2**20
-"""Most bytes of a tokenizer's file; one of 256,000 words takes 33 MiB."""
 GROWTH = 64
 """Characters that any one of a text may become; those of real tokenizers become three or so."""
 
@@ -29,7 +27,7 @@ def check_growth(file: Path) -> None:
     Each of its replacements may take what the one before it wrote: 25 that double a letter make
     32 million of it.
     """
-    content = read_bytes(file, TOKENIZER_BYTES)
+    content = read_bytes(file, LARGE_JSON_BYTES)
     try:
         found = json.loads(content, object_pairs_hook=_once)
     except GraftError as error:

@@ -22,7 +22,7 @@ from graft.evaluate.forgetting import (
     write_reference,
 )
 from graft.evaluate.samples import continuations
-from graft.files.read import read_text
+from graft.files.read import LARGE_JSON_BYTES, read_text
 from graft.files.write import write_text
 from graft.model.load import LoadedModel
 from graft.train.metrics import Metrics
@@ -104,7 +104,7 @@ def write_samples(path: Path, step: int, texts: Sequence[Mapping[str, str]]) -> 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """Return the lines of a file of samples, up to one that is none."""
     found: list[dict[str, Any]] = []
-    for line in read_text(path).split("\n") if path.is_file() else []:
+    for line in read_text(path, LARGE_JSON_BYTES).split("\n") if path.is_file() else []:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
