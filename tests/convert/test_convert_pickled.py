@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
+import zipfile
 
 import pytest
 import torch
@@ -167,3 +169,29 @@ def test_integers_are_no_weights(tensors, bare, tmp_path):
     torch.save(tensors | {name: tensors[name].int()}, bare / "pytorch_model.bin")
     with pytest.raises(GraftError, match=f"{name} is torch.int32; graft keeps"):
         graft.convert_model(bare, tmp_path / "out")
+
+
+def repacked(source, target, change) -> None:
+    """Write an archive again, compressed, or with entries that lie in the same bytes."""
+    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w") as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry), **change(entry.filename))
+
+
+def test_an_archive_holds_no_more_than_its_size(tensors, bare) -> None:
+    file = bare / "pytorch_model.bin"
+    torch.save(tensors, bare.parent / "plain.bin")
+    is_pickle = {"compress_type": zipfile.ZIP_DEFLATED}
+    repacked(bare.parent / "plain.bin", file, lambda n: is_pickle if n.endswith(".pkl") else {})
+    with pytest.raises(GraftError, match=r"data\.pkl' in it is compressed, which torch.save never"):
+        graft.convert_model(bare, bare.parent / "out")
+    repacked(bare.parent / "plain.bin", file, lambda _: {})
+    with zipfile.ZipFile(file, "a") as archive:
+        largest = max(archive.infolist(), key=lambda entry: entry.file_size)
+        for number in range(20):
+            again = copy.copy(largest)
+            again.filename = again.orig_filename = f"again/{number}"
+            archive.filelist.append(again)
+        archive._didModify = True
+    with pytest.raises(GraftError, match="bytes and says that .* are in it"):
+        graft.convert_model(bare, bare.parent / "out")

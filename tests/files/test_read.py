@@ -1,10 +1,11 @@
 import os
+import time
 from dataclasses import dataclass
 
 import pytest
 
 from graft.errors import GraftError
-from graft.files.read import read_bytes, read_typed, read_yaml
+from graft.files.read import LARGE_JSON_BYTES, read_bytes, read_json, read_typed, read_yaml
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,30 @@ def test_yaml_that_is_none_of_ours(text, tmp_path) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(GraftError, match=r"a\.yaml (is no valid YAML|holds no settings)"):
         read_yaml(tmp_path / "a.yaml")
+
+
+def test_numbers_to_base_60_are_texts(tmp_path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text("a: 1:30\nb: -2:30.5\nc: 12\nd: 1.5\ne: 0x1f\nf: .inf\n")
+    found = read_yaml(file)
+    assert found == {"a": "1:30", "b": "-2:30.5", "c": 12, "d": 1.5, "e": 31, "f": float("inf")}
+    began = time.process_time()
+    file.write_text("a: 1" + ":1" * 120_000)
+    assert read_yaml(file)["a"].startswith("1:1")
+    file.write_text("a: !!int 1" + ":1" * 120_000)
+    with pytest.raises(GraftError, match="a number to base 60"):
+        read_yaml(file)
+    assert time.process_time() - began < 1
+    file.write_text("a: " + "x" * 2**18)
+    with pytest.raises(GraftError, match="more than 262,144 bytes"):
+        read_yaml(file)
+
+
+def test_a_small_file_of_json_is_small(tmp_path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text("{}")
+    os.truncate(file, 2**24 + 1)  # takes no room on the disk
+    with pytest.raises(GraftError, match="more than 16,777,216 bytes"):
+        read_json(file)
+    with pytest.raises(GraftError, match="is no valid JSON"):
+        read_json(file, LARGE_JSON_BYTES)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -16,6 +17,7 @@ from graft.errors import GraftError
 from graft.model.folder import read_config, read_generation_config, read_tokenizer
 from graft.model.load import load_model
 from graft.model.subject import open_subject
+from graft.model.tokenizer_file import check_growth
 from graft.understood import understood
 
 
@@ -150,3 +152,55 @@ def test_a_pattern_that_fails_on_some_texts_is_one_error(folder) -> None:
     tokenizer = read_tokenizer(folder)
     with pytest.raises(GraftError, match=r"tokenizer\.json makes a tokenizer that fails on a text"):
         encode_prompt("text", "a" * 40, tokenizer, "\n")
+
+
+def replace(pattern, content) -> dict:
+    kind = {"String": pattern} if isinstance(pattern, str) else {"Regex": pattern.pattern}
+    return {"type": "Replace", "pattern": kind, "content": content}
+
+
+@pytest.mark.parametrize(
+    ("steps", "becomes"),
+    [
+        ([replace("a", "aa")] * 25, "33,554,432"),
+        ([replace("a", "b" * 10), replace("b", "a" * 10), replace("a", "cc")], "200"),
+        ([replace(re.compile("a*"), "aaa")] * 4, "256"),
+        ([{"type": "Sequence", "normalizers": [replace("", "aa")] * 4}], "81"),
+        ([{"type": "Prepend", "prepend": "x" * 100}], "101"),
+        ([replace("ab", "ab" * 65)], "65"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("part", "inside"), [("normalizer", "normalizers"), ("decoder", "decoders")]
+)
+def test_a_tokenizer_makes_no_more_of_a_text_than_the_bound(
+    part, inside, steps, becomes, folder
+) -> None:
+    change(folder / "tokenizer.json", **{part: {"type": "Sequence", inside: steps}})
+    with pytest.raises(GraftError, match=f"{part} may make {becomes} characters of one; at most"):
+        check_growth(folder / "tokenizer.json")
+
+
+def test_no_tokenizer_is_loaded_whose_texts_grow(folder) -> None:
+    steps = {"type": "Sequence", "normalizers": [replace("a", "aa")] * 25}
+    change(folder / "tokenizer.json", normalizer=steps)
+    with pytest.raises(GraftError, match="33,554,432 characters of one"):
+        read_tokenizer(folder)
+    text = (folder / "tokenizer.json").read_text().replace('"pattern"', '"p\\u0061ttern"')
+    (folder / "tokenizer.json").write_text(text)
+    with pytest.raises(GraftError, match="33,554,432 characters of one"):
+        read_tokenizer(folder)
+    (folder / "tokenizer.json").write_text(text.rstrip()[:-1] + ', "normalizer": null}')
+    with pytest.raises(GraftError, match="names a key twice"):
+        read_tokenizer(folder)
+    listed = [[{"String": "a"}, "aa"]] * 25  # which tokenizers takes for the same
+    (folder / "tokenizer.json").write_text(json.dumps({"normalizer": {"normalizers": listed}}))
+    with pytest.raises(GraftError, match="expected an object with its type"):
+        read_tokenizer(folder)
+
+
+def test_replacements_that_do_not_feed_each_other_may_be_many(folder) -> None:
+    steps = [replace(letter, letter.upper() + " ") for letter in "bcdefghijklm"]
+    steps += [replace(re.compile(r"\s+"), " "), {"type": "Prepend", "prepend": "_"}]
+    change(folder / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": steps})
+    assert read_tokenizer(folder)

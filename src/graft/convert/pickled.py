@@ -5,6 +5,7 @@ torch.load(weights_only=True) rebuilds tensors and plain containers, and refuses
 
 from __future__ import annotations
 
+import os
 import pickle
 import zipfile
 from functools import partial
@@ -21,12 +22,15 @@ from graft.errors import GraftError
 from graft.files.read import open_regular
 from graft.model.folder import find_folder
 from graft.model.weight_files import PICKLES, indexed_files
+from graft.text import quoted
 from graft.understood import understood
 
 _SINGLE = "pytorch_model.bin"
 _INDEX = "pytorch_model.bin.index.json"
 _INSIDE = ("state_dict", "model", "module")
 """Keys under which training programs keep the weights beside other things."""
+_ZIP = b"PK\x03\x04"
+"""Begins every file that torch takes for an archive."""
 _OTHER_STATES = ("optimizer.", "scheduler.", "training_args.", "rng_state")
 
 
@@ -107,12 +111,11 @@ class _Shards:
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    open_regular(path).close()
     with understood(path, "is no readable PyTorch file (download it again)"):
+        # Files of before PyTorch 1.6 are no zip archives and cannot be mapped.
+        zipped = _check_archive(path)
         try:
-            # Files of before PyTorch 1.6 are no zip archives and cannot be mapped.
-            mapped = zipfile.is_zipfile(path)
-            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             raise GraftError(
                 f"{path} is refused: it holds more than tensors and plain containers, or is "
@@ -132,6 +135,32 @@ def _tensors(path: Path) -> dict[str, Tensor]:
     if not tensors:
         raise GraftError(f"{path} holds no tensors by name")
     return tensors
+
+
+def _check_archive(path: Path) -> bool:
+    """Return whether a file is a zip archive, as torch takes it.
+
+    Raises GraftError when more is in it than its size: torch would decompress it into memory.
+    """
+    with open_regular(path) as file:
+        if file.read(len(_ZIP)) != _ZIP:
+            return False
+        size = file.seek(0, os.SEEK_END)
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    packed = [entry for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise GraftError(
+            f"{path} is refused: {quoted(packed[0].filename)} in it is compressed, which "
+            "torch.save never does; ask whoever made it for safetensors"
+        )
+    inside = sum(entry.file_size for entry in entries)
+    if inside > size:
+        raise GraftError(
+            f"{path} is refused: it has {size:,} bytes and says that {inside:,} are in it; ask "
+            "whoever made it for safetensors"
+        )
+    return True
 
 
 def _reason(error: Exception) -> str:

@@ -8,13 +8,17 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from graft.errors import GraftError, raise_problems
 from graft.files.bounds import bound, raise_beyond
 from graft.text import printable, quoted
+
+if TYPE_CHECKING:
+    import yaml
 
 Kind = TypeVar("Kind")
 
@@ -22,9 +26,11 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 """Begins one of the two escapes of a character beyond the first 65,536."""
 
 _MIB = 2**20
-JSON_BYTES = 256 * _MIB
-"""A tokenizer of 256,000 words takes 33 MiB."""
-YAML_BYTES = 1 * _MIB
+JSON_BYTES = 16 * _MIB
+"""Each byte of JSON may become 16 of memory."""
+LARGE_JSON_BYTES = 64 * _MIB
+"""Of what has an entry for each word or tensor: a tokenizer of 256,000 words takes 33 MiB."""
+YAML_BYTES = 256 * 2**10
 YAML_NODES = 10_000
 """Values of a YAML file, each counted as often as anchors repeat it."""
 
@@ -87,9 +93,9 @@ def read_text(path: Path, most: int = JSON_BYTES) -> str:
         raise GraftError(f"{path} is no UTF-8 text: {error.reason}, byte {error.start}") from error
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file; raises GraftError when it holds none."""
-    text = read_text(path)
+def read_json(path: Path, most: int = JSON_BYTES) -> dict[str, Any]:
+    """Return the JSON object in a file; raises GraftError when it holds none; see `read_bytes`."""
+    text = read_text(path, most)
     try:
         value = json.loads(text)
     except RecursionError as error:
@@ -106,13 +112,13 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def read_typed(path: Path, kind: type[Kind]) -> Kind:
+def read_typed(path: Path, kind: type[Kind], most: int = JSON_BYTES) -> Kind:
     """Return the JSON object in a file as a dataclass, every field checked for its type.
 
     Keys that the dataclass does not name are left out. Raises GraftError with every field that is
     missing or of another type.
     """
-    return typed(read_json(path), kind, path)
+    return typed(read_json(path, most), kind, path)
 
 
 def typed(value: object, kind: type[Kind], where: object) -> Kind:
@@ -154,7 +160,7 @@ def parse_yaml(text: str, path: Path) -> Any:
     import yaml  # which not every command needs
 
     try:
-        loader = yaml.SafeLoader(text)
+        loader = _yaml_loader()(text)
         try:
             node = loader.get_single_node()
             _check_nodes(node, path)
@@ -167,6 +173,31 @@ def parse_yaml(text: str, path: Path) -> Any:
         raise GraftError(f"{path} is no valid YAML: it is nested too deeply") from error
     except (ValueError, TypeError, OverflowError, AttributeError) as error:  # no date, no number
         raise GraftError(f"{path} is no valid YAML: {str(error)[:500]}") from error
+
+
+@cache
+def _yaml_loader() -> type[yaml.SafeLoader]:
+    """Return a loader without numbers to base 60, such as 1:30, whose reading is quadratic."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def resolve(self, kind: Any, value: Any, implicit: Any) -> Any:
+            tag = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+            is_text = kind is yaml.ScalarNode and ":" in value and tag in numbers
+            return self.DEFAULT_SCALAR_TAG if is_text else tag
+
+    def refuse(loader: Loader, node: yaml.ScalarNode) -> Any:
+        if ":" in loader.construct_scalar(node):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a number to base 60", node.start_mark
+            )
+        return numbers[node.tag](loader, node)
+
+    kinds = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+    numbers = {tag: yaml.SafeLoader.yaml_constructors[tag] for tag in kinds}
+    for tag in kinds:
+        Loader.add_constructor(tag, refuse)
+    return Loader
 
 
 def _check_nodes(root: Any, path: Path) -> None:

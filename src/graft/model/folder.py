@@ -25,10 +25,11 @@ from transformers import (
 
 from graft.errors import GraftError, raise_problems
 from graft.files.digest import check_digest
-from graft.files.read import read_json, typed
+from graft.files.read import LARGE_JSON_BYTES, read_json, typed
 from graft.formats.base import WeightFormat
 from graft.formats.registry import parse_format
 from graft.model.foreign import check_counts, check_files
+from graft.model.tokenizer_file import check_growth
 from graft.text import quoted
 from graft.understood import understood
 
@@ -124,6 +125,8 @@ def read_tokenizer(
     for name in _TOKENIZER_SETTINGS:
         if (folder / name).is_file():
             read_json(folder / name)  # whose messages are plainer
+    for file in folder.glob("tokenizer.*json"):  # there may be others, for older versions
+        check_growth(file)
     with understood(folder, "has no tokenizer that can be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, config=config
@@ -181,7 +184,7 @@ class Quantisation:
 def read_quantisation(folder: Path) -> Quantisation:
     """Return what graft.json says; raises GraftError when it is damaged or of another version."""
     file = folder / QUANTISATION_FILE
-    found = read_json(file)
+    found = read_json(file, LARGE_JSON_BYTES)
     version = found.get("format_version")
     if version != FORMAT_VERSION:
         raise GraftError(

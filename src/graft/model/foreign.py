@@ -18,8 +18,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from graft.errors import GraftError
 from graft.files.bounds import bound, raise_beyond
-from graft.files.read import JSON_BYTES
 
+FILE_BYTES = 256 * 2**20
+"""Bytes that any file of settings or words may have in a model folder."""
 LAYERS = 10_000
 """Layers that a configuration may ask for; the deepest models have a few hundred."""
 MODULES = 20_000
@@ -33,7 +34,7 @@ def check_files(folder: Path) -> None:
 
     A pipe or a device under the name of one would be waited for, or read for ever.
     """
-    most = bound(JSON_BYTES)
+    most = bound(FILE_BYTES)
     for path in folder.iterdir():
         try:
             status = path.stat()

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from graft.errors import GraftError, raise_problems
-from graft.files.read import open_regular, read_typed
+from graft.files.read import LARGE_JSON_BYTES, open_regular, read_typed
 from graft.text import quoted
 from graft.understood import understood
 
@@ -201,7 +201,7 @@ def indexed_files(index: Path) -> list[str]:
 
     Raises GraftError when it lists none, or one that is not there.
     """
-    weight_map = read_typed(index, _Index).weight_map
+    weight_map = read_typed(index, _Index, LARGE_JSON_BYTES).weight_map
     if not weight_map:
         raise GraftError(f"{index} has no weight_map; download it again")
     files = sorted(set(weight_map.values()))

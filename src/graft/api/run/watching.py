@@ -22,7 +22,7 @@ from graft.evaluate.forgetting import (
     write_reference,
 )
 from graft.evaluate.samples import continuations
-from graft.files.read import passing_damage, read_text
+from graft.files.read import LARGE_JSON_BYTES, passing_damage, read_text
 from graft.files.write import write_text
 from graft.model.load import LoadedModel
 from graft.train.metrics import Metrics
@@ -109,7 +109,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     text = ""
     with passing_damage():
-        text = read_text(path)
+        text = read_text(path, LARGE_JSON_BYTES)
     for line in text.split("\n"):
         try:
             value = json.loads(line)
