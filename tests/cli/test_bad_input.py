@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from graft.cli.main import main
-from graft.files.write import unwritable
 
 GOOD_ROW = json.dumps({"prompt": "red lamp", "completion": "the lamp is red"})
 
@@ -398,25 +397,3 @@ def test_bad_input(name: str, place: Place, capsys: pytest.CaptureFixture[str]) 
 
 def test_there_are_enough_cases() -> None:
     assert len(CASES) >= 25
-
-
-def test_a_full_disk_leaves_nothing(
-    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import graft.model.save as save
-
-    def no_space(*arguments: object, **options: object) -> None:
-        raise unwritable(place.out(), OSError(28, "No space left on device"))
-
-    monkeypatch.setattr(save, "write_tensor_file", no_space)
-    before = snapshot(place.folder)
-    assert main(train(place)) == 1
-    assert "No space left on device" in capsys.readouterr().err
-    assert snapshot(place.folder) == before
-
-
-def test_a_checkpoint_survives_a_loss_that_is_not_finite(place: Place) -> None:
-    assert main(train(place, "--method", "lora", "--save-every", "1")) == 0
-    weights = place.out() / "checkpoints" / "step-00000002" / "state.safetensors"
-    assert weights.is_file()
-    assert load_file(weights)["rng"].numel() > 0
