@@ -218,3 +218,9 @@ def test_records_know_where_they_stand_when_reading_ends_early(tmp_path) -> None
     path.write_text('{"text": "a"}\n' * 3)
     first = next(read_records(path))
     assert (first.where, first.value) == (f"{path}:1", {"text": "a"})
+
+
+@pytest.mark.parametrize("row", [{"\0": "a\0b"}, {"text": {"\0": "a\0b"}}, {"text": [{"\0": "a"}]}])
+def test_no_column_of_parquet_passes_for_another_kind_of_value(row, tmp_path) -> None:
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
+    refused(tmp_path / "a.parquet", "a column, or a field in it, has a zero byte in its name")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -103,3 +105,37 @@ def test_no_room(loaded: LoadedModel) -> None:
         generate_text(loaded.model, loaded.tokenizer, [])
     with pytest.raises(GraftError, match="64 tokens; the model takes 64"):
         generate_text(loaded.model, loaded.tokenizer, [1] * 64)
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"num_beam_groups": 2, "num_beams": 2},
+        {"suppress_tokens": "x"},
+        {"num_beams": 3},
+        {"stop_strings": 3},
+        {"repetition_penalty": "x"},
+    ],
+)
+def test_a_generation_that_cannot_be_is_told_by_its_file(
+    asked: dict[str, Any], tiny_base: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_base, tmp_path / "base")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | asked))
+    with pytest.raises(GraftError, match=r"base/generation_config\.json"):
+        loaded = load_model(folder, dtype="float32", device="cpu")
+        generate_text(loaded.model, loaded.tokenizer, PROMPT, on_text=print)
+
+
+@needs_library
+@pytest.mark.parametrize("native", [True, False])
+def test_what_a_listener_raises_is_its_own(
+    native: bool, loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hang_up(text: str) -> None:
+        raise BrokenPipeError
+
+    monkeypatch.setattr(module, "decodes_natively", lambda *_: native)
+    with pytest.raises(BrokenPipeError):
+        generate_text(loaded.model, loaded.tokenizer, PROMPT, max_new_tokens=4, on_text=hang_up)

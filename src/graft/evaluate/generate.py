@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +18,9 @@ from transformers import (
 from transformers.generation.streamers import TextStreamer
 
 from graft.errors import GraftError
+from graft.model.folder import GENERATION_FILE
 from graft.model.running.decode import Decoder, why_not_native
-from graft.understood import tokenizing
+from graft.understood import tokenizing, understood
 
 OnText = Callable[[str], None]
 
@@ -48,9 +51,15 @@ class _Stream(TextStreamer):
     def __init__(self, words: _Words, on_text: OnText) -> None:
         super().__init__(words, skip_prompt=True, skip_special_tokens=True)  # type: ignore[arg-type]
         self.on_text = on_text
+        self.refused: Exception | None = None
+        """What the one who is told the text raised, which is no fault of the model's folder."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.on_text(text)
+        try:
+            self.on_text(text)
+        except Exception as error:
+            self.refused = error
+            raise
 
 
 def generate_text(
@@ -122,8 +131,9 @@ def _decoded(
     while True:
         scores = logits[None]
         if penalty is not None and penalty != 1.0:
-            penalise = RepetitionPenaltyLogitsProcessor(penalty)
-            scores = penalise(torch.tensor([tokens]), scores)
+            with _asked_for(model):
+                penalise = RepetitionPenaltyLogitsProcessor(penalty)
+                scores = penalise(torch.tensor([tokens]), scores)
         tokens.append(_choose(scores, temperature))
         yield tokens[-1]
         if tokens[-1] in end or len(tokens) == len(prompt_ids) + room:
@@ -161,15 +171,28 @@ def _generated(
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = next(iter(_end_tokens(model.generation_config)), 0)
-    with torch.no_grad():
-        # generate comes from a mixin that the type checker does not follow.
-        out = model.generate(  # type: ignore[operator]
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=room,
-            pad_token_id=pad,
-            streamer=stream,
-            **sampling,
-        )
-    new: list[int] = out[0, len(prompt_ids) :].tolist()
+    try:
+        with torch.no_grad(), _asked_for(model):
+            # generate comes from a mixin that the type checker does not follow.
+            out = model.generate(  # type: ignore[operator]
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=room,
+                pad_token_id=pad,
+                streamer=stream,
+                **sampling,
+            )
+            new: list[int] = out[0, len(prompt_ids) :].tolist()
+    except GraftError:
+        if stream is not None and stream.refused is not None:
+            raise stream.refused from None
+        raise
     return new
+
+
+def _asked_for(model: PreTrainedModel) -> AbstractContextManager[None]:
+    """Raise GraftError for whatever transformers raises on what a generation config asks for."""
+    return understood(
+        Path(model.name_or_path or "") / GENERATION_FILE,
+        "asks for what transformers cannot generate",
+    )

@@ -30,12 +30,17 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def _is_figure(value: object) -> bool:
+    """Return whether a value is a number that a float holds; that of a loss may be NaN."""
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
 def _is_entry(entry: object) -> bool:
     """Return whether a value is the figures of a step or an evaluation, none of them missing."""
     return (
         isinstance(entry, dict)
         and type(entry.get("step")) is int
-        and all(isinstance(value, int | float) for value in entry.values())
+        and all(_is_figure(value) for value in entry.values())
         and ("loss" not in entry or "learning_rate" in entry)
         and ("step_seconds" not in entry or "tokens_per_second" in entry)
     )

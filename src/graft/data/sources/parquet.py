@@ -18,6 +18,8 @@ MEMORY = 2 * 2**30
 """Most memory to read a file with: pyarrow takes 0.3 GiB, and pages are read one by one."""
 SECONDS = 30
 """Most processor time, and a second more for each MiB that the rows may have."""
+_ODD = "\0"
+"""The key of what stands for a value that JSON does not know; no field of a file is called so."""
 
 
 def read_parquet(stream: Stream, keys: Collection[str] | None = None) -> Iterator[Record]:
@@ -69,8 +71,8 @@ def read_parquet(stream: Stream, keys: Collection[str] | None = None) -> Iterato
 
 def _other(found: dict[str, object]) -> object:
     """Return an object, or what stands for a value that JSON does not know: of a type so named."""
-    if list(found) == ["\0"]:
-        return type(str(found["\0"]), (), {})()
+    if list(found) == [_ODD]:
+        return type(str(found[_ODD]), (), {})()
     return found
 
 
@@ -95,6 +97,8 @@ def _tell_rows(keys: Collection[str] | None) -> None:
 
     file = pq.ParquetFile(sys.stdin.buffer)
     names = file.schema_arrow.names
+    if _ODD in file.schema_arrow.to_string(show_schema_metadata=False, show_field_metadata=False):
+        raise ValueError("a column, or a field in it, has a zero byte in its name")
     # Without any of the keys a column is read all the same, for the number of rows.
     columns = names if keys is None else [name for name in names if name in keys] or names[:1]
     _write([name for name in names if name not in columns])
@@ -120,5 +124,5 @@ def _rows(batch: Any) -> Iterator[list[object] | str]:
 
 
 def _write(value: object) -> None:
-    line = json.dumps(value, ensure_ascii=False, default=lambda other: {"\0": type(other).__name__})
+    line = json.dumps(value, ensure_ascii=False, default=lambda other: {_ODD: type(other).__name__})
     sys.stdout.buffer.write(line.encode("utf-8", "surrogatepass") + b"\n")
