@@ -168,6 +168,10 @@ def test_a_name_as_long_as_names_may_be(name, tmp_path) -> None:
 
 
 def test_the_advice_fits_the_fault(tmp_path) -> None:
-    full, loop = (unwritable(tmp_path, OSError(n, os.strerror(n))) for n in (28, errno.ELOOP))
-    assert str(full).endswith("free some space or choose another place with --out")
-    assert str(loop).endswith("Too many levels of symbolic links")
+    numbers = (errno.ENOSPC, errno.EROFS, errno.EMFILE)
+    full, fixed, many = (str(unwritable(tmp_path, OSError(n, os.strerror(n)))) for n in numbers)
+    assert full.endswith(
+        "No space left on device; free some space or choose another place with --out"
+    )
+    assert fixed.endswith("Read-only file system; choose another place with --out")
+    assert many.endswith("Too many open files")

@@ -218,9 +218,19 @@ def write_yaml(path: Path, values: Mapping[str, Any]) -> None:
 
 def unwritable(path: Path, error: OSError) -> GraftError:
     """Return what to raise when a file or folder cannot be written."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-    advice = "; free some space or choose another place with --out" if full else ""
+    advice = ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        advice = "; free some space or choose another place with --out"
+    elif error.errno in _PLACES:
+        advice = "; choose another place with --out"
     return GraftError(f"{path} cannot be written: {error.strerror or error}{advice}")
+
+
+_PLACES = (
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.EEXIST, errno.ENOTDIR, errno.EISDIR),
+    *(errno.ENOENT, errno.ENAMETOOLONG, errno.ELOOP),
+)
+"""Errors of a place, which is another one elsewhere."""
 
 
 _TOKEN = 12
