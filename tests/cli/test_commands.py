@@ -178,3 +178,10 @@ def test_a_name_that_no_file_can_have_is_told(capsys) -> None:
     error = capsys.readouterr().err
     assert error.startswith("graft generate: error: File name too long: 'xxx")
     assert len(error) < 300
+
+
+@pytest.mark.parametrize("flag", ["--rank", "--batch-size", "--max-length"])
+@pytest.mark.parametrize("value", ["0", str(2**63)])
+def test_a_plan_of_no_size_is_refused(flag, value, tiny_base, capsys) -> None:
+    assert main(["plan", "--model", str(tiny_base), flag, value]) == 1
+    assert f"{flag} is " in capsys.readouterr().err

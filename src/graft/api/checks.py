@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -72,7 +73,7 @@ def check_train_config(config: TrainConfig) -> None:
     """Raise GraftError with everything in the configuration that cannot work."""
     problems = _unknown_names(config)
     raise_problems(problems, "configuration")
-    problems = _bad_numbers(config)
+    problems = _bad_numbers(config) + _large_numbers(config)
     if config.steps is not None and config.epochs is not None:
         problems.append("--steps and --epochs are both given; give one of them")
     problems += _watching_problems(config)
@@ -109,6 +110,35 @@ def _unknown_names(config: TrainConfig) -> list[str]:
     return [problem for problem in found if problem is not None]
 
 
+_LARGE = 2**31
+"""What no size and no count reaches."""
+
+
+def check_plan_config(config: PlanConfig) -> None:
+    """Raise GraftError with every number that no training could have."""
+    problems = _not_positive(config, ("rank", "batch_size", "max_length", "alpha"))
+    raise_problems(problems + _large_numbers(config), "configuration")
+
+
+def _large_numbers(config: TrainConfig | PlanConfig) -> list[str]:
+    """Return every whole number that is no size of a tensor and no count of anything here."""
+    values = {one.name: getattr(config, one.name) for one in fields(config)}
+    return [
+        f"--{name.replace('_', '-')} is {value:,}; expected less than {_LARGE:,}"
+        for name, value in values.items()
+        if type(value) is int and abs(value) >= _LARGE
+    ]
+
+
+def _not_positive(config: TrainConfig | PlanConfig, names: Sequence[str]) -> list[str]:
+    values = {name: getattr(config, name) for name in names}
+    return [
+        f"--{name.replace('_', '-')} is {value}; expected more than 0"
+        for name, value in values.items()
+        if value is not None and not value > 0
+    ]
+
+
 _MOST_BATCHES = 1_000_000
 """Of one step, whose rows are drawn before it begins."""
 
@@ -119,12 +149,7 @@ def _bad_numbers(config: TrainConfig) -> list[str]:
         *("loftq_rounds", "max_grad_norm", "eval_every", "eval_epochs", "save_every"),
         *("save_minutes", "patience"),
     )
-    values = {name: getattr(config, name) for name in positive}
-    problems = [
-        f"--{name.replace('_', '-')} is {value}; expected more than 0"
-        for name, value in values.items()
-        if value is not None and not value > 0
-    ]
+    problems = _not_positive(config, positive)
     if config.grid_rank is not None and config.grid_rank < 0:
         problems.append(f"--grid-rank is {config.grid_rank}; expected 0 or more")
     not_negative = {"min-improvement": config.min_improvement, "samples": config.samples}

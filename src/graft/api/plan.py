@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graft.adapters.registry import method_of
-from graft.api.checks import calibrating_rows
+from graft.api.checks import calibrating_rows, check_plan_config
 from graft.api.config import PlanConfig
 from graft.api.run.formats import base_format
 from graft.model.subject import open_subject
@@ -12,6 +12,7 @@ from graft.plan.memory import MemoryPlan, plan_memory
 
 def plan(config: PlanConfig) -> MemoryPlan:
     """Return the predicted memory of a run, from config.json alone; no weights are read."""
+    check_plan_config(config)
     subject = open_subject(config.model, config.trust_remote_code, config_alone=True)
     weight_format = base_format(config, subject)
     adapter = config.resolved(None if weight_format is None else weight_format.bits)
