@@ -62,8 +62,16 @@ def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> 
 
     Raises GraftError when they are no messages or the template refuses them.
     """
+    return chat_opening(messages, tokenizer).text
+
+
+def chat_opening(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Rendered:
+    """Return `chat_prompt`, with the seams that training has: both ends of each answer in it.
+
+    Raises GraftError as `chat_prompt` does.
+    """
     raise_problems(message_problems(messages), "prompt")
-    return _apply_template(messages, tokenizer, [(len(messages), True)])[0]
+    return Rendered(_apply_template(messages, tokenizer, [(len(messages), True)])[0])
 
 
 def render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Rendered:

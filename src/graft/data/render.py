@@ -29,3 +29,10 @@ def render_prompt(
     Raises GraftError when a key is missing or the chat template refuses the messages.
     """
     return SHAPES[kind].prompt(fields, tokenizer, separator)
+
+
+def render_opening(
+    kind: str, fields: str | Mapping[str, Any], tokenizer: Tokenizer, separator: str
+) -> Rendered:
+    """Return `render_prompt` with the places in it that no token straddles; raises as it does."""
+    return SHAPES[kind].opening(fields, tokenizer, separator)

@@ -46,12 +46,18 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Rendered:
-    """A text and its trained parts, as sorted [start, end) character spans."""
+    """A text and its trained parts, as sorted [start, end) character spans.
+
+    It is tokenised in pieces: generation begins at the start of a span and ends at its end, so no
+    token straddles one.
+    """
 
     text: str
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[tuple[int, int], ...] = ()
     values: Mapping[str, Any] = field(default_factory=dict)
     """What an objective reads of the row besides its text; it is handed on as `Example.values`."""
+    seams: tuple[int, ...] = ()
+    """Further places that no token straddles: both ends of an answer that is not trained."""
 
 
 class Continuation(NamedTuple):
@@ -116,13 +122,23 @@ class RowShape(ABC):
         those of the answer are not read. Raises GraftError when the key of the prompt is missing or
         the prompt cannot be rendered.
         """
+        return self.render_prompt(self.given(given), tokenizer, separator)
+
+    def opening(
+        self, given: str | Mapping[str, Any], tokenizer: Tokenizer, separator: str
+    ) -> Rendered:
+        """Return `prompt` with the seams that training has before an answer."""
+        return Rendered(self.prompt(given, tokenizer, separator))
+
+    def given(self, given: str | Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return the keys of a prompt; raises GraftError when that of the prompt is missing."""
         fields = self.asked(given) if isinstance(given, str) else given
         key = self.required[0]
         if key not in fields:
             raise GraftError(
                 f"a prompt of kind {self.name} needs the key {key!r}; found keys {listed(fields)}"
             )
-        return self.render_prompt(fields, tokenizer, separator)
+        return fields
 
     def asked(self, text: str) -> dict[str, Any]:
         """Return the keys of a prompt that is nothing but a text."""

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from graft.data.chat import answer_problems, chat_prompt, message_problems, render_chat
+from graft.data.chat import (
+    answer_problems,
+    chat_opening,
+    chat_prompt,
+    message_problems,
+    render_chat,
+)
 from graft.data.shapes.base import Continuation, Rendered, RowShape, Tokenizer
 
 
@@ -32,6 +38,12 @@ class MessagesShape(RowShape):
     def render_prompt(self, fields: Mapping[str, Any], tokenizer: Tokenizer, separator: str) -> str:
         """Return the messages as the template renders them, and its opening of an answer."""
         return chat_prompt(fields["messages"], tokenizer)
+
+    def opening(
+        self, given: str | Mapping[str, Any], tokenizer: Tokenizer, separator: str
+    ) -> Rendered:
+        """Return the prompt, with both ends of each answer in it."""
+        return chat_opening(self.given(given)["messages"], tokenizer)
 
     def continuation(self, fields: Mapping[str, Any]) -> Continuation:
         """Ask for the last answer, and show the message before it."""
