@@ -172,16 +172,13 @@ def test_end_of_turn_and_end_of_sequence(build_tokenizer, template, eos_token, e
     assert example.targets.index(True) == len(prompt)
 
 
-def test_a_token_that_straddles_prompt_and_completion_is_trained(build_tokenizer):
+def test_no_token_straddles_prompt_and_completion(build_tokenizer):
     tokenizer = build_tokenizer(merges=[("Ġ", "b"), ("Ġb", "l")])
+    assert tokenizer.tokenize("a blb") == ["a", "Ġbl", "b"]  # the trap is set
     example = encode("prompt", {"prompt": "a ", "completion": "blb"}, tokenizer)
-    assert mask_preview(example, tokenizer) == [
-        BOS,
-        ("a", False),
-        ("Ġbl", True),
-        ("b", True),
-        EOS,
-    ]
+    assert mask_preview(example, tokenizer) == tokens_of(BOS, ("a ", False), ("blb", True), EOS)
+    prompt = encode_prompt("prompt", "a ", tokenizer, "\n")
+    assert example.input_ids[: len(prompt)] == prompt
 
 
 def test_white_space_that_trimmed_offsets_hide_is_trained(build_tokenizer):

@@ -88,12 +88,14 @@ def test_what_cannot_be_split(write_lines, tokenizer):
 
 
 def test_an_eos_that_is_never_trained_is_an_error(write_lines, tokenizer):
-    path = write_lines("a.jsonl", *lines(10, "long row"))
+    rows = ['{"prompt": "", "completion": "long row"}'] * 10
+    path = write_lines("a.jsonl", *rows)
     with pytest.raises(GraftError, match="never trained, because all rows are cut at 6 tokens"):
         load_train_and_eval(DataConfig(data=path), tokenizer, 6, seed=0)
     config = DataConfig(data=path, eos=False)
     train, _ = load_train_and_eval(config, tokenizer, 6, seed=0)
-    assert (train.cut_rows, train.eos_rows) == (9, 0)
+    assert (train.cut_rows, train.eos_rows, train.lost_tokens) == (9, 0, 9 * 3)
+    assert "9 rows cut (27 tokens lost, 33.3% of all)" in train.summary()
 
 
 def test_a_tokenizer_without_eos_is_told_before_the_file_is_read(build_tokenizer):

@@ -16,7 +16,7 @@ from graft.api.events import Events
 from graft.calibrate.registry import SOLVERS
 from graft.calibrate.widths import choose_widths
 from graft.data.config import DataConfig
-from graft.data.encode import Example
+from graft.data.examples import Example
 from graft.data.load import load_examples, resolve_max_length
 from graft.errors import GraftError
 from graft.files.write import check_new

@@ -16,7 +16,7 @@ from graft.api.events import Events
 from graft.api.export import bytes_on_disk, export_model, merge_for_export
 from graft.api.run.folder import is_run, load_any, read_run_config
 from graft.data.config import DataConfig
-from graft.data.encode import Example
+from graft.data.examples import Example
 from graft.data.load import load_examples, load_train_and_eval, resolve_max_length
 from graft.errors import GraftError
 from graft.evaluate.fidelity import Fidelity, FidelitySum

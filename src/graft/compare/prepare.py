@@ -32,7 +32,8 @@ from graft.compare.contenders import (
     parse_contenders,
     trainings,
 )
-from graft.data.encode import EncodedData, Example, encode_prompt
+from graft.data.encode import EncodedData, encode_prompt
+from graft.data.examples import Example
 from graft.data.load import load_train_and_eval
 from graft.data.rows import Row, read_rows
 from graft.data.shapes.registry import SHAPES

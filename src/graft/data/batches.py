@@ -10,7 +10,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from graft.data.encode import Example
+from graft.data.examples import Example
 from graft.errors import GraftError
 
 IGNORED = -100

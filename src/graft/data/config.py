@@ -11,7 +11,7 @@ class DataConfig:
     """What to train and evaluate on, and how a row becomes tokens."""
 
     GROUP: ClassVar[str] = "data"
-    RARE: ClassVar[frozenset[str]] = frozenset({"eos", "separator"})
+    RARE: ClassVar[frozenset[str]] = frozenset({"eos", "separator", "stride"})
 
     data: str
     """File of examples: .jsonl, .json, .csv, .parquet or .txt, each also as .gz."""
@@ -23,7 +23,12 @@ class DataConfig:
     """Share of the rows that is held out when --eval-data is not given (1 to 500 rows)."""
 
     max_length: int | None = None
-    """Most tokens in a row, longer rows are cut; default: the model's limit, at most 1024."""
+    """Most tokens in a row, longer rows are cut; default: the model's limit, at most 1024. Rows of
+    text are cut into as many windows as they need, and all of them is trained."""
+
+    stride: int | None = None
+    """Tokens from the beginning of a text's window to that of the next; fewer than --max-length let
+    windows overlap. What two of them share is trained in the first and context in the second."""
 
     eos: bool = True
     """Append the end-of-sequence token to every row and train it, so that the model stops."""

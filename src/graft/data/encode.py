@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from graft.data.chat import chat_prompt
-from graft.data.render import render_prompt, render_row
+from graft.data.chat import chat_opening
+from graft.data.examples import Cutting, Example
+from graft.data.render import render_opening, render_row
 from graft.data.rows import RowProblems, Rows
 from graft.data.shapes.base import Rendered, Tokenizer, text_problem
+from graft.data.shapes.registry import SHAPES
 from graft.data.templates import rendering
+from graft.data.tokens import Encoder, check_fast
 from graft.errors import GraftError
 from graft.files.bounds import bound, raise_beyond
 from graft.text import listed
-from graft.understood import tokenizing
 
 ROW_CHARACTERS = 2**20
 """Characters that any row may have; each may take 500 bytes and 4 µs before the row is cut."""
+DOCUMENT_CHARACTERS = 2**24
+"""Characters that a row may have all of which is trained."""
 TOKEN_CHARACTERS = 32
 """Characters that a row may have for each token that is left of it."""
 
 _CHUNK = 1024
 _CHUNK_CHARACTERS = 2**20
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row as tokens; targets[i] says that token i is predicted and scored, never token 0."""
-
-    input_ids: list[int]
-    targets: list[bool]
-    where: str
-    cut: bool = False
-    trains_eos: bool = False
-    values: Mapping[str, Any] = field(default_factory=dict)
-    """What the objective reads of the row besides its tokens; see `Rendered.values`."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +37,16 @@ class EncodedData:
     examples: list[Example]
     kind: str
     ignored_keys: tuple[str, ...] = ()
+
+    @cached_property
+    def row_count(self) -> int:
+        """Rows; a document that is longer than an example has several of these."""
+        return sum(not example.window for example in self.examples)
+
+    @cached_property
+    def lost_tokens(self) -> int:
+        """Tokens that cuts took away."""
+        return sum(example.lost for example in self.examples)
 
     @cached_property
     def cut_rows(self) -> int:
@@ -69,9 +70,16 @@ class EncodedData:
 
     def summary(self) -> str:
         """Return one line: rows, tokens, trained tokens, cut rows, trained ends, unread keys."""
+        windows = ""
+        if self.row_count < len(self.examples):
+            windows = f" in {len(self.examples):,} windows"
+        lost = ""
+        if self.lost_tokens:
+            share = self.lost_tokens / (self.total_tokens + self.lost_tokens)
+            lost = f" ({self.lost_tokens:,} tokens lost, {share:.1%} of all)"
         line = (
-            f"{len(self.examples):,} {self.kind} rows, {self.total_tokens:,} tokens, "
-            f"{self.target_tokens:,} of them trained; {self.cut_rows:,} rows cut; "
+            f"{self.row_count:,} {self.kind} rows{windows}, {self.total_tokens:,} tokens, "
+            f"{self.target_tokens:,} of them trained; {self.cut_rows:,} rows cut{lost}; "
             f"end of sequence trained in {self.eos_rows:,} rows"
         )
         if self.ignored_keys:
@@ -80,23 +88,33 @@ class EncodedData:
 
 
 def encode_rows(
-    rows: Rows, tokenizer: Tokenizer, *, max_length: int, eos: bool, separator: str
+    rows: Rows,
+    tokenizer: Tokenizer,
+    *,
+    max_length: int,
+    eos: bool,
+    separator: str,
+    stride: int | None = None,
 ) -> EncodedData:
-    """Encode every row to at most max_length tokens; a token that overlaps a span is a target.
+    """Encode every row to at most max_length tokens, documents to as many windows as they need.
 
-    Raises GraftError that lists every row that cannot be rendered or has no target left.
+    What lies in a span is trained. Raises GraftError that lists every row that cannot be rendered
+    or has no target left.
     """
     check_tokenizer(tokenizer, eos)
+    encoder = Encoder(tokenizer)
+    cutting = Cutting(max_length, tokenizer.eos_token_id, eos, stride)
+    is_document = SHAPES[rows.kind].is_document
     problems = RowProblems("rows that cannot be trained on")
     examples: list[Example] = []
     with rendering():
         for chunk in _chunks(rows, tokenizer, max_length, separator, problems):
-            encoded = _tokenize([found.text for _, found in chunk], tokenizer)
+            encoded = encoder.encode([found for _, found in chunk])
             for (where, found), tokens in zip(chunk, encoded, strict=True):
-                example = _example(where, found, tokens, max_length, eos, tokenizer.eos_token_id)
-                examples.append(example)
-                if not any(example.targets):
-                    problems.add(f"{where}: {_why_no_target(example, max_length)}")
+                for example in cutting.examples(where, found, tokens, is_document):
+                    examples.append(example)
+                    if not any(example.targets):
+                        problems.add(f"{where}: {_why_no_target(example, max_length)}")
     problems.raise_all()
     return EncodedData(examples, rows.kind, rows.ignored_keys)
 
@@ -110,7 +128,7 @@ def _chunks(
     for row in rows.rows:
         try:
             found = render_row(rows.kind, row, tokenizer, separator)
-            _check_length(found.text, max_length)
+            _check_length(found.text, max_length, SHAPES[rows.kind].is_document)
         except GraftError as error:
             problems.add(f"{row.where}: {error}")
             continue
@@ -122,8 +140,10 @@ def _chunks(
     yield chunk
 
 
-def _check_length(text: str, max_length: int) -> None:
+def _check_length(text: str, max_length: int, is_document: bool) -> None:
     most = max(bound(ROW_CHARACTERS), bound(TOKEN_CHARACTERS) * max_length)
+    if is_document:
+        most = max(most, bound(DOCUMENT_CHARACTERS))
     if len(text) > most:
         cut = f"{most:,}, of which {max_length:,} tokens are left,"
         raise_beyond("its text", f"{len(text):,} characters", cut)
@@ -132,18 +152,19 @@ def _check_length(text: str, max_length: int) -> None:
 def encode_prompt(
     kind: str, fields: str | Mapping[str, Any], tokenizer: Tokenizer, separator: str
 ) -> list[int]:
-    """Return the token ids that generation starts from: render_prompt with training's BOS."""
-    check_tokenizer(tokenizer, eos=False)
-    text = render_prompt(kind, fields, tokenizer, separator)
-    if problem := text_problem(text):
-        raise GraftError(f"the prompt {problem}")
-    return _tokenize([text], tokenizer)[0].ids
+    """Return the token ids that generation starts from, which training has before an answer."""
+    return _opened(render_opening(kind, fields, tokenizer, separator), tokenizer)
 
 
 def encode_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
     """Return the token ids that an answer to messages starts from, whatever a model's rows were."""
-    check_tokenizer(tokenizer, eos=False)
-    return _tokenize([chat_prompt(messages, tokenizer)], tokenizer)[0].ids
+    return _opened(chat_opening(messages, tokenizer), tokenizer)
+
+
+def _opened(opening: Rendered, tokenizer: Tokenizer) -> list[int]:
+    if problem := text_problem(opening.text):
+        raise GraftError(f"the prompt {problem}")
+    return Encoder(tokenizer).encode([opening])[0].ids
 
 
 def mask_preview(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
@@ -153,94 +174,13 @@ def mask_preview(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool
 
 
 def check_tokenizer(tokenizer: Tokenizer, eos: bool) -> None:
-    """Raise GraftError when the tokenizer has no offsets, or no EOS token though one is asked."""
-    if not tokenizer.is_fast:
-        raise GraftError(
-            "the tokenizer is a slow one, which does not tell where in the text a token "
-            "stands; convert it to a fast one (a folder with tokenizer.json)"
-        )
+    """Raise GraftError for a slow tokenizer, and for one without an EOS token that is asked for."""
+    check_fast(tokenizer)
     if eos and tokenizer.eos_token_id is None:
         raise GraftError(
             "the tokenizer names no end-of-sequence token, so the model could not learn to "
             "stop; set eos_token in tokenizer_config.json, or pass --no-eos"
         )
-
-
-@dataclass(frozen=True)
-class _Tokens:
-    """Token ids and the [start, end) characters that each covers; (0, 0) for an added token."""
-
-    ids: list[int]
-    extents: list[tuple[int, int]]
-
-
-def _tokenize(texts: list[str], tokenizer: Tokenizer) -> list[_Tokens]:
-    """Encode with the tokenizer's own BOS, once, and without an EOS of its own."""
-    if not texts:
-        return []
-    with tokenizing():
-        encoded = tokenizer(
-            texts,
-            add_special_tokens=True,
-            padding=False,
-            truncation=False,
-            return_offsets_mapping=True,
-            return_special_tokens_mask=True,
-            return_attention_mask=False,
-            verbose=False,
-        )
-    columns = (encoded["input_ids"], encoded["offset_mapping"], encoded["special_tokens_mask"])
-    return [
-        _without_doubles(text, tokenizer.bos_token, ids, offsets, added)
-        for text, ids, offsets, added in zip(texts, *columns, strict=True)
-    ]
-
-
-def _without_doubles(
-    text: str,
-    bos: str | None,
-    ids: list[int],
-    offsets: Sequence[tuple[int, int]],
-    added: list[int],
-) -> _Tokens:
-    """Drop added tokens after the text, and those before a text that brings its own BOS."""
-    of_text = [index for index, flag in enumerate(added) if not flag]
-    begin = of_text[0] if of_text and bos and text.startswith(bos) else 0
-    end = of_text[-1] + 1 if of_text else len(ids)
-    extents: list[tuple[int, int]] = []
-    reached = 0
-    for index in range(begin, end):
-        if added[index]:
-            extents.append((0, 0))
-            continue
-        # Some tokenizers trim white space from the offsets, down to nothing. A token covers all
-        # that the ones before it left over, at least a character, or the newlines and spaces of
-        # an answer would not be trained.
-        start, stop = offsets[index]
-        if start == stop == reached:
-            stop += 1
-        extents.append((min(start, reached), stop))
-        reached = max(reached, stop)
-    return _Tokens(ids[begin:end], extents)
-
-
-def _example(
-    where: str, rendered: Rendered, tokens: _Tokens, max_length: int, eos: bool, eos_id: int | None
-) -> Example:
-    ids = tokens.ids[: max_length + 1]
-    targets = [
-        any(start < last and stop > first for first, last in rendered.spans)
-        for start, stop in tokens.extents[: max_length + 1]
-    ]
-    # The text may bring its own EOS, as chat templates do; then a second would be wrong.
-    if eos and eos_id is not None and tokens.ids[-1:] != [eos_id]:
-        ids.append(eos_id)
-        targets.append(True)
-    cut = len(ids) > max_length
-    del ids[max_length:], targets[max_length:]
-    targets[:1] = [False] * len(targets[:1])
-    trains_eos = any(target and token == eos_id for token, target in zip(ids, targets, strict=True))
-    return Example(ids, targets, where, cut, trains_eos, rendered.values)
 
 
 def _why_no_target(example: Example, max_length: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,10 +9,10 @@ from graft.data.config import DataConfig
 from graft.data.encode import EncodedData, check_tokenizer, encode_rows
 from graft.data.rows import Rows, read_rows
 from graft.data.shapes.base import Tokenizer
+from graft.data.split import held_out_examples
 from graft.errors import GraftError
 
 _DEFAULT_MAX_LENGTH = 1024
-_MOST_HELD_OUT = 500
 
 
 def resolve_max_length(config: DataConfig, model_limit: int | None) -> int:
@@ -21,6 +20,8 @@ def resolve_max_length(config: DataConfig, model_limit: int | None) -> int:
 
     Raises GraftError when --max-length is below 2 or above the model's limit.
     """
+    if config.stride is not None and config.stride < 1:
+        raise GraftError(f"--stride {config.stride}: expected at least 1 token")
     if config.max_length is None:
         return min(_DEFAULT_MAX_LENGTH, model_limit or _DEFAULT_MAX_LENGTH)
     if config.max_length < 2:
@@ -76,7 +77,12 @@ def load_train_and_eval(
 
 def _encode(rows: Rows, tokenizer: Tokenizer, config: DataConfig, max_length: int) -> EncodedData:
     return encode_rows(
-        rows, tokenizer, max_length=max_length, eos=config.eos, separator=config.separator
+        rows,
+        tokenizer,
+        max_length=max_length,
+        eos=config.eos,
+        separator=config.separator,
+        stride=config.stride,
     )
 
 
@@ -94,14 +100,13 @@ def _read_all(paths: Sequence[str]) -> list[Rows]:
 
 
 def _split(data: EncodedData, config: DataConfig, seed: int) -> tuple[EncodedData, EncodedData]:
-    count = len(data.examples)
-    if count < 2:
+    windows = [example.window for example in data.examples]
+    chosen = held_out_examples(windows, config.eval_fraction, seed)
+    if not chosen:
         raise GraftError(
-            f"{config.data}: {count} row, so none can be held out for evaluation; "
+            f"{config.data}: {len(windows)} row, so none can be held out for evaluation; "
             "give at least 2 rows, or --eval-data"
         )
-    wanted = min(max(round(count * config.eval_fraction), 1), _MOST_HELD_OUT, count - 1)
-    chosen = set(random.Random(f"held-out {seed}").sample(range(count), wanted))
     train = [example for index, example in enumerate(data.examples) if index not in chosen]
     held_out = [data.examples[index] for index in sorted(chosen)]
     return replace(data, examples=train), replace(data, examples=held_out)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graft.data.encode import Example
+from graft.data.examples import Example
 from graft.objectives.base import perplexity_of
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graft.data.batches import IGNORED, collate
-from graft.data.encode import Example
+from graft.data.examples import Example
 from graft.errors import GraftError
 from graft.files.read import read_text
 from graft.model.running.loss import each_logits

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from graft.data.batches import batch_in_order
-from graft.data.encode import Example
+from graft.data.examples import Example
 from graft.objectives.base import LossResult, Objective
 from graft.objectives.registry import DEFAULT_OBJECTIVE, OBJECTIVES
 

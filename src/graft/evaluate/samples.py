@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from graft.data.encode import EncodedData, Example
+from graft.data.encode import EncodedData
+from graft.data.examples import Example
 from graft.data.shapes.registry import SHAPES
 from graft.errors import GraftError
 from graft.evaluate.generate import generate_text

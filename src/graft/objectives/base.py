@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from graft.data.batches import Batch, collate
-from graft.data.encode import Example
+from graft.data.examples import Example
 from graft.data.shapes.base import RowShape
 from graft.data.shapes.registry import SHAPES
 from graft.errors import GraftError

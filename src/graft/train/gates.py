@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from graft.data.encode import EncodedData, Example
+from graft.data.encode import EncodedData
+from graft.data.examples import Example
 from graft.errors import GraftError
 
 GRADIENTS_BY = 10

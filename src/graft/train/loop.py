@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graft.data.batches import Batch, BatchSampler
-from graft.data.encode import Example
+from graft.data.examples import Example
 from graft.files.write import flush, unwritable, write_text
 from graft.model.running.memory import resident_bytes
 from graft.model.save import save_tensors

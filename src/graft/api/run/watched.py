@@ -8,7 +8,8 @@ from pathlib import Path
 from torch import Tensor
 
 from graft.api.config import TrainConfig
-from graft.data.encode import EncodedData, Example
+from graft.data.encode import EncodedData
+from graft.data.examples import Example
 from graft.errors import GraftError
 from graft.evaluate.forgetting import general_windows
 from graft.evaluate.samples import sampled_rows

@@ -16,7 +16,7 @@ class Tokenizer(Protocol):
 
     @property
     def is_fast(self) -> bool:
-        """Whether it is backed by the tokenizers library, which knows character offsets."""
+        """Whether it is backed by the tokenizers library."""
 
     @property
     def chat_template(self) -> Any:
@@ -33,6 +33,10 @@ class Tokenizer(Protocol):
     @property
     def eos_token_id(self) -> int | None:
         """The id of the token that ends a sequence, or None."""
+
+    @property
+    def backend_tokenizer(self) -> Any:
+        """The tokenizer of the tokenizers library."""
 
     def __call__(self, text: list[str], **options: Any) -> Mapping[str, Any]:
         """Encode texts."""
@@ -86,6 +90,8 @@ class RowShape(ABC):
     """Whether prompts go through the chat template, and may be whole conversations."""
     uses_separator = False
     """Whether --separator stands between a prompt and its answer."""
+    is_document = False
+    """Whether a row that is too long is cut into windows, each of which is trained."""
     has_prompts = True
     """Whether a row has a prompt that a model can continue, and an answer to compare that with."""
     continued_by_default = False
