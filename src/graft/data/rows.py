@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,40 +37,62 @@ class Rows:
 
 
 def read_rows(path: str | Path) -> Rows:
-    """Read and check a file of examples.
+    """Read and check a file of examples; raises GraftError as `RowStream` does."""
+    stream = RowStream(path)
+    rows = list(stream)
+    return Rows(stream.kind, rows, stream.ignored_keys)
 
-    Raises GraftError that lists every bad row with file and line: unreadable rows, wrong
-    keys, missing or empty values, and rows of another kind than the file's first good row.
-    """
-    problems = RowProblems(f"{path}: bad rows")
-    rows: list[Row] = []
-    ignored: set[str] = set()
-    kind: str | None = None
-    first = ""
-    asked = {key for shape in SHAPES.values() for key in shape.required + shape.optional}
-    for record in read_records(path, asked):
+
+class RowStream:
+    """The rows of a file, read and checked while they are asked for."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = path
+        self.kind = ""
+        """The name of their shape, known from the first row on."""
+        self._ignored: set[str] = set()
+        self._first = ""
+
+    @property
+    def ignored_keys(self) -> tuple[str, ...]:
+        """The keys that nobody reads, of the rows so far."""
+        return tuple(sorted(self._ignored))
+
+    def __iter__(self) -> Iterator[Row]:
+        """Yield the rows up to the first bad one; then look for all that are bad.
+
+        Raises GraftError that lists every bad row with file and line: unreadable rows, wrong
+        keys, missing or empty values, and rows of another kind than the file's first good row.
+        """
+        problems = RowProblems(f"{self.path}: bad rows")
+        asked = {key for shape in SHAPES.values() for key in shape.required + shape.optional}
+        for record in read_records(self.path, asked):
+            row = self._checked(record, problems)
+            if row is not None and not problems:
+                yield row
+        problems.raise_all()
+
+    def _checked(self, record: Record, problems: RowProblems) -> Row | None:
+        """Return a record as a row; None, and what is wrong with it, for one that is bad."""
         found, problem = _kind_of(record)
         if not isinstance(record.value, Mapping) or found is None:
             problems.add(f"{record.where}: {problem}")
-            continue
-        if kind is None:
-            kind, first = found, record.where
-        if found != kind:
+            return None
+        if not self.kind:
+            self.kind, self._first = found, record.where
+        if found != self.kind:
             problems.add(
-                f"{record.where}: {_a(found)} row, but {first} is {_a(kind)} row; "
+                f"{record.where}: {_a(found)} row, but {self._first} is {_a(self.kind)} row; "
                 "a file holds one kind of rows, so split it"
             )
-            continue
-        shape = SHAPES[kind]
+            return None
+        shape = SHAPES[found]
         known = shape.required + shape.optional
-        ignored.update(str(key) for key in record.value if key not in known)
+        self._ignored.update(str(key) for key in record.value if key not in known)
         row = Row(record.where, shape.fields(record.value))
         for wrong in shape.problems(row.fields):
             problems.add(f"{row.where}: {wrong}")
-        rows.append(row)
-    problems.raise_all()
-    assert kind is not None  # no problems and at least one record: some row had a kind
-    return Rows(kind, rows, tuple(sorted(ignored)))
+        return row
 
 
 class RowProblems:
@@ -80,6 +102,9 @@ class RowProblems:
         self._heading = heading
         self._first: list[str] = []
         self._count = 0
+
+    def __bool__(self) -> bool:
+        return self._count > 0
 
     def add(self, problem: str) -> None:
         """Take a problem, which begins with its row's file and line; raise all when there are many.
