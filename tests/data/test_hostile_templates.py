@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 
 import pytest
@@ -12,7 +13,7 @@ from graft.data import templates
 from graft.data.chat import DEFAULT_CHAT_TEMPLATE, chat_prompt, render_chat
 from graft.data.encode import encode_rows
 from graft.data.rows import Row, Rows
-from graft.data.templates import render_template, rendering
+from graft.data.templates import Renderer, render_within_bounds, rendering, rendering_here
 from graft.errors import GraftError
 
 TALK = [
@@ -51,6 +52,12 @@ HONEST = {
 }
 
 
+def renderings(renderer: Renderer, request) -> list[str]:
+    messages, beginnings = request
+    renderer.begin(len(str(messages)))
+    return [renderer.render(messages[:count], ask=ask) for count, ask in beginnings]
+
+
 @pytest.mark.parametrize("template", HONEST.values(), ids=HONEST)
 def test_honest_templates_render_as_transformers_renders_them(build_tokenizer, template) -> None:
     tokenizer = build_tokenizer(chat_template=template)
@@ -59,7 +66,7 @@ def test_honest_templates_render_as_transformers_renders_them(build_tokenizer, t
         tokenizer.apply_chat_template(TALK[:count], tokenize=False, add_generation_prompt=ask)
         for count, ask in beginnings
     ]
-    assert render_template(tokenizer, None, TALK, beginnings) == expected
+    assert render_within_bounds(tokenizer, None, renderings, [TALK, beginnings]) == expected
     assert all(expected)
 
 
@@ -199,7 +206,7 @@ def test_the_process_ends_with_the_rendering_and_holds_no_file(build_tokenizer, 
     os.set_inheritable(writer, True)
     with rendering():
         assert chat_prompt(TALK, build_tokenizer())
-        process = templates._CURRENT[0]._process
+        process = templates._APART[0].worker.process
         os.close(writer)
         assert os.read(reader, 1) == b""  # nobody else has the other end
         os.kill(process, 0)
@@ -208,11 +215,56 @@ def test_the_process_ends_with_the_rendering_and_holds_no_file(build_tokenizer, 
         os.kill(process, 0)
 
 
+def forked(task) -> tuple[str, int]:
+    """Return what a task returns in a forked process, and how that process ended."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.close(reader)
+            os.write(writer, str(task()).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as told:
+        text = told.read().decode()
+    return text, os.waitpid(child, 0)[1]
+
+
+def test_a_process_that_may_be_ended_renders_by_itself(build_tokenizer, monkeypatch) -> None:
+    tokenizer = build_tokenizer(chat_template=HONEST["specials"])
+    expected = chat_prompt(TALK, tokenizer)
+
+    def task() -> str:
+        rendering_here()
+        monkeypatch.setattr("graft.data.worker.os.fork", None)
+        assert chat_prompt(TALK, tokenizer) == expected
+        failing = build_tokenizer(chat_template="{{ raise_exception('no') }}")
+        with pytest.raises(GraftError, match="refuses the messages: no"):
+            chat_prompt(TALK, failing)
+        return chat_prompt(TALK, tokenizer)
+
+    assert forked(task) == (expected, 0)
+
+
+def test_a_process_that_renders_by_itself_is_ended_at_its_share(
+    build_tokenizer, monkeypatch
+) -> None:
+    monkeypatch.setenv("GRAFT_BOUNDS", "0.2")
+    tokenizer = build_tokenizer(chat_template=ENDLESS["loops"])
+
+    def task() -> str:
+        rendering_here()
+        return chat_prompt(TALK, tokenizer)
+
+    assert forked(task) == ("", signal.SIGPROF)
+
+
 def test_where_no_process_can_be_forked_it_is_told(build_tokenizer, monkeypatch) -> None:
     def fork() -> int:
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
-    monkeypatch.setattr(templates.os, "fork", fork)
+    monkeypatch.setattr("graft.data.worker.os.fork", fork)
     descriptors = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
     with rendering(), pytest.raises(GraftError, match="process of its own: Resource temporarily"):
         chat_prompt(TALK, build_tokenizer())

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graft.data.shapes.base import Rendered, Tokenizer, text_problem, type_in_words
-from graft.data.templates import render_template
+from graft.data.templates import Renderer, render_within_bounds
 from graft.errors import GraftError, raise_problems
 from graft.text import listed
 
@@ -122,8 +122,16 @@ def _apply_template(
     beginnings: Sequence[tuple[int, bool]],
 ) -> list[str]:
     template = DEFAULT_CHAT_TEMPLATE if tokenizer.chat_template is None else None
-    texts = render_template(tokenizer, template, messages, beginnings)
+    texts: list[str] = render_within_bounds(
+        tokenizer, template, _render_beginnings, [messages, beginnings]
+    )
     for text in texts:
         if problem := text_problem(text):
             raise GraftError(f"what the chat template renders {problem}")
     return texts
+
+
+def _render_beginnings(renderer: Renderer, request: Any) -> list[str]:
+    messages, beginnings = request
+    renderer.begin(sum(len(str(message.get("content"))) + 100 for message in messages))
+    return [renderer.render(messages[:end], ask=ask) for end, ask in beginnings]
