@@ -168,9 +168,14 @@ typedef struct graft_rows {
 } graft_rows;
 
 /* Causal attention: out = softmax(scale q k^T) v, where query i sees the keys 0 to i; head h reads
-   kv head h / (heads / kv_heads). lse float [batch, heads, length] is log(sum of e^scores). */
+   kv head h / (heads / kv_heads). lse float [batch, heads, length] is log(sum of e^scores).
+
+   Where starts is not null the batch is 1 and holds `sequences` sequences one behind the other:
+   number s has the rows starts[s] to starts[s + 1] - 1, and no row sees those of another. */
 typedef struct graft_attention_call {
     int64_t batch, heads, kv_heads, length, head_dim;
+    int64_t sequences;
+    const int32_t *starts;
     float scale;
     graft_rows q, k, v, out;
     float *lse;

@@ -11,6 +11,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from graft.kernels.attention.ops import attention
+from graft.kernels.attention.reference import slices
 from graft.kernels.backend.native_library import COMPUTE, why_unavailable
 from graft.model.families import family_of
 from graft.model.internals import attention_of
@@ -23,17 +24,22 @@ def use_own_attention(model: PreTrainedModel) -> bool:
     """Let graft's kernels compute what PyTorch's `scaled_dot_product_attention` would; say if so.
 
     They do for causal self-attention on a CPU, in float32 or bfloat16, without a mask, dropout or
-    cached keys; anything else still goes to PyTorch's, call by call. A model is left as it is when
-    its attention is not PyTorch's now, when its family's `plain_attention` is not known, or when
-    there is no native backend. The model's configuration files do not change.
+    cached keys; anything else still goes to PyTorch's, call by call. Packed rows (`model.running.packing`) are
+    computed each by itself, whichever computes them. A model is left as it is when its attention is
+    not PyTorch's now, or when its family's `plain_attention` is not known. The model's
+    configuration files do not change.
     """
-    known = family_of(model.config).plain_attention
-    # A model with code of its own may bear a known name.
-    known = known and type(model).__module__.startswith("transformers.models.")
-    if not known or attention_of(model) != "sdpa" or why_unavailable() is not None:
+    if attention_of(model) != "sdpa" or not may_use_own_attention(model):
         return False
     model.set_attn_implementation(NAME)
     return True
+
+
+def may_use_own_attention(model: PreTrainedModel) -> bool:
+    """Return whether a model, which may be one without weights, leaves attention to others."""
+    # A model with code of its own may bear a known name.
+    known = type(model).__module__.startswith("transformers.models.")
+    return known and family_of(model.config).plain_attention
 
 
 def _attention(
@@ -47,31 +53,53 @@ def _attention(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Compute attention as `sdpa_attention_forward` does; [batch, length, heads, head_dim]."""
+    """Compute attention as `sdpa_attention_forward` does; [batch, length, heads, head_dim].
+
+    What is said of packed rows comes as a keyword, which reaches the recomputation of a checkpointed layer too.
+    """
+    starts: Tensor | None = kwargs.pop("cu_seq_lens_q", None)
+    if starts is not None:
+        attention_mask = None  # which says nothing of packed rows
     # No mask means a causal one (or none, in a module that says so): a sliding window, padding on
     # the left or packed rows come with a mask.
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     special = any(kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache"))
     plain = causal and attention_mask is None and not dropout and not special
-    if plain and _computes(query, key, value):
+    window = None if starts is None else _bounding(kwargs.get("sliding_window"), starts)
+    if plain and window is None and _computes(query, key, value):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return attention(query, key, value, float(scale))[0], None
-    out, _ = sdpa_attention_forward(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        is_causal=is_causal,
-        **kwargs,
-    )
-    return out, None
+        return attention(query, key, value, float(scale), starts)[0], None
+    options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
+    if starts is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0], None
+    rows = [
+        sdpa_attention_forward(
+            module, *(t[:, :, row] for t in (query, key, value)), _window(row, window, query), **options
+        )[0]
+        for row in slices(starts)
+    ]
+    return torch.cat(rows, dim=1), None
+
+
+def _bounding(window: int | None, starts: Tensor) -> int | None:
+    """Return the window, or None where no row is longer."""
+    return None if window is None or int(starts.diff().max()) <= window else window
+
+
+def _window(row: slice, window: int | None, query: Tensor) -> Tensor | None:
+    """Return the mask of a row that looks no further back than a window; None where it need not."""
+    length = row.stop - row.start
+    if window is None or length <= window:
+        return None
+    back = torch.arange(length, device=query.device)
+    back = back[:, None] - back
+    return ((back >= 0) & (back < window))[None, None]
 
 
 def _computes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Return whether the kernels take these, each [batch, heads, length, head_dim]."""
+    if why_unavailable() is not None:
+        return False
     one_kind = query.dtype == key.dtype == value.dtype and query.device == torch.device("cpu")
     batch, heads, length, head_dim = query.shape
     fits = key.shape == value.shape == (batch, key.shape[1], length, head_dim)

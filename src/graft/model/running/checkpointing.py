@@ -130,9 +130,11 @@ class _Policy:
         if kind == "attention":
             query, key = args[:2]  # [batch, heads, length, head_dim]
             width = query.shape[1] * query.shape[3]
+            starts = _argument(op, args, kwargs, "starts")  # of packed rows
+            length = key.shape[2] if starts is None else int(starts.diff().max())
             # What is not run again draws no random numbers, and what follows it would draw others.
             drops_out = bool(_argument(op, args, kwargs, "dropout_p"))
-            keep = not drops_out and keeps_attention(self.checkpointing, width, key.shape[2])
+            keep = not drops_out and keeps_attention(self.checkpointing, width, length)
         elif kind is not None:
             shape = self.hidden_size, args[kind].shape[-1], _out_features(context, op, args)
             of_layer = not name_of(op).endswith("bmm")  # else of unfused attention

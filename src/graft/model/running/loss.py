@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,8 @@ from transformers.utils.generic import ModelOutput
 
 from graft.data.batches import IGNORED
 from graft.model.internals import with_child
+from graft.model.running.modes import evaluating
+from graft.model.running.packing import packed
 
 CHUNK_BYTES = 32 * 2**20
 """Of a chunk's logits in float32, as long as the chunk has between 128 and 512 tokens."""
@@ -29,12 +31,17 @@ _found_to_split: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 """What `_splits` found out about each model."""
 
 
-def target_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+def target_loss(
+    model: PreTrainedModel, input_ids: Tensor, labels: Tensor, starts: Tensor | None = None
+) -> tuple[Tensor, int]:
     """Return (sum of -log p over the targets in nats, number of targets).
 
     input_ids, labels: int64 [batch, length]; labels[b, t] is the token that position t - 1 must
     predict, or -100 where nothing is asked. Rows are padded on the right, which a causal model does
     not see, so there is no attention mask. Softmax is in float32, over the targets' rows only.
+
+    starts: int32 [rows + 1] where the batch is packed rows, of which each token 0 is no target; see
+    `graft.model.running.packing`.
 
     The logits are computed chunk by chunk, each together with its gradient, so that there are never
     more of them than a chunk has. A model whose logits are no function of each position's last
@@ -42,11 +49,12 @@ def target_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> tu
     """
     asked = functional.pad(labels[:, 1:] != IGNORED, (0, 1))
     targets = labels.roll(-1, dims=1)[asked]
+    layout = {} if starts is None else packed(starts.cpu(), input_ids.device)
     if _splits(model, input_ids):
-        (output,), _ = _run(model, input_ids, torch.zeros_like(input_ids[0, :1]))
+        (output,), _ = _run(model, input_ids, torch.zeros_like(input_ids[0, :1]), layout)
         loss = _chunked_loss(_Head(model, output), output["last_hidden_state"], asked, targets)
     else:
-        loss = _whole_loss(model, input_ids, asked, targets)
+        loss = _whole_loss(model, input_ids, asked, targets, layout)
     return loss, targets.numel()
 
 
@@ -106,15 +114,21 @@ class _Head:
 
 
 def _run(
-    model: PreTrainedModel, input_ids: Tensor, positions: Tensor
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    positions: Tensor,
+    layout: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[list[ModelOutput], Tensor]:
-    """Run the model; return its body's outputs and the logits of these positions of each row."""
+    """Run the model; return its body's outputs and the logits of these positions of each row.
+
+    layout: what the model is told of the rows, where they are packed.
+    """
     caught: list[ModelOutput] = []
     hook = model.base_model.register_forward_hook(
         lambda module, inputs, output: caught.append(output)
     )
     try:
-        out = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions)
+        out = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions, **layout)
     finally:
         hook.remove()
     return caught, out.logits
@@ -137,7 +151,7 @@ def _takes_positions(model: PreTrainedModel) -> bool:
 
 
 def _agrees(model: PreTrainedModel, input_ids: Tensor) -> bool:
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         outputs, logits = _run(model, input_ids, torch.arange(input_ids.shape[1]).to(input_ids))
         if len(outputs) != 1 or not isinstance(outputs[0], ModelOutput):
             return False
@@ -145,30 +159,22 @@ def _agrees(model: PreTrainedModel, input_ids: Tensor) -> bool:
         return hidden is not None and torch.equal(_Head(model, outputs[0])(hidden[0]), logits[0])
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Put the model in evaluation mode; then each module back in its own."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _whole_loss(
-    model: PreTrainedModel, input_ids: Tensor, asked: Tensor, targets: Tensor
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    asked: Tensor,
+    targets: Tensor,
+    layout: Mapping[str, Any],
 ) -> Tensor:
     """Return the loss from logits that are there at once, of no more positions than need be."""
     kept = asked.any(dim=0)
     kept[0] = True  # no model is asked for no logits at all
     if _takes_positions(model):
         positions = kept.nonzero().squeeze(1)
-        logits = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions).logits
-        logits = logits[asked[:, positions]]
+        out = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions, **layout)
+        logits = out.logits[asked[:, positions]]
     else:
-        logits = model(input_ids=input_ids, use_cache=False).logits[asked]
+        logits = model(input_ids=input_ids, use_cache=False, **layout).logits[asked]
     return functional.cross_entropy(logits.float(), targets, reduction="sum")
 
 
