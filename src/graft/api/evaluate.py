@@ -9,6 +9,7 @@ from typing import Any
 from graft.api.run.folder import PromptStyle, load_any, prompt_style
 from graft.data.config import DataConfig
 from graft.data.encode import encode_chat, encode_prompt
+from graft.data.examples import Example
 from graft.data.load import load_examples, resolve_max_length
 from graft.evaluate.generate import OnText, generate_text
 from graft.evaluate.loss import evaluate_loss
@@ -40,8 +41,7 @@ def evaluate_model(
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     length = resolve_max_length(config, limit)
     encoded = load_examples(data, loaded.tokenizer, config, length)
-    rows = ((example.where, example.input_ids) for example in encoded.examples)
-    check_tokens(loaded.model, loaded.tokenizer, rows)
+    check_tokens(loaded.model, loaded.tokenizer, encoded.examples)
     result = evaluate_loss(loaded.model, encoded.examples, batch_size)
     return {
         "loss": result.loss,
@@ -76,7 +76,7 @@ def generate(
         ids = encode_prompt(style.kind, prompt, loaded.tokenizer, style.separator)
     else:
         ids = encode_chat(list(prompt), loaded.tokenizer)
-    check_tokens(loaded.model, loaded.tokenizer, [("the prompt", ids)])
+    check_tokens(loaded.model, loaded.tokenizer, [Example(ids, [False] * len(ids), "the prompt")])
     return generate_text(
         loaded.model,
         loaded.tokenizer,

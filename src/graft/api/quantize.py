@@ -185,7 +185,7 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
     return out
 
 
-def _calibration(config: QuantizeConfig, subject: Subject) -> list[Example]:
+def _calibration(config: QuantizeConfig, subject: Subject) -> Sequence[Example]:
     assert config.data is not None
     limit = subject.position_limit
     length = min(config.calibration_length, limit or config.calibration_length)
@@ -193,6 +193,5 @@ def _calibration(config: QuantizeConfig, subject: Subject) -> list[Example]:
     longest = resolve_max_length(settings, limit)
     encoded = load_examples(config.data, subject.tokenizer, settings, longest)
     examples = encoded.examples[: config.calibration_rows]
-    rows = ((example.where, example.input_ids) for example in examples)
-    check_tokens(subject.skeleton, subject.tokenizer, rows)
+    check_tokens(subject.skeleton, subject.tokenizer, examples)
     return examples

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Literal
 
@@ -157,7 +157,7 @@ def _held_out(
         dataclasses.replace(row, input_ids=row.input_ids[:length], targets=row.targets[:length])
         for row in encoded.examples
     )
-    rows = [row for row in cut if any(row.targets)][:ROWS]
+    rows = list(islice((row for row in cut if any(row.targets)), ROWS))
     if not rows:
         raise GraftError(
             f"no held-out row has a target within its first {length} tokens; give other --data"

@@ -181,8 +181,7 @@ def _read_data(config: CompareConfig, base: Subject, problems: Problems) -> _Dat
         training, held_out = load_train_and_eval(
             config, base.tokenizer, base.position_limit, _SPLIT_SEED
         )
-        rows = ((one.where, one.input_ids) for one in (*training.examples, *held_out.examples))
-        check_tokens(base.skeleton, base.tokenizer, rows)
+        check_tokens(base.skeleton, base.tokenizer, training.examples, held_out.examples)
         data = _Data(training, held_out, _prompts(config, held_out, base.tokenizer))
         if config.generate and missing_scorers():  # asked for by name, not by default
             problems.found.append(

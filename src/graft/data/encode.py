@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
+
 from graft.data.chat import chat_opening
 from graft.data.examples import Cutting, Example
+from graft.data.facts import Facts
 from graft.data.render import render_opening, render_row
-from graft.data.rows import RowProblems, Rows
+from graft.data.rows import Row, RowProblems, Rows
 from graft.data.shapes.base import Rendered, Tokenizer, text_problem
 from graft.data.shapes.registry import SHAPES
+from graft.data.store import facts_of
 from graft.data.templates import rendering
 from graft.data.tokens import Encoder, check_fast
 from graft.errors import GraftError
@@ -34,39 +38,49 @@ _CHUNK_CHARACTERS = 2**20
 class EncodedData:
     """Encoded rows of one kind, with the counts that a user should see before training."""
 
-    examples: list[Example]
+    examples: Sequence[Example]
     kind: str
     ignored_keys: tuple[str, ...] = ()
 
     @cached_property
+    def facts(self) -> Facts:
+        """What is asked of all examples at once."""
+        return facts_of(self.examples)
+
+    @cached_property
     def row_count(self) -> int:
         """Rows; a document that is longer than an example has several of these."""
-        return sum(not example.window for example in self.examples)
+        return int((self.facts.windows == 0).sum())
 
     @cached_property
     def lost_tokens(self) -> int:
         """Tokens that cuts took away."""
-        return sum(example.lost for example in self.examples)
+        return int(self.facts.lost.sum(dtype=np.int64))
 
     @cached_property
     def cut_rows(self) -> int:
         """Rows that were longer than the most allowed tokens."""
-        return sum(example.cut for example in self.examples)
+        return int(self.facts.cut.sum())
 
     @cached_property
     def eos_rows(self) -> int:
         """Rows in which an end-of-sequence token is trained."""
-        return sum(example.trains_eos for example in self.examples)
+        return int(self.facts.trains_eos.sum())
 
     @cached_property
     def target_tokens(self) -> int:
         """Tokens that are trained."""
-        return sum(sum(example.targets) for example in self.examples)
+        return int(self.facts.targets.sum(dtype=np.int64))
 
     @cached_property
     def total_tokens(self) -> int:
         """Tokens of all rows, after cutting."""
-        return sum(len(example.input_ids) for example in self.examples)
+        return int(self.facts.lengths.sum(dtype=np.int64))
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest example."""
+        return int(self.facts.lengths.max())
 
     def summary(self) -> str:
         """Return one line: rows, tokens, trained tokens, cut rows, trained ends, unread keys."""
@@ -102,51 +116,95 @@ def encode_rows(
     or has no target left.
     """
     check_tokenizer(tokenizer, eos)
-    encoder = Encoder(tokenizer)
-    cutting = Cutting(max_length, tokenizer.eos_token_id, eos, stride)
-    is_document = SHAPES[rows.kind].is_document
-    problems = RowProblems("rows that cannot be trained on")
-    examples: list[Example] = []
-    with rendering():
-        for chunk in _chunks(rows, tokenizer, max_length, separator, problems):
-            encoded = encoder.encode([found for _, found in chunk])
+    encoding = Encoding(max_length, eos, separator, stride)
+    found = RowEncoder(rows.kind, tokenizer, encoding).encode(rows.rows, bad_rows())
+    return EncodedData(found, rows.kind, rows.ignored_keys)
+
+
+def bad_rows() -> RowProblems:
+    """Return where the problems of rows are collected that cannot be encoded."""
+    return RowProblems("rows that cannot be trained on")
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How rows become examples; see `DataConfig`."""
+
+    max_length: int
+    eos: bool
+    separator: str
+    stride: int | None = None
+
+
+class RowEncoder:
+    """Encodes rows of one kind, lot by lot; what it makes of a row follows from that row alone."""
+
+    def __init__(self, kind: str, tokenizer: Tokenizer, encoding: Encoding) -> None:
+        """Look at the tokenizer; raises GraftError when it cannot be used."""
+        self.kind = kind
+        self._tokenizer = tokenizer
+        self._encoding = encoding
+        self._encoder = Encoder(tokenizer)
+        self._cutting = Cutting(
+            encoding.max_length, tokenizer.eos_token_id, encoding.eos, encoding.stride
+        )
+        self._is_document = SHAPES[kind].is_document
+
+    def encode(self, rows: Iterable[Row], problems: RowProblems) -> list[Example]:
+        """Return the examples of rows; raises GraftError for all problems, those there are too."""
+        with rendering():
+            examples = self.examples(rows, problems.add)
+        problems.raise_all()
+        return examples
+
+    def examples(self, rows: Iterable[Row], problem: Callable[[str], None]) -> list[Example]:
+        """Return the examples of rows; `problem` takes what is wrong with one."""
+        examples: list[Example] = []
+        for chunk in self._chunks(rows, problem):
+            encoded = self._encoder.encode([found for _, found in chunk])
             for (where, found), tokens in zip(chunk, encoded, strict=True):
-                for example in cutting.examples(where, found, tokens, is_document):
+                for example in self._cutting.examples(where, found, tokens, self._is_document):
                     examples.append(example)
                     if not any(example.targets):
-                        problems.add(f"{where}: {_why_no_target(example, max_length)}")
-    problems.raise_all()
-    return EncodedData(examples, rows.kind, rows.ignored_keys)
+                        problem(f"{where}: {self._why_no_target(example)}")
+        return examples
 
+    def _chunks(
+        self, rows: Iterable[Row], problem: Callable[[str], None]
+    ) -> Iterator[list[tuple[str, Rendered]]]:
+        """Yield rendered rows, and where they stand, in lots that a tokenizer takes at once."""
+        chunk: list[tuple[str, Rendered]] = []
+        characters = 0
+        for row in rows:
+            try:
+                found = render_row(self.kind, row, self._tokenizer, self._encoding.separator)
+                self._check_length(found.text)
+            except GraftError as error:
+                problem(f"{row.where}: {error}")
+                continue
+            chunk.append((row.where, found))
+            characters += len(found.text)
+            if len(chunk) == _CHUNK or characters > _CHUNK_CHARACTERS:
+                yield chunk
+                chunk, characters = [], 0
+        yield chunk
 
-def _chunks(
-    rows: Rows, tokenizer: Tokenizer, max_length: int, separator: str, problems: RowProblems
-) -> Iterator[list[tuple[str, Rendered]]]:
-    """Yield rendered rows, and where they stand, in lots that a tokenizer takes at once."""
-    chunk: list[tuple[str, Rendered]] = []
-    characters = 0
-    for row in rows.rows:
-        try:
-            found = render_row(rows.kind, row, tokenizer, separator)
-            _check_length(found.text, max_length, SHAPES[rows.kind].is_document)
-        except GraftError as error:
-            problems.add(f"{row.where}: {error}")
-            continue
-        chunk.append((row.where, found))
-        characters += len(found.text)
-        if len(chunk) == _CHUNK or characters > _CHUNK_CHARACTERS:
-            yield chunk
-            chunk, characters = [], 0
-    yield chunk
+    def _check_length(self, text: str) -> None:
+        max_length = self._encoding.max_length
+        most = max(bound(ROW_CHARACTERS), bound(TOKEN_CHARACTERS) * max_length)
+        if self._is_document:
+            most = max(most, bound(DOCUMENT_CHARACTERS))
+        if len(text) > most:
+            cut = f"{most:,}, of which {max_length:,} tokens are left,"
+            raise_beyond("its text", f"{len(text):,} characters", cut)
 
-
-def _check_length(text: str, max_length: int, is_document: bool) -> None:
-    most = max(bound(ROW_CHARACTERS), bound(TOKEN_CHARACTERS) * max_length)
-    if is_document:
-        most = max(most, bound(DOCUMENT_CHARACTERS))
-    if len(text) > most:
-        cut = f"{most:,}, of which {max_length:,} tokens are left,"
-        raise_beyond("its text", f"{len(text):,} characters", cut)
+    def _why_no_target(self, example: Example) -> str:
+        if not example.cut:
+            return f"{len(example.input_ids)} token(s), none of which is trained; remove the row"
+        return (
+            f"no trained token is left after the cut to {self._encoding.max_length} tokens; "
+            "raise --max-length, or shorten or remove the row"
+        )
 
 
 def encode_prompt(
@@ -181,12 +239,3 @@ def check_tokenizer(tokenizer: Tokenizer, eos: bool) -> None:
             "the tokenizer names no end-of-sequence token, so the model could not learn to "
             "stop; set eos_token in tokenizer_config.json, or pass --no-eos"
         )
-
-
-def _why_no_target(example: Example, max_length: int) -> str:
-    if not example.cut:
-        return f"{len(example.input_ids)} token(s), none of which is trained; remove the row"
-    return (
-        f"no trained token is left after the cut to {max_length} tokens; "
-        "raise --max-length, or shorten or remove the row"
-    )

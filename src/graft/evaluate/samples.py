@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graft.data.encode import EncodedData
@@ -29,14 +30,12 @@ def sampled_rows(held_out: EncodedData, count: int, limit: int | None) -> list[E
             f"--samples {count}: {held_out.kind} rows have no prompt to continue; give rows with "
             "prompt and completion, or leave the flag out"
         )
-    rows = [
-        example
-        for example in held_out.examples
-        if prompt_length(example) and (limit is None or prompt_length(example) < limit)
-    ]
+    prompts = held_out.facts.prompts
+    fits = prompts > 0 if limit is None else (prompts > 0) & (prompts < limit)
+    rows = [held_out.examples[number] for number in np.flatnonzero(fits)[:count].tolist()]
     if not rows:
         raise GraftError(f"--samples {count}: no held-out row has a prompt that leaves room")
-    return rows[:count]
+    return rows
 
 
 def prompt_length(example: Example) -> int:

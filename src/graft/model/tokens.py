@@ -2,34 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
+import numpy as np
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from graft.data.examples import Example
+from graft.data.store import facts_of
 from graft.errors import raise_problems
 from graft.text import quoted
 
 _TOLD = 20
+_LOOKED_AT = 1000
+"""Examples in each of which there is such a token."""
 
 
 def check_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Iterable[tuple[str, Sequence[int]]],
+    *data: Sequence[Example],
 ) -> None:
-    """Raise GraftError with every token id that the model has no embedding for.
+    """Raise GraftError with every token id of the examples that the model has no embedding for.
 
-    rows: where each row stands, and its token ids. The model may be on the meta device.
+    The model may be on the meta device.
     """
     embedding: nn.Module = model.get_input_embeddings()
     count = next(embedding.parameters()).shape[0]
     found: dict[int, str] = {}
-    for where, ids in rows:
-        if max(ids, default=0) >= count:
-            for token in ids:
+    for examples in data:
+        for number in np.flatnonzero(facts_of(examples).largest >= count)[:_LOOKED_AT].tolist():
+            example = examples[number]
+            for token in example.input_ids:
                 if token >= count:
-                    found.setdefault(token, where)
+                    found.setdefault(token, example.where)
     spelt = tokenizer.convert_ids_to_tokens(list(found))
     problems = [
         f"{where}: token {quoted(text)} has the number {token}"

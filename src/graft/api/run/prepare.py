@@ -81,8 +81,7 @@ def prepare(
         kind = training.kind
         if config.objective in OBJECTIVES:
             OBJECTIVES[config.objective].check_rows(kind)
-        rows = ((one.where, one.input_ids) for one in (*training.examples, *held_out.examples))
-        check_tokens(subject.skeleton, tokenizer, rows)
+        check_tokens(subject.skeleton, tokenizer, training.examples, held_out.examples)
         seen = watched(config, subject, held_out)
     with problems.collecting():
         weight_format = base_format(config, subject)
@@ -130,7 +129,7 @@ def _resolved(
         dtype=method.compute_dtype(config.dtype),
         device=config.device,
         batch_size=config.batch_size,
-        sequence_length=max(len(example.input_ids) for example in training.examples),
+        sequence_length=training.longest,
         checkpointing=config.checkpointing,
         optimizer=config.optimizer,
         calibration_rows=calibrating_rows(config),

@@ -89,7 +89,7 @@ class Watching:
 
     def _tokens_at_once(self) -> int:
         """Return as many tokens as a training batch has, which fit into the memory, or few."""
-        longest = max(len(example.input_ids) for example in self._prepared.training.examples)
+        longest = self._prepared.training.longest
         return max(_FEW_TOKENS, self._prepared.config.batch_size * longest)
 
 
