@@ -50,8 +50,13 @@ class Problems:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return '; did you mean X?' for the nearest known name, else the list of known names."""
+    known = sorted(known)
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near else f"; known: {', '.join(known)}"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like a name, or None where none is."""
     import difflib  # here, as every start of graft reads this file, and few ask for a near name
 
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(known)}"
+    return next(iter(difflib.get_close_matches(name, sorted(known), n=1)), None)

@@ -263,7 +263,7 @@ def test_counts_and_summary():
     counts = (data.cut_rows, data.eos_rows, data.target_tokens, data.total_tokens)
     assert counts == (1, 1, 2001, 2003)
     assert data.summary() == (
-        "2 prompt rows, 2,003 tokens, 2,001 of them trained; 1 rows cut; "
+        "2 prompt rows, 2,003 tokens, 2,001 of them trained (100%); 1 rows cut; "
         "end of sequence trained in 1 rows; keys not used: id, label"
     )
     assert replace(data, examples=examples[:1]).target_tokens == 2

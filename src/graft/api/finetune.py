@@ -183,6 +183,7 @@ def _carry_out(
         plan=prepared.plan,
         training=prepared.training,
         held_out=prepared.held_out,
+        overlap=prepared.overlap,
         steps=prepared.steps,
         learning_rate=prepared.learning_rate,
         trainable=sum(parameter.numel() for parameter in parameters.values()),

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from operator import or_
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
+from graft.api.other_names import answer, refused_value, split_names
 from graft.entries import Entries
-from graft.errors import did_you_mean, raise_problems
+from graft.errors import nearest, raise_problems
 from graft.files.read import read_yaml
 from graft.text import quoted
 
@@ -25,13 +26,25 @@ def checked_settings(values: Mapping[str, Any], kind: type, where: str) -> dict[
     Raises GraftError with every unknown key, with a suggestion, every value of a wrong type, and
     trust in a model's own code, which only a caller has to give.
     """
+    checked, _, problems = check_settings(values, kind)
+    raise_problems(problems, where)
+    return checked
+
+
+def check_settings(
+    values: Mapping[str, Any], kind: type
+) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Return what `checked_settings` does, names of other tools with ours, and all problems."""
     from pydantic import TypeAdapter, ValidationError  # and not above: flags alone do without
 
     fields = {field.name: field for field in dataclasses.fields(kind)}
     hints = get_type_hints(kind, include_extras=True)
-    problems, checked = [], {}
-    for key, value in values.items():
-        name = str(key).replace("-", "_")
+    checked: dict[str, Any] = {}
+    keys: dict[str, object] = {}
+    understood: dict[str, str] = {}
+    problems: list[str] = []
+    for key, given in values.items():
+        name, value = str(key).replace("-", "_"), given
         if name == TRUST:
             if value:
                 problems.append(
@@ -41,16 +54,36 @@ def checked_settings(values: Mapping[str, Any], kind: type, where: str) -> dict[
                 )
             continue
         if name not in fields:
-            problems.append(f"unknown key {quoted(key)}{did_you_mean(name, fields)}")
+            found = answer(name, fields)
+            if found is None or found.ours is None:
+                problems.append(
+                    _unknown(key, name, fields) if found is None else f"{key}: {found.advice}"
+                )
+                continue
+            understood[str(key)], name = found.ours, found.ours
+            texts = [str(one) for one in (value if isinstance(value, list) else [value])]
+            if (instead := refused_value(name, texts)) is not None:
+                problems.append(f"{key} is {quoted(value)}: {instead}")
+                continue
+            if isinstance(value, str):
+                parts = split_names(name, [value])
+                value = parts if len(parts) > 1 else parts[0] if parts else value
+        if name in keys:
+            problems.append(f"{keys[name]} and {key} are the same setting; give one of them")
             continue
+        keys[name] = key
         hint = _with_choices(hints[name])
         try:
             checked[name] = TypeAdapter(hint).validate_python(_listed(value, hint))
         except ValidationError as error:
             reason = error.errors()[0]["msg"].removeprefix("Value error, ")
             problems.append(f"{key} is {quoted(value)}: {reason}")
-    raise_problems(problems, where)
-    return checked
+    return checked, understood, problems
+
+
+def _unknown(key: object, name: str, known: Iterable[str]) -> str:
+    near = nearest(name, known)
+    return f"unknown key {quoted(key)}" + (f"; did you mean {near!r}?" if near else "")
 
 
 def stored_settings(file: Path, kind: type) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 Arguments = TypeVar("Arguments")
 
 
-def _nothing(words: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+def _nothing(texts: Mapping[str, Sequence[str]], settings: Mapping[str, Any]) -> dict[str, Any]:
     return {}
 
 
@@ -23,6 +23,11 @@ class Command(Generic[Arguments]):
     """Does the work and shows its result."""
     takes_file: bool = False
     """Whether a CONFIG.yaml may stand before the flags."""
-    given: Callable[[Sequence[str], Mapping[str, Any]], Mapping[str, Any]] = _nothing
-    """From the words after the command, and the file's settings, to settings that stand below
-    these and the flags'."""
+    given: Callable[[Mapping[str, Sequence[str]], Mapping[str, Any]], Mapping[str, Any]] = _nothing
+    """From the flags' texts by field, and the file's settings, to settings that stand below
+    both."""
+
+
+def is_asked(name: str, texts: Mapping[str, Sequence[str]], settings: Mapping[str, Any]) -> bool:
+    """Return whether a flag of yes or no says yes, or else the file's settings do."""
+    return texts[name] == ["true"] if name in texts else bool(settings.get(name))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from graft.cli.command import Command
+from graft.cli.command import Command, is_asked
 from graft.cli.show import show
 from graft.cli.signals import stopping
 from graft.compare.config import CompareConfig
@@ -30,15 +30,17 @@ class CompareArguments(CompareConfig):
     """Compare on the bundled model and data; --model and --data are then not needed."""
 
 
-def demo_settings(words: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+def demo_settings(
+    texts: Mapping[str, Sequence[str]], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return the settings that --demo stands for, below those that are given."""
-    if "--demo" not in words and not settings.get("demo"):
+    if not is_asked("demo", texts, settings):
         return {}
     from graft.demo.run import BASE, HELD_OUT, TRAINING
 
     files = {"model": str(BASE), "data": str(TRAINING), "eval_data": str(HELD_OUT)}
     # One precision for all, so that exact merges give equal figures; given --epochs stand alone.
-    steps = {} if "--epochs" in words or "epochs" in settings else {"steps": DEMO_STEPS}
+    steps = {} if "epochs" in texts or "epochs" in settings else {"steps": DEMO_STEPS}
     return {**files, "dtype": "float32", "max_new_tokens": 96, **steps}
 
 

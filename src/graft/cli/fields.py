@@ -13,6 +13,8 @@ import inspect
 import re
 import textwrap
 from collections.abc import Mapping
+from contextlib import suppress
+from functools import cache
 from itertools import pairwise
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin, get_type_hints
@@ -31,6 +33,12 @@ REQUIRED: Final = "required"
 OTHER: Final = "options"
 """The title of the fields of a class that says none."""
 
+YES_OR_NO: Final = {"true": True, "yes": True, "false": False, "no": False}
+"""What may stand behind a flag of yes or no."""
+
+
+_EXPECTED: Final = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
@@ -42,6 +50,35 @@ class Kind:
     """All values that there are, each with half a line on it or nothing; empty where any goes."""
     entries: Entries[Any] | None = None
     """The table that they are the names of, if it is one."""
+    types: tuple[type, ...] = (str,)
+    """Where any value goes, what it is read as: the first that takes it."""
+    words: tuple[str, ...] = ()
+    """Values beside those that the types take."""
+    many: bool = False
+    """Whether it takes any number of values."""
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it stands for yes or no, and may stand without a value."""
+        return self.types == (bool,)
+
+    def read(self, text: str) -> Any:
+        """Return what one text stands for; raises ValueError that says what was expected."""
+        if self.choices:
+            if (problem := self.problem(text)) is not None:
+                raise ValueError(problem)
+            return text
+        if text in self.words:
+            return text
+        for kind in self.types:
+            with suppress(ValueError, KeyError):
+                return YES_OR_NO[text.lower()] if kind is bool else kind(text)
+        raise ValueError(f"expected {self.expected}")
+
+    @property
+    def expected(self) -> str:
+        """What a value is, in words."""
+        return " or ".join(self.choices or (*(_EXPECTED[kind] for kind in self.types), *self.words))
 
     def problem(self, value: str) -> str | None:
         """Return what is wrong with a value, with the nearest choice, or None for a choice."""
@@ -93,12 +130,9 @@ def flags_of(kind: type, settings: Mapping[str, Any] | None = None) -> list[Flag
     """
     settings = settings or {}
     hints = get_type_hints(kind, include_extras=True)
-    docstrings: dict[type, dict[str, str]] = {}
     flags = []
     for field in dataclasses.fields(kind):
         declaring = _declaring(kind, field.name)
-        if declaring not in docstrings:
-            docstrings[declaring] = _docstrings(declaring)
         default = field.default
         if field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
@@ -109,7 +143,7 @@ def flags_of(kind: type, settings: Mapping[str, Any] | None = None) -> list[Flag
                 name=field.name,
                 hint=hints[field.name],
                 default=default,
-                text=docstrings[declaring].get(field.name, ""),
+                text=_docstrings(declaring).get(field.name, ""),
                 group=REQUIRED if required else getattr(declaring, "GROUP", OTHER),
                 rare=not required and field.name in getattr(declaring, "RARE", ()),
             )
@@ -121,6 +155,7 @@ def _declaring(kind: type, name: str) -> type:
     return next(base for base in kind.__mro__ if name in inspect.get_annotations(base))
 
 
+@cache
 def _docstrings(kind: type) -> dict[str, str]:
     """Return the strings that stand behind a class's own fields; none where the source is not."""
     try:
@@ -155,8 +190,12 @@ def _kind(hint: Any) -> Kind:
         kinds = [_kind(part) for part in parts if part is not NoneType]
         if len(kinds) == 1:
             return kinds[0]
-        return Kind("|".join(word for kind in kinds for word in kind.choices or [kind.name]))
+        return Kind(
+            "|".join(word for kind in kinds for word in kind.choices or [kind.name]),
+            types=tuple(one for kind in kinds if not kind.choices for one in kind.types),
+            words=tuple(word for kind in kinds for word in kind.choices),
+        )
     if origin is tuple:
         one = _kind(parts[0])
-        return dataclasses.replace(one, name=f"{one.name} ...")
-    return Kind({bool: "", int: "INT", float: "FLOAT", str: "TEXT"}[hint])
+        return dataclasses.replace(one, name=f"{one.name} ...", many=True)
+    return Kind({bool: "", int: "INT", float: "FLOAT", str: "TEXT"}[hint], types=(hint,))

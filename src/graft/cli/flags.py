@@ -2,110 +2,98 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_origin
+from typing import Any, TypeVar
 
+from graft.api.other_names import understood_note
 from graft.cli.command import Command
 from graft.cli.fields import Flag, flags_of
 from graft.cli.show import show
-from graft.errors import GraftError, did_you_mean, raise_problems
+from graft.cli.words import Given, option, split
+from graft.errors import GraftError
+from graft.text import quoted
 
 Arguments = TypeVar("Arguments")
 
 _HELP = ("-h", "--help", "--help-all")
+_CONFIGURATION = (".yaml", ".yml")
+
+
+class UsageError(GraftError):
+    """Words that make no command, every mistake in a line of its own."""
 
 
 def parse(command: Command[Arguments], words: Sequence[str], name: str) -> Arguments:
     """Return the configuration that the words after `graft <name>` describe.
 
-    --help prints the page and exits; values that do not fit are told, and exit with status 2.
-    Raises GraftError for a flag that there is not, and for a file that does not fit.
+    --help prints the page and exits. Raises UsageError with every flag that there is not, every
+    value that does not fit, and everything that is missing.
     """
     settings: dict[str, Any] = {}
-    if command.takes_file and words and not words[0].startswith("-"):
-        settings = _settings_of_file(words[0], command.arguments)
+    problems: list[str] = []
+    understood: dict[str, str] = {}
+    if command.takes_file and words and words[0].endswith(_CONFIGURATION):
+        settings, understood, problems = _settings_of_file(words[0], command.arguments)
         words = words[1:]
-    settings = {**command.given(words, settings), **settings}
     asked = [word for word in words if word in _HELP]
+    given = split([word for word in words if word not in _HELP], flags_of(command.arguments))
     if asked:
         from graft.cli.help import page
 
+        with suppress(GraftError):
+            settings = {**command.given(given.texts, settings), **settings}
         show(page(command, name, settings, whole="--help-all" in asked))
         sys.exit(0)
-    flags = flags_of(command.arguments, settings)
-    _check_names(words, flags, name)
-    return _parsed(command.arguments, flags, words, name)
+    problems += given.problems
+    if not problems:
+        settings = {**command.given(given.texts, settings), **settings}
+    values = _read(flags_of(command.arguments, settings), given, problems)
+    if problems:
+        raise UsageError(_told(problems, name))
+    understood |= given.understood
+    if understood:
+        show(understood_note(understood), error=True)
+    return command.arguments(**values)
 
 
-def _settings_of_file(word: str, kind: type) -> dict[str, Any]:
-    path = Path(word)
-    if path.suffix not in (".yaml", ".yml"):
-        raise GraftError(
-            f"{word!r} is no flag and no configuration file (.yaml); flags begin with --"
-        )
-    from graft.api.settings import checked_settings
+def _told(problems: Sequence[str], name: str) -> str:
+    """Return all mistakes, each in a line, with where the flags are listed if that may help."""
+    lists = any("unknown " in problem for problem in problems)
+    hint = f" (graft {name} --help-all lists the flags)" if lists else ""
+    if len(problems) == 1:
+        return problems[0] + hint
+    lines = "\n".join(f"  - {problem}" for problem in problems)
+    return f"{len(problems)} mistakes{hint}\n{lines}"
+
+
+def _settings_of_file(file: str, kind: type) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    from graft.api.settings import check_settings
     from graft.files.read import read_yaml
 
-    return checked_settings(read_yaml(path), kind, word)
+    settings, understood, problems = check_settings(read_yaml(Path(file)), kind)
+    return settings, understood, [f"{file}: {problem}" for problem in problems]
 
 
-def _check_names(words: Sequence[str], flags: Sequence[Flag], name: str) -> None:
-    """Raise GraftError for every flag that there is not, with the nearest one that there is."""
-    options = [flag for flag in flags if not flag.positional]
-    known = {flag.name.replace("_", "-") for flag in options}
-    negated = {f"no-{flag.name.replace('_', '-')}" for flag in options if not flag.kind.name}
-    given = [word.removeprefix("--").partition("=")[0] for word in words if word.startswith("--")]
-    problems = [
-        f"unknown flag --{flag}{did_you_mean(flag, known | {'help', 'help-all'})}"
-        for flag in given
-        if flag.replace("_", "-") not in known | negated
-    ]
-    raise_problems(problems, f"graft {name} --help-all lists the flags")
-
-
-def _parsed(
-    kind: type[Arguments], flags: Sequence[Flag], words: Sequence[str], name: str
-) -> Arguments:
-    """Parse with tyro, by way of a dataclass whose choices are plain text, and check these then.
-
-    So a table of names may grow while the program runs, and all wrong names are told at once.
-    """
-    import tyro  # and not above: a page of help does without
-
-    fields = []
+def _read(flags: Sequence[Flag], given: Given, problems: list[str]) -> dict[str, Any]:
+    """Return the values of all flags, and add what does not fit, or is missing, to the problems."""
+    values: dict[str, Any] = {}
     for flag in flags:
-        hint: Any = flag.hint
-        if flag.kind.choices:
-            hint = tuple[str, ...] if get_origin(hint) is tuple else str | None
-        elif flag.positional:
-            one = tyro.conf.Positional[str]
-            hint = one if flag.required else tyro.conf.Positional[tuple[str, ...]]
-        hint = Annotated[hint, tyro.conf.arg(help=flag.sentence)]
-        fields.append((flag.name, hint, dataclasses.field(default=flag.default)))
-    parsed: Any = tyro.cli(
-        dataclasses.make_dataclass(kind.__name__, fields, kw_only=True),
-        prog=f"graft {name}",
-        args=words,
-        config=(tyro.conf.DisallowNone, tyro.conf.OmitArgPrefixes),
-    )
-    values = {flag.name: getattr(parsed, flag.name) for flag in flags}
-    problems = [
-        f"graft {name}: error: --{flag.name.replace('_', '-')}: {problem}"
-        for flag in flags
-        if flag.kind.choices
-        for value in _listed(values[flag.name])
-        if (problem := flag.kind.problem(value)) is not None
-    ]
-    if problems:
-        show("\n".join(problems), error=True)
-        sys.exit(2)
-    return kind(**values)
-
-
-def _listed(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    return value if isinstance(value, tuple) else (value,)
+        texts = given.texts.get(flag.name)
+        name = flag.name.upper() if flag.positional else option(flag.name)
+        if texts is None:
+            values[flag.name] = flag.default
+            if flag.required and flag.name not in given.asked:
+                problems.append(f"{name} is missing: {flag.sentence}")
+            continue
+        read = []
+        for text in texts:
+            try:
+                read.append(flag.kind.read(text))
+            except ValueError as error:
+                what = name if flag.kind.choices else f"{name} {quoted(text)}"
+                problems.append(f"{what}: {error}")
+        values[flag.name] = tuple(read) if flag.kind.many else (read or [None])[-1]
+    return values

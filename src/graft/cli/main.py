@@ -51,15 +51,15 @@ def _run(words: list[str]) -> int:
     if problem is not None:
         show(f"graft: {problem}", error=True)
         return 2
-    try:
-        from graft.cli.flags import parse
+    from graft.cli.flags import UsageError, parse
 
+    try:
         command = COMMANDS[name]
         with ending():
             command.run(parse(command, words[1:], name))
     except GraftError as error:
         show(f"graft {name}: error: {shown(str(error))}", error=True)
-        return 1
+        return 2 if isinstance(error, UsageError) else 1
     except BrokenPipeError:
         raise
     except OSError as error:  # of a file that was asked for by the way

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from graft.api.config import TrainConfig
-from graft.cli.command import Command
+from graft.cli.command import Command, is_asked
 from graft.cli.show import show
 from graft.cli.signals import Ended, stopping
 from graft.errors import GraftError
@@ -50,15 +51,14 @@ def train(config: TrainConfig) -> None:
 
 
 def _settings_of_resumed_run(
-    words: Sequence[str], settings: Mapping[str, object]
+    texts: Mapping[str, Sequence[str]], settings: Mapping[str, Any]
 ) -> dict[str, object]:
     """Return the stored settings of the run that --resume goes on with, so that --out is enough.
 
     Raises GraftError when there is none and the words do not say what is needed to begin it.
     """
-    words = [part for word in words for part in word.split("=", 1)]
-    out = words[words.index("--out") + 1] if "--out" in words[:-1] else settings.get("out")
-    if not ("--resume" in words or settings.get("resume")) or not isinstance(out, str):
+    out = texts["out"][-1] if texts.get("out") else settings.get("out")
+    if not is_asked("resume", texts, settings) or not isinstance(out, str):
         return {}
     from graft.api.run.resume import read_stored
 
@@ -66,9 +66,8 @@ def _settings_of_resumed_run(
     if stored is not None:
         fields = (field.name for field in dataclasses.fields(TrainConfig))
         return {name: getattr(stored, name) for name in fields if name not in _OF_EACH_CALL}
-    given = {word.removeprefix("--") for word in words if word.startswith("-")} | settings.keys()
-    missing = [f"--{name}" for name in ("model", "data") if name not in given]
-    if missing and not {"-h", "help", "help-all"} & given:
+    missing = [f"--{name}" for name in ("model", "data") if name not in {**texts, **settings}]
+    if missing:
         raise GraftError(
             f"--resume: {out} is no run folder (it has no config.yaml that can be read), so the "
             f"run can only be begun: give {' and '.join(missing)}, and its other settings, too"

@@ -35,3 +35,7 @@ class DataConfig:
 
     separator: str = "\n"
     """Text between prompt and completion when the prompt does not end in whitespace."""
+
+    deduplicate: bool = False
+    """Drop rows from training whose text, but for white space and case, an earlier row has, or one
+    that is held out."""

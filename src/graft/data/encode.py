@@ -41,6 +41,8 @@ class EncodedData:
     examples: Sequence[Example]
     kind: str
     ignored_keys: tuple[str, ...] = ()
+    dropped_rows: int = 0
+    """Rows that were there twice, and were left out."""
 
     @cached_property
     def facts(self) -> Facts:
@@ -82,6 +84,11 @@ class EncodedData:
         """Tokens of the longest example."""
         return int(self.facts.lengths.max())
 
+    @property
+    def trained_share(self) -> float:
+        """Share of the tokens that is trained."""
+        return self.target_tokens / self.total_tokens
+
     def summary(self) -> str:
         """Return one line: rows, tokens, trained tokens, cut rows, trained ends, unread keys."""
         windows = ""
@@ -93,9 +100,12 @@ class EncodedData:
             lost = f" ({self.lost_tokens:,} tokens lost, {share:.1%} of all)"
         line = (
             f"{self.row_count:,} {self.kind} rows{windows}, {self.total_tokens:,} tokens, "
-            f"{self.target_tokens:,} of them trained; {self.cut_rows:,} rows cut{lost}; "
+            f"{self.target_tokens:,} of them trained ({self.trained_share:.0%}); "
+            f"{self.cut_rows:,} rows cut{lost}; "
             f"end of sequence trained in {self.eos_rows:,} rows"
         )
+        if self.dropped_rows:
+            line += f"; {self.dropped_rows:,} rows that were there twice dropped"
         if self.ignored_keys:
             line += f"; keys not used: {listed(self.ignored_keys)}"
         return line

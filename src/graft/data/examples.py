@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from graft.data.keys import Keys, keys_of
 from graft.data.shapes.base import Rendered
 from graft.data.tokens import Tokens
 
@@ -25,6 +26,8 @@ class Example:
     """Tokens of the row that the cut took away."""
     window: int = field(default=0, compare=False)
     """Which of its row's windows it is, from 0; above 0 for a document that has several."""
+    keys: Keys = field(default=Keys(), compare=False)
+    """Those of its row, which all of its windows share."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,14 @@ class Cutting:
         Each window begins as every text does, with what the tokenizer puts before it. A token that
         two windows share is trained in the first of them alone, and only gives context in the next.
         """
-        ids, trained = tokens.ids, tokens.trained
+        ids, trained, keys = tokens.ids, tokens.trained, keys_of(row)
         # The text may bring its own EOS, as chat templates do; then a second would be wrong.
         if self.eos and self.eos_id is not None and ids[-1:] != [self.eos_id]:
             ids, trained = [*ids, self.eos_id], [*trained, True]
         room = self.max_length - tokens.prefix
         if len(ids) <= self.max_length or not is_document or room < 2:
             lost = max(len(ids) - self.max_length, 0)
-            yield self._example(where, row, ids, trained, lost=lost)
+            yield self._example(where, row, ids, trained, keys, lost=lost)
             return
         prefix, text = ids[: tokens.prefix], ids[tokens.prefix :]
         untrained = [False] * len(prefix)
@@ -68,7 +71,7 @@ class Cutting:
             end = min(begin + room, len(text))
             targets = [False] * (done - begin) + asked[max(begin, done) : end]
             part = prefix + text[begin:end]
-            yield self._example(where, row, part, untrained + targets, window=window)
+            yield self._example(where, row, part, untrained + targets, keys, window=window)
             if end == len(text):
                 return
             done = end
@@ -79,6 +82,7 @@ class Cutting:
         row: Rendered,
         ids: list[int],
         trained: list[bool],
+        keys: Keys,
         *,
         lost: int = 0,
         window: int = 0,
@@ -89,4 +93,4 @@ class Cutting:
         trains_eos = any(
             target and token == self.eos_id for token, target in zip(ids, targets, strict=True)
         )
-        return Example(ids, targets, where, bool(lost), trains_eos, row.values, lost, window)
+        return Example(ids, targets, where, bool(lost), trains_eos, row.values, lost, window, keys)

@@ -33,6 +33,9 @@ class Facts:
     """Whether it is shorter than its row."""
     trains_eos: NDArray[np.bool_]
     """Whether an end-of-sequence token is trained."""
+    row_keys: NDArray[np.uint64]
+    """See `Keys`."""
+    prompt_keys: NDArray[np.uint64]
 
     def of(self, numbers: NDArray[np.int64]) -> Facts:
         """Return the facts of some of the examples."""
@@ -103,6 +106,8 @@ def columns_of(examples: Sequence[Example]) -> Columns:
         windows=np.fromiter((one.window for one in examples), np.int32, count),
         cut=np.fromiter((one.cut for one in examples), np.bool_, count),
         trains_eos=np.fromiter((one.trains_eos for one in examples), np.bool_, count),
+        row_keys=np.fromiter((one.keys.row for one in examples), np.uint64, count),
+        prompt_keys=np.fromiter((one.keys.prompt for one in examples), np.uint64, count),
     )
     return Columns(tokens, ends, runs.reshape(-1), run_ends, facts)
 

@@ -7,9 +7,11 @@ from dataclasses import replace
 
 from graft.data.config import DataConfig
 from graft.data.encode import EncodedData, check_tokenizer, encode_rows
+from graft.data.overlap import without_duplicates
 from graft.data.rows import Rows, read_rows
 from graft.data.shapes.base import Tokenizer
 from graft.data.split import held_out_examples
+from graft.data.store import facts_of
 from graft.errors import GraftError
 
 _DEFAULT_MAX_LENGTH = 1024
@@ -66,6 +68,8 @@ def load_train_and_eval(
         train_rows, eval_rows = _read_all([config.data, config.eval_data])
         train = _encode(train_rows, tokenizer, config, max_length)
         held_out = _encode(eval_rows, tokenizer, config, max_length)
+    if config.deduplicate:
+        train = _deduplicated(train, held_out, config)
     if config.eos and train.eos_rows == 0:
         raise GraftError(
             f"{config.data}: the end-of-sequence token is never trained, because all rows are "
@@ -110,3 +114,15 @@ def _split(data: EncodedData, config: DataConfig, seed: int) -> tuple[EncodedDat
     train = [example for index, example in enumerate(data.examples) if index not in chosen]
     held_out = [data.examples[index] for index in sorted(chosen)]
     return replace(data, examples=train), replace(data, examples=held_out)
+
+
+def _deduplicated(train: EncodedData, held_out: EncodedData, config: DataConfig) -> EncodedData:
+    """Leave out of training what is there twice, or held out."""
+    kept = without_duplicates(facts_of(train.examples), facts_of(held_out.examples))
+    if not len(kept):
+        raise GraftError(
+            f"{config.data}: --deduplicate leaves no row to train on, as all of them are held out "
+            "too; give other held-out rows with --eval-data"
+        )
+    left = replace(train, examples=[train.examples[number] for number in kept.tolist()])
+    return replace(left, dropped_rows=train.row_count - left.row_count)

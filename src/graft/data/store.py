@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from graft.data.examples import Example
 from graft.data.facts import Facts, columns_of, joined
+from graft.data.keys import Keys
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -145,6 +146,7 @@ class Stored(Examples):
             json.loads(values) if values else {},
             int(facts.lost[number]),
             int(facts.windows[number]),
+            Keys(int(facts.row_keys[number]), int(facts.prompt_keys[number])),
         )
 
     def _give_back(self) -> None:
@@ -170,11 +172,12 @@ def _facts(batch: pa.RecordBatch) -> Facts:
         lengths=np.diff(ends),
         cut=(flags & 1).astype(np.bool_),
         trains_eos=(flags & 2).astype(np.bool_),
-        **{name: np.array(batch.column(name)) for name in _NUMBERS},
+        **{name: np.array(batch.column(name)) for name in (*_NUMBERS, *_KEYS)},
     )
 
 
 _NUMBERS = ("targets", "prompts", "largest", "lost", "windows")
+_KEYS = ("row_keys", "prompt_keys")
 
 
 def _list(column: Any) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
@@ -189,6 +192,7 @@ def schema() -> pa.Schema:
     numbers = pa.int32()
     fields = [("ids", pa.list_(numbers)), ("runs", pa.list_(numbers)), ("where", pa.string())]
     fields += [(name, numbers) for name in _NUMBERS]
+    fields += [(name, pa.uint64()) for name in _KEYS]
     return pa.schema([*fields, ("flags", pa.uint8()), ("values", pa.string())])
 
 
@@ -210,7 +214,7 @@ def packed(examples: Sequence[Example], path: str) -> pa.RecordBatch:
             pa.ListArray.from_arrays(columns.ends, columns.ids),
             pa.ListArray.from_arrays(columns.run_ends, columns.runs),
             pa.array(where, pa.string()),
-            *(pa.array(numbers[name]) for name in _NUMBERS),
+            *(pa.array(numbers[name]) for name in (*_NUMBERS, *_KEYS)),
             pa.array(flags),
             pa.array(values, pa.string()),
         ],

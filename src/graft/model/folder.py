@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
+    GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    RepositoryNotFoundError,
 )
 from transformers import (
     CONFIG_MAPPING,
@@ -30,7 +32,7 @@ from graft.formats.base import WeightFormat
 from graft.formats.registry import parse_format
 from graft.model.foreign import check_counts, check_files
 from graft.model.tokenizer_file import check_growth
-from graft.text import quoted
+from graft.text import quoted, reason
 from graft.understood import understood
 
 CONFIG_FILE = "config.json"
@@ -48,6 +50,9 @@ CONVERTIBLE = ("gptq", "awq", "bitsandbytes", None)
 _FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 """What is downloaded of a model on the hub: weights as safetensors alone."""
 
+_FILES = (".safetensors", ".gguf", ".bin", ".json", ".pt", ".pth")
+"""Endings of names that are files and no models on the hub."""
+
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -61,16 +66,33 @@ def find_folder(model: str, config_alone: bool = False) -> Path:
         if not (folder / CONFIG_FILE).is_file():
             raise GraftError(f"{folder} has no config.json: it is no Hugging Face model folder")
         return folder
-    if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith("/"):
-        raise GraftError(f"there is no folder {model!r} (and it is no hub id of form owner/name)")
+    no_id = f"there is no folder {quoted(model)}, and it is no hub id (owner/name, or a name alone)"
+    if model.startswith((".", "/", "~")) or model.endswith(_FILES):
+        raise GraftError(no_id)
     try:
         if config_alone:
             return Path(hf_hub_download(model, CONFIG_FILE)).parent
         return Path(snapshot_download(model, allow_patterns=_FETCHED))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, OSError) as error:
+    except HFValidationError as error:
+        raise GraftError(no_id) from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise GraftError(
-            f"there is no folder {model!r}, and the hub has it not or cannot be reached: {error}"
+            f"there is no folder {quoted(model)} here, the hub's cache "
+            f"({constants.HF_HUB_CACHE}) has no model of that id, and {_why_not(error)}\n"
+            "give --model the path of a folder with config.json, tokenizer and safetensors, or, "
+            "where there is a network, the id of a model on the hub: owner/name, or gpt2"
         ) from error
+
+
+def _why_not(error: Exception) -> str:
+    """Return why the hub gave nothing."""
+    if constants.HF_HUB_OFFLINE:
+        return "the hub is not asked, as HF_HUB_OFFLINE is set"
+    if isinstance(error, GatedRepoError):
+        return "the hub wants its conditions accepted there, and a token (hf auth login)"
+    if isinstance(error, RepositoryNotFoundError):
+        return "the hub has none either, or none for you without a token (hf auth login)"
+    return f"the hub cannot be reached or has it not: {reason(error)}"
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:

@@ -12,11 +12,14 @@ from transformers import PreTrainedModel
 
 from graft.data.encode import EncodedData
 from graft.data.examples import Example
+from graft.data.overlap import Overlap
 from graft.errors import GraftError
 
 GRADIENTS_BY = 10
 """The step by which everything that trains must have had a gradient that is not zero."""
 _FEW_ENDS = 0.5
+_FEW_TARGETS = 0.02
+_MANY_REPEATED = 0.01
 _PROBED_TOKENS = 32
 _NAMED = 5
 
@@ -31,6 +34,29 @@ def eos_note(data: EncodedData, eos: bool) -> str | None:
         f"({share:.0%}), and {data.cut_rows:,} are cut before it, so the model may not learn to "
         "stop; raise --max-length, or shorten the rows"
     )
+
+
+def share_note(data: EncodedData) -> str | None:
+    """Return what to say where hardly any token is trained."""
+    if data.trained_share >= _FEW_TARGETS:
+        return None
+    return (
+        f"only {data.trained_share:.1%} of the tokens are trained, so most of the time goes into "
+        "prompts; are the answers where they should be? graft data shows rows token by token"
+    )
+
+
+def overlap_note(found: Overlap, training_rows: int, held_out_rows: int) -> str | None:
+    """Return what to say of rows that are there twice, where it changes what a run is worth."""
+    said = []
+    if found.held_out_trained:
+        said.append(
+            f"{found.held_out_trained:,} of {held_out_rows:,} held-out rows are trained too (but "
+            "for white space and case), so that the held-out loss promises too much"
+        )
+    if found.repeated > _MANY_REPEATED * training_rows:
+        said.append(f"{found.repeated:,} of {training_rows:,} training rows repeat an earlier one")
+    return "; ".join(said) + "; --deduplicate trains none of them twice" if said else None
 
 
 class DeadGradients:

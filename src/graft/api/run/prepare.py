@@ -19,6 +19,8 @@ from graft.api.run.status import taken
 from graft.api.run.watched import Watched, watched
 from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
+from graft.data.overlap import Overlap, overlap
+from graft.data.store import facts_of
 from graft.errors import Problems
 from graft.formats.base import WeightFormat
 from graft.formats.registry import settings_of
@@ -28,7 +30,7 @@ from graft.model.targets import select_targets
 from graft.model.tokens import check_tokens
 from graft.objectives.registry import OBJECTIVES
 from graft.plan.memory import MemoryPlan, plan_memory
-from graft.train.gates import eos_note
+from graft.train.gates import eos_note, overlap_note, share_note
 from graft.train.schedule import default_learning_rate, steps_to_train
 
 
@@ -51,6 +53,7 @@ class Prepared:
     """Steps before the weights are rounded."""
     plan: MemoryPlan
     watched: Watched
+    overlap: Overlap
 
 
 def prepare(
@@ -90,11 +93,17 @@ def prepare(
     problems.raise_all("nothing was started")
     for name, data in (("training", training), ("held out", held_out)):
         events.note(f"{name}: {data.summary()}")
-    if (ends := eos_note(training, config.eos)) is not None:
-        events.note(ends)
+    twice = overlap(facts_of(training.examples), facts_of(held_out.examples))
+    for text in (
+        eos_note(training, config.eos),
+        share_note(training),
+        overlap_note(twice, training.row_count, held_out.row_count),
+    ):
+        if text is not None:
+            events.note(text)
     both = training, held_out
     return _resolved(
-        config, subject, weight_format, targets, both, seen, events, dense_steps, unrounded
+        config, subject, weight_format, targets, both, seen, twice, events, dense_steps, unrounded
     )
 
 
@@ -114,6 +123,7 @@ def _resolved(
     targets: list[str],
     data: tuple[EncodedData, EncodedData],
     seen: Watched,
+    twice: Overlap,
     events: Events,
     dense_steps: int | None,
     unrounded: int,
@@ -170,4 +180,5 @@ def _resolved(
         dense_steps=dense_steps,
         plan=plan,
         watched=seen,
+        overlap=twice,
     )

@@ -18,6 +18,7 @@ from graft.api.run.ending import Ending
 from graft.api.run.folder import fingerprint_weights
 from graft.api.run.layout import METRICS, REPORT
 from graft.data.encode import EncodedData
+from graft.data.overlap import Overlap
 from graft.data.sources.files import fingerprint
 from graft.evaluate.forgetting import Drift
 from graft.export.base import CARD
@@ -94,6 +95,10 @@ class RunReport:
     held_out_fingerprint: str | None
     """None where a share of the training file was held out."""
     versions: dict[str, str]
+    trained_tokens: int | None = None
+    """Those of the training rows' tokens that are trained; None in reports of earlier versions."""
+    overlap: Overlap | None = None
+    """Rows that are there twice; None in reports of earlier versions."""
 
     @property
     def worse(self) -> bool:
@@ -122,6 +127,7 @@ def make_report(
     plan: MemoryPlan,
     training: EncodedData,
     held_out: EncodedData,
+    overlap: Overlap,
     steps: int,
     learning_rate: float,
     trainable: int,
@@ -176,6 +182,8 @@ def make_report(
         bits_per_weight=bits_per_weight,
         training_rows=len(training.examples),
         training_tokens=training.total_tokens,
+        trained_tokens=training.target_tokens,
+        overlap=overlap,
         held_out_rows=len(held_out.examples),
         data_fingerprint=fingerprint(config.data),
         held_out_fingerprint=None if config.eval_data is None else fingerprint(config.eval_data),
@@ -228,6 +236,25 @@ def drift_words(report: RunReport) -> str:
     )
 
 
+def trained_words(report: RunReport) -> str:
+    """Return how many of the training rows' tokens are trained."""
+    if report.trained_tokens is None:
+        return "not counted"
+    share = report.trained_tokens / report.training_tokens
+    return f"{share:.0%} ({report.trained_tokens:,} of {report.training_tokens:,})"
+
+
+def overlap_words(report: RunReport) -> str:
+    """Return how many rows are there twice, in training and in what is held out."""
+    found = report.overlap
+    if found is None:
+        return "not counted"
+    return (
+        f"{found.held_out_trained:,} (their prompts alone: {found.prompts_trained:,}); training "
+        f"rows that repeat an earlier one: {found.repeated:,}"
+    )
+
+
 def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
@@ -249,6 +276,8 @@ def _markdown(report: RunReport) -> str:
         "steps, peak learning rate": f"{report.steps_done}, {report.learning_rate:.3g}",
         "rows that train the end of sequence": f"{report.eos_share:.0%}",
         "rows (training, held out)": f"{report.training_rows}, {report.held_out_rows}",
+        "share of the tokens that is trained": trained_words(report),
+        "held-out rows that are trained too": overlap_words(report),
         "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,}",
         "bits per weight of the adapted layers": bits,
         "time": f"{report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s",
