@@ -10,8 +10,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft.data.batches import BatchSampler, batch_in_order, collate
-from graft.data.encode import Example
+from graft.data.batches import batch_in_order, collate
+from graft.data.examples import Example
+from graft.data.sampler import BatchSampler
 from graft.errors import GraftError
 
 

@@ -75,7 +75,7 @@ def planned_activations(folder, weight_format, adapter, dtype, checkpointing="no
         adapter,
         planned.dtype,
         planned.device,
-        batch_size=BATCH,
+        tokens=BATCH * LENGTH,
         sequence_length=LENGTH,
         checkpointing=checkpointing,
     )

@@ -55,6 +55,7 @@ from graft.model.load import LoadedModel
 from graft.model.running.attention import use_own_attention
 from graft.model.running.checkpointing import enable_checkpointing
 from graft.model.running.memory import free_bytes, reuse_freed_memory
+from graft.model.running.packing import check_packing
 from graft.model.running.pointwise import use_own_pointwise
 from graft.model.running.prefetch import prefetch_layers
 from graft.model.save import save_model
@@ -154,11 +155,11 @@ def _carry_out(
     packer = STARTS[config.init].packer(config)
     try:
         loaded = load_base(prepared, run, packer, events)
+        parameters = _make_trainable(loaded, prepared)
     except Exception:
         if resumed is None:  # nothing has begun
             remove_folder(run)
         raise
-    parameters = _make_trainable(loaded, prepared)
     if checkpoint is None:
         _start(loaded, config, packer, run, events)
     task = _task(loaded, prepared, parameters, run, events, stop)
@@ -181,6 +182,7 @@ def _carry_out(
         trained=trained,
         drift=drift,
         plan=prepared.plan,
+        batching=prepared.batching,
         training=prepared.training,
         held_out=prepared.held_out,
         overlap=prepared.overlap,
@@ -201,6 +203,8 @@ def _make_trainable(loaded: LoadedModel, prepared: Prepared) -> dict[str, nn.Par
     config, model = prepared.config, loaded.model
     torch.manual_seed(config.seed)
     use_own_attention(model)
+    if config.batching == "packed":
+        check_packing(model)
     enable_checkpointing(model, prepared.plan.checkpointing)
     parameters = prepared.method.make_trainable(model, prepared.targets, config)
     use_own_pointwise(model)  # which leaves norms that train

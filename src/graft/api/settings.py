@@ -94,6 +94,7 @@ def stored_settings(file: Path, kind: type) -> dict[str, Any]:
     recomputes = written.pop("gradient_checkpointing", None)
     if recomputes is not None:
         written["checkpointing"] = "layers" if recomputes else "none"
+    written.setdefault("batching", "padded")  # earlier versions knew no other
     return checked_settings(written, kind, str(file))
 
 

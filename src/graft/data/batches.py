@@ -1,9 +1,8 @@
-"""Batches: which rows a step sees, and their padding into tensors."""
+"""Batches: rows as tensors, padded to the longest or packed one behind the other."""
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
@@ -39,6 +38,18 @@ class Batch:
         return replace(self, **moved)
 
 
+@dataclass(frozen=True)
+class PackedBatch(Batch):
+    """Rows one behind the other, without padding, none of which may see another.
+
+    input_ids, labels: int64 [1, tokens]; token 0 of a row is never a target, or the last token of
+    the row before would be asked for it.
+    """
+
+    starts: Tensor
+    """int32 [rows + 1]: row r has the positions starts[r] to starts[r + 1] - 1."""
+
+
 def collate(examples: Sequence[Example]) -> Batch:
     """Pad examples to the longest one; masks follow positions, never token ids.
 
@@ -58,74 +69,20 @@ def collate(examples: Sequence[Example]) -> Batch:
     return Batch(input_ids, labels)
 
 
-class BatchSampler:
-    """Endless batches of row numbers: every epoch is a fresh permutation, fixed by the seed.
+def pack(examples: Sequence[Example]) -> PackedBatch:
+    """Lay examples one behind the other, in their order.
 
-    Every batch has batch_size rows; one that reaches the end of an epoch goes on in the next,
-    so that every row is seen exactly once per epoch. The place is (epoch, position).
+    Raises GraftError when there are no examples.
     """
-
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
-        """Begin at epoch 0; raises GraftError when count or batch_size is below 1."""
-        if count < 1 or batch_size < 1:
-            raise GraftError(
-                f"cannot make batches of {batch_size} from {count} rows; expected at least 1"
-            )
-        self.count = count
-        self.batch_size = batch_size
-        self.seed = seed
-        self._enter(0, 0)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        return self
-
-    def __next__(self) -> list[int]:
-        """Return the next batch_size row numbers."""
-        batch: list[int] = []
-        while len(batch) < self.batch_size:
-            if self._position == self.count:
-                self._enter(self._epoch + 1, 0)
-            taken = self._order[self._position :][: self.batch_size - len(batch)]
-            batch.extend(taken)
-            self._position += len(taken)
-        return batch
-
-    def state(self) -> dict[str, int]:
-        """Return the place as plain numbers: epoch, position in it, and what they depend on."""
-        return {
-            "epoch": self._epoch,
-            "position": self._position,
-            "count": self.count,
-            "seed": self.seed,
-        }
-
-    def restore(self, state: Mapping[str, int]) -> None:
-        """Go on exactly where state() was taken.
-
-        Raises GraftError when the state belongs to other data or another seed, or is none.
-        """
-        if not state.keys() >= {"count", "seed", "epoch", "position"}:
-            raise GraftError("cannot resume: the checkpoint's place in the data is incomplete")
-        for name, now in (("count", self.count), ("seed", self.seed)):
-            if state[name] != now:
-                what = "number of training rows" if name == "count" else "seed"
-                raise GraftError(
-                    f"cannot resume: the checkpoint was made with {what} {state[name]}, now it "
-                    f"is {now}; resume with the same data and --seed"
-                )
-        if not 0 <= state["position"] <= self.count or state["epoch"] < 0:
-            raise GraftError(
-                f"cannot resume: the checkpoint's place in the data is row {state['position']} of "
-                f"{self.count} in epoch {state['epoch']}"
-            )
-        self._enter(state["epoch"], state["position"])
-
-    def _enter(self, epoch: int, position: int) -> None:
-        self._epoch = epoch
-        self._position = position
-        self._order = list(range(self.count))
-        # A text seed is hashed with SHA-512, so that neighbouring epochs share nothing.
-        random.Random(f"seed {self.seed} epoch {epoch}").shuffle(self._order)
+    if not examples:
+        raise GraftError("a batch needs at least one example")
+    ids = torch.tensor([token for example in examples for token in example.input_ids])
+    targets = torch.tensor([flag for example in examples for flag in example.targets])
+    lengths = torch.tensor([0, *(len(example.input_ids) for example in examples)])
+    starts = lengths.cumsum(0)
+    labels = ids.where(targets, IGNORED)
+    labels[starts[:-1]] = IGNORED
+    return PackedBatch(ids[None], labels[None], starts.int())
 
 
 def batch_in_order(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from graft.data.batches import Batch, collate
+from graft.data.batches import Batch, collate, pack
 from graft.data.examples import Example
 from graft.data.shapes.base import RowShape
 from graft.data.shapes.registry import SHAPES
@@ -51,6 +51,8 @@ class Objective(ABC):
     name: str
     counted = "target_tokens"
     """What `Batch.targets` counts, as the metrics name it."""
+    packs = False
+    """Its loss takes a `PackedBatch` too."""
 
     def takes(self, shape: RowShape) -> bool:
         """Return whether rows of a shape hold what it needs."""
@@ -69,13 +71,20 @@ class Objective(ABC):
         """Make a batch of encoded rows; raises GraftError when there are none."""
         return collate(examples)
 
+    def pack(self, examples: Sequence[Example]) -> Batch:
+        """Make a batch of encoded rows without padding, where `packs` says that the loss takes it.
+
+        Raises GraftError when there are none.
+        """
+        return pack(examples)
+
     @abstractmethod
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         """Return the sum of the losses over the batch's targets, and of whatever else is measured.
 
-        The batch is one that `collate` made, on the model's device. In training the first, a
-        0-dimensional tensor, is divided by the targets of the whole step and differentiated; the
-        others are recorded, divided likewise.
+        The batch is one that `collate` or `pack` made, on the model's device. In training the
+        first, a 0-dimensional tensor, is divided by the targets of the whole step and
+        differentiated; the others are recorded, divided likewise.
         """
 
     def evaluation(self, result: LossResult) -> dict[str, float]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from graft.data.batches import Batch
+from graft.data.batches import Batch, PackedBatch
 from graft.model.running.loss import target_loss
 from graft.objectives.base import LossResult, Objective
 
@@ -17,10 +17,12 @@ class NextToken(Objective):
     """-log p(token | the tokens before it), summed over the trained tokens, in nats."""
 
     name = "next_token"
+    packs = True
 
     def loss(self, model: PreTrainedModel, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         """Return the sum of -log p over the targets; nothing else is measured."""
-        return target_loss(model, batch.input_ids, batch.labels)[0], {}
+        starts = batch.starts if isinstance(batch, PackedBatch) else None
+        return target_loss(model, batch.input_ids, batch.labels, starts)[0], {}
 
     def evaluation(self, result: LossResult) -> dict[str, float]:
         """Return the loss, exp(loss), which becomes inf where that is large, and the count."""

@@ -76,11 +76,13 @@ def plan_activations(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    batch_size: int,
+    tokens: int,
     sequence_length: int,
     checkpointing: Checkpointing,
 ) -> Activations:
     """Return what the backward pass of a decoder with adapters (on the meta device) keeps.
+
+    tokens: that are computed at once, in rows of at most sequence_length.
 
     Per token and decoder layer, in values of the compute dtype: the output of every linear layer
     (the two that write to the residual stream stand for the inputs of the next norms, float32 in an
@@ -92,7 +94,6 @@ def plan_activations(
     its products and its attention, the outputs that `graft.model.running.checkpointing` names.
     """
     setting = _setting(model, adapter, dtype, device, sequence_length)
-    tokens = batch_size * sequence_length
     layers = _decoder_layers(model, adapter, dtype)
     whole = [_layer_bytes(linears, setting, tokens) for linears in layers]
     norm_itemsize = _norm_itemsize(setting)

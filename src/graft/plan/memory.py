@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from graft.adapters.attach import frozen_layers
 from graft.adapters.config import AdapterConfig
@@ -118,6 +119,7 @@ def plan_memory(
     checkpointing: Checkpointing | Literal["auto"],
     optimizer: str = DEFAULT_OPTIMIZER,
     calibration_rows: int = 0,
+    tokens: int | None = None,
     trust_remote_code: bool = False,
 ) -> MemoryPlan:
     """Return the memory plan of a training run on a model folder, hub id or subject.
@@ -125,7 +127,8 @@ def plan_memory(
     The modules that training uses are built on the meta device, and their tensors counted; no
     weights are read. With weight_format None the targets stay as they are (dense, or as the folder
     has them quantised). A method without an adapter trains them, with gradients and the optimizer's
-    states in their own dtype. sequence_length: the longest row's, in tokens. calibration_rows: how
+    states in their own dtype. sequence_length: the longest row's, in tokens. tokens: the most that
+    are trained at once, where rows are packed; an evaluation pads. calibration_rows: how
     many rows the codes are calibrated on, before training or between two steps; 0 for a solver that
     needs none. A GPU's plan counts its memory alone.
 
@@ -146,10 +149,12 @@ def plan_memory(
         trust_remote_code=trust_remote_code,
     )
     check_checkpointing(planned.model, checkpointing)
-    shape = batch_size, sequence_length, calibration_rows, OPTIMIZERS[optimizer]
+    padded = batch_size * sequence_length
+    shape = _Shape(batch_size, sequence_length, tokens or padded, calibration_rows)
+    plan_choice = partial(_plan, planned, adapter, shape, OPTIMIZERS[optimizer])
     if checkpointing != "auto":
-        return _plan(planned, adapter, checkpointing, *shape)
-    plans = [_plan(planned, adapter, choice, *shape) for choice in CHECKPOINTING]
+        return plan_choice(checkpointing)
+    plans = [plan_choice(choice) for choice in CHECKPOINTING]
     if not planned.model.supports_gradient_checkpointing:
         reason = f"none: {type(planned.model).__name__} cannot recompute its layers"
         return replace(plans[0], checkpointing_reason=reason)
@@ -177,43 +182,61 @@ def _share(free: int) -> str:
     return f"{USABLE_MEMORY:.0%} of the {format_bytes(free)} that are free"
 
 
+class _Shape(NamedTuple):
+    """What is computed at once."""
+
+    batch_size: int
+    sequence_length: int
+    tokens: int
+    calibration_rows: int
+
+    def __str__(self) -> str:
+        padded = self.batch_size * self.sequence_length
+        if self.tokens == padded:
+            return f"{self.batch_size} x {self.sequence_length} tokens"
+        return f"{self.tokens} tokens of packed rows"
+
+
 def _plan(
     planned: PlannedModel,
     adapter: AdapterConfig,
-    checkpointing: Checkpointing,
-    batch_size: int,
-    sequence_length: int,
-    calibration_rows: int,
+    shape: _Shape,
     optimizer: OptimizerKind,
+    checkpointing: Checkpointing,
 ) -> MemoryPlan:
     activations = plan_activations(
         planned.model,
         adapter,
         planned.dtype,
         planned.device,
-        batch_size=batch_size,
-        sequence_length=sequence_length,
+        tokens=shape.tokens,
+        sequence_length=shape.sequence_length,
         checkpointing=checkpointing,
     )
     counts = planned.counts
-    tokens = batch_size * sequence_length
+    tokens, padded = shape.tokens, shape.batch_size * shape.sequence_length
     process = 0 if planned.device.type == "cuda" else PROCESS_BYTES
     loss = _loss_bytes(planned, tokens)
     workspace = _workspace_bytes(planned, counts, tokens, activations.widest)
+    evaluating = max(
+        _loss_bytes(planned, padded),
+        _workspace_bytes(planned, counts, padded, activations.widest),
+    )
     states = optimizer.state_bytes(counts.trained, counts.trained_bytes)
     merging = _merging_bytes(planned, counts, adapter)
     method = method_of(adapter)
     in_training = method.rounds_in_training(adapter)
     rounding = 0
-    if calibration_rows:
+    if shape.calibration_rows:
         kept = planned.dtype.itemsize if not in_training else 4
-        rounding = _rounding_bytes(planned, counts, kept, calibration_rows * sequence_length)
+        calibrating = shape.calibration_rows * shape.sequence_length
+        rounding = _rounding_bytes(planned, counts, kept, calibrating)
     weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
     held = process + weights + states
     heap = _heap_bytes(planned, tokens, activations)
     backward = max(loss, activations.recomputed_bytes + workspace)
     dtype = str(planned.dtype).removeprefix("torch.")
-    kept_note = f"kept, {batch_size} x {sequence_length} tokens, checkpointing {checkpointing}"
+    kept_note = f"kept, {shape}, checkpointing {checkpointing}"
     rows = (
         MemoryRow("process", process, "Python, PyTorch, Transformers"),
         *_weight_rows(counts, dtype),
@@ -224,7 +247,7 @@ def _plan(
         MemoryRow("loss", loss, "a chunk of logits; takes turns with the two before"),
         MemoryRow("heap", heap, "gaps between the tensors, which malloc keeps"),
         MemoryRow("rounding", rounding, _rounding_note(rounding, in_training, dtype)),
-        MemoryRow("evaluation", max(loss, workspace), "loss or workspace; nothing is kept"),
+        MemoryRow("evaluation", evaluating, "loss or workspace; nothing is kept"),
         MemoryRow("merging", merging, "float64 copies of one layer; the merged weights"),
     )
     step = counts.trained_bytes + activations.kept_bytes + backward + heap
@@ -232,7 +255,7 @@ def _plan(
     return MemoryPlan(
         rows=rows,
         training_bytes=max(held + step, held + rounding if in_training else before),
-        evaluation_bytes=held + max(loss, workspace),
+        evaluation_bytes=held + evaluating,
         saving_bytes=process + weights + merging,
         weight_file_bytes=planned.file_bytes,
         bits_per_weight=counts.bits_per_weight,

@@ -9,6 +9,8 @@ from graft.objectives.registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
 from graft.train.trackers import TRACKERS
 
+Batching = Literal["auto", "packed", "grouped", "padded"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class LoopConfig:
@@ -32,6 +34,11 @@ class LoopConfig:
     """Rows that are computed at once."""
     grad_accum: int = 1
     """Batches that are added up to one optimizer step."""
+    batching: Batching = "auto"
+    """How the rows of a batch become tensors. packed: one behind the other without padding, none of
+    which sees another; loss and gradients are those of padded rows. grouped: padded to the longest,
+    in batches of rows of about one length. padded: padded, in batches as they come. auto packs
+    where the model can, and groups otherwise."""
     objective: Annotated[str, OBJECTIVES] = DEFAULT_OBJECTIVE
     """What is learnt from the rows."""
     optimizer: Annotated[str, OPTIMIZERS] = DEFAULT_OPTIMIZER

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from graft.data.batches import Batch, BatchSampler
+from graft.data.batches import Batch
 from graft.data.examples import Example
+from graft.data.sampler import make_sampler
 from graft.files.write import flush, unwritable, write_text
 from graft.model.running.memory import resident_bytes
 from graft.model.save import save_tensors
@@ -134,7 +135,7 @@ class _Loop:
         self.optimizer = task.optimizer.make(
             self._groups(), task.learning_rate, config, self.device
         )
-        self.sampler = BatchSampler(len(task.examples), config.batch_size, config.seed)
+        self.sampler = make_sampler(config.batching, task.examples, config.batch_size, config.seed)
         self.metrics_file = task.folder / "metrics.jsonl"
         self.interval = steps_between_evaluations(config, len(task.examples))
         self.best = BestParameters(
@@ -210,7 +211,8 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         rows = [next(self.sampler) for _ in range(self.config.grad_accum)]
-        batches = [self._batch(numbers) for numbers in rows]
+        examples = [[self.task.examples[row] for row in numbers] for numbers in rows]
+        batches = [self._batch(some) for some in examples]
         targets = sum(batch.targets for batch in batches)
         loss, sums = 0.0, Metrics()
         for index, batch in enumerate(batches):
@@ -230,7 +232,7 @@ class _Loop:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - begin
-        tokens = sum(batch.input_ids.numel() for batch in batches)
+        tokens = sum(len(example.input_ids) for some in examples for example in some)
         self._record(
             {
                 "step": step,
@@ -245,8 +247,10 @@ class _Loop:
             }
         )
 
-    def _batch(self, rows: Sequence[int]) -> Batch:
-        return self.task.objective.collate([self.task.examples[row] for row in rows])
+    def _batch(self, examples: Sequence[Example]) -> Batch:
+        objective = self.task.objective
+        packs = self.config.batching == "packed"
+        return objective.pack(examples) if packs else objective.collate(examples)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
         return self.task.objective.loss(self.task.model, batch.to(self.device))

@@ -13,6 +13,7 @@ from graft.api.checks import calibrating_rows, check_train_config, chosen_solver
 from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.export import check_bias_exports, check_exports
+from graft.api.run.batching import chosen_batching, plan_batches
 from graft.api.run.folder import is_run
 from graft.api.run.formats import base_format, exported_formats
 from graft.api.run.status import taken
@@ -52,6 +53,8 @@ class Prepared:
     dense_steps: int
     """Steps before the weights are rounded."""
     plan: MemoryPlan
+    batching: str
+    """How the rows become tensors, and what that saves, in words."""
     watched: Watched
     overlap: Overlap
 
@@ -86,6 +89,9 @@ def prepare(
             OBJECTIVES[config.objective].check_rows(kind)
         check_tokens(subject.skeleton, tokenizer, training.examples, held_out.examples)
         seen = watched(config, subject, held_out)
+    with problems.collecting():
+        if config.objective in OBJECTIVES:
+            config = dataclasses.replace(config, batching=chosen_batching(config, subject))
     with problems.collecting():
         weight_format = base_format(config, subject)
         exported = exported_formats(config, subject, weight_format, targets)
@@ -132,6 +138,9 @@ def _resolved(
     training, held_out = data
     method = method_of(config)
     config = config.resolved(None if weight_format is None else weight_format.bits)
+    steps = steps_to_train(config, len(training.examples))
+    batches = plan_batches(config, training, steps)
+    events.note(f"batches: {batches.words}")
     plan = plan_memory(
         subject,
         weight_format=weight_format,
@@ -139,14 +148,14 @@ def _resolved(
         dtype=method.compute_dtype(config.dtype),
         device=config.device,
         batch_size=config.batch_size,
-        sequence_length=training.longest,
+        sequence_length=batches.longest,
+        tokens=batches.tokens,
         checkpointing=config.checkpointing,
         optimizer=config.optimizer,
         calibration_rows=calibrating_rows(config),
     )
     if config.checkpointing == "auto":
         events.note(f"checkpointing: {plan.checkpointing_reason}")
-    steps = steps_to_train(config, len(training.examples))
     planned = method.dense_steps(config, steps)
     if dense_steps is None:
         dense_steps = max(planned, unrounded)
@@ -179,6 +188,7 @@ def _resolved(
         learning_rate=rate,
         dense_steps=dense_steps,
         plan=plan,
+        batching=batches.words,
         watched=seen,
         overlap=twice,
     )

@@ -76,7 +76,7 @@ class RunReport:
     """Of the training rows that train the end of sequence."""
     seconds: float
     tokens_per_second: float
-    """Tokens computed per second of training steps, padding included; 0 where it is not known."""
+    """Tokens of the rows per second of training steps, without padding; 0 where it is not known."""
     peak_memory_bytes: int
     planned_memory_bytes: int
     init: str
@@ -99,6 +99,8 @@ class RunReport:
     """Those of the training rows' tokens that are trained; None in reports of earlier versions."""
     overlap: Overlap | None = None
     """Rows that are there twice; None in reports of earlier versions."""
+    batching: str = "padded"
+    """How rows became tensors, and what that saved."""
 
     @property
     def worse(self) -> bool:
@@ -125,6 +127,7 @@ def make_report(
     trained: Trained,
     drift: Drift | None,
     plan: MemoryPlan,
+    batching: str,
     training: EncodedData,
     held_out: EncodedData,
     overlap: Overlap,
@@ -188,6 +191,7 @@ def make_report(
         data_fingerprint=fingerprint(config.data),
         held_out_fingerprint=None if config.eval_data is None else fingerprint(config.eval_data),
         versions=versions(),
+        batching=batching,
     )
 
 
@@ -283,6 +287,7 @@ def _markdown(report: RunReport) -> str:
         "time": f"{report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s",
         "peak memory (planned)": f"{report.peak_memory_bytes / 2**20:,.0f} MiB "
         f"({report.planned_memory_bytes / 2**20:,.0f} MiB)",
+        "batching": report.batching,
         "checkpointing": report.checkpointing,
     }
     table = "\n".join(f"| {name} | {markdown(value)} |" for name, value in rows.items())

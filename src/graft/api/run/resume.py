@@ -145,6 +145,7 @@ def merged_settings(config: TrainConfig, stored: TrainConfig, run: Path) -> Trai
         for field in dataclasses.fields(TrainConfig)
         if field.name not in (*_MAY_CHANGE, *looked_at)
         and (given := getattr(wanted, field.name)) is not None
+        and (field.name, given) != ("batching", "auto")
         and given != (before := getattr(begun, field.name))
     ]
     steps, epochs = config.steps, config.epochs

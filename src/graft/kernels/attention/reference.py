@@ -53,9 +53,7 @@ def attention_backward(
     """Compute dv = pᵀ do, ds = p (do vᵀ - rowsum(do o)) scale, dq = ds k and dk = dsᵀ q."""
     whole = [slice(0, q.shape[2])] if starts is None else slices(starts)
     parts = [
-        _backward(
-            grad[:, s], q[:, :, s], k[:, :, s], v[:, :, s], out[:, s], lse[:, :, s], scale
-        )
+        _backward(grad[:, s], q[:, :, s], k[:, :, s], v[:, :, s], out[:, s], lse[:, :, s], scale)
         for s in whole
     ]
     dq, dk, dv = (torch.cat(some, 2) for some in zip(*parts, strict=True))

@@ -24,10 +24,10 @@ def use_own_attention(model: PreTrainedModel) -> bool:
     """Let graft's kernels compute what PyTorch's `scaled_dot_product_attention` would; say if so.
 
     They do for causal self-attention on a CPU, in float32 or bfloat16, without a mask, dropout or
-    cached keys; anything else still goes to PyTorch's, call by call. Packed rows (`model.running.packing`) are
-    computed each by itself, whichever computes them. A model is left as it is when its attention is
-    not PyTorch's now, or when its family's `plain_attention` is not known. The model's
-    configuration files do not change.
+    cached keys; anything else still goes to PyTorch's, call by call. Packed rows (see
+    `graft.model.running.packing`) are computed each by itself, whichever computes them. A model is
+    left as it is when its attention is not PyTorch's now, or when its family's `plain_attention` is
+    not known. The model's configuration files do not change.
     """
     if attention_of(model) != "sdpa" or not may_use_own_attention(model):
         return False
@@ -55,7 +55,8 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Compute attention as `sdpa_attention_forward` does; [batch, length, heads, head_dim].
 
-    What is said of packed rows comes as a keyword, which reaches the recomputation of a checkpointed layer too.
+    What is said of packed rows comes as a keyword, which reaches the recomputation of a
+    checkpointed layer too.
     """
     starts: Tensor | None = kwargs.pop("cu_seq_lens_q", None)
     if starts is not None:
@@ -72,18 +73,17 @@ def _attention(
     options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal, **kwargs}
     if starts is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)[0], None
-    rows = [
-        sdpa_attention_forward(
-            module, *(t[:, :, row] for t in (query, key, value)), _window(row, window, query), **options
-        )[0]
-        for row in slices(starts)
-    ]
+    rows = []
+    for row in slices(starts):
+        q, k, v = (tensor[:, :, row] for tensor in (query, key, value))
+        mask = _window(row, window, query)
+        rows.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
     return torch.cat(rows, dim=1), None
 
 
 def _bounding(window: int | None, starts: Tensor) -> int | None:
     """Return the window, or None where no row is longer."""
-    return None if window is None or int(starts.diff().max()) <= window else window
+    return None if not window or int(starts.diff().max()) <= window else window
 
 
 def _window(row: slice, window: int | None, query: Tensor) -> Tensor | None:
