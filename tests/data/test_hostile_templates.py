@@ -16,6 +16,7 @@ from graft.data.rows import Row, Rows
 from graft.data.templates import Renderer, render_within_bounds, rendering, rendering_here
 from graft.errors import GraftError
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}
 TALK = [
     {"role": "system", "content": "  Be  brief.\n"},
     {
@@ -24,7 +25,7 @@ TALK = [
         "name": "\u2028",
         "extra": [1, 2.5, None],
     },
-    {"role": "assistant", "content": "fine", "reasoning": "so", "tool_calls": [{"f": {"a": 1}}]},
+    {"role": "assistant", "content": "fine", "reasoning": "so", "tool_calls": [CALL]},
     {"role": "user", "content": "more"},
 ]
 HONEST = {
@@ -169,7 +170,7 @@ def test_whatever_a_template_raises_is_told(build_tokenizer, template, message) 
 
 def test_half_a_surrogate_pair_in_a_rendered_text_is_told(build_tokenizer) -> None:
     tokenizer = build_tokenizer(chat_template="{{ messages[0].name }}")
-    with pytest.raises(GraftError, match="renders holds half of a surrogate pair"):
+    with pytest.raises(GraftError, match=r"message 1.'name' holds half of a surrogate pair"):
         chat_prompt([{"role": "user", "content": "a", "name": "\ud83d"}], tokenizer)
 
 
@@ -187,7 +188,8 @@ def test_a_row_of_many_turns_is_bounded(build_tokenizer, monkeypatch) -> None:
     begin = time.monotonic()
     with pytest.raises(GraftError, match="takes more than 1 s|writes more than"):
         render_chat(
-            turns, build_tokenizer(chat_template="{{ messages | length }}" + HONEST["json"])
+            {"messages": turns},
+            build_tokenizer(chat_template="{{ messages | length }}" + HONEST["json"]),
         )
     assert time.monotonic() - begin < 8
 

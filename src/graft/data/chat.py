@@ -1,18 +1,31 @@
-"""Conversations: whether messages are whole, and how a chat template renders them."""
+"""Conversations, as a chat template renders them, and what of them is trained."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from graft.data.shapes.base import Rendered, Tokenizer, text_problem, type_in_words
+from graft.data.dressing import forms_of
+from graft.data.messages import Conversation, read_conversation
+from graft.data.shapes.base import Rendered, Tokenizer, text_problem
 from graft.data.templates import Renderer, render_within_bounds
+from graft.data.traces import find_traces
+from graft.data.turns import Misplaced, Place, find_places
 from graft.errors import GraftError, raise_problems
-from graft.text import listed
+from graft.text import quoted
 
 DEFAULT_CHAT_TEMPLATE = (
+    "{% if tools %}{{ '### tools:\\n' }}"
+    "{% for tool in tools %}{{ (tool | tojson) + '\\n' }}{% endfor %}"
+    "{{ '\\n' }}{% endif %}"
     "{% for message in messages %}"
-    "{{ '### ' + message['role'] + ':\\n' + message['content'] }}"
+    "{{ '### ' + message['role'] + ':\\n' }}"
+    "{% if message['content'] %}{{ message['content'] }}{% endif %}"
+    "{% if message['tool_calls'] %}{% for call in message['tool_calls'] %}"
+    "{% if message['content'] or not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ '<tool_call>\\n{\"name\": ' + (call['function']['name'] | tojson) }}"
+    "{{ ', \"arguments\": ' + (call['function']['arguments'] | tojson) + '}\\n</tool_call>' }}"
+    "{% endfor %}{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{{ '\\n\\n' }}"
     "{% endfor %}"
@@ -20,41 +33,15 @@ DEFAULT_CHAT_TEMPLATE = (
 )
 """Chat template of a tokenizer that has none; ship it with the model that was trained on it."""
 
-
-def message_problems(messages: object) -> list[str]:
-    """Return what keeps a value from being a list of messages, each with role and content."""
-    if not isinstance(messages, list):
-        return [f"'messages' is {type_in_words(messages)}; expected a list of objects"]
-    if not messages:
-        return ["'messages' is an empty list; expected at least one message"]
-    problems = []
-    for number, message in enumerate(messages, start=1):
-        if not isinstance(message, Mapping):
-            problems.append(f"message {number} is {type_in_words(message)}; expected an object")
-            continue
-        for key in ("role", "content"):
-            if key not in message:
-                keys = listed(message)
-                problems.append(f"message {number}: {key!r} is missing (keys: {keys})")
-            elif wrong := text_problem(message[key]):
-                problems.append(f"message {number}: {key!r} {wrong}")
-        content = message.get("content")
-        if message.get("role") == "assistant" and isinstance(content, str) and not content.strip():
-            problems.append(f"message {number}: the assistant's content is empty")
-    return problems
-
-
-def answer_problems(messages: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return why well-formed messages hold nothing to train, if they do not."""
-    roles = [message["role"] for message in messages]
-    if "assistant" not in roles:
-        return [f"no message of role 'assistant' (roles: {listed(roles)}), so nothing to train"]
-    if roles[0] == "assistant":
-        return [
-            "message 1: the assistant speaks first, with nothing to answer; "
-            "put a user's message before it, or remove it"
-        ]
-    return []
+_SHORTENED = (
+    "an answer before the last is trained without what the chat template writes before the last "
+    "answer alone, such as thoughts; where each should be trained with it, make it the last of a "
+    "row of its own"
+)
+_OTHER_PROMPT = (
+    "an answer is not trained, because the chat template writes another beginning of it than it "
+    "asks for once more messages follow; where it should be, make it the last of a row of its own"
+)
 
 
 def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> str:
@@ -62,76 +49,131 @@ def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> 
 
     Raises GraftError when they are no messages or the template refuses them.
     """
-    return chat_opening(messages, tokenizer).text
+    return chat_opening({"messages": messages}, tokenizer).text
 
 
-def chat_opening(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Rendered:
-    """Return `chat_prompt`, with the seams that training has: both ends of each answer in it.
+def chat_opening(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Rendered:
+    """Return the prompt of a row's messages, with training's seams: both ends of each answer.
 
-    Raises GraftError as `chat_prompt` does.
+    fields: `messages`, and perhaps `tools` and what else the rows of messages may have. Raises
+    GraftError as `chat_prompt` does.
     """
-    raise_problems(message_problems(messages), "prompt")
-    return Rendered(_apply_template(messages, tokenizer, [(len(messages), True)])[0])
+    found, problems = read_conversation(fields)
+    raise_problems(problems, "prompt")
+    return _rendered(found, tokenizer, asks=True)
 
 
-def render_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> Rendered:
-    """Render up to the last assistant turn; spans hold each answer with its end-of-turn token.
+def render_chat(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Rendered:
+    """Render a row up to its last trained answer; spans hold answers with their end-of-turn token.
 
-    Each turn begins where the template, given the messages before it, asks for an answer.
+    Each begins where the template, given the messages before it, asks for an answer. Raises
+    GraftError when the template does not let all of this be true of any answer.
     """
-    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    messages = messages[: turns[-1] + 1]
-    beginnings = [(len(messages), False)]
-    for index in turns:
-        beginnings += [(index, True), (index + 1, False)]
-    texts = _apply_template(messages, tokenizer, beginnings)
-    # White space after the last turn's end would only stand between it and the EOS token.
-    text = texts[0].rstrip()
-    spans = []
-    for index, before, through in zip(turns, texts[1::2], texts[2::2], strict=True):
-        through = through.rstrip()
-        start = len(before)
-        if not through.startswith(before) or not text.startswith(before):
-            raise GraftError(
-                f"message {index + 1}: the chat template does not render the messages before "
-                "it, with its generation prompt, as the beginning of the conversation, so the "
-                "model would be trained on another prompt than it is asked; mend the "
-                "template or give the rows as prompt, completion"
-            )
-        turn = through[start:]
-        if not text.startswith(turn, start):
-            turn = _without_lead(turn, messages[index]["content"])
-        if not turn or not text.startswith(turn, start):
-            raise GraftError(
-                f"message {index + 1}: the chat template renders this answer differently once "
-                "more messages follow; make each answer the last message of a row of its own"
-            )
-        spans.append((start, start + len(turn)))
-    return Rendered(text, tuple(spans))
+    found, problems = read_conversation(fields)
+    raise_problems(problems, "row")
+    return _rendered(found, tokenizer, asks=False)
 
 
-def _without_lead(turn: str, content: str) -> str:
-    """Drop what a template writes before the content of the last turn only (empty thoughts)."""
-    begin = turn.rfind(content.strip())
-    return turn[begin:] if begin >= 0 else ""
-
-
-def _apply_template(
-    messages: Sequence[Mapping[str, Any]],
-    tokenizer: Tokenizer,
-    beginnings: Sequence[tuple[int, bool]],
-) -> list[str]:
+def _rendered(found: Conversation, tokenizer: Tokenizer, asks: bool) -> Rendered:
     template = DEFAULT_CHAT_TEMPLATE if tokenizer.chat_template is None else None
-    texts: list[str] = render_within_bounds(
-        tokenizer, template, _render_beginnings, [messages, beginnings]
+    request = [found.messages, found.trains, found.tools, found.variables, asks]
+    text, spans, seams, remarks = render_within_bounds(tokenizer, template, _work, request)
+    return Rendered(
+        text,
+        tuple((start, end) for start, end in spans),
+        seams=tuple(seams),
+        remarks=(*found.remarks, *remarks),
     )
-    for text in texts:
-        if problem := text_problem(text):
-            raise GraftError(f"what the chat template renders {problem}")
-    return texts
 
 
-def _render_beginnings(renderer: Renderer, request: Any) -> list[str]:
-    messages, beginnings = request
-    renderer.begin(sum(len(str(message.get("content"))) + 100 for message in messages))
-    return [renderer.render(messages[:end], ask=ask) for end, ask in beginnings]
+def _work(renderer: Renderer, request: Any) -> tuple[str, list[Any], list[int], list[str]]:
+    """Render a conversation; it is a function of the request and of the template alone."""
+    messages, trains, tools, variables, asks = request
+    size = sum(len(message.get("content", "")) + 200 for message in messages)
+    renderer.begin(size)
+    if not asks:
+        last = max(index for index, trained in enumerate(trains) if trained)
+        messages, trains = messages[: last + 1], trains[: last + 1]
+    forms = forms_of(renderer, any("tool_calls" in message for message in messages))
+    for form in forms:
+        dressed = form.dressed(messages)
+        try:
+            text = renderer.render(dressed, ask=asks, tools=tools, variables=variables)
+            break
+        except GraftError:
+            if form == forms[-1]:
+                raise
+    _check_text(text, messages, tools, variables)
+
+    def render(some: Sequence[Mapping[str, Any]], ask: bool) -> str:
+        return renderer.render(some, ask=ask, tools=tools, variables=variables)
+
+    def render_marked(
+        some: Sequence[Mapping[str, Any]], ask: bool, other_tools: Any, others: Any
+    ) -> str:
+        return renderer.render(form.dressed(some), ask=ask, tools=other_tools, variables=others)
+
+    # White space after the last turn's end would only stand between it and the EOS token.
+    text = text if asks else text.rstrip()
+    turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
+    places = find_places(render, dressed, text, turns, asks)
+    if asks:
+        return text, [], _seams(places), []
+    traces = find_traces(renderer.known, render_marked, messages, tools, variables)
+    for index in sorted(traces.mute):
+        if trains[index]:
+            keys = " and ".join(repr(key) for key in messages[index] if key != "role")
+            raise GraftError(
+                f"message {index + 1}: the chat template renders nothing of its {keys}, so an "
+                "empty answer would be trained; choose a template that does (--chat-template), or "
+                "remove the row"
+            )
+    spans, remarks = _spans({turn: places[turn] for turn in turns if trains[turn]})
+    seams = _seams({turn: places[turn] for turn in turns if not trains[turn]})
+    return text, spans, seams, [*traces.remarks, *remarks]
+
+
+def _spans(places: Mapping[int, Place | Misplaced]) -> tuple[list[tuple[int, int]], list[str]]:
+    """Return the places of trained answers, and what is to be said of them."""
+    found = [place for place in places.values() if isinstance(place, Place)]
+    remarks = []
+    for place in places.values():
+        if isinstance(place, Misplaced) and not (place.other_prompt and found):
+            raise GraftError(place.reason)
+    if len(found) < len(places):
+        remarks.append(_OTHER_PROMPT)
+    if any(place.shortened for place in found):
+        remarks.append(_SHORTENED)
+    return [(place.start, place.end) for place in found], remarks
+
+
+def _seams(places: Mapping[int, Place | Misplaced]) -> list[int]:
+    found = [place for place in places.values() if isinstance(place, Place)]
+    return [end for place in found for end in (place.start, place.end)]
+
+
+def _check_text(text: str, *values: Any) -> None:
+    """Raise GraftError when a rendered text is none that a tokenizer can read."""
+    problem = text_problem(text)
+    if problem is None:
+        return
+    keys = ("messages", "tools", "chat_template_kwargs")
+    for key, value in zip(keys, values, strict=True):
+        for path, one in _texts(value, key):
+            if wrong := text_problem(one):
+                raise GraftError(f"{path} {wrong}; the chat template renders it")
+    raise GraftError(f"what the chat template renders {problem}")
+
+
+def _texts(value: object, path: str) -> Iterator[tuple[str, str]]:
+    """Yield every text in a value, keys too, and where it stands."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, one in value.items():
+            yield f"{path}: the key {quoted(key, 40)}", str(key)
+            yield from _texts(one, f"{path}.{quoted(key, 40)}"[:200])
+    elif isinstance(value, list):
+        for number, one in enumerate(value, start=1):
+            inside = f"message {number}" if path == "messages" else f"{path}, {number}"
+            yield from _texts(one, inside)

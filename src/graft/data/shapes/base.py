@@ -62,6 +62,8 @@ class Rendered:
     """What an objective reads of the row besides its text; it is handed on as `Example.values`."""
     seams: tuple[int, ...] = ()
     """Further places that no token straddles: both ends of an answer that is not trained."""
+    remarks: tuple[str, ...] = ()
+    """What the user should know of the row, as clauses that complete 'in N rows'."""
 
 
 class Continuation(NamedTuple):

@@ -1,0 +1,244 @@
+"""Where the answers of a conversation stand in its text: by position, never by their words.
+
+An answer begins where the template, given the messages before it, asks for one, and ends where the
+template, given it too, ends. Two renderings for each answer say this exactly, and take quadratic
+time. In a conversation of many turns the answers stand between contents whose places are known
+from one rendering more, so what stands between a content and an answer is learnt from a few.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from graft.errors import GraftError
+
+_FEW = 8
+"""Answers that are rendered one by one."""
+_MOST_KINDS = 12
+_MARK = re.compile("gq([0-9]+)zk")
+
+Render = Callable[[Sequence[Mapping[str, Any]], bool], str]
+"""(messages, whether to ask for an answer) -> text."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """[start, end) of an answer, with its end-of-turn token."""
+
+    start: int
+    end: int
+    shortened: str = ""
+    """What the template leaves out at the answer's beginning once more messages follow."""
+
+
+@dataclass(frozen=True)
+class Misplaced:
+    """Why an answer has no place."""
+
+    reason: str
+    other_prompt: bool = False
+    """Whether what stands before it is not what generation starts from."""
+
+
+Found = dict[int, Place | Misplaced]
+
+
+def find_places(
+    render: Render,
+    messages: Sequence[Mapping[str, Any]],
+    text: str,
+    turns: Sequence[int],
+    asked: bool,
+) -> Found:
+    """Return where the answers `turns` stand in the text of messages.
+
+    asked: whether the text ends with the opening of another answer.
+    """
+    if len(turns) > _FEW:
+        found = _Aligned(render, messages, text, turns, asked).places()
+        if found is not None:
+            return found
+    whole = None if asked else len(messages) - 1
+    return {turn: _place(render, messages, text, turn, turn == whole) for turn in turns}
+
+
+def _place(
+    render: Render,
+    messages: Sequence[Mapping[str, Any]],
+    text: str,
+    turn: int,
+    is_last: bool,
+) -> Place | Misplaced:
+    """Return where one answer stands, from the messages before it and those through it."""
+    try:
+        before = render(messages[:turn], True)
+        through = text if is_last else render(messages[: turn + 1], False)
+    except GraftError as error:
+        return Misplaced(str(error))
+    start = len(before)
+    if not through.startswith(before) or not text.startswith(before):
+        return Misplaced(
+            f"message {turn + 1}: the chat template does not render the messages before it, with "
+            "its generation prompt, as the beginning of the conversation, so the model would be "
+            "trained on another prompt than it is asked; mend the template or give the rows as "
+            "prompt, completion",
+            other_prompt=True,
+        )
+    # White space after the turn's end belongs to what follows.
+    answer = through[start:].rstrip()
+    said = text[start : start + len(answer)]
+    at = 0
+    while said and not said.startswith(answer[at:]):
+        at = answer.find(said[0], at + 1)
+        if at < 0:
+            break
+    rest = answer[at:] if at >= 0 else ""
+    if not rest or (at and not _holds(rest, messages[turn])):
+        return Misplaced(
+            f"message {turn + 1}: the chat template renders this answer differently once more "
+            "messages follow; make each answer the last message of a row of its own"
+        )
+    return Place(start, start + len(rest), answer[:at])
+
+
+def _holds(text: str, message: Mapping[str, Any]) -> bool:
+    """Return whether a text has all that a message says besides its thoughts."""
+    content = message.get("content", "")
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content)
+    names = [call["function"]["name"] for call in message.get("tool_calls", ())]
+    return all(one in text for one in (content.rpartition("</think>")[2].strip(), *names))
+
+
+class _Aligned:
+    """The answers of a long conversation, found between the contents of the other messages."""
+
+    def __init__(
+        self,
+        render: Render,
+        messages: Sequence[Mapping[str, Any]],
+        text: str,
+        turns: Sequence[int],
+        asked: bool,
+    ) -> None:
+        self._render, self._messages, self._text = render, messages, text
+        self._turns, self._asked = turns, asked
+
+    def places(self) -> Found | None:
+        """Return all places, or None where too little is known to be certain."""
+        try:
+            contents = self._contents()
+        except GraftError:
+            return None
+        last = len(self._messages) - 1
+        kinds: dict[tuple[str, str], list[int]] = {}
+        found: Found = {}
+        for turn in self._turns:
+            if turn == last:
+                continue
+            if turn == 0 or turn - 1 not in contents or turn + 1 not in contents:
+                return None
+            if contents[turn - 1][1] > contents[turn + 1][0]:
+                return None
+            roles = (self._messages[turn - 1]["role"], self._messages[turn + 1]["role"])
+            kinds.setdefault(roles, []).append(turn)
+        if len(kinds) > _MOST_KINDS:
+            return None
+        witnesses = {turn for turns in kinds.values() for turn in turns[:2]}
+        at = len(self._turns) - 1
+        while at > 0:  # each at half of the text of the one before: all together at twice one
+            witnesses.add(self._turns[at])
+            at //= 2
+        for turn in sorted(witnesses):
+            is_last = turn == last and not self._asked
+            place = _place(self._render, self._messages, self._text, turn, is_last)
+            if not isinstance(place, Place):
+                return None
+            found[turn] = place
+        for turns in kinds.values():
+            if not self._fill(turns, contents, found):
+                return None
+        ordered = {turn: found[turn] for turn in self._turns}
+        places = [place for place in ordered.values() if isinstance(place, Place)]
+        if any(one.end > other.start for one, other in pairwise(places)):
+            return None
+        return ordered
+
+    def _fill(
+        self, turns: Sequence[int], contents: Mapping[int, tuple[int, int]], found: Found
+    ) -> bool:
+        """Add the places of turns of one kind; return whether all stand as the witnesses do."""
+        text = self._text
+        learnt = set()
+        shortened = ""
+        for turn in turns:
+            if isinstance(place := found.get(turn), Place):
+                begin, end = contents[turn - 1][1], contents[turn + 1][0]
+                learnt.add((text[begin : place.start], text[place.end : end]))
+                shortened = shortened or place.shortened
+        if len(learnt) != 1:
+            return False
+        ((head, tail),) = learnt
+        for turn in turns:
+            begin, end = contents[turn - 1][1], contents[turn + 1][0]
+            start, stop = begin + len(head), end - len(tail)
+            if not text.startswith(head, begin) or not text.endswith(tail, 0, end) or start >= stop:
+                return False
+            found.setdefault(turn, Place(start, stop, shortened))
+        return True
+
+    def _contents(self) -> dict[int, tuple[int, int]]:
+        """Return where the contents stand that are not the assistant's, as [start, end).
+
+        They are replaced by marks; the text must then be what stands between the marks, and the
+        contents. There are none where it is not.
+        """
+        marked = [
+            message if message["role"] == "assistant" else _with_mark(message, index)
+            for index, message in enumerate(self._messages)
+        ]
+        first, *rest = _MARK.split(self._render(marked, self._asked))
+        if not self._text.startswith(first):
+            return {}
+        reached = len(first)
+        found: dict[int, tuple[int, int]] = {}
+        for number, behind in zip(map(int, rest[::2]), rest[1::2], strict=True):
+            is_last = len(found) == len(rest) // 2 - 1
+            end = self._end(number, reached, behind, is_last)
+            if end is None or number in found:
+                return {}
+            found[number] = (reached, end)
+            reached = end + len(behind)
+        return found
+
+    def _end(self, number: int, begin: int, behind: str, is_last: bool) -> int | None:
+        """Return where a content that begins at a place ends, before what stands behind it."""
+        content = _text_of(self._messages[number]) if number < len(self._messages) else ""
+        as_json = json.dumps(content, ensure_ascii=False)[1:-1]
+        for one in (content, content.strip(), content.lstrip(), content.rstrip(), as_json):
+            end = begin + len(one)
+            if not self._text.startswith(one, begin):
+                continue
+            if self._text.startswith(behind, end):
+                return end
+            # White space at the text's own end may have been taken off.
+            if is_last and self._text[end:].rstrip() == behind.rstrip():
+                return end
+        return None
+
+
+def _text_of(message: Mapping[str, Any]) -> str:
+    content = message.get("content", "")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+def _with_mark(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
+    mark = f"gq{index}zk"
+    content = message.get("content", "")
+    marked = mark if isinstance(content, str) else [{"type": "text", "text": mark}]
+    return {**message, "content": marked}
