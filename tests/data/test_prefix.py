@@ -56,7 +56,7 @@ def rows(draw: st.DrawFn) -> tuple[str, list[dict], str | None, str]:
             {"instruction": answer, "input": asked, "output": answer}
         ),
         "text": st.fixed_dictionaries({"text": answer.map(lambda text: text + " y")}),
-        "messages": st.lists(st.tuples(asked, answer), min_size=1, max_size=1).map(talk),
+        "messages": st.lists(st.tuples(asked, answer), min_size=1, max_size=3).map(talk),
     }[kind]
     found = draw(st.lists(row, min_size=ROWS_AT_ONCE, max_size=ROWS_AT_ONCE))
     separator = draw(st.sampled_from(["\n", "", " ", "\n\n"]))
