@@ -11,7 +11,7 @@ class DataConfig:
     """What to train and evaluate on, and how a row becomes tokens."""
 
     GROUP: ClassVar[str] = "data"
-    RARE: ClassVar[frozenset[str]] = frozenset({"eos", "separator", "stride"})
+    RARE: ClassVar[frozenset[str]] = frozenset({"eos", "separator", "stride", "eval_fraction"})
 
     data: str
     """File of examples: .jsonl, .json, .csv, .parquet or .txt, each also as .gz."""

@@ -20,7 +20,7 @@ class LoopConfig:
     RARE: ClassVar[frozenset[str]] = frozenset(
         {
             *("warmup_fraction", "weight_decay", "max_grad_norm", "save_minutes", "checkpoints"),
-            *("eval_epochs", "min_improvement", "samples", "track", "general_text"),
+            *("eval_epochs", "min_improvement", "samples", "track", "general_text", "batching"),
         }
     )
 
