@@ -31,6 +31,17 @@ def test_a_finished_run_has_nothing_to_do(whole, tmp_path):
     assert report.steps == 6
 
 
+def test_a_finished_run_is_not_taken_for_one_on_other_data(tiny_base, rows, tmp_path):
+    run, data = tmp_path / "run", tmp_path / "live.jsonl"
+    shutil.copy(rows, data)
+    graft.finetune(settings(tiny_base, data, run))
+    data.write_text(data.read_text().replace("e", "a"))
+    with pytest.raises(GraftError, match="is not the data that the run was begun with: its SHA"):
+        graft.finetune(again(run))
+    data.unlink()
+    assert graft.finetune(again(run)).steps == 6
+
+
 @pytest.mark.parametrize("lost", ["report.json", "adapter", "export"])
 def test_what_a_finished_run_has_lost_is_made_again(lost, tiny_base, rows, tmp_path):
     run = tmp_path / "run"

@@ -35,6 +35,7 @@ from graft.api.run.report import RunReport, make_report, stored_bits_per_weight,
 from graft.api.run.resume import (
     Resumed,
     begin_run,
+    check_finished_inputs,
     find_place,
     finished_report,
     lost_run,
@@ -131,6 +132,7 @@ def _finished(
     """Return the report of a run that has finished so many steps, with its exports made."""
     report = finished_report(run, config.keep, steps)
     if report is not None:
+        check_finished_inputs(run, config)
         events.note(
             f"{run} has finished its {steps} steps, so there is nothing to train; more --steps or "
             "--epochs train it further"

@@ -14,8 +14,8 @@ def held_out_examples(windows: Sequence[int], fraction: float, seed: int) -> set
 
     windows: of each example, which window of its row it is, from 0. A share of 1 to 500 examples is
     drawn by the seed, all windows of a row or none, so that no part of a document is trained whose
-    next part is held out. Where every row has too many for that, the last windows of the longest
-    are taken.
+    next part is held out. Where every row has too many for that, the last windows but one of the
+    longest are taken: the last trains its end.
     """
     count = len(windows)
     wanted = min(max(round(count * fraction), 1), MOST_HELD_OUT, count - 1)
@@ -33,5 +33,6 @@ def held_out_examples(windows: Sequence[int], fraction: float, seed: int) -> set
             chosen.update(range(begins[row], ends[row]))
     if not chosen:
         longest = max(rows, key=lambda row: ends[row] - begins[row])
-        chosen.update(range(max(begins[longest] + 1, ends[longest] - wanted), ends[longest]))
+        last = ends[longest] - 1
+        chosen.update(range(max(begins[longest], last - wanted), last))
     return chosen

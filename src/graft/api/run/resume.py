@@ -322,8 +322,7 @@ def _check_inputs(run: Path, prepared: Prepared) -> None:
         return
     now, config = _inputs(prepared), prepared.config
     problems = [
-        f"{getattr(config, name)} is not the {name.replace('_', '-')} that the run was begun with: "
-        f"its SHA-256 is {getattr(now, name) or 'none'}, and was {getattr(before, name) or 'none'}"
+        _another(name, getattr(config, name), getattr(before, name), getattr(now, name))
         for name in _FINGERPRINTED
         if getattr(before, name) != getattr(now, name)
     ]
@@ -333,8 +332,32 @@ def _check_inputs(run: Path, prepared: Prepared) -> None:
             problems.append(
                 f"{config.model} has not the tokenizer that the run was begun with: {names} changed"
             )
-    raise_problems(
-        problems, f"--resume: {run} goes on with the same inputs, or is begun in another --out"
+    raise_problems(problems, _SAME.format(run=run))
+
+
+def check_finished_inputs(run: Path, config: TrainConfig) -> None:
+    """Raise GraftError when the data of a run that has finished are there, and are others now."""
+    before = _read_inputs(run)
+    if before is None:
+        return
+    problems = []
+    for name in ("data", "eval_data"):
+        path, then = getattr(config, name), getattr(before, name)
+        if path is None or then is None or not Path(path).exists():
+            continue
+        now = fingerprint(path)
+        if now != then:
+            problems.append(_another(name, path, then, now))
+    raise_problems(problems, _SAME.format(run=run))
+
+
+_SAME = "--resume: {run} goes on with the same inputs, or is begun in another --out"
+
+
+def _another(name: str, path: str, then: str | None, now: str | None) -> str:
+    return (
+        f"{path} is not the {name.replace('_', '-')} that the run was begun with: its SHA-256 is "
+        f"{now or 'none'}, and was {then or 'none'}"
     )
 
 
