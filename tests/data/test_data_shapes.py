@@ -146,8 +146,8 @@ def test_messages_name_the_shape_that_was_added(tokenizer, write_lines):
         f"  - {path}:2: 'answer' is empty",
         f"  - {path}:2: 'weight' is 'heavy'; expected a number",
         f"  - {path}:3: found keys answer; accepted keys of a row: text; or prompt, completion; "
-        "or instruction, output and perhaps input; or messages; or question, answer and perhaps "
-        "weight",
+        "or instruction, output and perhaps input; or messages and perhaps tools, functions, "
+        "chat_template_kwargs; or question, answer and perhaps weight",
         f"  - {path}:4: a text row, but {path}:1 is a question row; a file holds one kind of "
         "rows, so split it",
         f"  - {path}:5: found keys question, answer, text, which fit text and question rows "

@@ -170,7 +170,7 @@ def test_whatever_a_template_raises_is_told(build_tokenizer, template, message) 
 
 def test_half_a_surrogate_pair_in_a_rendered_text_is_told(build_tokenizer) -> None:
     tokenizer = build_tokenizer(chat_template="{{ messages[0].name }}")
-    with pytest.raises(GraftError, match=r"message 1.'name' holds half of a surrogate pair"):
+    with pytest.raises(GraftError, match=r"message 1: 'name' holds half of a surrogate pair"):
         chat_prompt([{"role": "user", "content": "a", "name": "\ud83d"}], tokenizer)
 
 

@@ -92,6 +92,7 @@ class Training:
             max_length=config.max_length,
             eos=config.eos,
             separator=config.separator,
+            chat_template=config.chat_template,
             method=method,
             rank=config.rank,
             alpha=config.alpha,

@@ -7,6 +7,7 @@ from typing import Any
 
 from graft.data.dressing import forms_of
 from graft.data.messages import Conversation, read_conversation
+from graft.data.named import check_chosen
 from graft.data.shapes.base import Rendered, Tokenizer, text_problem
 from graft.data.templates import Renderer, render_within_bounds
 from graft.data.traces import find_traces
@@ -75,6 +76,7 @@ def render_chat(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Rendered:
 
 
 def _rendered(found: Conversation, tokenizer: Tokenizer, asks: bool) -> Rendered:
+    check_chosen(tokenizer)
     template = DEFAULT_CHAT_TEMPLATE if tokenizer.chat_template is None else None
     request = [found.messages, found.trains, found.tools, found.variables, asks]
     text, spans, seams, remarks = render_within_bounds(tokenizer, template, _work, request)
@@ -172,7 +174,7 @@ def _texts(value: object, path: str) -> Iterator[tuple[str, str]]:
     elif isinstance(value, Mapping):
         for key, one in value.items():
             yield f"{path}: the key {quoted(key, 40)}", str(key)
-            yield from _texts(one, f"{path}.{quoted(key, 40)}"[:200])
+            yield from _texts(one, f"{path}: {quoted(key, 40)}"[:200])
     elif isinstance(value, list):
         for number, one in enumerate(value, start=1):
             inside = f"message {number}" if path == "messages" else f"{path}, {number}"

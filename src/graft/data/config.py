@@ -11,7 +11,15 @@ class DataConfig:
     """What to train and evaluate on, and how a row becomes tokens."""
 
     GROUP: ClassVar[str] = "data"
-    RARE: ClassVar[frozenset[str]] = frozenset({"eos", "separator", "stride", "eval_fraction"})
+    RARE: ClassVar[frozenset[str]] = frozenset(
+        {
+            "chat_template",
+            "eos",
+            "eval_fraction",
+            "separator",
+            "stride",
+        }
+    )
 
     data: str
     """File of examples: .jsonl, .json, .csv, .parquet or .txt, each also as .gz."""
@@ -29,6 +37,10 @@ class DataConfig:
     stride: int | None = None
     """Tokens from the beginning of a text's window to that of the next; fewer than --max-length let
     windows overlap. What two of them share is trained in the first and context in the second."""
+
+    chat_template: str | None = None
+    """Name of one of the tokenizer's chat templates, or a .jinja file, which goes with the model;
+    default: the tokenizer's own, or graft's where it has none."""
 
     eos: bool = True
     """Append the end-of-sequence token to every row and train it, so that the model stops."""

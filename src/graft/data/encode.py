@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -43,6 +44,8 @@ class EncodedData:
     ignored_keys: tuple[str, ...] = ()
     dropped_rows: int = 0
     """Rows that were there twice, and were left out."""
+    remarks: Mapping[str, int] = field(default_factory=dict)
+    """What the user should know of rows (`Rendered.remarks`), and in how many of them."""
 
     @cached_property
     def facts(self) -> Facts:
@@ -90,7 +93,10 @@ class EncodedData:
         return self.target_tokens / self.total_tokens
 
     def summary(self) -> str:
-        """Return one line: rows, tokens, trained tokens, cut rows, trained ends, unread keys."""
+        """Return a line: rows, tokens, trained tokens, cut rows, trained ends, unread keys.
+
+        A line for each remark follows.
+        """
         windows = ""
         if self.row_count < len(self.examples):
             windows = f" in {len(self.examples):,} windows"
@@ -108,7 +114,9 @@ class EncodedData:
             line += f"; {self.dropped_rows:,} rows that were there twice dropped"
         if self.ignored_keys:
             line += f"; keys not used: {listed(self.ignored_keys)}"
-        return line
+        remarks = sorted(self.remarks.items(), key=lambda remark: -remark[1])
+        lines = [f"  in {count:,} row{'s' * (count != 1)} {clause}" for clause, count in remarks]
+        return "\n".join([line, *lines])
 
 
 def encode_rows(
@@ -127,8 +135,9 @@ def encode_rows(
     """
     check_tokenizer(tokenizer, eos)
     encoding = Encoding(max_length, eos, separator, stride)
-    found = RowEncoder(rows.kind, tokenizer, encoding).encode(rows.rows, bad_rows())
-    return EncodedData(found, rows.kind, rows.ignored_keys)
+    encoder = RowEncoder(rows.kind, tokenizer, encoding)
+    found = encoder.encode(rows.rows, bad_rows())
+    return EncodedData(found, rows.kind, rows.ignored_keys, remarks=encoder.remarks)
 
 
 def bad_rows() -> RowProblems:
@@ -152,6 +161,8 @@ class RowEncoder:
     def __init__(self, kind: str, tokenizer: Tokenizer, encoding: Encoding) -> None:
         """Look at the tokenizer; raises GraftError when it cannot be used."""
         self.kind = kind
+        self.remarks: Counter[str] = Counter()
+        """What is known of the rows that were encoded, and of how many; see `Rendered`."""
         self._tokenizer = tokenizer
         self._encoding = encoding
         self._encoder = Encoder(tokenizer)
@@ -171,6 +182,7 @@ class RowEncoder:
         """Return the examples of rows; `problem` takes what is wrong with one."""
         examples: list[Example] = []
         for chunk in self._chunks(rows, problem):
+            self.remarks.update(remark for _, found in chunk for remark in found.remarks)
             encoded = self._encoder.encode([found for _, found in chunk])
             for (where, found), tokens in zip(chunk, encoded, strict=True):
                 for example in self._cutting.examples(where, found, tokens, self._is_document):

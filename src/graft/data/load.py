@@ -113,7 +113,8 @@ def _split(data: EncodedData, config: DataConfig, seed: int) -> tuple[EncodedDat
         )
     train = [example for index, example in enumerate(data.examples) if index not in chosen]
     held_out = [data.examples[index] for index in sorted(chosen)]
-    return replace(data, examples=train), replace(data, examples=held_out)
+    # Remarks are of the whole file, and said once.
+    return replace(data, examples=train), replace(data, examples=held_out, remarks={})
 
 
 def _deduplicated(train: EncodedData, held_out: EncodedData, config: DataConfig) -> EncodedData:

@@ -20,18 +20,6 @@ _RESERVED = frozenset(
 """Names that `apply_chat_template` has for something else."""
 
 
-def without_nulls(value: Any) -> Any:
-    """Return a value without the keys that are null, at any depth.
-
-    Arrow gives every struct of a column all keys that any of them has, null where it has them not.
-    """
-    if isinstance(value, dict):
-        return {key: without_nulls(one) for key, one in value.items() if one is not None}
-    if isinstance(value, list):
-        return [without_nulls(one) for one in value]
-    return value
-
-
 def decoded_tools(
     tools: object, functions: object
 ) -> tuple[list[dict[str, Any]] | None, list[str]]:

@@ -220,13 +220,13 @@ class _Loop:
                 self.task.stop.check()
             batch_loss, measured = self._loss(batch)
             if not torch.isfinite(batch_loss):
-                with self._keeping(rows[index : index + 1], [batch]):
+                with self._keeping(rows[index : index + 1]):
                     raise_not_finite(self.task.model, partial(self._loss, batch), step)
             (batch_loss / targets).backward()
             loss += batch_loss.item()
             sums = {name: sums.get(name, 0.0) + value for name, value in measured.items()}
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm).item()
-        with self._keeping(rows, batches):
+        with self._keeping(rows):
             check_gradients(self.task.parameters, norm, step)
         self.gates.gradients(step)
         self.optimizer.step()
@@ -256,17 +256,17 @@ class _Loop:
         return self.task.objective.loss(self.task.model, batch.to(self.device))
 
     @contextmanager
-    def _keeping(self, rows: Sequence[Sequence[int]], batches: Sequence[Batch]) -> Iterator[None]:
-        """Write the batches to the run's folder when the block finds them not finite."""
+    def _keeping(self, rows: Sequence[Sequence[int]]) -> Iterator[None]:
+        """Write the rows to the run's folder, padded, when the block finds them not finite."""
         try:
             yield
         except NotFiniteError as failure:
             path = self.task.folder / FAILED_BATCH
-            tensors = {
-                f"{number}.{one.name}": getattr(batch, one.name)
-                for number, batch in enumerate(batches)
-                for one in fields(batch)
-            }
+            tensors = {}
+            for number, numbers in enumerate(rows):
+                batch = self.task.objective.collate([self.task.examples[row] for row in numbers])
+                for one in fields(batch):
+                    tensors[f"{number}.{one.name}"] = getattr(batch, one.name)
             save_tensors(tensors, path)
             places = [self.task.examples[row].where for numbers in rows for row in numbers]
             shown = ", ".join(places[:5]) + (" ..." if len(places) > 5 else "")

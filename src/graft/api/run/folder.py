@@ -31,6 +31,7 @@ from graft.text import quoted
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "chat_template.jinja"),
+    "additional_chat_templates/*.jinja",
 )
 
 
@@ -55,6 +56,8 @@ class PromptStyle:
 
     kind: str = PLAIN
     separator: str = "\n"
+    chat_template: str | None = None
+    """The template's text, where one was chosen that is not the tokenizer's own."""
 
 
 def write_prompt_style(run: Path, style: PromptStyle) -> None:
@@ -95,16 +98,19 @@ def load_any(
         )
     config = dataclasses.replace(read_run_config(folder), trust_remote_code=trust_remote_code)
     if (folder / MODEL).is_dir():
-        return load_model(
+        loaded = load_model(
             str(folder / MODEL), dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
-    if not (folder / ADAPTER).is_dir():
+    elif not (folder / ADAPTER).is_dir():
         raise GraftError(unfinished(folder))
-    check_adapter_file(folder / ADAPTER)
-    loaded = load_run_base(folder, config, dtype, device)
-    load_adapter(loaded.model, folder / ADAPTER)
-    shape = SHAPES[prompt_style(folder).kind]
-    if shape.is_conversation and loaded.tokenizer.chat_template is None:
+    else:
+        check_adapter_file(folder / ADAPTER)
+        loaded = load_run_base(folder, config, dtype, device)
+        load_adapter(loaded.model, folder / ADAPTER)
+    style = prompt_style(folder)
+    if style.chat_template is not None:
+        loaded.tokenizer.chat_template = style.chat_template
+    elif SHAPES[style.kind].is_conversation and loaded.tokenizer.chat_template is None:
         loaded.tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE
     return loaded
 

@@ -7,6 +7,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import PreTrainedTokenizerBase
+
 from graft.adapters.method import Method
 from graft.adapters.registry import method_of
 from graft.api.checks import calibrating_rows, check_train_config, chosen_solver
@@ -14,12 +16,13 @@ from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.export import check_bias_exports, check_exports
 from graft.api.run.batching import chosen_batching, plan_batches
-from graft.api.run.folder import is_run
+from graft.api.run.folder import is_run, prompt_style
 from graft.api.run.formats import base_format, exported_formats
 from graft.api.run.status import taken
 from graft.api.run.watched import Watched, watched
 from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
+from graft.data.named import chosen_template
 from graft.data.overlap import Overlap, overlap
 from graft.data.store import facts_of
 from graft.errors import Problems
@@ -82,6 +85,7 @@ def prepare(
         check_bias_exports(config, subject.skeleton, targets)
     kind: str | None = None
     with problems.collecting():
+        _choose_template(config, tokenizer)
         limit = subject.position_limit
         training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed)
         kind = training.kind
@@ -111,6 +115,14 @@ def prepare(
     return _resolved(
         config, subject, weight_format, targets, both, seen, twice, events, dense_steps, unrounded
     )
+
+
+def _choose_template(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the tokenizer the chat template that is asked for; a run that goes on has its own."""
+    if config.chat_template is None:
+        return
+    begun = prompt_style(Path(config.out)).chat_template if config.resume else None
+    tokenizer.chat_template = begun or chosen_template(tokenizer, config.chat_template)
 
 
 def _taken(out: Path) -> list[str]:

@@ -290,7 +290,8 @@ def as_settings(config: TrainConfig) -> dict[str, object]:
 def _write_beginning(folder: Path, prepared: Prepared) -> None:
     """Write what a run begins with, its configuration last: with that it is a run's folder."""
     config = prepared.config
-    style = PromptStyle(prepared.training.kind, config.separator)
+    chosen = config.chat_template and prepared.subject.tokenizer.chat_template
+    style = PromptStyle(prepared.training.kind, config.separator, chosen)
     write_prompt_style(folder, style)
     write_json(folder / INPUTS, asdict(_inputs(prepared)))
     write_yaml(folder / CONFIG, as_settings(config))

@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 from graft.apart import start_apart
-from graft.data.sources.record import Record
+from graft.data.sources.record import Record, without_nulls
 from graft.data.sources.stream import Stream
 from graft.errors import GraftError
 from graft.files.bounds import VARIABLE, bound, raise_beyond
@@ -52,7 +52,7 @@ def read_parquet(stream: Stream, keys: Collection[str] | None = None) -> Iterato
                 is_row = isinstance(found, list)
                 yield Record(
                     f"{path}:row {number}",
-                    others | found[0] if is_row else None,
+                    others | _cleaned(found[0]) if is_row else None,
                     None if is_row else found,
                 )
     finally:
@@ -67,6 +67,11 @@ def read_parquet(stream: Stream, keys: Collection[str] | None = None) -> Iterato
             f"{path}: not a readable Parquet file: reading it ended at row {number + 1}, or took "
             f"more than {seconds} s or {bound(MEMORY) >> 20} MiB; if it is whole, set {VARIABLE}=10"
         )
+
+
+def _cleaned(row: dict[str, object]) -> dict[str, object]:
+    """Return a row without what Arrow adds to structs, inside its columns."""
+    return {key: without_nulls(value) for key, value in row.items()}
 
 
 def _other(found: dict[str, object]) -> object:
