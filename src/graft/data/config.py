@@ -11,7 +11,9 @@ class DataConfig:
     """What to train and evaluate on, and how a row becomes tokens."""
 
     GROUP: ClassVar[str] = "data"
-    RARE: ClassVar[frozenset[str]] = frozenset({"eos", "separator", "stride", "eval_fraction"})
+    RARE: ClassVar[frozenset[str]] = frozenset(
+        {"eos", "separator", "stride", "eval_fraction", "cache"}
+    )
 
     data: str
     """File of examples: .jsonl, .json, .csv, .parquet or .txt, each also as .gz."""
@@ -39,3 +41,6 @@ class DataConfig:
     deduplicate: bool = False
     """Drop rows from training whose text, but for white space and case, an earlier row has, or one
     that is held out."""
+
+    cache: bool = True
+    """Keep the encoded rows of large files in the user's cache folder, and map them next time."""
