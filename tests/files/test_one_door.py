@@ -27,7 +27,7 @@ EXCUSED = {
     "model/running/prefetch.py": "read_text: Linux's /proc",
     "model/devices.py": "read_text: Linux's /proc",
     "api/doctor.py": "read_text: Linux's /proc and /sys",
-    "data/templates.py": "open, read_text: /dev/null and Linux's /proc",
+    "data/worker.py": "open, read_text: /dev/null and Linux's /proc",
     "patterns.py": "load: what its own process is sent",
     "cli/show.py": "open: /dev/null",
     "cli/signals.py": "open: /dev/null",

@@ -13,6 +13,7 @@ class DataConfig:
     GROUP: ClassVar[str] = "data"
     RARE: ClassVar[frozenset[str]] = frozenset(
         {
+            "cache",
             "chat_template",
             "eos",
             "eval_fraction",
@@ -51,3 +52,6 @@ class DataConfig:
     deduplicate: bool = False
     """Drop rows from training whose text, but for white space and case, an earlier row has, or one
     that is held out."""
+
+    cache: bool = True
+    """Keep the encoded rows of large files in the user's cache folder, and map them next time."""

@@ -90,7 +90,9 @@ class Cutting:
         ids = ids[: self.max_length]
         targets = trained[: self.max_length]
         targets[:1] = [False] * len(targets[:1])
-        trains_eos = any(
-            target and token == self.eos_id for token, target in zip(ids, targets, strict=True)
+        # From the end, where it mostly is.
+        trains_eos = self.eos_id in ids and any(
+            target and token == self.eos_id
+            for token, target in zip(reversed(ids), reversed(targets), strict=True)
         )
         return Example(ids, targets, where, bool(lost), trains_eos, row.values, lost, window, keys)

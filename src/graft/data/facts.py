@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -68,10 +68,7 @@ def columns_of(examples: Sequence[Example]) -> Columns:
     """Return examples as columns."""
     count = len(examples)
     lengths = np.fromiter((len(one.input_ids) for one in examples), np.int32, count)
-    ids = array("i")
-    for one in examples:
-        ids.extend(one.input_ids)
-    tokens = np.frombuffer(ids, np.int32) if ids else np.zeros(0, np.int32)
+    tokens = np.fromiter(chain.from_iterable(one.input_ids for one in examples), np.int32)
     flags = b"".join(bytes(one.targets) for one in examples)
     trained = np.frombuffer(flags, np.bool_) if flags else np.zeros(0, np.bool_)
     ends = _ends(lengths)

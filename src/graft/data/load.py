@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
+from graft.data.bulk import Listener, encoded_file
 from graft.data.config import DataConfig
-from graft.data.encode import EncodedData, check_tokenizer, encode_rows
+from graft.data.encode import EncodedData, check_tokenizer
 from graft.data.overlap import without_duplicates
-from graft.data.rows import Rows, read_rows
 from graft.data.shapes.base import Tokenizer
 from graft.data.split import held_out_examples
-from graft.data.store import facts_of
+from graft.data.store import Chosen
 from graft.errors import GraftError
 
 _DEFAULT_MAX_LENGTH = 1024
@@ -39,18 +40,26 @@ def resolve_max_length(config: DataConfig, model_limit: int | None) -> int:
 
 
 def load_examples(
-    path: str, tokenizer: Tokenizer, config: DataConfig, max_length: int
+    path: str,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    max_length: int,
+    listener: Listener | None = None,
 ) -> EncodedData:
     """Read, check and encode one file.
 
     Raises GraftError that lists every bad row with file and line.
     """
     check_tokenizer(tokenizer, config.eos)
-    return _encode(read_rows(path), tokenizer, config, max_length)
+    return encoded_file(path, tokenizer, config, max_length, listener)
 
 
 def load_train_and_eval(
-    config: DataConfig, tokenizer: Tokenizer, model_limit: int | None, seed: int
+    config: DataConfig,
+    tokenizer: Tokenizer,
+    model_limit: int | None,
+    seed: int,
+    listener: Listener | None = None,
 ) -> tuple[EncodedData, EncodedData]:
     """Return training and held-out data; the split depends on the seed and row count alone.
 
@@ -62,12 +71,18 @@ def load_train_and_eval(
     if config.eval_data is None:
         if not 0 < config.eval_fraction < 1:
             raise GraftError(f"--eval-fraction {config.eval_fraction}: expected between 0 and 1")
-        (rows,) = _read_all([config.data])
-        train, held_out = _split(_encode(rows, tokenizer, config, max_length), config, seed)
+        data = encoded_file(config.data, tokenizer, config, max_length, listener)
+        train, held_out = _split(data, config, seed)
     else:
-        train_rows, eval_rows = _read_all([config.data, config.eval_data])
-        train = _encode(train_rows, tokenizer, config, max_length)
-        held_out = _encode(eval_rows, tokenizer, config, max_length)
+        found, problems = [], []
+        for path in (config.data, config.eval_data):
+            try:
+                found.append(encoded_file(path, tokenizer, config, max_length, listener))
+            except GraftError as error:
+                problems.append(str(error))
+        if problems:
+            raise GraftError("\n".join(problems))
+        train, held_out = found
     if config.deduplicate:
         train = _deduplicated(train, held_out, config)
     if config.eos and train.eos_rows == 0:
@@ -79,51 +94,30 @@ def load_train_and_eval(
     return train, held_out
 
 
-def _encode(rows: Rows, tokenizer: Tokenizer, config: DataConfig, max_length: int) -> EncodedData:
-    return encode_rows(
-        rows,
-        tokenizer,
-        max_length=max_length,
-        eos=config.eos,
-        separator=config.separator,
-        stride=config.stride,
-    )
-
-
-def _read_all(paths: Sequence[str]) -> list[Rows]:
-    """Read all files and raise once for the bad rows of all of them."""
-    found, errors = [], []
-    for path in paths:
-        try:
-            found.append(read_rows(path))
-        except GraftError as error:
-            errors.append(str(error))
-    if errors:
-        raise GraftError("\n".join(errors))
-    return found
-
-
 def _split(data: EncodedData, config: DataConfig, seed: int) -> tuple[EncodedData, EncodedData]:
-    windows = [example.window for example in data.examples]
-    chosen = held_out_examples(windows, config.eval_fraction, seed)
+    windows = data.facts.windows
+    chosen = held_out_examples(windows.tolist(), config.eval_fraction, seed)
     if not chosen:
         raise GraftError(
             f"{config.data}: {len(windows)} row, so none can be held out for evaluation; "
             "give at least 2 rows, or --eval-data"
         )
-    train = [example for index, example in enumerate(data.examples) if index not in chosen]
-    held_out = [data.examples[index] for index in sorted(chosen)]
+    held_out = np.array(sorted(chosen))
+    train = np.delete(np.arange(len(windows)), held_out)
     # Remarks are of the whole file, and said once.
-    return replace(data, examples=train), replace(data, examples=held_out, remarks={})
+    return (
+        replace(data, examples=Chosen([data.examples], train)),
+        replace(data, examples=Chosen([data.examples], held_out), remarks={}),
+    )
 
 
 def _deduplicated(train: EncodedData, held_out: EncodedData, config: DataConfig) -> EncodedData:
     """Leave out of training what is there twice, or held out."""
-    kept = without_duplicates(facts_of(train.examples), facts_of(held_out.examples))
+    kept = without_duplicates(train.facts, held_out.facts)
     if not len(kept):
         raise GraftError(
             f"{config.data}: --deduplicate leaves no row to train on, as all of them are held out "
             "too; give other held-out rows with --eval-data"
         )
-    left = replace(train, examples=[train.examples[number] for number in kept.tolist()])
+    left = replace(train, examples=Chosen([train.examples], kept))
     return replace(left, dropped_rows=train.row_count - left.row_count)

@@ -56,6 +56,9 @@ class Examples(Sequence[Example]):
     def __iter__(self) -> Iterator[Example]:
         return map(self.at, range(len(self)))
 
+    def __add__(self, others: Sequence[Example]) -> Examples:
+        return Chosen([self, others], np.arange(len(self) + len(others)))
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence):
             return NotImplemented
@@ -227,6 +230,7 @@ def write_batches(target: Path | IO[bytes], batches: Iterable[pa.RecordBatch]) -
     import pyarrow as pa
 
     sink = pa.OSFile(str(target), "wb") if isinstance(target, Path) else pa.PythonFile(target, "w")
-    with sink, pa.ipc.new_file(sink, schema()) as writer:
+    with pa.ipc.new_file(sink, schema()) as writer:
         for batch in batches:
             writer.write_batch(batch)
+    sink.close() if isinstance(target, Path) else target.flush()

@@ -50,9 +50,16 @@ def check_digest(path: Path, expected: str) -> None:
         )
 
 
-def _memory() -> Path:
+def cache_folder() -> Path:
+    """Return the folder of what graft may make anew: GRAFT_CACHE, or graft in the user's cache."""
+    if own := os.environ.get("GRAFT_CACHE"):
+        return Path(own).expanduser()
     cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
-    return Path(cache) / "graft" / "digests.json"
+    return Path(cache) / "graft"
+
+
+def _memory() -> Path:
+    return cache_folder() / "digests.json"
 
 
 def _remembered() -> dict[str, object]:

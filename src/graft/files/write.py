@@ -102,6 +102,32 @@ def scratch_folder(path: Path) -> Iterator[Path]:
         raise unwritable(path, error) from error
 
 
+@contextmanager
+def shared_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `path` when the block ends, unless one is there then.
+
+    It is for what several processes may make at a time, each the same, and nobody else reads. What
+    a loss of power leaves of it may be damaged. Raises GraftError when it cannot be written.
+    """
+    try:
+        make_folders(path.parent)
+        sweep(path.parent)
+        temporary, lock = _reserved(path, folder=True)
+        try:
+            temporary.chmod(0o700)
+            yield temporary
+            try:
+                os.rename(temporary, path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                    raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
+    except OSError as error:
+        raise unwritable(path, error) from error
+
+
 def _publish(temporary: Path, path: Path) -> None:
     """Rename; raises GraftError when something has appeared at `path` meanwhile."""
     check_new(path)

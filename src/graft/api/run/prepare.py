@@ -87,7 +87,7 @@ def prepare(
     with problems.collecting():
         _choose_template(config, tokenizer)
         limit = subject.position_limit
-        training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed)
+        training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed, events)
         kind = training.kind
         if config.objective in OBJECTIVES:
             OBJECTIVES[config.objective].check_rows(kind)
