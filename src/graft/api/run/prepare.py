@@ -31,7 +31,7 @@ from graft.model.targets import select_targets
 from graft.model.tokens import check_tokens
 from graft.objectives.registry import OBJECTIVES
 from graft.plan.memory import MemoryPlan, plan_memory
-from graft.train.gates import eos_note, overlap_note, share_note
+from graft.train.gates import data_notes
 from graft.train.schedule import default_learning_rate, steps_to_train
 
 
@@ -100,13 +100,8 @@ def prepare(
     for name, data in (("training", training), ("held out", held_out)):
         events.note(f"{name}: {data.summary()}")
     twice = overlap(facts_of(training.examples), facts_of(held_out.examples))
-    for text in (
-        eos_note(training, config.eos),
-        share_note(training),
-        overlap_note(twice, training.row_count, held_out.row_count),
-    ):
-        if text is not None:
-            events.note(text)
+    for text in data_notes(training, held_out, twice, config.eos):
+        events.note(text)
     both = training, held_out
     return _resolved(
         config, subject, weight_format, targets, both, seen, twice, events, dense_steps, unrounded
