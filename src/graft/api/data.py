@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from itertools import chain
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from graft.data.config import DataConfig
 from graft.data.encode import EncodedData
@@ -130,13 +130,16 @@ def look_at_data(
         lengths=histogram(facts),
         overlap=twice,
         notes=data_notes(training, held_out, twice, config.eos),
-        rows=[
-            ShownRow(
-                one.where, is_held_out, pieces_of(one, tokenizer), one.cut, one.lost, one.window
-            )
-            for one, is_held_out in chosen
-        ],
+        rows=[shown_row(one, tokenizer, is_held_out) for one, is_held_out in chosen],
     )
+
+
+def shown_row(
+    example: Example, tokenizer: PreTrainedTokenizerBase, held_out: bool = False
+) -> ShownRow:
+    """Return an example as it is shown."""
+    pieces = pieces_of(example, tokenizer)
+    return ShownRow(example.where, held_out, pieces, example.cut, example.lost, example.window)
 
 
 def histogram(facts: Facts) -> Histogram:

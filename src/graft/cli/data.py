@@ -137,6 +137,11 @@ def _histogram(report: DataReport) -> Iterator[str]:
     yield ""
 
 
+_WHITE = "white space: · space, ↵ new line, ⇥ tab"
+_DIVIDED = "shades and underlines tell one token from the next"
+LEGEND = f"[trained] in brackets, tokens divided by ¦, special ones in ⟨ ⟩; {_WHITE}"
+"""What the marks say where there are no colours."""
+
 _MOST_SHOWN = 200
 """Tokens of a stretch that a terminal shows from its beginning, and as many from its end."""
 
@@ -147,12 +152,7 @@ def show_rows(rows: Sequence[ShownRow]) -> None:
 
     console = Console(highlight=False)
     plain = not console.is_terminal or console.no_color or os.environ.get("TERM") == "dumb"
-    legend = (
-        "[trained] in brackets, tokens divided by ¦, special ones in ⟨ ⟩"
-        if plain
-        else "trained tokens stand on green; shades and underlines tell one token from the next"
-    )
-    show(f"{legend}; white space: · space, ↵ new line, ⇥ tab")
+    show(LEGEND if plain else f"trained tokens stand on green, {_DIVIDED}; {_WHITE}")
     for row in rows:
         show(f"\n{heading(row)}")
         if plain:

@@ -73,15 +73,18 @@ def stretches(pieces: Sequence[Piece]) -> list[tuple[bool, list[Piece]]]:
     return found
 
 
-def one_line(pieces: Sequence[Piece], most: int = 60) -> str:
+def one_line(pieces: Sequence[Piece], most: int = 60, longest: int = 300) -> str:
     """Return a row in one line, trained stretches in brackets, long ones by their two ends."""
     parts = []
     for trained, some in stretches(pieces):
         text = visible("".join(piece.text for piece in some)).replace("\n", "")
-        if len(text) > most:
-            text = f"{text[: most // 2]} … {text[-most // 2 :]}"
+        text = _shortened(text, most)
         parts.append(f"[{text}]" if trained else text)
-    return "".join(parts)
+    return _shortened("".join(parts), longest)
+
+
+def _shortened(text: str, most: int) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} … {text[-most // 2 :]}"
 
 
 _SHOWN = {"\n": "↵\n", "\t": "⇥", " ": "·"}

@@ -25,6 +25,7 @@ from graft.data.store import facts_of
 from graft.errors import Problems
 from graft.formats.base import WeightFormat
 from graft.formats.registry import settings_of
+from graft.model.pieces import one_line, pieces_of
 from graft.model.running.checkpointing import check_checkpointing
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import select_targets
@@ -99,6 +100,9 @@ def prepare(
     problems.raise_all("nothing was started")
     for name, data in (("training", training), ("held out", held_out)):
         events.note(f"{name}: {data.summary()}")
+    first = training.examples[0]
+    row = one_line(pieces_of(first, tokenizer))
+    events.note(f"the first training row ({first.where}), [trained] in brackets: {row}")
     twice = overlap(facts_of(training.examples), facts_of(held_out.examples))
     for text in data_notes(training, held_out, twice, config.eos):
         events.note(text)
