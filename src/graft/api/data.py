@@ -14,7 +14,6 @@ from graft.data.examples import Example
 from graft.data.facts import Facts
 from graft.data.load import load_train_and_eval, resolve_max_length
 from graft.data.overlap import Overlap, overlap
-from graft.data.store import facts_of
 from graft.errors import GraftError
 from graft.model.folder import CONFIG_FILE, find_text_folder, read_config, read_tokenizer
 from graft.model.pieces import Piece, pieces_of
@@ -113,12 +112,8 @@ def look_at_data(
     limit = None if subject is None else subject.position_limit
     training, held_out = load_train_and_eval(config, tokenizer, limit, seed)
     if subject is not None:
-        every = (
-            (one.where, one.input_ids) for part in (training, held_out) for one in part.examples
-        )
-        check_tokens(subject.skeleton, tokenizer, every)
-    facts = facts_of(training.examples)
-    twice = overlap(facts, facts_of(held_out.examples))
+        check_tokens(subject.skeleton, tokenizer, training.examples, held_out.examples)
+    twice = overlap(training.facts, held_out.facts)
     chosen = _chosen(training, held_out, rows, row)
     return DataReport(
         model=model,
@@ -127,7 +122,7 @@ def look_at_data(
         max_length=resolve_max_length(config, limit),
         training=_part(training),
         held_out=_part(held_out),
-        lengths=histogram(facts),
+        lengths=histogram(training.facts),
         overlap=twice,
         notes=data_notes(training, held_out, twice, config.eos),
         rows=[shown_row(one, tokenizer, is_held_out) for one, is_held_out in chosen],
@@ -162,7 +157,7 @@ def _round(least: float) -> int:
 
 
 def _part(data: EncodedData) -> Part:
-    facts = facts_of(data.examples)
+    facts = data.facts
     return Part(
         rows=data.row_count,
         examples=len(data.examples),

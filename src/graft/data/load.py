@@ -11,7 +11,7 @@ from graft.data.overlap import without_duplicates
 from graft.data.rows import Rows, read_rows
 from graft.data.shapes.base import Tokenizer
 from graft.data.split import held_out_examples
-from graft.data.store import facts_of
+from graft.data.store import Chosen
 from graft.errors import GraftError
 
 _DEFAULT_MAX_LENGTH = 1024
@@ -118,11 +118,11 @@ def _split(data: EncodedData, config: DataConfig, seed: int) -> tuple[EncodedDat
 
 def _deduplicated(train: EncodedData, held_out: EncodedData, config: DataConfig) -> EncodedData:
     """Leave out of training what is there twice, or held out."""
-    kept = without_duplicates(facts_of(train.examples), facts_of(held_out.examples))
+    kept = without_duplicates(train.facts, held_out.facts)
     if not len(kept):
         raise GraftError(
             f"{config.data}: --deduplicate leaves no row to train on, as all of them are held out "
             "too; give other held-out rows with --eval-data"
         )
-    left = replace(train, examples=[train.examples[number] for number in kept.tolist()])
+    left = replace(train, examples=Chosen([train.examples], kept))
     return replace(left, dropped_rows=train.row_count - left.row_count)

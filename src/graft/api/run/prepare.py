@@ -21,7 +21,6 @@ from graft.api.run.watched import Watched, watched
 from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
 from graft.data.overlap import Overlap, overlap
-from graft.data.store import facts_of
 from graft.errors import Problems
 from graft.formats.base import WeightFormat
 from graft.formats.registry import settings_of
@@ -103,7 +102,7 @@ def prepare(
     first = training.examples[0]
     row = one_line(pieces_of(first, tokenizer))
     events.note(f"the first training row ({first.where}), [trained] in brackets: {row}")
-    twice = overlap(facts_of(training.examples), facts_of(held_out.examples))
+    twice = overlap(training.facts, held_out.facts)
     for text in data_notes(training, held_out, twice, config.eos):
         events.note(text)
     both = training, held_out
