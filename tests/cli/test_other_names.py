@@ -213,3 +213,13 @@ def test_a_file_for_another_tool_is_answered_key_by_key(tmp_path: Path) -> None:
     for name in [*names, "unknown key 'qwertz'", "val_set_size", "warmup_steps"]:
         assert sum(line.startswith(f"  - {file}: {name}") for line in lines) == 1, name
     assert not any("known: " in line for line in lines)
+
+
+def test_a_flag_takes_the_place_of_its_other_half_in_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("epochs: 3\neval_every: 5\nmodel: m\ndata: d\nout: o\n")
+    config = given(str(file), "--max_steps", "7", "--eval-epochs", "0.5")
+    assert (config.steps, config.epochs) == (7, None)
+    assert (config.eval_every, config.eval_epochs) == (None, 0.5)
+    both = given(str(file), "--steps", "7", "--epochs", "2")
+    assert (both.steps, both.epochs) == (7, 2.0), "which the check of settings refuses"

@@ -95,6 +95,15 @@ def evaluate_on(place: Place) -> tuple[str, ...]:
     return ("eval", *model, "--max-length", "64", "--json")
 
 
+def look_at(place: Place) -> tuple[str, ...]:
+    model = (str(place.corpus / "base"), str(place.file))
+    return ("data", *model, "--max-length", "64", "--html", str(place.out))
+
+
+def look_with(place: Place) -> tuple[str, ...]:
+    return ("data", str(place.copy), _rows(place), "--max-length", "64", "--json")
+
+
 def evaluate_gguf(place: Place) -> tuple[str, ...]:
     tokenizer = ("--tokenizer", str(place.corpus / "base"))
     return ("eval", str(place.file), "--data", _rows(place), *tokenizer, "--json")
@@ -181,7 +190,7 @@ def _parquet(data: bytes, rng: Random) -> Mutation:
 _CSV = choose([(3, _csv), (2, TEXT), (1, BYTES), (1, windows_lines)])
 _TXT = choose([(3, TEXT), (2, BYTES)])
 _METRICS = choose([(3, JSONL), (1, TEXT)])
-_READ_DATA = (_train_on(), evaluate_on)
+_READ_DATA = (_train_on(), evaluate_on, look_at)
 _READ_BASE = (generate, evaluate, train_model, quantize, plan, export_to("gguf"), chat)
 _READ_INT = (generate, evaluate, train_model, plan, export_to("gguf"), export_to("hf"))
 _READ_WEIGHTS = tuple(one for one in _READ_BASE if one is not plan)
@@ -206,8 +215,8 @@ TARGETS: dict[str, Target] = {
     "yaml-plan": Target("settings", "plan.yaml", YAML, (plan_file,)),
     "config": Target("base", "config.json", JSON, _READ_BASE),
     "generation-config": Target("base", "generation_config.json", JSON, (generate, quantize, chat)),
-    "tokenizer": Target("base", "tokenizer.json", TOKENIZER, _READ_BASE),
-    "tokenizer-config": Target("base", "tokenizer_config.json", JSON, _READ_BASE),
+    "tokenizer": Target("base", "tokenizer.json", TOKENIZER, (*_READ_BASE, look_with)),
+    "tokenizer-config": Target("base", "tokenizer_config.json", JSON, (*_READ_BASE, look_with)),
     "template": Target("base", "chat_template.jinja", JINJA, (chat, export_to("ollama"))),
     "template-training": Target("base", "chat_template.jinja", JINJA, (train_model,)),
     "weights": Target("base", "model.safetensors", SAFETENSORS, _READ_WEIGHTS),

@@ -89,6 +89,7 @@ _HELD_OUT = "give the share of the rows that is held out with --eval-fraction, 0
 _METHOD = "give --method: lora, qlora, qalora, merge_aware, affine or full"
 _LAYERS = r"give --targets a regular expression, such as '.*layers\.(30|31)\..*'"
 _CHECKPOINTING = "give --checkpointing layers; auto, the default, takes what fits"
+_PACKING = "give --batching packed, where no row sees another; auto, the default, packs if it can"
 _ONE_MACHINE = f"graft computes on one machine and one device, which --device names; {_LEAVE_OUT}"
 _UPLOADS = f"graft uploads nothing; {_LEAVE_OUT}, and upload what graft export writes"
 _METRICS = f"metrics.jsonl in the run's folder has every step; {_LEAVE_OUT}"
@@ -196,7 +197,12 @@ INSTEAD: Mapping[str, str] = {
     "do_train": f"graft train trains; {_LEAVE_OUT}",
     "train": f"graft train trains; {_LEAVE_OUT}",
     "do_eval": "held-out rows are always evaluated; --eval-every says how often",
-    "group_by_length": f"graft orders the rows of --data itself; {_LEAVE_OUT}",
+    "group_by_length": "give --batching grouped; auto, the default, packs where the model can",
+    "packing": _PACKING,
+    "sample_packing": _PACKING,
+    "neat_packing": _PACKING,
+    "use_packing": _PACKING,
+    "padding_free": _PACKING,
     "dataloader_num_workers": f"graft reads the rows of --data itself; {_LEAVE_OUT}",
     "dataset_num_proc": f"graft reads the rows of --data itself; {_LEAVE_OUT}",
     "attn_implementation": _ATTENTION,

@@ -1,8 +1,9 @@
 """What a configuration dataclass says of its flags: type, default, docstring, group.
 
-A component's dataclass may carry two class attributes. `GROUP: ClassVar[str]` is the title under
-which help lists the fields that the class declares; `RARE: ClassVar[frozenset[str]]` names those of
-them that only --help-all lists.
+A component's dataclass may carry class attributes. `GROUP: ClassVar[str]` is the title under which
+help lists the fields that the class declares; `RARE: ClassVar[frozenset[str]]` names those of them
+that only --help-all lists; `EITHER_OR: ClassVar[tuple[tuple[str, str], ...]]` has pairs of which a
+flag for the one takes the place of what a file says of the other.
 """
 
 from __future__ import annotations
@@ -149,6 +150,12 @@ def flags_of(kind: type, settings: Mapping[str, Any] | None = None) -> list[Flag
             )
         )
     return flags
+
+
+def pairs_of(kind: type) -> list[tuple[str, str]]:
+    """Return the pairs of which one takes the other's place, in either order."""
+    pairs = {pair for base in kind.__mro__ for pair in vars(base).get("EITHER_OR", ())}
+    return [order for one, other in sorted(pairs) for order in ((one, other), (other, one))]
 
 
 def _declaring(kind: type, name: str) -> type:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from graft.api.other_names import understood_note
 from graft.cli.command import Command
-from graft.cli.fields import Flag, flags_of
+from graft.cli.fields import Flag, flags_of, pairs_of
 from graft.cli.show import show
 from graft.cli.words import Given, option, split
 from graft.errors import GraftError
@@ -48,6 +48,9 @@ def parse(command: Command[Arguments], words: Sequence[str], name: str) -> Argum
         show(page(command, name, settings, whole="--help-all" in asked))
         sys.exit(0)
     problems += given.problems
+    for flag, other in pairs_of(command.arguments):
+        if flag in given.texts and other not in given.texts:
+            settings.pop(other, None)
     if not problems:
         settings = {**command.given(given.texts, settings), **settings}
     values = _read(flags_of(command.arguments, settings), given, problems)

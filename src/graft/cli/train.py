@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from graft.api.config import TrainConfig
 from graft.cli.command import Command, is_asked
@@ -15,8 +15,49 @@ from graft.errors import GraftError
 from graft.train.stop import StoppedError
 
 
-def train(config: TrainConfig) -> None:
+@dataclass(frozen=True, kw_only=True)
+class TrainArguments(TrainConfig):
+    """A training run, or what it would be."""
+
+    GROUP: ClassVar[str] = "output"
+
+    dry_run: bool = False
+    """Show settings, memory and a row, and begin nothing. Everything is checked as for a run, and
+    what is printed is YAML that begins it; the rest of it is a comment."""
+
+
+def train(arguments: TrainArguments) -> None:
     """Fine-tune a model on a file of examples."""
+    config = TrainConfig(**{one.name: getattr(arguments, one.name) for one in fields(TrainConfig)})
+    if arguments.dry_run:
+        _show_dry_run(config)
+    else:
+        _train(config)
+
+
+def _show_dry_run(config: TrainConfig) -> None:
+    """Print YAML that `graft train` takes; all else in it is a comment."""
+    import yaml
+
+    from graft.api.dry_run import dry_run
+    from graft.cli.data import LEGEND, heading, marked
+    from graft.cli.progress import progress
+
+    with progress() as events:
+        found = dry_run(config, events)
+    show("# nothing was trained or written; graft train FILE.yaml runs this")
+    show(yaml.safe_dump(found.settings, sort_keys=False).rstrip())
+    table = found.plan.table()
+    widths = [max(len(row[column]) for row in table) for column in (0, 1)]
+    lines = ["", "planned memory"]
+    lines += [f"  {what:<{widths[0]}}  {size:>{widths[1]}}  {note}" for what, size, note in table]
+    lines += ["", f"first training row: {heading(found.row)}", LEGEND]
+    lines += marked(found.row.pieces).split("\n")
+    for line in lines:
+        show(f"# {line}".rstrip())
+
+
+def _train(config: TrainConfig) -> None:
     from graft.api.export import next_export
     from graft.api.finetune import finetune
     from graft.api.run.folder import is_run
@@ -64,8 +105,8 @@ def _settings_of_resumed_run(
 
     stored = read_stored(Path(out))
     if stored is not None:
-        fields = (field.name for field in dataclasses.fields(TrainConfig))
-        return {name: getattr(stored, name) for name in fields if name not in _OF_EACH_CALL}
+        names = (field.name for field in fields(TrainConfig))
+        return {name: getattr(stored, name) for name in names if name not in _OF_EACH_CALL}
     missing = [f"--{name}" for name in ("model", "data") if name not in {**texts, **settings}]
     if missing:
         raise GraftError(
@@ -78,4 +119,6 @@ def _settings_of_resumed_run(
 _OF_EACH_CALL = ("out", "resume", "epochs", "trust_remote_code")
 """Settings that a resumed run does not take from the part before."""
 
-COMMAND = Command(arguments=TrainConfig, run=train, takes_file=True, given=_settings_of_resumed_run)
+COMMAND = Command(
+    arguments=TrainArguments, run=train, takes_file=True, given=_settings_of_resumed_run
+)

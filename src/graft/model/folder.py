@@ -47,12 +47,14 @@ warning, but raises when there is none."""
 CONVERTIBLE = ("gptq", "awq", "bitsandbytes", None)
 """The quant_methods in config.json that graft.convert reads; MLX's has none."""
 
-_FETCHED = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
+_WEIGHTS = "*.safetensors"
+_FETCHED = [_WEIGHTS, "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 """What is downloaded of a model on the hub: weights as safetensors alone."""
 
 _FILES = (".safetensors", ".gguf", ".bin", ".json", ".pt", ".pth")
 """Endings of names that are files and no models on the hub."""
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
@@ -62,17 +64,35 @@ def find_folder(model: str, config_alone: bool = False) -> Path:
     Raises GraftError when there is neither such a folder nor such a hub id.
     """
     folder = Path(model)
-    if folder.is_dir():
-        if not (folder / CONFIG_FILE).is_file():
-            raise GraftError(f"{folder} has no config.json: it is no Hugging Face model folder")
-        return folder
+    if not folder.is_dir():
+        return _from_hub(model, [CONFIG_FILE] if config_alone else _FETCHED)
+    if not (folder / CONFIG_FILE).is_file():
+        raise GraftError(f"{folder} has no {CONFIG_FILE}: it is no Hugging Face model folder")
+    return folder
+
+
+def find_text_folder(model: str) -> Path:
+    """Return the local folder of a model's tokenizer, which may be all that is in it.
+
+    Of a hub id nothing else is downloaded but its configuration. Raises as `find_folder`.
+    """
+    folder = Path(model)
+    if not folder.is_dir():
+        return _from_hub(model, [pattern for pattern in _FETCHED if pattern != _WEIGHTS])
+    if not any((folder / name).is_file() for name in (CONFIG_FILE, *_TOKENIZER_FILES)):
+        raise GraftError(f"{folder} has neither {' nor '.join((CONFIG_FILE, *_TOKENIZER_FILES))}")
+    return folder
+
+
+def _from_hub(model: str, fetched: list[str]) -> Path:
+    """Return the folder that holds the files of a hub id whose names match some pattern."""
     no_id = f"there is no folder {quoted(model)}, and it is no hub id (owner/name, or a name alone)"
     if model.startswith((".", "/", "~")) or model.endswith(_FILES):
         raise GraftError(no_id)
     try:
-        if config_alone:
+        if fetched == [CONFIG_FILE]:
             return Path(hf_hub_download(model, CONFIG_FILE)).parent
-        return Path(snapshot_download(model, allow_patterns=_FETCHED))
+        return Path(snapshot_download(model, allow_patterns=fetched))
     except HFValidationError as error:
         raise GraftError(no_id) from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:

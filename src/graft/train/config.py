@@ -23,6 +23,10 @@ class LoopConfig:
             *("eval_epochs", "min_improvement", "samples", "track", "general_text", "batching"),
         }
     )
+    EITHER_OR: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("steps", "epochs"),
+        ("eval_every", "eval_epochs"),
+    )
 
     out: str
     """Folder of the run, made new; with --resume the folder of the run to go on with."""

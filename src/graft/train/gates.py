@@ -59,6 +59,18 @@ def overlap_note(found: Overlap, training_rows: int, held_out_rows: int) -> str 
     return "; ".join(said) + "; --deduplicate trains none of them twice" if said else None
 
 
+def data_notes(
+    training: EncodedData, held_out: EncodedData, twice: Overlap, eos: bool
+) -> list[str]:
+    """Return all that there is to say of data before they are trained on; nothing is wrong."""
+    found = (
+        eos_note(training, eos),
+        share_note(training),
+        overlap_note(twice, training.row_count, held_out.row_count),
+    )
+    return [note for note in found if note is not None]
+
+
 class DeadGradients:
     """Looks for trained tensors that have had only zero gradients.
 

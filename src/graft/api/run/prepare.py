@@ -24,17 +24,17 @@ from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
 from graft.data.named import chosen_template
 from graft.data.overlap import Overlap, overlap
-from graft.data.store import facts_of
 from graft.errors import Problems
 from graft.formats.base import WeightFormat
 from graft.formats.registry import settings_of
+from graft.model.pieces import one_line, pieces_of
 from graft.model.running.checkpointing import check_checkpointing
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import select_targets
 from graft.model.tokens import check_tokens
 from graft.objectives.registry import OBJECTIVES
 from graft.plan.memory import MemoryPlan, plan_memory
-from graft.train.gates import eos_note, overlap_note, share_note
+from graft.train.gates import data_notes
 from graft.train.schedule import default_learning_rate, steps_to_train
 
 
@@ -103,14 +103,12 @@ def prepare(
     problems.raise_all("nothing was started")
     for name, data in (("training", training), ("held out", held_out)):
         events.note(f"{name}: {data.summary()}")
-    twice = overlap(facts_of(training.examples), facts_of(held_out.examples))
-    for text in (
-        eos_note(training, config.eos),
-        share_note(training),
-        overlap_note(twice, training.row_count, held_out.row_count),
-    ):
-        if text is not None:
-            events.note(text)
+    first = training.examples[0]
+    row = one_line(pieces_of(first, tokenizer))
+    events.note(f"the first training row ({first.where}), [trained] in brackets: {row}")
+    twice = overlap(training.facts, held_out.facts)
+    for text in data_notes(training, held_out, twice, config.eos):
+        events.note(text)
     both = training, held_out
     return _resolved(
         config, subject, weight_format, targets, both, seen, twice, events, dense_steps, unrounded

@@ -1,0 +1,190 @@
+"""A look at data before training: what a model would be trained on, token by token."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from graft.data.config import DataConfig
+from graft.data.encode import EncodedData
+from graft.data.examples import Example
+from graft.data.facts import Facts
+from graft.data.load import load_train_and_eval, resolve_max_length
+from graft.data.overlap import Overlap, overlap
+from graft.errors import GraftError
+from graft.model.folder import CONFIG_FILE, find_text_folder, read_config, read_tokenizer
+from graft.model.pieces import Piece, pieces_of
+from graft.model.subject import Subject
+from graft.model.tokens import check_tokens
+from graft.train.gates import data_notes
+
+BARS = 20
+"""Bars of a histogram, about."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What training or evaluation sees of the data, in numbers."""
+
+    rows: int
+    examples: int
+    """Rows, or windows of rows that are longer than a window."""
+    tokens: int
+    trained_tokens: int
+    cut_rows: int
+    lost_tokens: int
+    """Tokens that cuts took away."""
+    eos_rows: int
+    """Examples in which an end-of-sequence token is trained."""
+    shortest: int
+    median: int
+    longest: int
+    """Tokens of an example."""
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How many examples have how many tokens: counts[i] have bars[i] up to bars[i + 1] - 1."""
+
+    bars: list[int]
+    counts: list[int]
+
+
+@dataclass(frozen=True)
+class ShownRow:
+    """A row as its tokens."""
+
+    where: str
+    held_out: bool
+    pieces: list[Piece]
+    cut: bool
+    lost: int
+    window: int
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What there is to know of data for a model before it is trained on."""
+
+    model: str
+    data: str
+    kind: str
+    max_length: int
+    training: Part
+    held_out: Part
+    lengths: Histogram
+    """Of the training examples."""
+    overlap: Overlap
+    notes: list[str]
+    """What training would say of the data."""
+    rows: list[ShownRow]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all of it as plain values."""
+        return asdict(self)
+
+
+def look_at_data(
+    model: str,
+    config: DataConfig,
+    *,
+    seed: int = 0,
+    rows: int = 3,
+    row: int | None = None,
+    trust_remote_code: bool = False,
+) -> DataReport:
+    """Return what a model would be trained on; nothing is trained, and no weight is read.
+
+    model: a model folder, one with a tokenizer alone, or a hub id, of which no weights are fetched.
+    rows: how many training rows are shown token by token; row: which one is instead, by the number
+    behind its file's name in every message. Raises GraftError with every problem that training
+    would raise for the data.
+    """
+    folder = find_text_folder(model)
+    subject = None
+    if (folder / CONFIG_FILE).is_file():
+        settings = read_config(folder, trust_remote_code)
+        subject = Subject(folder, settings, trust_remote_code, config_alone=True)
+    tokenizer = subject.tokenizer if subject else read_tokenizer(folder, trust_remote_code)
+    limit = None if subject is None else subject.position_limit
+    training, held_out = load_train_and_eval(config, tokenizer, limit, seed)
+    if subject is not None:
+        check_tokens(subject.skeleton, tokenizer, training.examples, held_out.examples)
+    twice = overlap(training.facts, held_out.facts)
+    chosen = _chosen(training, held_out, rows, row)
+    return DataReport(
+        model=model,
+        data=config.data,
+        kind=training.kind,
+        max_length=resolve_max_length(config, limit),
+        training=_part(training),
+        held_out=_part(held_out),
+        lengths=histogram(training.facts),
+        overlap=twice,
+        notes=data_notes(training, held_out, twice, config.eos),
+        rows=[shown_row(one, tokenizer, is_held_out) for one, is_held_out in chosen],
+    )
+
+
+def shown_row(
+    example: Example, tokenizer: PreTrainedTokenizerBase, held_out: bool = False
+) -> ShownRow:
+    """Return an example as it is shown."""
+    pieces = pieces_of(example, tokenizer)
+    return ShownRow(example.where, held_out, pieces, example.cut, example.lost, example.window)
+
+
+def histogram(facts: Facts) -> Histogram:
+    """Return how many examples have how many tokens, in bars of equal and round width."""
+    longest = int(facts.lengths.max(initial=1))
+    width = _round(longest / BARS)
+    bars = list(range(0, longest + width + 1, width))
+    counts, _ = np.histogram(facts.lengths, bars)
+    return Histogram(bars, counts.tolist())
+
+
+def _round(least: float) -> int:
+    """Return the smallest of 1, 2, 4, 5 times a power of ten that is at least `least`."""
+    power = 1
+    while True:
+        for factor in (1, 2, 4, 5):
+            if factor * power >= least:
+                return factor * power
+        power *= 10
+
+
+def _part(data: EncodedData) -> Part:
+    facts = data.facts
+    return Part(
+        rows=data.row_count,
+        examples=len(data.examples),
+        tokens=data.total_tokens,
+        trained_tokens=data.target_tokens,
+        cut_rows=data.cut_rows,
+        lost_tokens=data.lost_tokens,
+        eos_rows=data.eos_rows,
+        shortest=int(facts.lengths.min()),
+        median=int(np.median(facts.lengths)),
+        longest=int(facts.lengths.max()),
+    )
+
+
+def _chosen(
+    training: EncodedData, held_out: EncodedData, rows: int, row: int | None
+) -> list[tuple[Example, bool]]:
+    """Return the examples to show, each with whether it is held out."""
+    if row is None:
+        return [(one, False) for one in training.examples[: max(rows, 0)]]
+    found = [
+        (one, is_held_out)
+        for data, is_held_out in ((training, False), (held_out, True))
+        for one in data.examples
+        if one.where.rpartition(":")[2] == str(row)
+    ]
+    if not found:
+        last = training.examples[-1].where
+        raise GraftError(f"--row {row}: no row has that number; the last training row is {last}")
+    return found
