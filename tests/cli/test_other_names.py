@@ -192,7 +192,7 @@ def test_a_setting_is_given_once(tmp_path: Path) -> None:
         given(*words_of(NEEDED), "--rank", "8", "--lora_r", "4")
     file = tmp_path / "run.yaml"
     file.write_text("rank: 8\nlora_r: 4\n")
-    with pytest.raises(UsageError, match="rank and lora_r are the same setting"):
+    with pytest.raises(GraftError, match="rank and lora_r are the same setting"):
         given(str(file), *words_of(NEEDED))
 
 

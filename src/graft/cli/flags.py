@@ -30,13 +30,14 @@ def parse(command: Command[Arguments], words: Sequence[str], name: str) -> Argum
     """Return the configuration that the words after `graft <name>` describe.
 
     --help prints the page and exits. Raises UsageError with every flag that there is not, every
-    value that does not fit, and everything that is missing.
+    value that does not fit, and everything that is missing; GraftError where nothing is wrong but
+    the file.
     """
     settings: dict[str, Any] = {}
-    problems: list[str] = []
+    of_file: list[str] = []
     understood: dict[str, str] = {}
     if command.takes_file and words and words[0].endswith(_CONFIGURATION):
-        settings, understood, problems = _settings_of_file(words[0], command.arguments)
+        settings, understood, of_file = _settings_of_file(words[0], command.arguments)
         words = words[1:]
     asked = [word for word in words if word in _HELP]
     given = split([word for word in words if word not in _HELP], flags_of(command.arguments))
@@ -47,7 +48,7 @@ def parse(command: Command[Arguments], words: Sequence[str], name: str) -> Argum
             settings = {**command.given(given.texts, settings), **settings}
         show(page(command, name, settings, whole="--help-all" in asked))
         sys.exit(0)
-    problems += given.problems
+    problems = [*of_file, *given.problems]
     for flag, other in pairs_of(command.arguments):
         if flag in given.texts and other not in given.texts:
             settings.pop(other, None)
@@ -55,7 +56,8 @@ def parse(command: Command[Arguments], words: Sequence[str], name: str) -> Argum
         settings = {**command.given(given.texts, settings), **settings}
     values = _read(flags_of(command.arguments, settings), given, problems)
     if problems:
-        raise UsageError(_told(problems, name))
+        kind = GraftError if problems == of_file else UsageError
+        raise kind(_told(problems, name))
     understood |= given.understood
     if understood:
         show(understood_note(understood), error=True)
