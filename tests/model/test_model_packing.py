@@ -103,9 +103,9 @@ def test_without_our_kernels_each_row_goes_to_pytorch(monkeypatch: pytest.Monkey
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_rounding_is_no_leak(dtype: torch.dtype) -> None:
-    for family in ("llama", "mixtral"):
+def test_rounding_is_no_leak() -> None:
+    half, double = torch.bfloat16, torch.float64
+    for family, dtype in (("llama", half), ("mixtral", half), ("llama", double)):
         model = model_of(family).to(dtype)
         assert use_own_attention(model)
         check_packing(model)
@@ -125,15 +125,13 @@ def test_rows_that_would_see_each_other_are_refused(monkeypatch: pytest.MonkeyPa
         check_packing(model)
     assert use_own_attention(model)
     modes = [module.training for module in model.train().modules()]
-    monkeypatch.setattr(
-        attention_module, "attention", lambda q, k, v, scale, starts: seeing(q, k, v)
-    )
+    monkeypatch.setattr(attention_module, "attention", seeing)
     with pytest.raises(GraftError, match="not those of the rows alone.*--batching grouped"):
         check_packing(model)
     assert [module.training for module in model.modules()] == modes
 
 
-def seeing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
+def seeing(q: Tensor, k: Tensor, v: Tensor, *_: object) -> tuple[Tensor, None]:
     """Attention that forgets where sequences start."""
     out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
     return out.transpose(1, 2), None
