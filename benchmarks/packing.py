@@ -34,7 +34,8 @@ from graft.adapters.attach import adapter_parameters, attach_adapter
 from graft.adapters.config import AdapterConfig
 from graft.data.batches import Batch, collate, pack
 from graft.data.examples import Example
-from graft.data.sampler import BatchSampler, lengths_of, measure_batches
+from graft.data.sampler import BatchSampler, measure_batches
+from graft.data.store import facts_of
 from graft.formats.registry import make_format
 from graft.model.load import load_model
 from graft.model.running.attention import use_own_attention
@@ -166,7 +167,7 @@ def measure(model: str, data: str, method: str, seconds: float) -> Result:
         rows = [examples[row] for row in next(sampler)]
         order = list(ways) if len(ratios) % 2 else list(reversed(ways))
         taken = {way: step(ways[way](rows)) for way in order}
-        lengths = lengths_of(rows)
+        lengths = facts_of(rows).lengths
         tokens += int(lengths.sum())
         shares.append(float(lengths.mean() / lengths.max()))
         clock, cores = zip(taken["padded"], taken["packed"], strict=True)
@@ -176,7 +177,7 @@ def measure(model: str, data: str, method: str, seconds: float) -> Result:
         for way, one in taken.items():
             spent[way] += one[0]
     sampler = BatchSampler(len(examples), BATCH_SIZE, seed=0)
-    sizes = measure_batches(sampler, lengths_of(examples), len(ratios) + 2)
+    sizes = measure_batches(sampler, facts_of(examples).lengths, len(ratios) + 2)
     return Result(
         model=model,
         data=data,

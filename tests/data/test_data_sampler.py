@@ -17,7 +17,6 @@ from graft.data.examples import Example
 from graft.data.sampler import (
     BatchSampler,
     GroupedSampler,
-    lengths_of,
     make_sampler,
     measure_batches,
 )
@@ -121,7 +120,7 @@ def test_batches_stay_grouped_where_epochs_end_inside_a_batch():
 
 def test_each_way_of_batching_has_its_sampler():
     rows = [Example([1] * length, [False] * length, "") for length in (3, 1, 2)]
-    assert lengths_of(rows).tolist() == [3, 1, 2]
+    assert [len(next(make_sampler("grouped", rows, 2, seed))) for seed in range(2)] == [2, 2]
     assert type(make_sampler("grouped", rows, 2, 0)) is GroupedSampler
     for kind in ("packed", "padded", "auto"):
         assert type(make_sampler(kind, rows, 2, 0)) is BatchSampler
