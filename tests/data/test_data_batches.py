@@ -1,23 +1,17 @@
-"""Padding by position, and a sampler that goes on exactly where it stopped."""
+"""Rows as tensors: padding by position, and packing without any."""
 
 from __future__ import annotations
 
 import itertools
-import json
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from graft.data.batches import batch_in_order, collate
+from graft.data.batches import batch_in_order, collate, pack
 from graft.data.examples import Example
-from graft.data.sampler import BatchSampler
 from graft.errors import GraftError
-
-
-def take(sampler: BatchSampler, batches: int) -> list[list[int]]:
-    return list(itertools.islice(sampler, batches))
 
 
 def test_padding_and_labels():
@@ -34,55 +28,55 @@ def test_padding_and_labels():
 
 
 def test_an_empty_batch_is_an_error():
-    with pytest.raises(GraftError, match="at least one example"):
-        collate([])
+    for make in (collate, pack):
+        with pytest.raises(GraftError, match="at least one example"):
+            make([])
 
 
-@given(
-    count=st.integers(1, 30),
-    batch_size=st.integers(1, 40),
-    seed=st.integers(0, 2**40),
-    before=st.integers(0, 12),
-)
-def test_a_restored_sampler_goes_on_like_an_unbroken_one(count, batch_size, seed, before):
-    unbroken = take(BatchSampler(count, batch_size, seed), before + 8)
-    assert all(len(batch) == batch_size for batch in unbroken)
-    stopped = BatchSampler(count, batch_size, seed)
-    take(stopped, before)
-    state = json.loads(json.dumps(stopped.state()))
-    resumed = BatchSampler(count, batch_size, seed)
-    resumed.restore(state)
-    assert resumed.state() == state
-    assert take(resumed, 8) == unbroken[before:]
-    # Every epoch holds every row once.
-    seen = list(itertools.chain.from_iterable(unbroken))
-    for begin in range(0, len(seen) - count + 1, count):
-        assert sorted(seen[begin : begin + count]) == list(range(count))
+LENGTHS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
 
-def test_epochs_and_seeds_differ():
-    orders = {tuple(take(BatchSampler(50, 50, seed), 1)[0]) for seed in range(5)}
-    orders |= {tuple(batch) for batch in take(BatchSampler(50, 50, 0), 5)}
-    assert len(orders) == 9  # seed 0, epoch 0 is in both
+def examples_of(lengths: list[int]) -> list[Example]:
+    """Return examples of these lengths; every second token is trained, a first one too."""
+    begin, examples = 1, []
+    for row, length in enumerate(lengths):
+        ids = list(range(begin, begin + length))
+        examples.append(Example(ids, [token % 2 == 0 for token in ids], f"d:{row}"))
+        begin += length
+    return examples
 
 
-def test_the_order_is_pinned():
-    # A change here breaks the resuming of every existing checkpoint.
-    assert take(BatchSampler(5, 3, 0), 4) == [[4, 1, 0], [2, 3, 4], [3, 0, 1], [2, 2, 4]]
+@given(LENGTHS)
+def test_packed_rows_lie_one_behind_the_other(lengths):
+    examples = examples_of(lengths)
+    batch = pack(examples)
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.input_ids.shape == batch.labels.shape == (1, sum(lengths))
+    assert batch.starts.tolist() == [0, *itertools.accumulate(lengths)]
+    assert batch.starts.dtype == torch.int32
+    for row, (begin, end) in enumerate(itertools.pairwise(batch.starts.tolist())):
+        assert batch.input_ids[0, begin:end].tolist() == examples[row].input_ids
+        asked = [i if flag else -100 for i, flag in zip(*row_of(examples[row]), strict=True)]
+        # Or the last token of the row before would be asked for it.
+        assert batch.labels[0, begin:end].tolist() == [-100, *asked[1:]]
 
 
-def test_a_state_of_other_data_is_refused():
-    state = BatchSampler(10, 2, seed=1).state()
-    with pytest.raises(GraftError, match="number of training rows 10, now it is 11"):
-        BatchSampler(11, 2, seed=1).restore(state)
-    with pytest.raises(GraftError, match="seed 1, now it is 2"):
-        BatchSampler(10, 2, seed=2).restore(state)
+def row_of(example: Example) -> tuple[list[int], list[bool]]:
+    return example.input_ids, example.targets
 
 
-@pytest.mark.parametrize(("count", "size"), [(0, 1), (1, 0), (-1, 3)])
-def test_batches_of_nothing(count, size):
-    with pytest.raises(GraftError, match="expected at least 1"):
-        BatchSampler(count, size, 0)
+@given(LENGTHS)
+def test_packed_and_padded_rows_have_the_same_targets(lengths):
+    examples = examples_of(lengths)
+    packed, padded = pack(examples), collate(examples)
+    assert packed.targets == padded.targets
+    asked = [batch.labels[:, 1:][batch.labels[:, 1:] != -100] for batch in (packed, padded)]
+    assert torch.equal(*asked)
+
+
+def test_a_batch_moves_with_all_that_it_has():
+    moved = pack(examples_of([2, 3])).to(torch.device("meta"))
+    assert all(getattr(moved, name).is_meta for name in ("input_ids", "labels", "starts"))
 
 
 def test_evaluation_sees_every_row_once_longest_first():

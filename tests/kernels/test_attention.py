@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -29,7 +30,7 @@ SHAPES = [
     (1, 2, 1, 51, 33),
     (1, 2, 1, 301, 128),
 ]
-Forward = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+Forward = Callable[..., tuple[Tensor, Tensor]]
 Backward = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
@@ -199,6 +200,116 @@ def test_opcheck(opcheck: Callable[..., None]) -> None:
         opcheck(attention_ops.attention_backward, (grad, *frozen, out, lse, 0.3), test_utils=tests)
     q, k, v = (t.requires_grad_() for t in vectors((1, 2, 1, 5, 8), torch.float32))
     opcheck(attention_ops.attention, (q, k, v, 0.3))
+
+
+# Packed sequences ---------------------------------------------------------------------------------
+
+PACKED = [
+    (1, (1, 7, 64, 33, 0, 130, 51, 2), 4, 2, 40),  # heads in parts, a sequence without a token
+    (2, (23, 9), 6, 1, 32),
+    (3, (300, 5, 17) * 6, 4, 4, 16),
+]
+
+
+def packed(case: tuple, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return q, k, v, a gradient and where the sequences start."""
+    _, lengths, heads, kv_heads, head_dim = case
+    total = sum(lengths)
+    q, k, v = vectors((1, heads, kv_heads, total, head_dim), dtype)
+    grad = torch.randn(1, total, heads, head_dim).to(dtype)
+    return q, k, v, grad, torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def alone(starts: Tensor) -> list[slice]:
+    places = starts.tolist()
+    return [slice(begin, end) for begin, end in itertools.pairwise(places) if begin < end]
+
+
+def check_packed(forward: Forward, backward: Backward, case: tuple, dtype: torch.dtype) -> None:
+    """Each sequence as float64 has it alone."""
+    q, k, v, grad, starts = packed(case, dtype)
+    scale = 0.9 / math.sqrt(q.shape[-1])
+    out, lse = forward(q, k, v, scale, starts)
+    gradients = backward(grad, q, k, v, out, lse, scale, starts)
+    tolerance = 3e-6 if dtype == torch.float32 else 9e-3
+    for part in alone(starts):
+        q1, k1, v1 = (t[:, :, part] for t in (q, k, v))
+        expected, log_sums, wanted = exact(q1, k1, v1, grad[:, part], scale)
+        assert_near(out[:, part], expected, expected.abs().max().item(), tolerance)
+        assert_near(lse[:, :, part], log_sums, max(1.0, log_sums.abs().max().item()), 1e-6)
+        largest = wanted[2].abs().max().item()
+        for got, one in zip(gradients, wanted, strict=True):
+            assert_near(got[:, :, part], one, largest, tolerance)
+
+
+@NATIVE
+@pytest.mark.parametrize("case", PACKED, ids=lambda case: str(case[0]))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_native_packed_sequences_equal_float64(level: str, case: tuple, dtype: torch.dtype) -> None:
+    check_packed(native_attention.attention, native_attention.attention_backward, case, dtype)
+
+
+@pytest.mark.parametrize("case", PACKED[:2], ids=lambda case: str(case[0]))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_reference_of_packed_sequences_equals_float64(case: tuple, dtype: torch.dtype) -> None:
+    check_packed(reference_attention.attention, reference_attention.attention_backward, case, dtype)
+
+
+@NATIVE
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_packed_sequences_are_a_batch_of_them_bit_for_bit(level: str, dtype: torch.dtype) -> None:
+    lengths = (31, 4, 77)
+    q, k, v, grad, starts = packed((0, lengths, 8, 2, 24), dtype)
+    padded = [torch.zeros(3, t.shape[1], 77, 24, dtype=dtype) for t in (q, k, v)]
+    padded_grad = torch.zeros(3, 77, 8, 24, dtype=dtype)
+    for row, part in enumerate(alone(starts)):
+        for to, t in zip(padded, (q, k, v), strict=True):
+            to[row, :, : lengths[row]] = t[0, :, part]
+        padded_grad[row, : lengths[row]] = grad[0, part]
+    out, lse = native_attention.attention(q, k, v, 0.2, starts)
+    wide, wide_lse = native_attention.attention(*padded, 0.2)
+    gradients = native_attention.attention_backward(grad, q, k, v, out, lse, 0.2, starts)
+    expected = native_attention.attention_backward(padded_grad, *padded, wide, wide_lse, 0.2)
+    for row, part in enumerate(alone(starts)):
+        assert torch.equal(out[0, part], wide[row, : lengths[row]])
+        for got, wanted in zip(gradients, expected, strict=True):
+            assert torch.equal(got[0, :, part], wanted[row, :, : lengths[row]])
+
+
+@NATIVE
+def test_no_sequence_sees_another_bit_for_bit(level: str) -> None:
+    q, k, v, _, starts = packed(PACKED[0], torch.bfloat16)
+    out, _ = native_attention.attention(q, k, v, 0.2, starts)
+    begin, end = starts[2:4].tolist()
+    others = torch.ones(q.shape[2], dtype=torch.bool)
+    others[begin:end] = False
+    for t in (q, k, v):
+        t[:, :, begin:end] = math.nan
+    again, _ = native_attention.attention(q, k, v, 0.2, starts)
+    assert torch.equal(out[:, others], again[:, others])
+    assert again[:, begin:end].isnan().all()
+
+
+@NATIVE
+@pytest.mark.parametrize("starts", [[0, 5], [1, 9], [0, 7, 4, 9], [], [0, 4, 12]])
+def test_starts_that_do_not_part_the_positions_are_refused(starts: list[int]) -> None:
+    q, k, v = vectors((1, 2, 1, 9, 8), torch.float32)
+    with pytest.raises(ValueError, match="do not part 1 x 9 positions"):
+        native_attention.attention(q, k, v, 0.3, torch.tensor(starts, dtype=torch.int32))
+    two = [t.expand(2, -1, -1, -1) for t in (q, k, v)]
+    with pytest.raises(ValueError, match="do not part 2 x 9 positions"):
+        native_attention.attention(*two, 0.3, torch.tensor([0, 9], dtype=torch.int32))
+
+
+def test_opcheck_of_packed_sequences(opcheck: Callable[..., None]) -> None:
+    for dtype in DTYPES:
+        q, k, v, grad, starts = packed((0, (3, 8), 4, 2, 8), dtype)
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        opcheck(attention_ops.attention, (*leaves, 0.3, starts), test_utils=tests)
+        out, lse = attention_ops.attention(q, k, v, 0.3, starts)
+        arguments = (grad, q, k, v, out, lse, 0.3, starts)
+        opcheck(attention_ops.attention_backward, arguments, test_utils=tests)
 
 
 def test_no_tokens_give_no_output() -> None:

@@ -8,21 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_models import PLAIN, SMALL, model_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedModel,
 )
 
 import graft
 from graft.adapters.attach import adapter_parameters, attach_adapter
 from graft.adapters.config import AdapterConfig
 from graft.kernels.backend import native_library
-from graft.model.families import FAMILIES
 from graft.model.running.attention import NAME, use_own_attention
 from graft.model.targets import freeze_layers, select_targets
 
@@ -30,28 +27,6 @@ pytestmark = pytest.mark.skipif(
     native_library.why_unavailable() is not None,
     reason=f"native backend: {native_library.why_unavailable()}",
 )
-
-PLAIN = sorted(name for name, family in FAMILIES.items() if family.plain_attention)
-SMALL = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 64,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
-EXPERTS = {
-    "num_experts": 4,
-    "num_local_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 32,
-    "shared_expert_intermediate_size": 32,
-}
 
 
 class Seen(TorchDispatchMode):
@@ -66,18 +41,6 @@ class Seen(TorchDispatchMode):
         self.own += name.startswith("graft::attention.") or name == "graft::attention"
         self.others += "scaled_dot_product" in name and "backward" not in name
         return func(*args, **(kwargs or {}))
-
-
-def model_of(family: str, **changes: object) -> PreTrainedModel:
-    torch.manual_seed(5)
-    options = SMALL | (EXPERTS if "moe" in family or family == "mixtral" else {}) | changes
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **options))
-    # PyTorch's initial weights are so small that attention would be uniform.
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 2:
-                parameter.mul_(4)
-    return model.eval()
 
 
 def ids(length: int = 23) -> Tensor:
@@ -195,9 +158,15 @@ def test_models_that_must_stay_as_they_are() -> None:
     assert not use_own_attention(remote) and remote.config._attn_implementation == "sdpa"
 
 
-def test_without_a_native_backend_models_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_native_backend_pytorch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("graft.model.running.attention.why_unavailable", lambda: "no compiler")
-    assert not use_own_attention(model_of("llama"))
+    model = model_of("llama")
+    with torch.no_grad():
+        expected = model(ids(), use_cache=False).logits
+        assert use_own_attention(model)
+        with Seen() as seen:
+            assert torch.equal(model(ids(), use_cache=False).logits, expected)
+    assert seen.own == 0 and seen.others == 2
 
 
 def test_the_configuration_file_does_not_name_it(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graft.data.examples import Example
+from graft.data.store import facts_of
 from graft.errors import GraftError
 
 Lengths = npt.NDArray[np.int32]
@@ -132,13 +133,8 @@ def make_sampler(
 ) -> BatchSampler:
     """Return the batches of a way of batching: 'grouped' has its own, all others share theirs."""
     if batching == "grouped":
-        return GroupedSampler(lengths_of(examples), batch_size, seed)
+        return GroupedSampler(facts_of(examples).lengths, batch_size, seed)
     return BatchSampler(len(examples), batch_size, seed)
-
-
-def lengths_of(examples: Sequence[Example]) -> Lengths:
-    """Return the tokens of each example."""
-    return np.fromiter((len(one.input_ids) for one in examples), np.int32, len(examples))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from graft.api.config import TrainConfig
 from graft.data.encode import EncodedData
-from graft.data.sampler import lengths_of, make_sampler, measure_batches
+from graft.data.sampler import make_sampler, measure_batches
 from graft.errors import GraftError
 from graft.model.internals import attention_of
 from graft.model.running.attention import may_use_own_attention
@@ -53,7 +53,7 @@ def _why_not_packed(config: TrainConfig, subject: Subject) -> str | None:
 def plan_batches(config: TrainConfig, training: EncodedData, steps: int) -> Batches:
     """Return what the batches of so many steps hold, with the batching that was chosen."""
     name = config.batching
-    lengths = lengths_of(training.examples)
+    lengths = training.facts.lengths
     sampler = make_sampler(name, training.examples, config.batch_size, config.seed)
     sizes = measure_batches(sampler, lengths, steps * config.grad_accum)
     longest = int(lengths.max())

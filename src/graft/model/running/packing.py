@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graft.errors import GraftError
@@ -52,12 +52,16 @@ def check_packing(model: PreTrainedModel) -> None:
     vocabulary = model.get_input_embeddings().get_parameter("weight").shape[0]
     starts = torch.tensor([0, *_LENGTHS]).cumsum(0).int()
     ids = (torch.arange(int(starts[-1])) * 7 + 3).remainder(vocabulary).to(device)[None]
+    rows = ids.squeeze(0).split(_LENGTHS)
+    padded = nn.utils.rnn.pad_sequence(rows, batch_first=True)
     with torch.no_grad(), evaluating(model):
-        alone = torch.cat([_logits(model, row) for row in ids.split(_LENGTHS, dim=1)])
+        alone = torch.cat(
+            [one[:length] for one, length in zip(_logits(model, padded), _LENGTHS, strict=True)]
+        )
         layout = packed(starts, device)
-        together = _logits(model, ids, **layout)
+        together = _logits(model, ids, **layout)[0]
         no_starts = {"attention_mask": torch.ones_like(ids)}
-        seeing = _logits(model, ids, position_ids=layout["position_ids"], **no_starts)
+        seeing = _logits(model, ids, position_ids=layout["position_ids"], **no_starts)[0]
     if not alone.isfinite().all():
         return  # a damaged model: the loss says so
     off, most = ((one - alone).norm().item() for one in (together, seeing))
@@ -71,5 +75,5 @@ def check_packing(model: PreTrainedModel) -> None:
 
 
 def _logits(model: PreTrainedModel, ids: Tensor, **options: Any) -> Tensor:
-    logits: Tensor = model(input_ids=ids, use_cache=False, **options).logits[0]
+    logits: Tensor = model(input_ids=ids, use_cache=False, **options).logits
     return logits.double()
