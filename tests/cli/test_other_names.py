@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -223,3 +224,14 @@ def test_a_flag_takes_the_place_of_its_other_half_in_a_file(tmp_path: Path) -> N
     assert (config.eval_every, config.eval_epochs) == (None, 0.5)
     both = given(str(file), "--steps", "7", "--epochs", "2")
     assert (both.steps, both.epochs) == (7, 2.0), "which the check of settings refuses"
+
+
+def test_the_page_says_of_other_names_what_the_table_does() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "first-steps.md").read_text(encoding="utf-8")
+    lines = page.partition("| theirs | here |")[2].partition("\n\n")[0].splitlines()[2:]
+    assert len(lines) > 12
+    for line in lines:
+        theirs, ours = (re.findall(r"--([\w-]+)", cell) for cell in line.split("|")[1:3])
+        assert list(dict.fromkeys(SAME[name] for name in theirs)) == [
+            name.replace("-", "_") for name in ours
+        ]
