@@ -24,8 +24,8 @@ from graft.errors import GraftError
 from graft.files.bounds import bound, raise_beyond
 from graft.text import listed
 
-ROW_CHARACTERS = 2**20
-"""Characters that any row may have; each may take 500 bytes and 4 µs before the row is cut."""
+ROW_CHARACTERS = 2**22
+"""Characters that any row may have; each may take 500 bytes and 1 µs before the row is cut."""
 DOCUMENT_CHARACTERS = 2**24
 """Characters that a row may have all of which is trained."""
 TOKEN_CHARACTERS = 32
