@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graft.data.examples import Example
+from graft.data.store import facts_of
 from graft.errors import GraftError
 
 Lengths = npt.NDArray[np.int32]
@@ -138,7 +139,7 @@ def make_sampler(
 
 def lengths_of(examples: Sequence[Example]) -> Lengths:
     """Return the tokens of each example."""
-    return np.fromiter((len(one.input_ids) for one in examples), np.int32, len(examples))
+    return facts_of(examples).lengths
 
 
 @dataclass(frozen=True)
