@@ -93,6 +93,26 @@ def test_several_processes_give_what_one_gives(write, build_tokenizer, monkeypat
     ) + [1]
 
 
+def test_what_is_known_of_rows_is_counted_in_all_processes(write, build_tokenizer):
+    rows = [{"messages": [dict(row["messages"][0]), row["messages"][1]]} for row in TALKS]
+    for row in rows[::3]:
+        row["messages"][0]["name"] = "Ann"  # which the template does not render
+    path = write(rows)
+    tokenizer = build_tokenizer(chat_template=CHATML)
+    expected = plain(path, tokenizer)
+    assert list(expected.remarks.values()) == [20]
+    for _ in ("encoded", "from the cache"):
+        assert encoded(path, tokenizer).remarks == expected.remarks
+        assert encoded(path, tokenizer).summary() == expected.summary()
+
+
+def test_a_conversation_of_three_megabytes_is_encoded(write, build_tokenizer):
+    talk = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "abc " * 750_000}]
+    path = write([*TALKS[:20], {"messages": talk}])
+    found = encoded(path, build_tokenizer(chat_template=CHATML), cache=False)
+    assert found.lost_tokens > 2_900_000
+
+
 def test_without_processes_the_rows_are_encoded_here(write, tokenizer, monkeypatch):
     def refuse() -> int:
         raise OSError("no more processes")

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from graft.data.examples import Example
+from graft.data.store import facts_of
 from graft.errors import GraftError
 
 IGNORED = -100
@@ -87,6 +89,6 @@ def pack(examples: Sequence[Example]) -> PackedBatch:
 
 def batch_in_order(examples: Sequence[Example], batch_size: int) -> Iterator[list[Example]]:
     """Yield all examples once, longest first, so that memory peaks in the first batch."""
-    ordered = sorted(examples, key=lambda example: -len(example.input_ids))
+    ordered = np.argsort(-facts_of(examples).lengths, kind="stable")
     for begin in range(0, len(ordered), batch_size):
-        yield ordered[begin : begin + batch_size]
+        yield [examples[number] for number in ordered[begin : begin + batch_size].tolist()]

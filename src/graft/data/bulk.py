@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from graft.data.cache import entry_key, keep, recall
 from graft.data.config import DataConfig
 from graft.data.encode import EncodedData, Encoding, RowEncoder, bad_rows
+from graft.data.examples import Example
 from graft.data.pool import Pool, cores
 from graft.data.rows import Row, RowStream
 from graft.data.shapes.base import Tokenizer
@@ -78,8 +79,7 @@ def encoded_file(
     if config.cache and _size(path) > _SMALL_FILE:
         key = entry_key(Path(path), tokenizer, config, max_length)
         if (found := recall(key, name, told.note)) is not None:
-            stored, noted = found
-            return EncodedData(stored, noted["kind"], tuple(noted["ignored_keys"]))
+            return _data(*found)
     work = _Work(path, tokenizer, config, max_length, told)
     if not work.is_large:
         return work.in_memory()
@@ -140,13 +140,17 @@ class _Work:
         rows = (row for lot in self._first for row in lot.rows)
         return self.data(self._encoder.encode(rows, bad_rows()))
 
-    def data(self, examples: Any) -> EncodedData:
+    def data(self, examples: Sequence[Example]) -> EncodedData:
         """Return the examples of the file with what is known of its rows."""
-        return EncodedData(examples, self._stream.kind, self._stream.ignored_keys)
+        return _data(examples, self.noted())
 
     def noted(self) -> Mapping[str, Any]:
         """Return what is known of the rows, for `keep`."""
-        return {"kind": self._stream.kind, "ignored_keys": self._stream.ignored_keys}
+        return {
+            "kind": self._stream.kind,
+            "ignored_keys": self._stream.ignored_keys,
+            "remarks": dict(self._encoder.remarks),
+        }
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the examples, in order; raises GraftError for the bad rows, all at once."""
@@ -159,7 +163,8 @@ class _Work:
                     if reply is None:
                         batch, wrong = self._encoded(lot.rows)
                     else:
-                        batch, wrong = _unpacked(reply)
+                        batch, wrong, remarks = _unpacked(reply)
+                        self._encoder.remarks.update(remarks)
                     for problem in wrong:
                         problems.add(problem)
                     done += len(lot.rows)
@@ -183,17 +188,26 @@ class _Work:
     def _answer(self, request: bytes) -> bytes:
         """Encode a lot in a process of the pool."""
         rows = [Row(where, fields) for where, fields in json.loads(request)]
+        self._encoder.remarks.clear()  # those of the lot before
         batch, problems = self._encoded(rows)
-        return json.dumps(problems).encode() + b"\n" + bytes(batch.serialize())
+        head = json.dumps([problems, self._encoder.remarks])
+        return head.encode() + b"\n" + bytes(batch.serialize())
 
 
-def _unpacked(reply: bytes) -> tuple[pa.RecordBatch, list[str]]:
+def _data(examples: Sequence[Example], noted: Mapping[str, Any]) -> EncodedData:
+    """Return examples with what was noted of their rows."""
+    ignored = tuple(noted["ignored_keys"])
+    return EncodedData(examples, noted["kind"], ignored, remarks=dict(noted["remarks"]))
+
+
+def _unpacked(reply: bytes) -> tuple[pa.RecordBatch, list[str], dict[str, int]]:
     import pyarrow as pa
 
     from graft.data.store import schema
 
     head, _, body = reply.partition(b"\n")
-    return pa.ipc.read_record_batch(pa.py_buffer(body), schema()), json.loads(head)
+    problems, remarks = json.loads(head)
+    return pa.ipc.read_record_batch(pa.py_buffer(body), schema()), problems, remarks
 
 
 def _lots(rows: Iterable[Row]) -> Iterator[_Lot]:

@@ -24,8 +24,8 @@ from graft.errors import GraftError
 from graft.files.bounds import bound, raise_beyond
 from graft.text import listed
 
-ROW_CHARACTERS = 2**20
-"""Characters that any row may have; each may take 500 bytes and 4 µs before the row is cut."""
+ROW_CHARACTERS = 2**22
+"""Characters that any row may have; each may take 500 bytes and 1 µs before the row is cut."""
 DOCUMENT_CHARACTERS = 2**24
 """Characters that a row may have all of which is trained."""
 TOKEN_CHARACTERS = 32
@@ -170,6 +170,9 @@ class RowEncoder:
             encoding.max_length, tokenizer.eos_token_id, encoding.eos, encoding.stride
         )
         self._is_document = SHAPES[kind].is_document
+        self._most = max(bound(ROW_CHARACTERS), bound(TOKEN_CHARACTERS) * encoding.max_length)
+        if self._is_document:
+            self._most = max(self._most, bound(DOCUMENT_CHARACTERS))
 
     def encode(self, rows: Iterable[Row], problems: RowProblems) -> list[Example]:
         """Return the examples of rows; raises GraftError for all problems, those there are too."""
@@ -212,12 +215,8 @@ class RowEncoder:
         yield chunk
 
     def _check_length(self, text: str) -> None:
-        max_length = self._encoding.max_length
-        most = max(bound(ROW_CHARACTERS), bound(TOKEN_CHARACTERS) * max_length)
-        if self._is_document:
-            most = max(most, bound(DOCUMENT_CHARACTERS))
-        if len(text) > most:
-            cut = f"{most:,}, of which {max_length:,} tokens are left,"
+        if len(text) > self._most:
+            cut = f"{self._most:,}, of which {self._encoding.max_length:,} tokens are left,"
             raise_beyond("its text", f"{len(text):,} characters", cut)
 
     def _why_no_target(self, example: Example) -> str:
