@@ -14,7 +14,7 @@ from graft.data.templates import Renderer, render_within_bounds
 from graft.data.traces import find_traces, structure
 from graft.data.turns import FEW_ANSWERS, Found, Misplaced, Place, Render, find_places
 from graft.errors import GraftError, raise_problems
-from graft.text import quoted
+from graft.text import listed, quoted
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% if tools %}{{ '### tools:\\n' }}"
@@ -133,9 +133,15 @@ def _work(renderer: Renderer, request: Any) -> tuple[str, list[Any], list[int], 
                 "empty answer would be trained; choose a template that does (--chat-template), or "
                 "remove the row"
             )
-    spans, remarks = _spans({turn: places[turn] for turn in turns if trains[turn]})
+    remarks = list(traces.remarks)
+    if variables and not any("chat_template_kwargs" in remark for remark in remarks):
+        remarks.append(
+            f"'chat_template_kwargs' sets {listed(map(repr, variables))}, which graft generate and "
+            "graft chat do not"
+        )
+    spans, more = _spans({turn: places[turn] for turn in turns if trains[turn]})
     seams = _seams({turn: places[turn] for turn in turns if not trains[turn]})
-    return text, spans, seams, [*traces.remarks, *remarks]
+    return text, spans, seams, [*remarks, *more]
 
 
 def _places(
