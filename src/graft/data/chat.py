@@ -9,11 +9,12 @@ from graft.data.dressing import forms_of
 from graft.data.messages import Conversation, read_conversation
 from graft.data.named import check_chosen
 from graft.data.shapes.base import Rendered, Tokenizer, text_problem
+from graft.data.skeleton import skeleton_of
 from graft.data.templates import Renderer, render_within_bounds
-from graft.data.traces import find_traces
-from graft.data.turns import Misplaced, Place, find_places
+from graft.data.traces import find_traces, structure
+from graft.data.turns import FEW_ANSWERS, Found, Misplaced, Place, Render, find_places
 from graft.errors import GraftError, raise_problems
-from graft.text import quoted
+from graft.text import listed, quoted
 
 DEFAULT_CHAT_TEMPLATE = (
     "{% if tools %}{{ '### tools:\\n' }}"
@@ -40,8 +41,9 @@ _SHORTENED = (
     "row of its own"
 )
 _OTHER_PROMPT = (
-    "an answer is not trained, because the chat template writes another beginning of it than it "
-    "asks for once more messages follow; where it should be, make it the last of a row of its own"
+    "an answer is not trained, because the chat template renders what stands before it otherwise "
+    "once more messages follow, and so it would be trained on another prompt than it is asked; "
+    "where it should be trained, make it the last of a row of its own"
 )
 
 
@@ -118,10 +120,11 @@ def _work(renderer: Renderer, request: Any) -> tuple[str, list[Any], list[int], 
     # White space after the last turn's end would only stand between it and the EOS token.
     text = text if asks else text.rstrip()
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
-    places = find_places(render, dressed, text, turns, asks)
+    key = structure(messages), bool(tools), repr(variables), form
+    places = _places(renderer, render, dressed, text, turns, asks, key)
     if asks:
         return text, [], _seams(places), []
-    traces = find_traces(renderer.known, render_marked, messages, tools, variables)
+    traces = find_traces(renderer.known, key, render_marked, messages, tools, variables)
     for index in sorted(traces.mute):
         if trains[index]:
             keys = " and ".join(repr(key) for key in messages[index] if key != "role")
@@ -130,9 +133,34 @@ def _work(renderer: Renderer, request: Any) -> tuple[str, list[Any], list[int], 
                 "empty answer would be trained; choose a template that does (--chat-template), or "
                 "remove the row"
             )
-    spans, remarks = _spans({turn: places[turn] for turn in turns if trains[turn]})
+    remarks = list(traces.remarks)
+    if variables and not any("chat_template_kwargs" in remark for remark in remarks):
+        remarks.append(
+            f"'chat_template_kwargs' sets {listed(map(repr, variables))}, which graft generate and "
+            "graft chat do not"
+        )
+    spans, more = _spans({turn: places[turn] for turn in turns if trains[turn]})
     seams = _seams({turn: places[turn] for turn in turns if not trains[turn]})
-    return text, spans, seams, [*traces.remarks, *remarks]
+    return text, spans, seams, [*remarks, *more]
+
+
+def _places(
+    renderer: Renderer,
+    render: Render,
+    messages: Sequence[Mapping[str, Any]],
+    text: str,
+    turns: Sequence[int],
+    asks: bool,
+    key: object,
+) -> Found:
+    if 1 < len(turns) <= FEW_ANSWERS:
+        skeleton = skeleton_of(renderer.known, key, render, messages, turns, asks, renderer.eos)
+        found = None
+        if skeleton is not None:
+            found = skeleton.places(render, messages, text, turns, asks)
+        if found is not None:
+            return found
+    return find_places(render, messages, text, turns, asks, renderer.eos)
 
 
 def _spans(places: Mapping[int, Place | Misplaced]) -> tuple[list[tuple[int, int]], list[str]]:

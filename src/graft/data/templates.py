@@ -46,12 +46,15 @@ class Renderer:
         self._tokenizer = tokenizer
         self._template = template
         self._most = self._left = 0
+        self.eos = str(tokenizer.special_tokens_map.get("eos_token") or "")
         self.known: dict[Any, Any] = {}
         """What callers have found out of the template, to ask it once."""
 
     def begin(self, size: int) -> None:
         """Begin a conversation of so many characters, which bounds what may be written for it."""
         self._most = self._left = max(bound(TEMPLATE_TEXT), bound(TEMPLATE_GROWTH) * size)
+        if len(self.known) > _MOST_KNOWN:
+            self.known.clear()
 
     def render(
         self,
@@ -89,6 +92,8 @@ class Renderer:
             )
         return text
 
+
+_MOST_KNOWN = 5000
 
 Work = Callable[[Renderer, Any], Any]
 """What is done with a renderer in a process that may be ended: what JSON knows, in and out."""

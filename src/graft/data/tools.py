@@ -27,16 +27,18 @@ def decoded_tools(
 
     tools: a list, or one as a JSON string. functions: OpenAI's former name for them.
     """
-    key, given = "tools", tools
-    if functions not in (None, "", []):
-        if tools not in (None, "", []):
-            return None, ["'functions' and 'tools' are both given; keep 'tools'"]
-        key, given = "functions", functions
-    value, problem = _decoded(given)
-    if problem:
-        return None, [f"{key!r} {problem}"]
-    if value in (None, "", []):
+    values = {}
+    for key, given in (("tools", tools), ("functions", functions)):
+        value, problem = _decoded(given)
+        if problem:
+            return None, [f"{key!r} {problem}"]
+        if value not in (None, "", []):
+            values[key] = value
+    if not values:
         return None, []
+    if len(values) > 1:
+        return None, ["'functions' and 'tools' are both given; keep 'tools'"]
+    ((key, value),) = values.items()
     if not isinstance(value, list):
         return None, [f"{key!r} is {type_in_words(value)}; expected a list of tools"]
     found: list[dict[str, Any]] = []

@@ -14,7 +14,6 @@ from typing import Any
 
 from graft.errors import GraftError
 
-_MOST_KNOWN = 2000
 _BESIDE = "content beside tool_calls"
 _KINDS = dict[tuple[str, str], list[int]]
 """Messages by role and key."""
@@ -53,21 +52,21 @@ def _calls_structure(calls: Sequence[Mapping[str, Any]]) -> tuple[object, ...]:
 
 def find_traces(
     known: dict[Any, Any],
+    key: object,
     render: Render,
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,
     variables: Mapping[str, Any],
 ) -> Traces:
-    """Return what of a conversation the template does not render; `known` keeps it.
+    """Return what of a conversation the template does not render.
 
-    It is a function of the messages' structure, whether there are tools, and the variables.
+    It is a function of the messages' structure, whether there are tools, and the variables: of
+    `key`, by which `known` keeps it.
     """
-    key = ("traces", structure(messages), bool(tools), repr(variables))
-    found: Traces | None = known.get(key)
+    found: Traces | None = known.get(("traces", key))
     if found is None:
         found = _Search(render, messages, bool(tools), variables).traces()
-        if len(known) < _MOST_KNOWN:
-            known[key] = found
+        known["traces", key] = found
     return found
 
 

@@ -8,19 +8,17 @@ from one rendering more, so what stands between a content and an answer is learn
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from graft.data.contents import between, marked, places_of_contents
 from graft.errors import GraftError
 
-_FEW = 8
-"""Answers that are rendered one by one."""
+FEW_ANSWERS = 8
+"""So many are rendered one by one."""
 _MOST_KINDS = 12
-_MARK = re.compile("gq([0-9]+)zk")
 
 Render = Callable[[Sequence[Mapping[str, Any]], bool], str]
 """(messages, whether to ask for an answer) -> text."""
@@ -54,17 +52,19 @@ def find_places(
     text: str,
     turns: Sequence[int],
     asked: bool,
+    eos: str = "",
 ) -> Found:
     """Return where the answers `turns` stand in the text of messages.
 
-    asked: whether the text ends with the opening of another answer.
+    asked: whether the text ends with the opening of another answer. eos: the token that some
+    templates write behind the last message alone.
     """
-    if len(turns) > _FEW:
-        found = _Aligned(render, messages, text, turns, asked).places()
+    if len(turns) > FEW_ANSWERS:
+        found = _Aligned(render, messages, text, turns, asked, eos).places()
         if found is not None:
             return found
     whole = None if asked else len(messages) - 1
-    return {turn: _place(render, messages, text, turn, turn == whole) for turn in turns}
+    return {turn: _place(render, messages, text, turn, turn == whole, eos) for turn in turns}
 
 
 def _place(
@@ -73,6 +73,7 @@ def _place(
     text: str,
     turn: int,
     is_last: bool,
+    eos: str,
 ) -> Place | Misplaced:
     """Return where one answer stands, from the messages before it and those through it."""
     try:
@@ -91,6 +92,8 @@ def _place(
         )
     # White space after the turn's end belongs to what follows.
     answer = through[start:].rstrip()
+    if eos and not is_last and not text.startswith(answer, start):
+        answer = answer.removesuffix(eos).rstrip()
     said = text[start : start + len(answer)]
     at = 0
     while said and not said.startswith(answer[at:]):
@@ -125,9 +128,10 @@ class _Aligned:
         text: str,
         turns: Sequence[int],
         asked: bool,
+        eos: str,
     ) -> None:
         self._render, self._messages, self._text = render, messages, text
-        self._turns, self._asked = turns, asked
+        self._turns, self._asked, self._eos = turns, asked, eos
 
     def places(self) -> Found | None:
         """Return all places, or None where too little is known to be certain."""
@@ -156,7 +160,7 @@ class _Aligned:
             at //= 2
         for turn in sorted(witnesses):
             is_last = turn == last and not self._asked
-            place = _place(self._render, self._messages, self._text, turn, is_last)
+            place = _place(self._render, self._messages, self._text, turn, is_last, self._eos)
             if not isinstance(place, Place):
                 return None
             found[turn] = place
@@ -195,50 +199,12 @@ class _Aligned:
     def _contents(self) -> dict[int, tuple[int, int]]:
         """Return where the contents stand that are not the assistant's, as [start, end).
 
-        They are replaced by marks; the text must then be what stands between the marks, and the
-        contents. There are none where it is not.
+        There are none where the text is not what stands between marks in their places, and they.
         """
-        marked = [
-            message if message["role"] == "assistant" else _with_mark(message, index)
+        marks = [
+            message if message["role"] == "assistant" else marked(message, index)
             for index, message in enumerate(self._messages)
         ]
-        first, *rest = _MARK.split(self._render(marked, self._asked))
-        if not self._text.startswith(first):
-            return {}
-        reached = len(first)
-        found: dict[int, tuple[int, int]] = {}
-        for number, behind in zip(map(int, rest[::2]), rest[1::2], strict=True):
-            is_last = len(found) == len(rest) // 2 - 1
-            end = self._end(number, reached, behind, is_last)
-            if end is None or number in found:
-                return {}
-            found[number] = (reached, end)
-            reached = end + len(behind)
-        return found
-
-    def _end(self, number: int, begin: int, behind: str, is_last: bool) -> int | None:
-        """Return where a content that begins at a place ends, before what stands behind it."""
-        content = _text_of(self._messages[number]) if number < len(self._messages) else ""
-        as_json = json.dumps(content, ensure_ascii=False)[1:-1]
-        for one in (content, content.strip(), content.lstrip(), content.rstrip(), as_json):
-            end = begin + len(one)
-            if not self._text.startswith(one, begin):
-                continue
-            if self._text.startswith(behind, end):
-                return end
-            # White space at the text's own end may have been taken off.
-            if is_last and self._text[end:].rstrip() == behind.rstrip():
-                return end
-        return None
-
-
-def _text_of(message: Mapping[str, Any]) -> str:
-    content = message.get("content", "")
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
-
-
-def _with_mark(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
-    mark = f"gq{index}zk"
-    content = message.get("content", "")
-    marked = mark if isinstance(content, str) else [{"type": "text", "text": mark}]
-    return {**message, "content": marked}
+        gaps = between(self._render(marks, self._asked))
+        found = None if gaps is None else places_of_contents(self._text, gaps, self._messages)
+        return found or {}

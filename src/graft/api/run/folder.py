@@ -107,7 +107,12 @@ def load_any(
         check_adapter_file(folder / ADAPTER)
         loaded = load_run_base(folder, config, dtype, device)
         load_adapter(loaded.model, folder / ADAPTER)
-    style = prompt_style(folder)
+    return _with_template(loaded, folder)
+
+
+def _with_template(loaded: LoadedModel, run: Path) -> LoadedModel:
+    """Give a model's tokenizer the chat template that the run was trained with."""
+    style = prompt_style(run)
     if style.chat_template is not None:
         loaded.tokenizer.chat_template = style.chat_template
     elif SHAPES[style.kind].is_conversation and loaded.tokenizer.chat_template is None:
@@ -133,9 +138,10 @@ def load_run_base(
     dtype = config.dtype if dtype == "auto" else dtype
     if (run / BASE).is_dir():
         check_weights(run / BASE)
-        return load_model(
+        loaded = load_model(
             str(run / BASE), dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
         )
+        return _with_template(loaded, run)
     reference = read_typed(run / BASE_REFERENCE, BaseReference)
     base = Path(reference.path)
     if not base.is_dir():
@@ -148,7 +154,7 @@ def load_run_base(
     )
     if method_of(config).trains_adapter:
         freeze_layers(loaded.model, select_targets(loaded.model, config.targets))
-    return loaded
+    return _with_template(loaded, run)
 
 
 @dataclass(frozen=True)

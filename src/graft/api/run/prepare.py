@@ -20,10 +20,12 @@ from graft.api.run.folder import is_run, prompt_style
 from graft.api.run.formats import base_format, exported_formats
 from graft.api.run.status import taken
 from graft.api.run.watched import Watched, watched
+from graft.data.chat import DEFAULT_CHAT_TEMPLATE
 from graft.data.encode import EncodedData
 from graft.data.load import load_train_and_eval
 from graft.data.named import chosen_template
 from graft.data.overlap import Overlap, overlap
+from graft.data.shapes.registry import SHAPES
 from graft.errors import Problems
 from graft.formats.base import WeightFormat
 from graft.formats.registry import settings_of
@@ -89,6 +91,8 @@ def prepare(
         limit = subject.position_limit
         training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed, events)
         kind = training.kind
+        if SHAPES[kind].is_conversation and tokenizer.chat_template is None:
+            tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # which is saved with the model
         if config.objective in OBJECTIVES:
             OBJECTIVES[config.objective].check_rows(kind)
         check_tokens(subject.skeleton, tokenizer, training.examples, held_out.examples)
