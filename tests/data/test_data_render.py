@@ -7,6 +7,8 @@ import pytest
 from graft.data.chat import DEFAULT_CHAT_TEMPLATE
 from graft.data.render import render_prompt, render_row
 from graft.data.rows import Row
+from graft.data.shapes.base import Rendered
+from graft.data.shapes.registry import SHAPES
 from graft.errors import GraftError
 
 CHATML = (
@@ -192,3 +194,13 @@ def test_the_default_template_can_be_shipped(build_tokenizer):
     shipped = build_tokenizer(chat_template=DEFAULT_CHAT_TEMPLATE)
     fields = {"messages": TALK}
     assert render("messages", fields, without) == render("messages", fields, shipped)
+
+
+def test_a_shape_whose_prompt_is_not_what_it_trains_on_is_refused(tokenizer, monkeypatch):
+    monkeypatch.setattr(type(SHAPES["prompt"]), "render_prompt", lambda *args: "Q: ")
+    row = Row("d:1", {"prompt": "a", "completion": "b"})
+    assert render_row("prompt", row, tokenizer, "\n").text == "Q: b"
+    other = Rendered("A: b", ((3, 4),))
+    monkeypatch.setattr(type(SHAPES["prompt"]), "render", lambda *args: other)
+    with pytest.raises(GraftError, match="is trained on another beginning than its prompt"):
+        render_row("prompt", row, tokenizer, "\n")

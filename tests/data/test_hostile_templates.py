@@ -195,8 +195,8 @@ def test_a_row_of_many_turns_is_bounded(build_tokenizer, monkeypatch) -> None:
 
 
 def test_a_long_row_is_refused_before_it_is_tokenized(tokenizer) -> None:
-    rows = Rows("prompt", [Row("a:1", {"prompt": "", "completion": "x" * (2**20 + 1)})], ())
-    with pytest.raises(GraftError, match=r"a:1: its text: 1,048,577 characters; at most 1,048,576"):
+    rows = Rows("prompt", [Row("a:1", {"prompt": "", "completion": "x" * (2**22 + 1)})], ())
+    with pytest.raises(GraftError, match=r"a:1: its text: 4,194,305 characters; at most 4,194,304"):
         encode_rows(rows, tokenizer, max_length=1024, eos=True, separator="\n")
     rows = Rows("text", [Row("a:1", {"text": "x" * (2**24 + 1)})], ())
     with pytest.raises(GraftError, match=r"a:1: its text: 16,777,217 characters; at most"):

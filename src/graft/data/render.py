@@ -8,14 +8,27 @@ from typing import Any
 from graft.data.rows import Row
 from graft.data.shapes.base import Rendered, Tokenizer
 from graft.data.shapes.registry import SHAPES
+from graft.errors import GraftError
 
 
 def render_row(kind: str, row: Row, tokenizer: Tokenizer, separator: str) -> Rendered:
     """Render a checked row; the text up to each span is what generation will be prompted with.
 
-    Raises GraftError when the chat template refuses the messages or rewrites earlier turns.
+    Raises GraftError when the chat template refuses the messages or rewrites earlier turns, and
+    when a shape's prompt is not what stands before its answer.
     """
-    return SHAPES[kind].render(row.fields, tokenizer, separator)
+    shape = SHAPES[kind]
+    rendered = shape.render(row.fields, tokenizer, separator)
+    # A conversation looks at this itself, where it renders each of its answers.
+    if shape.has_prompts and not shape.is_conversation and rendered.spans:
+        prompt = shape.prompt(row.fields, tokenizer, separator)
+        if rendered.text[: rendered.spans[0][0]] != prompt:
+            raise GraftError(
+                f"{shape.article} {kind} row is trained on another beginning than its prompt, so "
+                "the model would be asked what it was not taught; the shape's render and "
+                "render_prompt must agree"
+            )
+    return rendered
 
 
 def render_prompt(
