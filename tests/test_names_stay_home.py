@@ -70,7 +70,8 @@ EXCUSED = {
     ("model/families.py", "mlx"): "the row of a family says what targets have for it",
     ("calibrate/latents.py", "LatentFormat"): "the step that rounds latent weights anew",
     ("adapters/merge_aware.py", "LatentFormat"): "the format that this method trains in",
-    ("data/sources/files.py", "text"): "the row of a plain text file",
+    ("data/sources/text_file.py", "text"): "the row of a plain text file",
+    ("data/sources/files.py", "text"): "a value of --data-format",
 }
 """Where a name is known elsewhere, and why: (file or folder, name)."""
 

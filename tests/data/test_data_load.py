@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 
 from graft.data.config import DataConfig
 from graft.data.load import load_examples, load_train_and_eval, resolve_max_length
+from graft.data.rows import Reading, read_rows
 from graft.errors import GraftError
 
 
@@ -123,15 +124,44 @@ def test_real_files(shared_models, shared_data, name, kind, rows):
 
 
 @pytest.mark.parametrize(
-    ("name", "found"),
+    ("name", "flags", "kind", "rows"),
     [
-        ("gsm8k/test.jsonl.gz", "found keys question, answer; accepted keys"),
-        ("e2e_nlg/official_devset.csv.gz", "found keys mr, ref; accepted keys"),
-        ("wikitext-2/wiki.test.tokens.gz", "unknown suffix '.tokens'"),
+        ("gsm8k/test.jsonl.gz", {}, "prompt", 1319),
+        ("e2e_nlg/official_devset.csv.gz", {}, "prompt", 4672),
+        ("instruct/dpo_en_300.json.gz", {}, "messages", 300),
+        ("instruct/kto_en_300_messages.json.gz", {}, "messages", 150),
+        ("instruct/identity.json", {}, "instruction", 91),
+        (
+            "instruct/seed_tasks_175.jsonl.gz",
+            {
+                "columns": (
+                    "instruction=instruction",
+                    "input=instances.0.input",
+                    "output=instances.0.output",
+                )
+            },
+            "instruction",
+            175,
+        ),
+        ("wikitext-2/wiki.valid.tokens.gz", {"data_format": "text"}, "text", 1160),
     ],
 )
-def test_real_files_that_need_a_change(shared_data, tokenizer, name, found):
-    path = str(shared_data / name)
+def test_real_files_of_other_layouts_are_read(shared_data, name, flags, kind, rows):
+    found = read_rows(shared_data / name, Reading(**flags))
+    assert (found.kind, len(found.rows)) == (kind, rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "flags"),
+    [
+        (
+            "instruct/seed_tasks_175.jsonl.gz",
+            "--columns instruction=instruction input=instances.0.input output=instances.0.output",
+        ),
+        ("wikitext-2/wiki.test.tokens.gz", "--data-format text"),
+    ],
+)
+def test_of_real_files_that_are_not_recognised_the_flag_is_named(shared_data, name, flags):
     with pytest.raises(GraftError) as caught:
-        load_examples(path, tokenizer, DataConfig(data=path), 4096)
-    assert found in str(caught.value)
+        read_rows(shared_data / name)
+    assert flags in str(caught.value)

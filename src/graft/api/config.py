@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from graft.adapters.config import AdapterConfig
 from graft.calibrate.config import SolverConfig
-from graft.data.config import DataConfig
+from graft.data.config import DataConfig, ReadingConfig
 from graft.export.config import ExportTarget
 from graft.formats.config import FormatConfig
 from graft.model.config import ModelConfig
@@ -31,7 +31,7 @@ class TrainConfig(LoopConfig, DataConfig, AdapterConfig, SolverConfig, FormatCon
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuantizeConfig(SolverConfig, FormatConfig, ModelConfig):
+class QuantizeConfig(ReadingConfig, SolverConfig, FormatConfig, ModelConfig):
     """A quantisation without training."""
 
     GROUP: ClassVar[str] = "quantisation"

@@ -21,6 +21,8 @@ def evaluate_model(
     model: str | Path | LoadedModel,
     data: str,
     *,
+    columns: Sequence[str] = (),
+    data_format: str | None = None,
     max_length: int | None = None,
     eos: bool = True,
     separator: str = "\n",
@@ -37,7 +39,14 @@ def evaluate_model(
         loaded = model
     else:
         loaded = load_any(model, dtype, device, trust_remote_code=trust_remote_code)
-    config = DataConfig(data=data, max_length=max_length, eos=eos, separator=separator)
+    config = DataConfig(
+        data=data,
+        columns=tuple(columns),
+        data_format=data_format,
+        max_length=max_length,
+        eos=eos,
+        separator=separator,
+    )
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     length = resolve_max_length(config, limit)
     encoded = load_examples(data, loaded.tokenizer, config, length)

@@ -189,7 +189,13 @@ def _calibration(config: QuantizeConfig, subject: Subject) -> Sequence[Example]:
     assert config.data is not None
     limit = subject.position_limit
     length = min(config.calibration_length, limit or config.calibration_length)
-    settings = DataConfig(data=config.data, max_length=length, eos=False)
+    settings = DataConfig(
+        data=config.data,
+        columns=config.columns,
+        data_format=config.data_format,
+        max_length=length,
+        eos=False,
+    )
     longest = resolve_max_length(settings, limit)
     encoded = load_examples(config.data, subject.tokenizer, settings, longest)
     examples = encoded.examples[: config.calibration_rows]

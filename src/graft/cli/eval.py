@@ -8,11 +8,12 @@ from typing import Literal
 from graft.cli.command import Command
 from graft.cli.fields import Positional
 from graft.cli.show import show, show_json
+from graft.data.config import ReadingConfig
 from graft.model.config import TrustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalArguments(TrustConfig):
+class EvalArguments(ReadingConfig, TrustConfig):
     """What to score, and on what."""
 
     model: Positional
@@ -52,6 +53,8 @@ def evaluate(arguments: EvalArguments) -> None:
     result = evaluate_model(
         loaded,
         arguments.data,
+        columns=arguments.columns,
+        data_format=arguments.data_format,
         max_length=arguments.max_length,
         eos=arguments.eos,
         separator=arguments.separator,

@@ -36,9 +36,9 @@ from graft.data.encode import EncodedData, encode_prompt
 from graft.data.examples import Example
 from graft.data.load import load_train_and_eval
 from graft.data.named import chosen_template
-from graft.data.rows import Row, read_rows
+from graft.data.rows import Reading, Row, read_rows
 from graft.data.shapes.registry import SHAPES
-from graft.data.sources.files import fingerprint
+from graft.data.sources.places import fingerprint
 from graft.data.templates import placeholder
 from graft.errors import GraftError, Problems
 from graft.evaluate.scores import missing_scorers, why_no_scorers
@@ -242,7 +242,8 @@ def _prompt(
 
 def _rows(config: CompareConfig, examples: Iterable[Example]) -> list[Row]:
     """Return the rows that the examples were encoded from."""
-    rows = {row.where: row for row in read_rows(config.eval_data or config.data).rows}
+    path = config.eval_data or config.data
+    rows = {row.where: row for row in read_rows(path, Reading.of(path, config)).rows}
     return [rows[example.where] for example in examples]
 
 
@@ -302,6 +303,7 @@ def _make_folder(config: CompareConfig, settings: Mapping[str, Any], data: _Data
         _write_rows(train, _rows(config, data.training.examples))
         _write_rows(held_out, _rows(config, data.held_out.examples))
         config = dataclasses.replace(config, data=str(train), eval_data=str(held_out))
+        config = dataclasses.replace(config, columns=(), data_format=None)
     return config
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +14,7 @@ from graft.data.config import DataConfig
 from graft.data.encode import EncodedData, Encoding, RowEncoder, bad_rows
 from graft.data.examples import Example
 from graft.data.pool import Pool, cores
-from graft.data.rows import Row, RowStream
+from graft.data.rows import Reading, Row, RowStream
 from graft.data.shapes.base import Tokenizer
 from graft.data.store import Stored, packed, write_batches
 from graft.data.templates import placeholder, rendering, rendering_here
@@ -76,7 +76,8 @@ def encoded_file(
     told = listener or _Silent()
     name = str(Path(path))
     key = None
-    if config.cache and _size(path) > _SMALL_FILE:
+    # Which rows are skipped is not kept.
+    if config.cache and not config.skip_bad_rows and _size(path) > _SMALL_FILE:
         key = entry_key(Path(path), tokenizer, config, max_length)
         if (found := recall(key, name, told.note)) is not None:
             return _data(*found)
@@ -117,7 +118,7 @@ class _Work:
         self, path: str, tokenizer: Tokenizer, config: DataConfig, max_length: int, told: Listener
     ) -> None:
         """Read until it is known whether the file is a large one."""
-        self._stream = RowStream(path)
+        self._stream = RowStream(path, Reading.of(path, config))
         self._name = str(Path(path))
         self._told = told
         self._lots = _lots(self._stream)
@@ -138,11 +139,20 @@ class _Work:
     def in_memory(self) -> EncodedData:
         """Return the examples of a small file."""
         rows = (row for lot in self._first for row in lot.rows)
-        return self.data(self._encoder.encode(rows, bad_rows()))
+        found = self._encoder.encode(rows, bad_rows(self._stream.skipped))
+        for lot in self._first:
+            self._complete(lot)
+        return self.data(found)
 
     def data(self, examples: Sequence[Example]) -> EncodedData:
         """Return the examples of the file with what is known of its rows."""
-        return _data(examples, self.noted())
+        stream = self._stream
+        found = _data(examples, self.noted())
+        if stream.skipped is None:
+            return found
+        stream.skipped.check(found.row_count, str(stream.path))
+        notes = (*found.notes, *stream.skipped.notes())
+        return replace(found, notes=notes, skipped=stream.skipped)
 
     def noted(self) -> Mapping[str, Any]:
         """Return what is known of the rows, for `keep`."""
@@ -150,11 +160,12 @@ class _Work:
             "kind": self._stream.kind,
             "ignored_keys": self._stream.ignored_keys,
             "remarks": dict(self._encoder.remarks),
+            "notes": self._stream.notes,
         }
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the examples, in order; raises GraftError for the bad rows, all at once."""
-        problems = bad_rows()
+        problems = bad_rows(self._stream.skipped)
         pool: Pool[_Lot] = Pool(self._answer, lambda lot: lot.request, rendering_here, cores())
         done = 0
         try:
@@ -167,6 +178,8 @@ class _Work:
                         self._encoder.remarks.update(remarks)
                     for problem in wrong:
                         problems.add(problem)
+                    if wrong:
+                        self._complete(lot)
                     done += len(lot.rows)
                     self._told.progress("encoding", done, max(self._total, done + 1))
                     if not problems:
@@ -175,6 +188,10 @@ class _Work:
             pool.end()
             self._told.progress("encoding", 1, 1)
         problems.raise_all()
+
+    def _complete(self, lot: _Lot) -> None:
+        if self._stream.skipped is not None:
+            self._stream.skipped.complete(lot.rows)
 
     def _all(self) -> Iterable[_Lot]:
         while self._first:
@@ -197,7 +214,13 @@ class _Work:
 def _data(examples: Sequence[Example], noted: Mapping[str, Any]) -> EncodedData:
     """Return examples with what was noted of their rows."""
     ignored = tuple(noted["ignored_keys"])
-    return EncodedData(examples, noted["kind"], ignored, remarks=dict(noted["remarks"]))
+    return EncodedData(
+        examples,
+        noted["kind"],
+        ignored,
+        remarks=dict(noted["remarks"]),
+        notes=tuple(noted["notes"]),
+    )
 
 
 def _unpacked(reply: bytes) -> tuple[pa.RecordBatch, list[str], dict[str, int]]:

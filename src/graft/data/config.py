@@ -7,7 +7,22 @@ from typing import ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class ReadingConfig:
+    """How files of examples are read."""
+
+    GROUP: ClassVar[str] = "data"
+    RARE: ClassVar[frozenset[str]] = frozenset({"columns", "data_format"})
+
+    columns: tuple[str, ...] = ()
+    """Which column holds what of a row, each as KEY=COLUMN: prompt=question completion=answer."""
+
+    data_format: str | None = None
+    """What --data holds whose suffix does not say it: text, jsonl, json, csv, tsv, parquet or
+    arrow."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(ReadingConfig):
     """What to train and evaluate on, and how a row becomes tokens."""
 
     GROUP: ClassVar[str] = "data"
@@ -18,12 +33,13 @@ class DataConfig:
             "eos",
             "eval_fraction",
             "separator",
+            "skip_bad_rows",
             "stride",
         }
     )
 
     data: str
-    """File of examples: .jsonl, .json, .csv, .parquet or .txt, each also as .gz."""
+    """Examples: a file, folder, .yaml mixture or hub:NAME."""
 
     eval_data: str | None = None
     """File of held-out examples; without it a share of the rows of --data is held out."""
@@ -45,6 +61,10 @@ class DataConfig:
 
     eos: bool = True
     """Append the end-of-sequence token to every row and train it, so that the model stops."""
+
+    skip_bad_rows: bool = False
+    """Go on without rows that cannot be read or trained on, up to half of them, and name them in
+    skipped.jsonl of the run's folder."""
 
     separator: str = "\n"
     """Text between prompt and completion when the prompt does not end in whitespace."""

@@ -17,6 +17,7 @@ from graft.data.render import render_opening, render_row
 from graft.data.rows import Row, RowProblems, Rows
 from graft.data.shapes.base import Rendered, Tokenizer, text_problem
 from graft.data.shapes.registry import SHAPES
+from graft.data.skipped import Skipped
 from graft.data.store import facts_of
 from graft.data.templates import rendering
 from graft.data.tokens import Encoder, check_fast
@@ -46,6 +47,11 @@ class EncodedData:
     """Rows that were there twice, and were left out."""
     remarks: Mapping[str, int] = field(default_factory=dict)
     """What the user should know of rows (`Rendered.remarks`), and in how many of them."""
+
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the rows were read."""
+    skipped: Skipped | None = None
+    """Bad rows that were passed over; None where they are refused."""
 
     @cached_property
     def facts(self) -> Facts:
@@ -136,13 +142,20 @@ def encode_rows(
     check_tokenizer(tokenizer, eos)
     encoding = Encoding(max_length, eos, separator, stride)
     encoder = RowEncoder(rows.kind, tokenizer, encoding)
-    found = encoder.encode(rows.rows, bad_rows())
-    return EncodedData(found, rows.kind, rows.ignored_keys, remarks=encoder.remarks)
+    found = encoder.encode(rows.rows, bad_rows(rows.skipped))
+    return EncodedData(
+        found,
+        rows.kind,
+        rows.ignored_keys,
+        remarks=encoder.remarks,
+        notes=rows.notes,
+        skipped=rows.skipped,
+    )
 
 
-def bad_rows() -> RowProblems:
+def bad_rows(skipped: Skipped | None = None) -> RowProblems:
     """Return where the problems of rows are collected that cannot be encoded."""
-    return RowProblems("rows that cannot be trained on")
+    return RowProblems("rows that cannot be trained on", skipped)
 
 
 @dataclass(frozen=True)
@@ -189,8 +202,9 @@ class RowEncoder:
             encoded = self._encoder.encode([found for _, found in chunk])
             for (where, found), tokens in zip(chunk, encoded, strict=True):
                 for example in self._cutting.examples(where, found, tokens, self._is_document):
-                    examples.append(example)
-                    if not any(example.targets):
+                    if any(example.targets):
+                        examples.append(example)
+                    else:
                         problem(f"{where}: {self._why_no_target(example)}")
         return examples
 

@@ -9,8 +9,10 @@ import numpy as np
 from graft.data.bulk import Listener, encoded_file
 from graft.data.config import DataConfig
 from graft.data.encode import EncodedData, check_tokenizer
+from graft.data.mixing import weighted
 from graft.data.overlap import without_duplicates
 from graft.data.shapes.base import Tokenizer
+from graft.data.sources.places import weights_of
 from graft.data.split import held_out_examples
 from graft.data.store import Chosen
 from graft.errors import GraftError
@@ -85,6 +87,10 @@ def load_train_and_eval(
         train, held_out = found
     if config.deduplicate:
         train = _deduplicated(train, held_out, config)
+    if weights := weights_of(config.data):
+        train = replace(train, examples=weighted(train.examples, weights, seed))
+    if not train.examples:
+        raise GraftError(f"{config.data}: its weights leave no row to train on; give larger ones")
     if config.eos and train.eos_rows == 0:
         raise GraftError(
             f"{config.data}: the end-of-sequence token is never trained, because all rows are "

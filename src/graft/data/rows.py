@@ -7,15 +7,42 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from graft.data.shapes.base import type_in_words
+from graft.data.config import DataConfig
+from graft.data.shapes.conversions import LEFT_OUT, as_conversation, can_talk
+from graft.data.shapes.recognition import ColumnsError, Recogniser, not_a_row
 from graft.data.shapes.registry import SHAPES
-from graft.data.sources.files import read_records
+from graft.data.skipped import Skipped
+from graft.data.sources.files import known_format
+from graft.data.sources.places import sources_of
 from graft.data.sources.record import Record
 from graft.errors import GraftError, raise_problems
 from graft.text import listed
 
 _MOST_LISTED = 20
 _MOST_COUNTED = 10_000
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How files are read; see `DataConfig`."""
+
+    columns: tuple[str, ...] = ()
+    data_format: str | None = None
+    skip_bad_rows: bool = False
+
+    @classmethod
+    def of(cls, path: str, config: DataConfig) -> Reading:
+        """Return how the flags say that a file is read.
+
+        --data-format is for --data, and for another file whose suffix does not say what it holds.
+        """
+        data_format = config.data_format
+        if path != config.data and known_format(Path(path)) is not None:
+            data_format = None
+        return cls(config.columns, data_format, config.skip_bad_rows)
+
+
+_AS_IT_IS = Reading()
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,83 +61,167 @@ class Rows:
     """The name of their shape."""
     rows: list[Row]
     ignored_keys: tuple[str, ...]
+    notes: tuple[str, ...] = ()
+    """What a user should know of how the rows were read."""
+    skipped: Skipped | None = None
+    """The bad rows that were passed over; None where they are refused."""
 
 
-def read_rows(path: str | Path) -> Rows:
-    """Read and check a file of examples; raises GraftError as `RowStream` does."""
-    stream = RowStream(path)
+def read_rows(path: str | Path, reading: Reading = _AS_IT_IS) -> Rows:
+    """Read and check a file of examples; see `RowStream`, and raises GraftError as that does."""
+    stream = RowStream(path, reading)
     rows = list(stream)
-    return Rows(stream.kind, rows, stream.ignored_keys)
+    return Rows(stream.kind, rows, stream.ignored_keys, stream.notes, stream.skipped)
 
 
 class RowStream:
-    """The rows of a file, read and checked while they are asked for."""
+    """The rows of what --data names, read and checked while they are asked for."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, reading: Reading = _AS_IT_IS) -> None:
+        """Look which files there are; raises GraftError for flags that mean nothing."""
         self.path = path
         self.kind = ""
         """The name of their shape, known from the first row on."""
+        self.skipped = Skipped() if reading.skip_bad_rows else None
+        """Takes the rows that are bad; None where they are refused."""
+        self._sources = sources_of(path, reading.columns, reading.data_format)
         self._ignored: set[str] = set()
+        self._said: dict[str, None] = {}
         self._first = ""
+        self._left_out = 0
 
     @property
     def ignored_keys(self) -> tuple[str, ...]:
         """The keys that nobody reads, of the rows so far."""
         return tuple(sorted(self._ignored))
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know of how the rows so far were read."""
+        left_out = [f"{self._left_out:,} rows are left out"] if self._left_out else []
+        return (*self._said, *left_out)
+
     def __iter__(self) -> Iterator[Row]:
         """Yield the rows up to the first bad one; then look for all that are bad.
 
-        Raises GraftError that lists every bad row with file and line: unreadable rows, wrong
-        keys, missing or empty values, and rows of another kind than the file's first good row.
+        Where bad rows are skipped, yield all that are good. Raises GraftError that lists every
+        bad row with file and line: unreadable rows, wrong keys, missing or empty values, and rows
+        of another kind than the file's first good row.
         """
-        problems = RowProblems(f"{self.path}: bad rows")
-        asked = {key for shape in SHAPES.values() for key in shape.required + shape.optional}
-        for record in read_records(self.path, asked):
-            row = self._checked(record, problems)
-            if row is not None and not problems:
-                yield row
+        problems = RowProblems(f"{self.path}: bad rows", self.skipped)
+        count = 0
+        self.kind = self._common_kind()
+        for source in self._sources:
+            recogniser = Recogniser(source.columns)
+            if source.said is not None:
+                self._said[source.said] = None
+            for record in source.records(recogniser.needed()):
+                row = self._checked(record, recogniser, problems)
+                if row is not None and not problems:
+                    count += 1
+                    yield row
+            recogniser.columns.check_found(source.name)
+            self._ignored |= recogniser.ignored
+            self._said |= recogniser.said
         problems.raise_all()
+        if self.skipped is not None:
+            self.skipped.check(count, str(self.path))
+        if count == 0:
+            raise GraftError(f"{self.path}: all of its rows are left out, so none can be trained")
 
-    def _checked(self, record: Record, problems: RowProblems) -> Row | None:
+    def _common_kind(self) -> str:
+        """Return the kind that the rows of a mixture become, or '' where the first row says it."""
+        kinds: dict[str, str] = {}
+        for source in self._sources if any(one.is_mixed for one in self._sources) else ():
+            recogniser = Recogniser(source.columns)
+            for record in source.records(recogniser.needed()):
+                found = self._recognised(record, recogniser, RowProblems(""))
+                if found is not None:
+                    kinds.setdefault(found[0], record.where)
+                    break
+        if len(kinds) < 2:
+            return ""
+        talks = [kind for kind in SHAPES if SHAPES[kind].is_conversation]
+        plain = [kind for kind in kinds if kind not in talks and not can_talk(kind)]
+        if plain:
+            others = listed(f"{where} is {_a(kind)} row" for kind, where in kinds.items())
+            raise GraftError(
+                f"{self.path}: {others}; {plain[0]} rows are mixed with their like alone, as "
+                "they are no question and answer"
+            )
+        self._said["rows of several kinds are mixed, and all are read as messages"] = None
+        return talks[0]
+
+    def _recognised(
+        self, record: Record, recogniser: Recogniser, problems: RowProblems
+    ) -> tuple[str, Mapping[str, Any]] | None:
+        """Return the kind of a record and its fields; None for one that is bad, or left out."""
+        problem = record.problem
+        if problem is None and not isinstance(record.value, Mapping):
+            problem = not_a_row(record.value)
+        if problem is None:
+            assert isinstance(record.value, Mapping)
+            try:
+                return recogniser.recognise(record.value, record.spoiled)
+            except ColumnsError as error:
+                raise GraftError(f"{record.where}: {error}") from None
+            except GraftError as error:
+                problem = str(error)
+        problems.add(f"{record.where}: {problem}", record.where, record.value)
+        return None
+
+    def _checked(self, record: Record, recogniser: Recogniser, problems: RowProblems) -> Row | None:
         """Return a record as a row; None, and what is wrong with it, for one that is bad."""
-        found, problem = _kind_of(record)
-        if not isinstance(record.value, Mapping) or found is None:
-            problems.add(f"{record.where}: {problem}")
+        found = self._recognised(record, recogniser, problems)
+        if found is None:
+            return None
+        kind, fields = found
+        if fields is LEFT_OUT:
+            self._left_out += 1
             return None
         if not self.kind:
-            self.kind, self._first = found, record.where
-        if found != self.kind:
-            problems.add(
-                f"{record.where}: {_a(found)} row, but {self._first} is {_a(self.kind)} row; "
-                "a file holds one kind of rows, so split it"
-            )
-            return None
-        shape = SHAPES[found]
-        known = shape.required + shape.optional
-        self._ignored.update(str(key) for key in record.value if key not in known)
-        row = Row(record.where, shape.fields(record.value))
-        for wrong in shape.problems(row.fields):
-            problems.add(f"{row.where}: {wrong}")
-        return row
+            self.kind = kind
+        self._first = self._first or record.where
+        shape = SHAPES[self.kind]
+        if kind != self.kind:
+            talk = as_conversation(kind, fields) if shape.is_conversation else None
+            if talk is None:
+                problem = (
+                    f"{record.where}: {_a(kind)} row, but {self._first} is {_a(self.kind)} row; "
+                    "a file holds one kind of rows, so split it"
+                )
+                problems.add(problem, record.where, record.value)
+                return None
+            fields = talk
+        row = Row(record.where, shape.fields(fields))
+        wrong = shape.problems(row.fields)
+        for one in wrong:
+            problems.add(f"{row.where}: {one}", record.where, record.value)
+        return None if wrong else row
 
 
 class RowProblems:
     """Problems of rows: the first twenty of them, and how many there are."""
 
-    def __init__(self, heading: str) -> None:
+    def __init__(self, heading: str, skipped: Skipped | None = None) -> None:
+        """Begin with none; with `skipped` given a bad row is no problem, but skipped."""
         self._heading = heading
+        self._skipped = skipped
         self._first: list[str] = []
         self._count = 0
 
     def __bool__(self) -> bool:
         return self._count > 0
 
-    def add(self, problem: str) -> None:
+    def add(self, problem: str, where: str = "", row: object = None) -> None:
         """Take a problem, which begins with its row's file and line; raise all when there are many.
 
-        Rows that are wrong one and all are not read to the end of a large file.
+        where, row: the place alone, and what is there, for the file of skipped rows. Rows that
+        are wrong one and all are not read to the end of a large file.
         """
+        if self._skipped is not None:
+            self._skipped.take(problem, where, row)
+            return
         self._count += 1
         if self._count <= _MOST_LISTED:
             self._first.append(problem)
@@ -128,33 +239,6 @@ class RowProblems:
         raise GraftError(
             f"{self._heading}: {perhaps}{self._count} problems\n{lines}\n  and {more} more"
         )
-
-
-def _kind_of(record: Record) -> tuple[str | None, str | None]:
-    """Return the name of a row's shape, or what is wrong with the row."""
-    if record.problem is not None:
-        return None, record.problem
-    if not isinstance(record.value, Mapping):
-        return None, f"{type_in_words(record.value)}; expected an object; {_accepted()}"
-    kinds = [name for name in SHAPES if all(key in record.value for key in SHAPES[name].required)]
-    if len(kinds) == 1:
-        return kinds[0], None
-    found = listed(record.value)
-    if kinds:
-        return None, (
-            f"found keys {found}, which fit {' and '.join(kinds)} rows alike; "
-            "remove the keys of all kinds but one"
-        )
-    return None, f"found keys {found}; {_accepted()}"
-
-
-def _accepted() -> str:
-    """Return which keys a row may have, in words."""
-    choices = []
-    for shape in SHAPES.values():
-        perhaps = f" and perhaps {', '.join(shape.optional)}" if shape.optional else ""
-        choices.append(", ".join(shape.required) + perhaps)
-    return f"accepted keys of a row: {'; or '.join(choices)}"
 
 
 def _a(kind: str) -> str:

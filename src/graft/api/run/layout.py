@@ -1,12 +1,13 @@
 """What lies where in the folder of a run; imports nothing, so that runs are listed quickly.
 
 RUN/: config.yaml (resolved), prompt.json, inputs.json (the SHA-256 of data and model), status.json
-(how it stands), base/ (packed) or base.json (a path with its fingerprint), adapter/ or model/
-(method full), start/ (the adapter before the first step, where it was not zero), metrics.jsonl,
-checkpoints/ (the last two, that of the end among them), report.json, report.md, plots/loss.png,
-export/; failed-batch.safetensors where a loss or gradient was not finite; best/ (the parameters
-of the best evaluation, where it was not the last), general.safetensors (what the base said of the
-general text), samples.jsonl and tensorboard/ where they were asked for. `PARTS` are all of them.
+(how it stands), skipped.jsonl (bad rows that --skip-bad-rows passed over), base/ (packed) or
+base.json (a path with its fingerprint), adapter/ or model/ (method full), start/ (the adapter
+before the first step, where it was not zero), metrics.jsonl, checkpoints/ (the last two, that of
+the end among them), report.json, report.md, plots/loss.png, export/; failed-batch.safetensors where
+a loss or gradient was not finite; best/ (the parameters of the best evaluation, where it was not
+the last), general.safetensors (what the base said of the general text), samples.jsonl and
+tensorboard/ where they were asked for. `PARTS` are all of them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ EXPORTS = "export"
 BEST = "best"
 GENERAL = "general.safetensors"
 SAMPLES = "samples.jsonl"
+SKIPPED = "skipped.jsonl"
 TENSORBOARD = "tensorboard"
 
 WATCHED = (BEST, GENERAL, SAMPLES, TENSORBOARD)
@@ -37,6 +39,6 @@ WATCHED = (BEST, GENERAL, SAMPLES, TENSORBOARD)
 PARTS = frozenset(
     {
         *(CONFIG, PROMPT, INPUTS, STATUS, BASE, BASE_REFERENCE, START, METRICS, CHECKPOINTS),
-        *(ADAPTER, MODEL, REPORT, REPORT_TEXT, PLOTS, FAILED_BATCH, EXPORTS, *WATCHED),
+        *(SKIPPED, ADAPTER, MODEL, REPORT, REPORT_TEXT, PLOTS, FAILED_BATCH, EXPORTS, *WATCHED),
     }
 )

@@ -22,6 +22,7 @@ from graft.api.run.status import taken
 from graft.api.run.watched import Watched, watched
 from graft.data.chat import DEFAULT_CHAT_TEMPLATE
 from graft.data.encode import EncodedData
+from graft.data.joint import joint_notes
 from graft.data.load import load_train_and_eval
 from graft.data.named import chosen_template
 from graft.data.overlap import Overlap, overlap
@@ -107,6 +108,8 @@ def prepare(
     problems.raise_all("nothing was started")
     for name, data in (("training", training), ("held out", held_out)):
         events.note(f"{name}: {data.summary()}")
+    for note in dict.fromkeys((*training.notes, *held_out.notes, *joint_notes(config, tokenizer))):
+        events.note(note)
     first = training.examples[0]
     row = one_line(pieces_of(first, tokenizer))
     events.note(f"the first training row ({first.where}), [trained] in brackets: {row}")

@@ -19,7 +19,7 @@ from graft.api.run.folder import fingerprint_weights
 from graft.api.run.layout import METRICS, REPORT
 from graft.data.encode import EncodedData
 from graft.data.overlap import Overlap
-from graft.data.sources.files import fingerprint
+from graft.data.sources.places import fingerprint
 from graft.evaluate.forgetting import Drift
 from graft.export.base import CARD
 from graft.export.card import license_of

@@ -38,6 +38,7 @@ from graft.api.run.layout import (
     PLOTS,
     REPORT,
     REPORT_TEXT,
+    SKIPPED,
     START,
     STATUS,
     WATCHED,
@@ -45,11 +46,11 @@ from graft.api.run.layout import (
 from graft.api.run.prepare import Prepared
 from graft.api.run.report import RunReport
 from graft.api.run.status import read_status
-from graft.data.sources.files import fingerprint
+from graft.data.sources.places import fingerprint
 from graft.errors import GraftError, raise_problems
 from graft.files.lock import LOCK, owned
 from graft.files.read import passing_damage, read_bytes, read_typed, read_yaml
-from graft.files.write import new_folder, remove_folder, sweep, write_json, write_yaml
+from graft.files.write import new_folder, remove_folder, sweep, write_json, write_text, write_yaml
 from graft.model.adapter_files import check_adapter_file
 from graft.model.peft_files import PEFT_WEIGHTS
 from graft.model.weight_files import WeightFiles
@@ -294,6 +295,9 @@ def _write_beginning(folder: Path, prepared: Prepared) -> None:
     style = PromptStyle(prepared.training.kind, config.separator, chosen)
     write_prompt_style(folder, style)
     write_json(folder / INPUTS, asdict(_inputs(prepared)))
+    both = (prepared.training.skipped, prepared.held_out.skipped)
+    if skipped := "".join(dict.fromkeys(one.lines() for one in both if one is not None)):
+        write_text(folder / SKIPPED, skipped)
     write_yaml(folder / CONFIG, as_settings(config))
 
 

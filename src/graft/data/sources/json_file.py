@@ -4,51 +4,91 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from graft.data.sources.json_values import Values, end_of, reason
 from graft.data.sources.record import Record
 from graft.data.sources.stream import Stream, decode
 from graft.errors import GraftError
 from graft.text import listed
 
 _SPACE = re.compile(r"[ \t\n\r]*")
+_SHOWN = 10_000
+"""Characters of a line that is no row, for whoever passes over it."""
+_WHITE = " \t\n\r"
+_LINES = "; if every line is one object, name the file .jsonl, or pass --data-format jsonl"
 _SHAPES = 'expected a list of objects, or {"data": [a list of objects]}'
 
 
 def read_jsonl(stream: Stream, keys: object = None) -> Iterator[Record]:
     """Yield the value in every line that is not blank."""
+    values = Values()
     for number, line in stream.lines():
-        text = decode(line, stream.path, number) if line else ""
-        if text.strip():
-            where = f"{stream.path}:{number}"
-            try:
-                yield Record(where, json.loads(text))
-            except (ValueError, RecursionError) as error:
-                yield Record(where, None, f"not valid JSON: {_reason(error)}")
+        if not line or line.isspace():
+            continue
+        where = f"{stream.path}:{number}"
+        try:
+            text = decode(line, stream.path, number)
+        except GraftError as error:
+            shown = line[:_SHOWN].decode("utf-8", "replace")
+            yield Record(where, shown, str(error).removeprefix(f"{where}: "))
+            continue
+        if (record := _line(values, where, text)) is not None:
+            yield record
+
+
+def _line(values: Values, where: str, text: str) -> Record | None:
+    """Return the value of a line, or None for a blank one."""
+    begin = len(text) - len(text.lstrip(_WHITE))
+    if begin == len(text):
+        return None
+    try:
+        value, spoiled, end = values.decode(text, begin)
+        if end < len(text) and text[end:].strip(_WHITE):
+            raise json.JSONDecodeError("Extra data", text, end)
+    except (ValueError, RecursionError) as error:
+        return Record(where, text[:_SHOWN], f"not valid JSON: {reason(error)}")
+    return Record(where, value, None, spoiled or None)
 
 
 def read_json(stream: Stream, keys: object = None) -> Iterator[Record]:
-    """Yield the items of the list that a document is, or that stands in it under `data`."""
-    document = _Document(decode(stream.whole(), stream.path), stream.path)
+    """Yield the items of the list that a document is, or that stands in it under `data`.
+
+    One that is an object in every line is read as such.
+    """
+    text = decode(stream.whole(), stream.path)
     if stream.blank:
         return
+    if _is_lines(text):
+        values = Values()
+        for number, line in enumerate(text.split("\n"), start=1):
+            if (record := _line(values, f"{stream.path}:{number}", line)) is not None:
+                yield record
+        return
+    document = _Document(text, stream.path)
     try:
         if document.at("["):
-            for line, value in document.items():
-                yield Record(f"{stream.path}:{line}", value)
+            yield from document.records()
         else:
             yield from _data(document)
         document.end()
     except (ValueError, RecursionError) as error:
-        line = error.lineno if isinstance(error, json.JSONDecodeError) else document.line()
-        raise GraftError(f"{stream.path}:{line}: not valid JSON: {_reason(error)}") from error
+        place = error.lineno if isinstance(error, json.JSONDecodeError) else document.line()
+        hint = _LINES if isinstance(error, json.JSONDecodeError) and "Extra" in error.msg else ""
+        raise GraftError(f"{stream.path}:{place}: not valid JSON: {reason(error)}{hint}") from error
+
+
+def _is_lines(text: str) -> bool:
+    """Return whether an object ends in the first line and another begins in the next."""
+    first, _, rest = text[: 2**26].lstrip(_WHITE).partition("\n")
+    return first[:1] == "{" and first.rstrip(_WHITE)[-1:] == "}" and rest.lstrip(_WHITE)[:1] == "{"
 
 
 def _data(document: _Document) -> Iterator[Record]:
     """Yield the items of an object's `data`, and pass over all else in it."""
     if not document.at("{"):
-        found = type(document.value()).__name__
+        found = type(document.value()[0]).__name__
         document.end()
         raise GraftError(f"{document.path}: found {found}; {_SHAPES}")
     keys: list[str] = []
@@ -58,10 +98,9 @@ def _data(document: _Document) -> Iterator[Record]:
             raise GraftError(f"{document.path}:{document.line()}: the key 'data' stands here twice")
         if key == "data" and document.at("["):
             is_list = True
-            for line, value in document.items():
-                yield Record(f"{document.path}:{line}", value)
+            yield from document.records()
         else:
-            document.value()
+            document.skip()
         keys.append(key)
     if not is_list:
         document.end()
@@ -75,7 +114,7 @@ class _Document:
         self.text = text
         self.path = path
         self._index = 0
-        self._decoder = json.JSONDecoder()
+        self._values = Values()
         self._line, self._counted = 1, 0
         self._skip()
 
@@ -83,18 +122,38 @@ class _Document:
         """Return whether the next character is this one."""
         return self.text.startswith(character, self._index)
 
-    def value(self) -> object:
-        """Return the value that begins here."""
-        value, self._index = self._decoder.raw_decode(self.text, self._index)
+    def value(self) -> tuple[object, Mapping[str, str]]:
+        """Return the value that begins here, and its spoiled columns."""
+        value, spoiled, self._index = self._values.decode(self.text, self._index)
         self._skip()
-        return value
+        return value, spoiled
 
-    def items(self) -> Iterator[tuple[int, object]]:
-        """Yield (line, value) for each item of the list that begins here."""
+    def skip(self) -> None:
+        """Pass the value that begins here, whatever it holds."""
+        try:
+            self.value()
+        except json.JSONDecodeError:
+            raise
+        except (ValueError, RecursionError):
+            self._index = end_of(self.text, self._index)
+            self._skip()
+
+    def records(self) -> Iterator[Record]:
+        """Yield a record for each item of the list that begins here."""
         if self._opens("]"):
             return
         while True:
-            yield self.line(), self.value()
+            where = f"{self.path}:{self.line()}"
+            try:
+                value, spoiled = self.value()
+            except json.JSONDecodeError:
+                raise
+            except (ValueError, RecursionError) as error:
+                self._index = end_of(self.text, self._index)
+                self._skip()
+                yield Record(where, None, f"not valid JSON: {reason(error)}")
+            else:
+                yield Record(where, value, None, spoiled or None)
             if self._expect(",]") == "]":
                 return
 
@@ -106,7 +165,7 @@ class _Document:
             if not self.at('"'):
                 problem = "Expecting property name enclosed in double quotes"
                 raise json.JSONDecodeError(problem, self.text, self._index)
-            key = str(self.value())
+            key = str(self.value()[0])
             self._expect(":")
             yield key
             if self._expect(",}") == "}":
@@ -146,12 +205,3 @@ class _Document:
         space = _SPACE.match(self.text, self._index)
         assert space is not None  # it matches nothing, too
         self._index = space.end()
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "it is nested too deeply"
-    if not isinstance(error, json.JSONDecodeError):  # a number of thousands of digits
-        return str(error).split(";")[0]
-    hint = "; if every line is one object, name the file .jsonl" if "Extra" in error.msg else ""
-    return f"{error.msg} (column {error.colno}){hint}"

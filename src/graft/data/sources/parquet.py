@@ -1,15 +1,18 @@
-"""Parquet, read in a process of its own: 8 KB of pages may hold 4 GB of rows, or end a process."""
+"""Parquet and Arrow, read apart: 8 KB of pages may hold 4 GB of rows, or end a process."""
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import json
 import os
 import sys
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from graft.apart import start_apart
-from graft.data.sources.record import Record, without_nulls
+from graft.data.sources.record import Layout, Record, chosen_columns, without_nulls
 from graft.data.sources.stream import Stream
 from graft.errors import GraftError
 from graft.files.bounds import VARIABLE, bound, raise_beyond
@@ -20,15 +23,31 @@ SECONDS = 30
 """Most processor time, and a second more for each MiB that the rows may have."""
 _ODD = "\0"
 """The key of what stands for a value that JSON does not know; no field of a file is called so."""
+_TIMES = (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
+"""What is no JSON, and inside a list or an object is read as text."""
 
 
-def read_parquet(stream: Stream, keys: Collection[str] | None = None) -> Iterator[Record]:
-    """Yield the rows; of those columns that are in `keys`, or of all, the others being None."""
+def read_parquet(stream: Stream, layouts: Sequence[Layout] | None = None) -> Iterator[Record]:
+    """Yield the rows of a Parquet file; see `read_columns`."""
+    return _read_columns(stream, layouts, "Parquet")
+
+
+def read_arrow(stream: Stream, layouts: Sequence[Layout] | None = None) -> Iterator[Record]:
+    """Yield the rows of an Arrow file, as a stream or not, which Feather files are, too."""
+    return _read_columns(stream, layouts, "Arrow")
+
+
+def _read_columns(stream: Stream, layouts: Sequence[Layout] | None, kind: str) -> Iterator[Record]:
+    """Yield the rows; of those columns that the layouts name, or of all, the others being None.
+
+    A value that Python does not hold spoils its column in its row.
+    """
     path, most = stream.path, stream.most_expanded
     seconds = bound(SECONDS) + (most >> 20)
-    asked = None if keys is None else sorted(keys)
     with stream.plain_file() as file:
-        process = start_apart(_tell, asked, seconds=seconds, memory=bound(MEMORY), stdin=file)
+        process = start_apart(
+            _tell, layouts, kind, seconds=seconds, memory=bound(MEMORY), stdin=file
+        )
     assert process.stdout is not None
     try:
         others: dict[str, object] | None = None
@@ -49,22 +68,18 @@ def read_parquet(stream: Stream, keys: Collection[str] | None = None) -> Iterato
                 others = dict.fromkeys(found)
             else:
                 number += 1
-                is_row = isinstance(found, list)
-                yield Record(
-                    f"{path}:row {number}",
-                    others | _cleaned(found[0]) if is_row else None,
-                    None if is_row else found,
-                )
+                row, spoiled = found
+                yield Record(f"{path}:row {number}", others | _cleaned(row), None, spoiled or None)
     finally:
         process.kill()
         process.stdout.close()
         process.wait()
     if isinstance(end, dict):
-        words = " ".join(f"{kind}: {words}" for kind, words in end.items())
-        raise GraftError(f"{path}: not a readable Parquet file: {words}")
+        words = " ".join(f"{name}: {words}" for name, words in end.items())
+        raise GraftError(f"{path}: not a readable {kind} file: {words}")
     if end is not True:
         raise GraftError(
-            f"{path}: not a readable Parquet file: reading it ended at row {number + 1}, or took "
+            f"{path}: not a readable {kind} file: reading it ended at row {number + 1}, or took "
             f"more than {seconds} s or {bound(MEMORY) >> 20} MiB; if it is whole, set {VARIABLE}=10"
         )
 
@@ -81,15 +96,17 @@ def _other(found: dict[str, object]) -> object:
     return found
 
 
-def _tell(keys: Collection[str] | None) -> None:
+def _tell(layouts: Sequence[Sequence[Any]] | None, kind: str) -> None:
     """Write a line of JSON for each row of the file that is stdin.
 
-    Before them the names of the columns that are not read; then a list with the row, or a text
-    that says why it cannot be read; at last `true`, or what went wrong.
+    Before them the names of the columns that are not read; then a list of the row and why columns
+    of it are spoiled; at last `true`, or what went wrong.
     """
     os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # which reserves no memory
     try:
-        _tell_rows(keys)
+        for batch in _parquet(layouts) if kind == "Parquet" else _arrow(layouts):
+            for row in _rows(batch):
+                _write(row)
         _write(True)
     # Whatever pyarrow may raise: this process is for nothing else.
     except Exception as error:
@@ -97,37 +114,112 @@ def _tell(keys: Collection[str] | None) -> None:
     sys.stdout.flush()
 
 
-def _tell_rows(keys: Collection[str] | None) -> None:
+def _parquet(layouts: Sequence[Sequence[Any]] | None) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(sys.stdin.buffer)
-    names = file.schema_arrow.names
-    if _ODD in file.schema_arrow.to_string(show_schema_metadata=False, show_field_metadata=False):
-        raise ValueError("a column, or a field in it, has a zero byte in its name")
-    # Without any of the keys a column is read all the same, for the number of rows.
-    columns = names if keys is None else [name for name in names if name in keys] or names[:1]
-    _write([name for name in names if name not in columns])
+    columns = _choose(file.schema_arrow, layouts)
     for group in range(file.num_row_groups):
         facts = file.metadata.row_group(group)
         count = max(min(2**24 * facts.num_rows // max(facts.total_byte_size, 1), 1024), 1)
-        for batch in file.iter_batches(count, [group], columns, use_threads=False):
-            for row in _rows(batch):
-                _write(row)
+        yield from file.iter_batches(count, [group], columns, use_threads=False)
 
 
-def _rows(batch: Any) -> Iterator[list[object] | str]:
-    """Yield each row in a list, or why it is none."""
-    try:
-        for row in batch.to_pylist():
-            yield [row]
-    except (ValueError, TypeError, OverflowError) as error:
-        if batch.num_rows == 1:
-            yield f"not readable: {error}"
-        else:
-            for number in range(batch.num_rows):
-                yield from _rows(batch.slice(number, 1))
+def _arrow(layouts: Sequence[Sequence[Any]] | None) -> Iterator[Any]:
+    from pyarrow import ipc
+
+    file = sys.stdin.buffer
+    is_file = file.read(6) == b"ARROW1"
+    file.seek(0)
+    opened = ipc.open_file if is_file else ipc.open_stream
+    schema = opened(file).schema
+    columns = set(_choose(schema, layouts))
+    places = [place for place, name in enumerate(schema.names) if name in columns]
+    options = ipc.IpcReadOptions(included_fields=places, use_threads=False)
+    file.seek(0)
+    reader = opened(file, options=options)
+    batches = map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader
+    for batch in batches:
+        count = max(min(2**24 * batch.num_rows // max(batch.nbytes, 1), 1024), 1)
+        for begin in range(0, batch.num_rows, count):
+            yield batch.slice(begin, count)
+
+
+def _choose(schema: Any, layouts: Sequence[Sequence[Any]] | None) -> list[str]:
+    """Return the columns to read, and tell the others."""
+    import pyarrow as pa
+
+    chosen = chosen_columns(schema.names, layouts)
+    read = pa.schema([field for field in schema if field.name in chosen])
+    if _ODD in read.to_string(show_schema_metadata=False, show_field_metadata=False):
+        raise ValueError("a column, or a field in it, has a zero byte in its name")
+    _write([name for name in dict.fromkeys(schema.names) if name not in chosen])
+    return chosen
+
+
+def _rows(batch: Any) -> Iterator[tuple[dict[str, object], dict[str, str]]]:
+    """Yield each row, and why columns of it are spoiled."""
+    names = batch.schema.names
+    spoiled: list[dict[str, str]] = [{} for _ in range(batch.num_rows)]
+    columns = []
+    for name, column in zip(names, batch.columns, strict=True):
+        try:
+            columns.append(column.to_pylist())
+        except (ValueError, TypeError, OverflowError):
+            columns.append(_one_by_one(name, column, spoiled))
+    for name, count in Counter(names).items():
+        if count > 1:
+            for row in spoiled:
+                row[name] = "the file has two columns of this name"
+    for row, values in zip(spoiled, zip(*columns, strict=True), strict=True):
+        yield {name: _named(value) for name, value in zip(names, values, strict=True)}, row
+
+
+def _one_by_one(name: str, column: Any, spoiled: list[dict[str, str]]) -> list[object]:
+    """Return a column's values, and tell which of them Python does not hold."""
+    values: list[object] = []
+    for row in range(len(column)):
+        value = column.slice(row, 1)
+        try:
+            try:
+                values += value.to_pylist()
+            except (ValueError, TypeError, OverflowError):
+                # In a list or a struct a time that no clock shows is read as its number.
+                plain = _without_times(value.type)
+                if plain == value.type or value.type.num_fields == 0:
+                    raise
+                values += value.cast(plain).to_pylist()
+        except (ValueError, TypeError, OverflowError, NotImplementedError) as error:
+            spoiled[row][name] = f"not readable: {str(error)[:200]}"
+            values.append(None)
+    return values
+
+
+def _without_times(kind: Any) -> Any:
+    """Return an Arrow type with a number in the place of every time in it."""
+    import pyarrow as pa
+
+    if pa.types.is_temporal(kind):
+        return pa.int64() if kind.bit_width == 64 else pa.int32()
+    if pa.types.is_struct(kind):
+        return pa.struct([one.with_type(_without_times(one.type)) for one in kind])
+    if pa.types.is_list(kind):
+        return pa.list_(kind.value_field.with_type(_without_times(kind.value_type)))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(kind.value_field.with_type(_without_times(kind.value_type)))
+    return kind
+
+
+def _named(value: object) -> object:
+    """Return a column's value; of a time or a decimal number the kind, as it is no text."""
+    return {_ODD: type(value).__name__} if isinstance(value, _TIMES) else value
+
+
+def _inside(value: object) -> object:
+    """Return what stands for a value that JSON does not know."""
+    return str(value) if isinstance(value, _TIMES) else {_ODD: type(value).__name__}
 
 
 def _write(value: object) -> None:
-    line = json.dumps(value, ensure_ascii=False, default=lambda other: {_ODD: type(other).__name__})
+    line = json.dumps(value, ensure_ascii=False, default=_inside)
     sys.stdout.buffer.write(line.encode("utf-8", "surrogatepass") + b"\n")

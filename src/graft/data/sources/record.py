@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +15,34 @@ class Record:
     value: object
     problem: str | None = None
     """Why it could not be read."""
+    spoiled: Mapping[str, str] | None = None
+    """Of a row that was read but for some columns: why each of them was not, by its name."""
+
+
+class Layout(NamedTuple):
+    """Columns that rows of one kind have. A file of columns is asked for those of a few kinds."""
+
+    required: tuple[str, ...]
+    keys: tuple[str, ...]
+    """All that is read of such a row."""
+    sure: bool = True
+    """Whether the names alone decide, so that no further kind need be thought of."""
+
+
+def chosen_columns(names: Sequence[str], layouts: Iterable[Sequence[Any]] | None) -> list[str]:
+    """Return which columns of a file are read: those of the layouts that its rows may have.
+
+    One is read all the same where none is asked for, for the number of rows.
+    """
+    if layouts is None:
+        return list(dict.fromkeys(names))
+    wanted: set[str] = set()
+    for required, keys, sure in layouts:
+        if set(required).issubset(names):
+            wanted.update(keys)
+            if sure:
+                break
+    return [name for name in dict.fromkeys(names) if name in wanted] or list(names[:1])
 
 
 def without_nulls(value: Any) -> Any:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, NoReturn, cast
 
+from graft.data.sources.encoding import Recoded, encoding_of
 from graft.errors import GraftError
 from graft.files.bounds import bound, raise_beyond
 from graft.files.read import open_regular
@@ -72,7 +73,7 @@ class Stream:
         """Yield every line with its number, without the newline that alone ends it."""
         number = 1
         rest = b""
-        while piece := self._next(_PIECE):
+        for piece in self._text():
             first, *others = piece.split(b"\n")
             rest += first
             if len(rest) > self.most_row:
@@ -92,7 +93,7 @@ class Stream:
     def whole(self) -> bytes:
         """Return all that is in the file."""
         pieces = []
-        while piece := self._next(_PIECE):
+        for piece in self._text():
             pieces.append(piece)
             if self._read > bound(WHOLE_BYTES):
                 most = f"{bound(WHOLE_BYTES):,} bytes"
@@ -113,6 +114,18 @@ class Stream:
                 yield copy
         except OSError as error:
             raise GraftError(f"{self.path} cannot be decompressed: {error.strerror}") from error
+
+    def _text(self) -> Iterator[bytes]:
+        """Yield the file in pieces, as UTF-8 where it is UTF-16."""
+        recoded: Recoded | None = None
+        first = True
+        while piece := self._next(_PIECE):
+            if first and (encoding := encoding_of(piece)) is not None:
+                recoded = Recoded(encoding, self.path)
+            first = False
+            yield piece if recoded is None else recoded.utf8(piece, False)
+        if recoded is not None:
+            yield recoded.utf8(b"", True)
 
     def _next(self, most: int) -> bytes:
         try:

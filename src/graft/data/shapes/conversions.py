@@ -1,0 +1,196 @@
+"""What makes the keys of a shape of a row that has other ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from graft.data.shapes.turns import as_messages, as_tools, untrained, with_system
+from graft.errors import GraftError
+
+Fields = Mapping[str, Any]
+Conversion = Callable[[Fields], Fields]
+"""Raises GraftError for a row whose values do not make one."""
+Test = Callable[[Fields], bool]
+
+LEFT_OUT: Fields = {"": "left out"}
+"""What a row becomes that is not to be trained on."""
+SYSTEM = ("system", "system_prompt")
+"""Keys of a text for the system, beside a conversation."""
+FOR_TEMPLATES = ("functions", "chat_template_kwargs")
+"""Keys beside a conversation that are handed on as they are."""
+
+
+def renamed(**columns: str) -> Conversion:
+    """Return what takes each key from a column."""
+    return lambda row: {key: row[column] for key, column in columns.items()}
+
+
+def instruction(task: str, given: tuple[str, ...], answer: str) -> Conversion:
+    """Return what makes an instruction; its input is the first of some columns that is there."""
+    return lambda row: {
+        "instruction": row[task],
+        "input": _first(row, given),
+        "output": row[answer],
+    }
+
+
+def turns(key: str) -> Conversion:
+    """Return what makes messages of a conversation of any kind."""
+    return lambda row: _conversation(as_messages(row[key]), row)
+
+
+def exchange(asked: str, answer: str, given: tuple[str, ...] = ()) -> Conversion:
+    """Return what makes messages of one exchange, with a system or a history of others before."""
+
+    def convert(row: Fields) -> Fields:
+        before = _history(row.get("history"))
+        said = [text for text in (row[asked], _first(row, given)) if text != ""]
+        texts = all(isinstance(text, str) for text in said)
+        messages = as_messages([*before, "\n".join(said) if texts else row[asked], row[answer]])
+        return _conversation(messages, row)
+
+    return convert
+
+
+def joined(asked: str, answer: str) -> Conversion:
+    """Return what joins a prompt and its answer, each a text or messages; the answer is trained."""
+
+    def convert(row: Fields) -> Fields:
+        before, after = _spoken(row[asked], "user"), _spoken(row[answer], "assistant")
+        if not isinstance(before, list) or not isinstance(after, list):
+            return {"messages": after if isinstance(before, list) else before}
+        return _conversation(untrained([*before, *after], len(before)), row)
+
+    return convert
+
+
+def preferred(asked: str) -> Conversion:
+    """Return what joins a prompt and the chosen one of two answers, or takes the chosen whole."""
+    join = joined(asked, "chosen")
+
+    def convert(row: Fields) -> Fields:
+        chosen = _spoken(row["chosen"], "assistant")
+        first = chosen[0] if isinstance(chosen, list) and chosen else None
+        is_answer = isinstance(first, Mapping) and first.get("role") == "assistant"
+        return join(row) if is_answer else preferred_whole(row)
+
+    return convert
+
+
+def preferred_whole(row: Fields) -> Fields:
+    """Return the chosen one of two conversations, trained from where they part."""
+    chosen, rejected = as_messages(row["chosen"]), as_messages(row["rejected"])
+    if not isinstance(chosen, list):
+        return {"messages": chosen}
+    shared = 0
+    for one, other in zip(chosen, rejected if isinstance(rejected, list) else (), strict=False):
+        if one != other:
+            break
+        shared += 1
+    return _conversation(untrained(chosen, shared), row)
+
+
+def preferred_transcript(row: Fields) -> Fields:
+    """Return the chosen one of two texts in which Human and Assistant speak in turn."""
+    return preferred_whole({key: _speakers(row[key]) for key in ("chosen", "rejected")})
+
+
+def wanted(key: str, conversion: Conversion | None) -> Conversion:
+    """Return a conversion of rows that say whether their answer is a wanted one."""
+
+    def convert(row: Fields) -> Fields:
+        if str(row[key]).lower() == "false":
+            return LEFT_OUT
+        return row if conversion is None else conversion(row)
+
+    return convert
+
+
+def can_talk(kind: str) -> bool:
+    """Return whether rows of another shape are questions and answers, which messages can hold."""
+    return kind in _EXCHANGES
+
+
+def as_conversation(kind: str, fields: Fields) -> Fields | None:
+    """Return a row of another shape as messages, or None where it is no question and answer."""
+    return _EXCHANGES[kind](fields) if kind in _EXCHANGES else None
+
+
+def is_list(key: str) -> Test:
+    """Return whether a value is a list, or a text that may be JSON of one."""
+
+    def fits(row: Fields) -> bool:
+        value = row[key]
+        return isinstance(value, list) or (isinstance(value, str) and value.lstrip()[:1] == "[")
+
+    return fits
+
+
+def is_spoken(*keys: str) -> Test:
+    """Return whether one of some values is a list of messages, or a message."""
+    return lambda row: any(isinstance(row[key], list | dict) for key in keys)
+
+
+def is_answer_to(key: str) -> Test:
+    """Return whether a value is a list of messages, and the chosen one no such list itself."""
+    return lambda row: isinstance(row[key], list) and not isinstance(row["chosen"], list)
+
+
+def is_transcript(row: Fields) -> bool:
+    """Return whether two answers are transcripts, which begin with what a human says."""
+    texts = row["chosen"], row["rejected"]
+    return all(isinstance(one, str) and one.startswith("\n\nHuman:") for one in texts)
+
+
+def is_truth(key: str, test: Test | None) -> Test:
+    """Return whether a value is true or false, beside another test."""
+    return lambda row: str(row[key]).lower() in ("true", "false") and (test is None or test(row))
+
+
+def _first(row: Fields, keys: Iterable[str]) -> Any:
+    """Return the first of a row's values that says something, or ''."""
+    return next((row[key] for key in keys if row.get(key) not in (None, "")), "")
+
+
+def _history(pairs: Any) -> list[Any]:
+    """Return the texts of earlier exchanges; raises GraftError where they are not pairs."""
+    if pairs in (None, "", "[]"):
+        return []
+    if not isinstance(pairs, list) or any(not isinstance(one, list) for one in pairs):
+        raise GraftError("'history' is no list of pairs of a question and its answer")
+    return [text for pair in pairs for text in pair]
+
+
+def _conversation(messages: Any, row: Fields) -> Fields:
+    found = {"messages": with_system(messages, _first(row, SYSTEM))}
+    if (tools := as_tools(row.get("tools"))) is not None:
+        found["tools"] = tools
+    for key in FOR_TEMPLATES:
+        if row.get(key) is not None:
+            found[key] = row[key]
+    return found
+
+
+def _spoken(value: Any, role: str) -> Any:
+    """Return messages, or a text as the message of a role."""
+    return [{"role": role, "content": value}] if isinstance(value, str) else as_messages(value)
+
+
+def _speakers(transcript: str) -> list[dict[str, str]]:
+    roles = {"Human": "user", "Assistant": "assistant"}
+    found: list[dict[str, str]] = []
+    for part in transcript.removeprefix("\n\n").split("\n\n"):
+        name, _, text = part.partition(":")
+        if name in roles:
+            found.append({"role": roles[name], "content": text.strip()})
+        else:  # a paragraph of what is said
+            found[-1]["content"] += "\n\n" + part
+    return found
+
+
+_EXCHANGES = {
+    "prompt": exchange("prompt", "completion"),
+    "instruction": exchange("instruction", "output", ("input",)),
+}
+"""How rows of other shapes are said as messages."""

@@ -1,0 +1,158 @@
+"""How data sets lay out their rows: by which keys one is known, and how it becomes one of a shape.
+
+The first layout that fits a row is taken, so the order of the table is the order of preference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from graft.data.shapes import conversions as to
+from graft.data.shapes.registry import SHAPES
+
+
+@dataclass(frozen=True)
+class RowLayout:
+    """One way to lay out a row."""
+
+    kind: str
+    """The name of the shape that its rows become."""
+    required: tuple[str, ...]
+    optional: tuple[str, ...] = ()
+    convert: to.Conversion | None = None
+    """Makes the shape's keys of a row; None: the row has them already."""
+    fits: to.Test | None = None
+    """Whether the values of a row are those of this layout; None: its keys are enough."""
+    said: str | None = None
+    """What a user should know of how such rows are read."""
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """All keys that are read."""
+        return self.required + self.optional
+
+
+def layouts() -> tuple[RowLayout, ...]:
+    """Return all layouts, by preference; a shape that somebody added comes first."""
+    added = [_own(name) for name in SHAPES if name not in _BUILT_IN]
+    return (*added, *_LAYOUTS)
+
+
+def _own(name: str, *beside: str) -> RowLayout:
+    """Return the layout of rows that have a shape's keys."""
+    shape = SHAPES[name]
+    return RowLayout(name, shape.required, tuple(dict.fromkeys((*shape.optional, *beside))))
+
+
+_CONVERSATIONS = (
+    *("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat"),
+)
+_BESIDE = (*to.SYSTEM, "tools", *to.FOR_TEMPLATES)
+_GIVEN = ("input", "context")
+_ANSWERS = ("output", "response", "answer", "completion")
+_ASKED = ("prompt", "question", "query", "instruction", "input")
+_PAIRS = (
+    ("prompt", "completion"),
+    ("prompt", "response"),
+    ("prompt", "answer"),
+    ("prompt", "output"),
+    ("prompt", "chosen"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("problem", "solution"),
+    ("problem", "answer"),
+    ("input", "output"),
+    ("input", "target"),
+    ("inputs", "targets"),
+    ("source", "target"),
+    ("user", "assistant"),
+    ("mr", "ref"),
+    ("meaning_representation", "human_reference"),
+)
+_CHOSEN = "rows of preferences: 'chosen' is trained as the answer, 'rejected' is not"
+_BUILT_IN = ("text", "prompt", "instruction", "messages")
+
+
+def _conversations() -> Iterator[RowLayout]:
+    for key in _CONVERSATIONS:
+        # What is wrong with the value of a shape's own key is told, so it fits whatever it holds.
+        fits = None if key in _BUILT_IN else to.is_list(key)
+        yield RowLayout("messages", (key,), _BESIDE, to.turns(key), fits)
+    fits = to.is_spoken("prompt", "completion")
+    convert = to.joined("prompt", "completion")
+    yield RowLayout("messages", ("prompt", "completion"), _BESIDE, convert, fits)
+
+
+def _preferences() -> Iterator[RowLayout]:
+    pair = ("chosen", "rejected")
+    for key in _CONVERSATIONS:
+        fits = to.is_answer_to(key)
+        yield RowLayout("messages", (key, *pair), _BESIDE, to.preferred(key), fits, _CHOSEN)
+    for key in _ASKED:
+        fits = to.is_spoken(key, "chosen")
+        yield RowLayout("messages", (key, *pair), _BESIDE, to.preferred(key), fits, _CHOSEN)
+    fits = to.is_spoken("chosen")
+    yield RowLayout("messages", pair, _BESIDE, to.preferred_whole, fits, _CHOSEN)
+    for key in _ASKED:
+        given = _GIVEN if key == "instruction" else ()
+        chat = to.exchange(key, "chosen", given)
+        for system in to.SYSTEM:
+            beside = (*given, "history")
+            yield RowLayout("messages", (key, *pair, system), beside, chat, None, _CHOSEN)
+        if given:
+            plain = to.instruction(key, given, "chosen")
+            yield RowLayout("instruction", (key, *pair), given, plain, None, _CHOSEN)
+        else:
+            plain = to.renamed(prompt=key, completion="chosen")
+            yield RowLayout("prompt", (key, *pair), (), plain, None, _CHOSEN)
+    transcript = to.preferred_transcript
+    yield RowLayout("messages", pair, (), transcript, to.is_transcript, _CHOSEN)
+
+
+def _instructions() -> Iterator[RowLayout]:
+    for answer in _ANSWERS:
+        chat = to.exchange("instruction", answer, _GIVEN)
+        for beside in ("history", *to.SYSTEM):
+            keys = (*to.SYSTEM, "history", *_GIVEN)
+            yield RowLayout("messages", ("instruction", answer, beside), keys, chat)
+        plain = to.instruction("instruction", _GIVEN, answer)
+        yield RowLayout("instruction", ("instruction", answer), _GIVEN, plain)
+    plain = to.instruction("question", ("context",), "answer")
+    yield RowLayout("instruction", ("question", "context", "answer"), (), plain)
+
+
+def _pairs() -> Iterator[RowLayout]:
+    for asked, answer in _PAIRS:
+        chat = to.exchange(asked, answer)
+        for beside in ("history", *to.SYSTEM):
+            keys = (*to.SYSTEM, "history")
+            yield RowLayout("messages", (asked, answer, beside), keys, chat)
+        plain = to.renamed(prompt=asked, completion=answer)
+        yield RowLayout("prompt", (asked, answer), (), plain)
+
+
+def _judged() -> Iterator[RowLayout]:
+    """Yield layouts with a key that says whether an answer is a wanted one."""
+    for layout in (*_conversations(), RowLayout("prompt", ("prompt", "completion"))):
+        for key in ("label", "kto_tag"):
+            yield RowLayout(
+                layout.kind,
+                (*layout.required, key),
+                layout.optional,
+                to.wanted(key, layout.convert),
+                to.is_truth(key, layout.fits),
+                f"rows in which {key!r} is false are left out, as their answers are not wanted",
+            )
+
+
+_LAYOUTS = (
+    *_preferences(),
+    *_judged(),
+    *_conversations(),
+    *_instructions(),
+    *_pairs(),
+    RowLayout("text", ("text",)),
+)

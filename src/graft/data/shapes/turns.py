@@ -1,0 +1,166 @@
+"""Conversations as data sets write them, as a list of messages with role and content."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from graft.data.shapes.base import type_in_words
+from graft.errors import GraftError
+from graft.text import quoted
+
+_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "bot": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "ai": "assistant",
+}
+"""Names of roles that mean the same wherever they stand."""
+_SPEAKERS = {
+    **_ROLES,
+    **{name: name for name in ("user", "assistant", "system", "tool")},
+    "model": "assistant",
+    "prompter": "user",
+    "function_response": "tool",
+    "tool_response": "tool",
+    "observation": "tool",
+    "function": "tool",
+}
+"""Further names, of who speaks under a key `from`."""
+_CALLS = ("function_call", "tool_call")
+"""Who speaks where the text is a call of a function, as JSON."""
+_SAYS = (
+    *(("from", "value"), ("role", "value"), ("from", "content")),
+    *(("role", "text"), ("speaker", "text"), ("user", "text")),
+)
+"""The keys of who speaks and what is said, where they are not `role` and `content`."""
+
+
+def as_messages(turns: object) -> Any:
+    """Return a conversation as messages; what is none is returned as it is.
+
+    Taken are messages, turns of `from` and `value` and the like, bare texts of user and assistant
+    in turn, one message alone, and JSON of any of these. Other keys of a turn stay. Raises
+    GraftError for a turn that is a call of a function and no JSON.
+    """
+    if isinstance(turns, str):
+        turns = _parsed(turns)
+    if isinstance(turns, Mapping):
+        turns = [turns]
+    if not isinstance(turns, list):
+        return turns
+    if all(type(turn) is dict and "role" in turn and "content" in turn for turn in turns):
+        if not any(turn["role"] in _ROLES for turn in turns if isinstance(turn["role"], str)):
+            return turns  # as nearly all are
+    elif turns and all(isinstance(turn, str) for turn in turns):
+        roles = ("user", "assistant")
+        return [{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)]
+    return [_message(turn, number) for number, turn in enumerate(turns, start=1)]
+
+
+def with_system(messages: Any, system: object) -> Any:
+    """Return messages behind a system's text, which stands beside them in its row.
+
+    Raises GraftError when they begin with another one.
+    """
+    if not isinstance(system, str) or not system.strip() or not isinstance(messages, list):
+        return messages
+    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
+    if first.get("role") != "system":
+        return [{"role": "system", "content": system}, *messages]
+    if first.get("content") != system:
+        raise GraftError("'system' is another text than the first message, of role system, has")
+    return messages
+
+
+def as_tools(tools: object) -> Any:
+    """Return tools as a list of functions as OpenAI describes them; '' and null are none.
+
+    Raises GraftError for a text that is no JSON.
+    """
+    if isinstance(tools, str):
+        if not tools.strip():
+            return None
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise GraftError(f"'tools' is no valid JSON: {str(error)[:100]}") from error
+    if isinstance(tools, Mapping):
+        tools = [tools]
+    if not isinstance(tools, list):
+        return tools
+    return [
+        {"type": "function", "function": tool}
+        if isinstance(tool, Mapping) and "name" in tool and "function" not in tool
+        else tool
+        for tool in tools
+    ] or None
+
+
+def untrained(messages: Sequence[Any], count: int) -> list[Any]:
+    """Return messages of which the answers among the first so many are not trained."""
+    return [
+        {**message, "weight": 0}
+        if number < count and isinstance(message, Mapping) and message.get("role") == "assistant"
+        else message
+        for number, message in enumerate(messages)
+    ]
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text) if text.lstrip()[:1] in ("[", "{") else text
+    except (ValueError, RecursionError):
+        return text
+
+
+def _message(turn: Any, number: int) -> Any:
+    if not isinstance(turn, Mapping):
+        return turn
+    role = turn.get("role")
+    if "role" in turn and ("content" in turn or "tool_calls" in turn):
+        if isinstance(role, str) and role in _ROLES:
+            return {**turn, "role": _ROLES[role]}
+        return turn
+    for who, what in _SAYS:
+        if who in turn and what in turn:
+            break
+    else:
+        return turn
+    speaker, said = turn[who], turn[what]
+    rest = {key: value for key, value in turn.items() if key not in (who, what)}
+    if not isinstance(speaker, str):
+        return {"role": speaker, "content": said, **rest}
+    name = speaker.lower()
+    if name in _CALLS:
+        return {"role": "assistant", "content": "", "tool_calls": _calls(said, number), **rest}
+    return {"role": _SPEAKERS.get(name, speaker), "content": said, **rest}
+
+
+def _calls(said: object, number: int) -> list[dict[str, Any]]:
+    """Return the calls that a text of JSON names: an object of name and arguments, or a list."""
+    found: Any = said
+    if isinstance(said, str):
+        try:
+            found = json.loads(said)
+        except (ValueError, RecursionError):
+            found = None
+    calls: list[Any] = found if isinstance(found, list) else [found]
+    for call in calls:
+        if not isinstance(call, Mapping) or "name" not in call:
+            shown = quoted(said) if isinstance(said, str) else type_in_words(said)
+            raise GraftError(
+                f"message {number}: a call of a function is {shown}; expected JSON of an object "
+                "with name and arguments"
+            )
+    return [
+        {
+            "type": "function",
+            "function": {"name": call["name"], "arguments": call.get("arguments", {})},
+        }
+        for call in calls
+    ]
