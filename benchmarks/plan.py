@@ -2,6 +2,7 @@
 
 Each case is `graft.finetune` in a fresh process on random weights: the whole run, from reading the
 weights to the last step, with an evaluation before and after. A plan is good within 5 % or 50 MB.
+Rows are as long as they may be, or of all lengths where they are packed.
 
     python benchmarks/plan.py [--only 0.1b]
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import subprocess
 import sys
 import tempfile
@@ -38,6 +40,7 @@ class Case:
     format: str | None = None
     dense_fraction: float | None = None
     solver: str | None = None
+    batching: str = "padded"
 
 
 CASES = (
@@ -54,6 +57,10 @@ CASES = (
     Case("0.1b", "affine", 2, 256, "none"),
     Case("0.1b", "merge_aware", 2, 256, "none", dense_fraction=0.0, solver="rtn"),
     Case("0.1b", "merge_aware", 2, 256, "none", "bfloat16", "nf4", 0.0, "rtn"),
+    Case("0.1b", "qlora", 8, 512, "none", batching="packed"),
+    Case("0.1b", "qalora", 8, 512, "products", batching="packed"),
+    Case("0.1b", "lora", 16, 256, "layers", batching="packed"),
+    Case("0.1b", "merge_aware", 8, 256, "none", "bfloat16", "nf4", 0.0, "rtn", "packed"),
     Case("0.4b", "qlora", 2, 256, "none"),
     Case("0.4b", "qalora", 2, 512, "products"),
     Case("0.4b", "merge_aware", 1, 256, "none", "bfloat16", "nf4", 0.0, "rtn"),
@@ -94,7 +101,8 @@ def child(case: Case, model: str, data: str, out: str) -> None:
         data=data,
         out=out,
         method=case.method,
-        steps=2,
+        steps=2 if case.batching == "padded" else 6,
+        batching=case.batching,
         batch_size=case.batch_size,
         max_length=case.length,
         checkpointing=case.checkpointing,
@@ -111,6 +119,7 @@ def child(case: Case, model: str, data: str, out: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--packed", action="store_true", help="the cases of packed rows alone")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -118,18 +127,23 @@ def main() -> None:
         child(case, *arguments.child[1:])
         return
     text = " ".join(shared("models", "mixed-13m", "PROVENANCE.md").read_text().split()) * 40
-    rows = []
+    rows, chance = [], random.Random(0)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for number, case in enumerate(CASES):
-            if case.shape not in arguments.only:
+            if case.shape not in arguments.only or (arguments.packed and case.batching != "packed"):
                 continue
             model = folder / case.shape
             if not model.is_dir():
                 write_model(model, case.shape)
             # A little longer than the row may be, so that every row is cut at its full length.
-            row = {"text": text[: 8 * case.length]}
-            data = write_jsonl(folder / f"data{case.length}.jsonl", [row] * 32)
+            lengths = [8 * case.length] * 32
+            if case.batching == "packed":
+                lengths = [
+                    chance.randint(60, 8 * case.length) // chance.choice((1, 4)) for _ in lengths
+                ]
+            rows_of = [{"text": text[:length]} for length in lengths]
+            data = write_jsonl(folder / f"data{number}.jsonl", rows_of)
             given = [json.dumps(asdict(case)), str(model), str(data), str(folder / f"run{number}")]
             command = [sys.executable, __file__, "--child", *given]
             done = subprocess.run(command, capture_output=True, text=True)

@@ -208,7 +208,7 @@ def test_a_run_goes_on_with_its_own_batches(batching, tiny_base, uneven, tmp_pat
         graft.finetune(wrong)
 
 
-def test_a_packed_batch_that_failed_is_kept_row_by_row(
+def test_a_packed_batch_that_failed_is_kept_padded(
     tiny_base, uneven, tmp_path, monkeypatch
 ) -> None:
     class Bad(NextToken):
