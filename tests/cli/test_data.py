@@ -125,6 +125,28 @@ def test_a_folder_with_a_tokenizer_alone_is_enough(
     assert "neither config.json nor tokenizer.json" in capsys.readouterr().err
 
 
+def test_what_training_would_remark_is_said(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tiny_base, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    )
+    path = tmp_path / "chat.jsonl"
+    messages = [{"role": "user", "content": "red", "name": "Ann"}]
+    messages += [{"role": "assistant", "content": "lamp"}]
+    line = json.dumps({"messages": messages, "source": "x"}) + "\n"
+    path.write_text(line * 4 + line.replace("lamp", "chair"))
+    held_out = tmp_path / "test.jsonl"
+    held_out.write_text(line * 4)
+    out = shown(capsys, folder, path, "--deduplicate", "--eval-data", held_out, "--rows", 0)
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    told = ("in 5 rows", "held out: in 4 rows", "keys that are not used: source", "4 training rows")
+    for expected in told:
+        assert any(expected in note for note in notes), notes
+
+
 def test_what_training_would_refuse_is_refused_with_all_problems(
     tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from graft.model.folder import CONFIG_FILE, find_text_folder, read_config, read_
 from graft.model.pieces import Piece, pieces_of
 from graft.model.subject import Subject
 from graft.model.tokens import check_tokens
+from graft.text import listed
 from graft.train.gates import data_notes
 
 BARS = 20
@@ -124,9 +125,20 @@ def look_at_data(
         held_out=_part(held_out),
         lengths=histogram(training.facts),
         overlap=twice,
-        notes=data_notes(training, held_out, twice, config.eos),
+        notes=_notes(training, held_out, twice, config.eos),
         rows=[shown_row(one, tokenizer, is_held_out) for one, is_held_out in chosen],
     )
+
+
+def _notes(training: EncodedData, held_out: EncodedData, twice: Overlap, eos: bool) -> list[str]:
+    """Return all that training says of the data beside its counts."""
+    found = data_notes(training, held_out, twice, eos) + training.remark_lines()
+    found += [f"held out: {line}" for line in held_out.remark_lines()]
+    if training.dropped_rows:
+        found.append(f"{training.dropped_rows:,} training rows that were there twice are dropped")
+    if training.ignored_keys:
+        found.append(f"keys that are not used: {listed(training.ignored_keys)}")
+    return found
 
 
 def shown_row(
