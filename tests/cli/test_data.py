@@ -112,6 +112,24 @@ def test_everything_is_there_as_json(
     assert len(ids) > 5 and any(piece["trained"] for piece in found["rows"][0]["pieces"])
 
 
+def test_rows_that_are_nearly_trained_are_named(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training, held_out = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    words = "table oak steel light heavy small chair green blue of and the is a large red".split()
+
+    def line(number: int, last: str) -> str:
+        turned = words[number:] + words[:number]
+        return json.dumps({"prompt": " ".join(turned), "completion": last}) + "\n"
+
+    training.write_text("".join(line(number, "lamp") for number in range(8)))
+    held_out.write_text(line(3, "oak oak") + line(5, "lamp"))
+    out = shown(capsys, tiny_base, training, "--eval-data", held_out)
+    (note,) = [one for one in out.splitlines() if "nearly a training row" in one]
+    assert note.startswith("note: 1 of 2 held-out rows are nearly a training row: of ")
+    assert f"of {held_out}:1 " in note and note.endswith(f" is that of {training}:4")
+
+
 def test_a_folder_with_a_tokenizer_alone_is_enough(
     tiny_base: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
