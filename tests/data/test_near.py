@@ -39,6 +39,8 @@ def test_a_template_and_short_rows_make_no_twins() -> None:
     training = [row(number, TEMPLATE + [number]) for number in range(50)]
     held_out = [row(number, TEMPLATE + [number], "test") for number in range(50)]
     assert near_rows(training, held_out) == []
+    long = [row(number, TEMPLATE + drawn(number, 10)) for number in range(50)]
+    assert near_rows(long, [row(0, TEMPLATE + drawn(-1, 10), "test")]) == []
     assert near_rows(training, []) == [] == near_rows([], held_out)
     assert near_rows([row(0, [1, 2])], [row(0, [1, 2], "test")]) == []
 

@@ -42,11 +42,11 @@ class Near:
 def near_rows(training: Sequence[Example], held_out: Sequence[Example]) -> list[Near]:
     """Return the held-out rows that a training row nearly is, those that are most alike first.
 
-    A run that many held-out rows have, as a template does, is nobody's own; a row with few runs of
-    its own is not judged. The time is linear in the training rows, the memory in those held out.
+    A run that many rows have, as a template does, is nobody's own; a row with few runs of its own
+    is not judged. The time is linear in the training rows, the memory in those held out.
     """
     tested = list(islice(held_out, MOST_HELD_OUT))
-    runs, owners, counts = _own_runs(tested)
+    runs, owners, counts = _own_runs(tested, [*training[:_LOT]])
     best = np.zeros(len(tested))
     found = np.full(len(tested), -1)
     if not len(runs):
@@ -81,29 +81,30 @@ def near_rows(training: Sequence[Example], held_out: Sequence[Example]) -> list[
 
 
 def _own_runs(
-    rows: Sequence[Example],
+    rows: Sequence[Example], others: Sequence[Example]
 ) -> tuple[NDArray[np.uint64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return the runs that are the rows' own, sorted, whose each is, and how many each row has."""
-    lots = list(_lots(rows))
-    if not lots:
-        return np.zeros(0, np.uint64), np.zeros(0, np.int64), np.zeros(len(rows), np.int64)
-    pairs = np.unique(
-        np.stack(
-            [
-                np.concatenate([hashes for _, hashes, _ in lots]),
-                np.concatenate([first + rows for first, _, rows in lots]).astype(np.uint64),
-            ],
-            axis=1,
-        ),
-        axis=0,
-    )
-    runs, owners = pairs[:, 0], pairs[:, 1].astype(np.int64)
-    _, places, frequency = np.unique(runs, return_inverse=True, return_counts=True)
-    own = frequency[places] <= max(2.0, _COMMON * len(rows))
-    runs, owners = runs[own], owners[own]
+    """Return the runs that are the rows' own, sorted, whose each is, and how many each row has.
+
+    others: a sample of further rows, which share their template.
+    """
+    runs, owners = _runs_of(rows)
+    for sample, found in ((rows, runs), (others, _runs_of(others)[0])):
+        distinct, frequency = np.unique(found, return_counts=True)
+        own = ~np.isin(runs, distinct[frequency > max(2.0, _COMMON * len(sample))])
+        runs, owners = runs[own], owners[own]
     counts = np.bincount(owners, minlength=len(rows))
     judged = counts[owners] >= _FEWEST_RUNS
     return runs[judged], owners[judged], counts
+
+
+def _runs_of(rows: Sequence[Example]) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
+    """Return the runs of each row, each once, sorted, and which row has each."""
+    lots = [(hashes, first + numbers) for first, hashes, numbers in _lots(rows)]
+    if not lots:
+        return np.zeros(0, np.uint64), np.zeros(0, np.int64)
+    hashes, owners = (np.concatenate(column) for column in zip(*lots, strict=True))
+    pairs = np.unique(np.stack([hashes, owners.astype(np.uint64)], axis=1), axis=0)
+    return pairs[:, 0], pairs[:, 1].astype(np.int64)
 
 
 def _lots(
