@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -119,8 +120,8 @@ def test_rows_that_are_nearly_trained_are_named(
     words = "table oak steel light heavy small chair green blue of and the is a large red".split()
 
     def line(number: int, last: str) -> str:
-        turned = words[number:] + words[:number]
-        return json.dumps({"prompt": " ".join(turned), "completion": last}) + "\n"
+        mixed = random.Random(f"row {number}").choices(words, k=24)
+        return json.dumps({"prompt": " ".join(mixed), "completion": last}) + "\n"
 
     training.write_text("".join(line(number, "lamp") for number in range(8)))
     held_out.write_text(line(3, "oak oak") + line(5, "lamp"))
