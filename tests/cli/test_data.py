@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -112,6 +113,24 @@ def test_everything_is_there_as_json(
     assert len(ids) > 5 and any(piece["trained"] for piece in found["rows"][0]["pieces"])
 
 
+def test_rows_that_are_nearly_trained_are_named(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    training, held_out = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    words = "table oak steel light heavy small chair green blue of and the is a large red".split()
+
+    def line(number: int, last: str) -> str:
+        mixed = random.Random(f"row {number}").choices(words, k=24)
+        return json.dumps({"prompt": " ".join(mixed), "completion": last}) + "\n"
+
+    training.write_text("".join(line(number, "lamp") for number in range(8)))
+    held_out.write_text(line(3, "oak oak") + line(5, "lamp"))
+    out = shown(capsys, tiny_base, training, "--eval-data", held_out)
+    (note,) = [one for one in out.splitlines() if "nearly a training row" in one]
+    assert note.startswith("note: 1 of 2 held-out rows are nearly a training row: of ")
+    assert f"of {held_out}:1 " in note and note.endswith(f" is that of {training}:4")
+
+
 def test_a_folder_with_a_tokenizer_alone_is_enough(
     tiny_base: Path, rows_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -123,6 +142,28 @@ def test_a_folder_with_a_tokenizer_alone_is_enough(
     assert "rows.jsonl" in out and "at most 300 are kept" in out
     assert main(["data", str(tmp_path), str(rows_file)]) == 1
     assert "neither config.json nor tokenizer.json" in capsys.readouterr().err
+
+
+def test_what_training_would_remark_is_said(
+    tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "tokenizer"
+    shutil.copytree(tiny_base, folder)
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    )
+    path = tmp_path / "chat.jsonl"
+    messages = [{"role": "user", "content": "red", "name": "Ann"}]
+    messages += [{"role": "assistant", "content": "lamp"}]
+    line = json.dumps({"messages": messages, "source": "x"}) + "\n"
+    path.write_text(line * 4 + line.replace("lamp", "chair"))
+    held_out = tmp_path / "test.jsonl"
+    held_out.write_text(line * 4)
+    out = shown(capsys, folder, path, "--deduplicate", "--eval-data", held_out, "--rows", 0)
+    notes = [line for line in out.splitlines() if line.startswith("note: ")]
+    told = ("in 5 rows", "held out: in 4 rows", "keys that are not used: source", "4 training rows")
+    for expected in told:
+        assert any(expected in note for note in notes), notes
 
 
 def test_what_training_would_refuse_is_refused_with_all_problems(

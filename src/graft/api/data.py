@@ -13,12 +13,14 @@ from graft.data.encode import EncodedData
 from graft.data.examples import Example
 from graft.data.facts import Facts
 from graft.data.load import load_train_and_eval, resolve_max_length
+from graft.data.near import near_rows
 from graft.data.overlap import Overlap, overlap
 from graft.errors import GraftError
 from graft.model.folder import CONFIG_FILE, find_text_folder, read_config, read_tokenizer
 from graft.model.pieces import Piece, pieces_of
 from graft.model.subject import Subject
 from graft.model.tokens import check_tokens
+from graft.text import listed
 from graft.train.gates import data_notes
 
 BARS = 20
@@ -66,6 +68,17 @@ class ShownRow:
 
 
 @dataclass(frozen=True)
+class Twin:
+    """A held-out row that a training row nearly is."""
+
+    held_out: str
+    """Where it stands."""
+    training: str
+    share: float
+    """Of the runs of tokens that are its own, how much the training row has."""
+
+
+@dataclass(frozen=True)
 class DataReport:
     """What there is to know of data for a model before it is trained on."""
 
@@ -78,6 +91,8 @@ class DataReport:
     lengths: Histogram
     """Of the training examples."""
     overlap: Overlap
+    twins: list[Twin]
+    """Beside those of `overlap`."""
     notes: list[str]
     """What training would say of the data."""
     rows: list[ShownRow]
@@ -114,6 +129,7 @@ def look_at_data(
     if subject is not None:
         check_tokens(subject.skeleton, tokenizer, training.examples, held_out.examples)
     twice = overlap(training.facts, held_out.facts)
+    twins = _twins(training, held_out)
     chosen = _chosen(training, held_out, rows, row)
     return DataReport(
         model=model,
@@ -124,9 +140,44 @@ def look_at_data(
         held_out=_part(held_out),
         lengths=histogram(training.facts),
         overlap=twice,
-        notes=data_notes(training, held_out, twice, config.eos),
+        twins=twins,
+        notes=[
+            *_notes(training, held_out, twice, config.eos),
+            *_near_note(twins, held_out.row_count),
+        ],
         rows=[shown_row(one, tokenizer, is_held_out) for one, is_held_out in chosen],
     )
+
+
+def _notes(training: EncodedData, held_out: EncodedData, twice: Overlap, eos: bool) -> list[str]:
+    """Return all that training says of the data beside its counts."""
+    found = data_notes(training, held_out, twice, eos) + training.remark_lines()
+    found += [f"held out: {line}" for line in held_out.remark_lines()]
+    if training.dropped_rows:
+        found.append(f"{training.dropped_rows:,} training rows that were there twice are dropped")
+    if training.ignored_keys:
+        found.append(f"keys that are not used: {listed(training.ignored_keys)}")
+    return found
+
+
+def _twins(training: EncodedData, held_out: EncodedData) -> list[Twin]:
+    """Return the held-out rows that are nearly trained, without those that are trained."""
+    trained = np.isin(held_out.facts.row_keys, training.facts.row_keys)
+    rows, tested = training.examples, held_out.examples
+    return [
+        Twin(tested[one.held_out].where, rows[one.training].where, one.share)
+        for one in near_rows(rows, tested)
+        if not trained[one.held_out]
+    ]
+
+
+def _near_note(twins: list[Twin], held_out: int) -> list[str]:
+    if not twins:
+        return []
+    some = "; ".join(
+        f"of {one.held_out} {one.share:.0%} is that of {one.training}" for one in twins[:3]
+    )
+    return [f"{len(twins):,} of {held_out:,} held-out rows are nearly a training row: {some}"]
 
 
 def shown_row(

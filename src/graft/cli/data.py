@@ -102,6 +102,7 @@ def facts(report: DataReport) -> list[tuple[str, str, str]]:
     found += [
         ("rows that are there before", f"{twice.repeated:,}", ""),
         ("rows that are trained too", "", f"{twice.held_out_trained:,}"),
+        ("rows that are nearly trained", "", f"{len(report.twins):,}"),
         ("prompts that are trained too", "", f"{twice.prompts_trained:,}"),
     ]
     return found

@@ -120,9 +120,12 @@ class EncodedData:
             line += f"; {self.dropped_rows:,} rows that were there twice dropped"
         if self.ignored_keys:
             line += f"; keys not used: {listed(self.ignored_keys)}"
+        return "\n  ".join([line, *self.remark_lines()])
+
+    def remark_lines(self) -> list[str]:
+        """Return a line for each remark, those of most rows first."""
         remarks = sorted(self.remarks.items(), key=lambda remark: -remark[1])
-        lines = [f"  in {count:,} row{'s' * (count != 1)} {clause}" for clause, count in remarks]
-        return "\n".join([line, *lines])
+        return [f"in {count:,} row{'s' * (count != 1)} {clause}" for clause, count in remarks]
 
 
 def encode_rows(
