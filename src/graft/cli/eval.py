@@ -25,6 +25,8 @@ class EvalArguments(TrustConfig):
     """Score the end-of-sequence token too."""
     separator: str = "\n"
     """Text between prompt and completion."""
+    chat_template: str | None = None
+    """Name of one of the tokenizer's chat templates, or a .jinja file."""
     batch_size: int = 16
     """Rows computed at once."""
     json: bool = False
@@ -55,6 +57,7 @@ def evaluate(arguments: EvalArguments) -> None:
         max_length=arguments.max_length,
         eos=arguments.eos,
         separator=arguments.separator,
+        chat_template=arguments.chat_template,
         batch_size=arguments.batch_size,
     )
     if arguments.json:
