@@ -71,6 +71,8 @@ EXCUSED = {
     ("calibrate/latents.py", "LatentFormat"): "the step that rounds latent weights anew",
     ("adapters/merge_aware.py", "LatentFormat"): "the format that this method trains in",
     ("data/sources/files.py", "text"): "the row of a plain text file",
+    ("data/contents.py", "text"): "a type of the parts that a content may have",
+    ("data/chat.py", "messages"): "messages are handed on as those of a row",
 }
 """Where a name is known elsewhere, and why: (file or folder, name)."""
 

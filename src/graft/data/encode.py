@@ -240,7 +240,7 @@ def encode_prompt(
 
 def encode_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
     """Return the token ids that an answer to messages starts from, whatever a model's rows were."""
-    return _opened(chat_opening({"messages": messages}, tokenizer), tokenizer)
+    return _opened(chat_opening(messages, tokenizer), tokenizer)
 
 
 def _opened(opening: Rendered, tokenizer: Tokenizer) -> list[int]:
