@@ -129,6 +129,15 @@ def test_answers_that_follow_each_other(build_tokenizer) -> None:
     check_prompts(messages, tokenizer, found)
 
 
+def test_a_long_row_whose_answers_have_another_prompt_takes_linear_time(build_tokenizer) -> None:
+    tokenizer = build_tokenizer(chat_template=THINKING)
+    render(talk(("a", "b")), tokenizer)
+    begin = time.perf_counter()
+    found = render(talk(*[(f"ask {n}", f"say {n}") for n in range(2000)]), tokenizer)
+    assert time.perf_counter() - begin < 4  # each answer for itself would take a minute
+    assert trained(found) == ["</think>say 1999<end>"]
+
+
 LONG = ["qwen2", "qwen3", "llama3", "mistral", "gemma", "phi", "parts", "chatml", None]
 
 

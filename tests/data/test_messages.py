@@ -188,7 +188,7 @@ def test_half_a_pair_is_told_at_any_depth(build_tokenizer) -> None:
     template = CHATML.replace("m.content", "m.content ~ (m.x | default | tojson)")
     tokenizer = build_tokenizer(chat_template=template)
     deep = {"messages": [user("a"), answer("b", x={"y": [1, {"\udc00": "z"}]})]}
-    with pytest.raises(GraftError, match=r"message 2: 'x': 'y', 2: the key '\\udc00' holds half"):
+    with pytest.raises(GraftError, match=r"message 2: 'x': 'y' 2: the key '\\udc00' holds half"):
         MESSAGES.render(deep, tokenizer, "")
 
 

@@ -13,6 +13,7 @@ from graft.data.encode import EncodedData
 from graft.data.examples import Example
 from graft.data.facts import Facts
 from graft.data.load import load_train_and_eval, resolve_max_length
+from graft.data.named import choose_template
 from graft.data.near import near_rows
 from graft.data.overlap import Overlap, overlap
 from graft.errors import GraftError
@@ -124,6 +125,7 @@ def look_at_data(
         settings = read_config(folder, trust_remote_code)
         subject = Subject(folder, settings, trust_remote_code, config_alone=True)
     tokenizer = subject.tokenizer if subject else read_tokenizer(folder, trust_remote_code)
+    choose_template(tokenizer, config.chat_template)
     limit = None if subject is None else subject.position_limit
     training, held_out = load_train_and_eval(config, tokenizer, limit, seed)
     if subject is not None:

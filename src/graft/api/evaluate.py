@@ -11,6 +11,7 @@ from graft.data.config import DataConfig
 from graft.data.encode import encode_chat, encode_prompt
 from graft.data.examples import Example
 from graft.data.load import load_examples, resolve_max_length
+from graft.data.named import choose_template
 from graft.evaluate.generate import OnText, generate_text
 from graft.evaluate.loss import evaluate_loss
 from graft.model.load import LoadedModel
@@ -26,12 +27,15 @@ def evaluate_model(
     max_length: int | None = None,
     eos: bool = True,
     separator: str = "\n",
+    chat_template: str | None = None,
     batch_size: int = 16,
     dtype: str = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Return loss, perplexity and counts of a model on a file of examples, masked as in training.
+
+    chat_template: as `graft train` takes it; it becomes the tokenizer's.
 
     {"loss": nats per target token, "perplexity", "target_tokens", "rows", "cut_rows"}.
     """
@@ -47,6 +51,7 @@ def evaluate_model(
         eos=eos,
         separator=separator,
     )
+    choose_template(loaded.tokenizer, chat_template)
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
     length = resolve_max_length(config, limit)
     encoded = load_examples(data, loaded.tokenizer, config, length)

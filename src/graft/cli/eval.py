@@ -26,6 +26,8 @@ class EvalArguments(ReadingConfig, TrustConfig):
     """Score the end-of-sequence token too."""
     separator: str = "\n"
     """Text between prompt and completion."""
+    chat_template: str | None = None
+    """Name of one of the tokenizer's chat templates, or a .jinja file."""
     batch_size: int = 16
     """Rows computed at once."""
     json: bool = False
@@ -58,6 +60,7 @@ def evaluate(arguments: EvalArguments) -> None:
         max_length=arguments.max_length,
         eos=arguments.eos,
         separator=arguments.separator,
+        chat_template=arguments.chat_template,
         batch_size=arguments.batch_size,
     )
     if arguments.json:

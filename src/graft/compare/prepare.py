@@ -35,7 +35,7 @@ from graft.compare.contenders import (
 from graft.data.encode import EncodedData, encode_prompt
 from graft.data.examples import Example
 from graft.data.load import load_train_and_eval
-from graft.data.named import chosen_template
+from graft.data.named import choose_template
 from graft.data.rows import Reading, Row, read_rows
 from graft.data.shapes.registry import SHAPES
 from graft.data.sources.places import fingerprint
@@ -179,8 +179,7 @@ class _Data:
 
 def _read_data(config: CompareConfig, base: Subject, problems: Problems) -> _Data | None:
     with problems.collecting():
-        if config.chat_template is not None:
-            base.tokenizer.chat_template = chosen_template(base.tokenizer, config.chat_template)
+        choose_template(base.tokenizer, config.chat_template)
         training, held_out = load_train_and_eval(
             config, base.tokenizer, base.position_limit, _SPLIT_SEED
         )

@@ -52,15 +52,18 @@ def chat_prompt(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> 
 
     Raises GraftError when they are no messages or the template refuses them.
     """
-    return chat_opening({"messages": messages}, tokenizer).text
+    return chat_opening(messages, tokenizer).text
 
 
-def chat_opening(fields: Mapping[str, Any], tokenizer: Tokenizer) -> Rendered:
-    """Return the prompt of a row's messages, with training's seams: both ends of each answer.
+def chat_opening(
+    given: Mapping[str, Any] | Sequence[Mapping[str, Any]], tokenizer: Tokenizer
+) -> Rendered:
+    """Return the prompt of a conversation, with training's seams: both ends of each answer.
 
-    fields: `messages`, and perhaps `tools` and what else the rows of messages may have. Raises
-    GraftError as `chat_prompt` does.
+    given: messages, or the fields of a row of them, which may have tools. Raises GraftError as
+    `chat_prompt` does.
     """
+    fields = given if isinstance(given, Mapping) else {"messages": given}
     found, problems = read_conversation(fields)
     raise_problems(problems, "prompt")
     return _rendered(found, tokenizer, asks=True)
@@ -187,9 +190,8 @@ def _check_text(text: str, *values: Any) -> None:
     problem = text_problem(text)
     if problem is None:
         return
-    keys = ("messages", "tools", "chat_template_kwargs")
-    for key, value in zip(keys, values, strict=True):
-        for path, one in _texts(value, key):
+    for name, value in zip(("message", "tool", "chat_template_kwargs"), values, strict=True):
+        for path, one in _texts(value, name):
             if wrong := text_problem(one):
                 raise GraftError(f"{path} {wrong}; the chat template renders it")
     raise GraftError(f"what the chat template renders {problem}")
@@ -205,5 +207,4 @@ def _texts(value: object, path: str) -> Iterator[tuple[str, str]]:
             yield from _texts(one, f"{path}: {quoted(key, 40)}"[:200])
     elif isinstance(value, list):
         for number, one in enumerate(value, start=1):
-            inside = f"message {number}" if path == "messages" else f"{path}, {number}"
-            yield from _texts(one, inside)
+            yield from _texts(one, f"{path} {number}")

@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+PART = "text"
+"""The type of those parts of a content that are read."""
 _MARK = re.compile("gq([0-9]{5,})zk")
 
 
@@ -15,7 +17,12 @@ def marked(message: Mapping[str, Any], index: int) -> Mapping[str, Any]:
     """Return a message with a content that is found nowhere else."""
     mark = f"gq{index:05d}zk"
     is_text = isinstance(message.get("content", ""), str)
-    return {**message, "content": mark if is_text else [{"type": "text", "text": mark}]}
+    return {**message, "content": mark if is_text else in_parts(mark)}
+
+
+def in_parts(text: str) -> list[dict[str, str]]:
+    """Return a text as a content in parts."""
+    return [{"type": PART, "text": text}]
 
 
 def text_of(message: Mapping[str, Any]) -> str:

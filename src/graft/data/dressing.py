@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from graft.data.contents import in_parts
 from graft.data.templates import Renderer
 from graft.errors import GraftError
 
@@ -51,7 +52,7 @@ class Form:
             if self.empty and "content" not in message:
                 message = {"role": message["role"], "content": "", **message}
         if self.parts and isinstance(message.get("content"), str):
-            message = {**message, "content": [{"type": "text", "text": message["content"]}]}
+            message = {**message, "content": in_parts(message["content"])}
         return message
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from graft.data.chat import chat_opening
 from graft.data.examples import Cutting, Example
 from graft.data.facts import Facts
+from graft.data.named import check_chosen
 from graft.data.render import render_opening, render_row
 from graft.data.rows import Row, RowProblems, Rows
 from graft.data.shapes.base import Rendered, Tokenizer, text_problem
@@ -189,6 +190,8 @@ class RowEncoder:
         self._most = max(bound(ROW_CHARACTERS), bound(TOKEN_CHARACTERS) * encoding.max_length)
         if self._is_document:
             self._most = max(self._most, bound(DOCUMENT_CHARACTERS))
+        if SHAPES[kind].is_conversation:
+            check_chosen(tokenizer)
 
     def encode(self, rows: Iterable[Row], problems: RowProblems) -> list[Example]:
         """Return the examples of rows; raises GraftError for all problems, those there are too."""
@@ -254,7 +257,7 @@ def encode_prompt(
 
 def encode_chat(messages: Sequence[Mapping[str, Any]], tokenizer: Tokenizer) -> list[int]:
     """Return the token ids that an answer to messages starts from, whatever a model's rows were."""
-    return _opened(chat_opening({"messages": messages}, tokenizer), tokenizer)
+    return _opened(chat_opening(messages, tokenizer), tokenizer)
 
 
 def _opened(opening: Rendered, tokenizer: Tokenizer) -> list[int]:

@@ -11,12 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from graft.data.contents import PART
 from graft.data.shapes.base import text_problem, type_in_words
 from graft.data.tools import call_problems, called, decoded_tools, template_variables
 from graft.text import listed, quoted
 
 LOSS_KEYS = ("weight", "loss", "train", "training")
 """Keys of a message that say whether it is trained: 0, 1, false or true."""
+_PART_KEYS = ("type", PART)  # a part has what it is under the name of its type
 
 
 @dataclass
@@ -184,7 +186,7 @@ def _joined(parts: list[Any], found: Conversation) -> tuple[str, list[str]]:
             problems.append(f"part {number} is {type_in_words(part)}; expected an object")
             continue
         kind, text = part.get("type"), part.get("text")
-        if kind != "text" and not (kind is None and isinstance(text, str)):
+        if kind != PART and not (kind is None and isinstance(text, str)):
             problems.append(
                 f"part {number} is of type {quoted(kind, 40)}; graft trains on parts of type "
                 "'text' alone, so take it out, or remove the row"
@@ -195,7 +197,7 @@ def _joined(parts: list[Any], found: Conversation) -> tuple[str, list[str]]:
             texts.append(str(text))
             for key, value in part.items():
                 remark = f"{quoted(key, 40)} of parts of a content is not read"
-                if key in ("type", "text") or value is None or remark in found.remarks:
+                if key in _PART_KEYS or value is None or remark in found.remarks:
                     continue
                 found.remarks.append(remark)
     return "".join(texts), problems

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from graft.data.shapes.base import Tokenizer
 from graft.errors import GraftError
@@ -14,11 +15,17 @@ _TEMPLATE_BYTES = 2**20
 _DEFAULT = "default"
 
 
-def chosen_template(tokenizer: Tokenizer, given: str) -> str:
-    """Return the template that a name of the tokenizer's, or a file, stands for.
+def choose_template(tokenizer: Any, given: str | None, known: str | None = None) -> None:
+    """Make a template of the tokenizer's, by its name, or one in a file, its only one from now on.
 
-    Raises GraftError that lists the names when it stands for none.
+    None leaves those that it has. known: what `given` has stood for before. Raises GraftError that
+    lists the names when it stands for none.
     """
+    if given is not None:
+        tokenizer.chat_template = known or _chosen(tokenizer, given)
+
+
+def _chosen(tokenizer: Tokenizer, given: str) -> str:
     names = _names(tokenizer)
     if given in names:
         return names[given]

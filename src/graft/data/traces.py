@@ -14,6 +14,7 @@ from typing import Any
 
 from graft.errors import GraftError
 
+_MOST_KEPT = 64
 _BESIDE = "content beside tool_calls"
 _KINDS = dict[tuple[str, str], list[int]]
 """Messages by role and key."""
@@ -66,7 +67,8 @@ def find_traces(
     found: Traces | None = known.get(("traces", key))
     if found is None:
         found = _Search(render, messages, bool(tools), variables).traces()
-        known["traces", key] = found
+        if len(messages) <= _MOST_KEPT:  # there may be as many kinds of long rows as there are rows
+            known["traces", key] = found
     return found
 
 
@@ -113,13 +115,18 @@ class _Search:
                     key = _BESIDE
                 suspects.setdefault((message["role"], key), []).append(index)
         unread = {kind: at for kind, at in suspects.items() if self._unread(kind[1], at)}
-        remarks = [_clause(role, key) for role, key in unread]
+        remarks = [_clause(*kind, self._everywhere(*kind, at)) for kind, at in unread.items()]
         if self._tools and self._name(self._tools) not in shown:
             remarks.append("the chat template renders nothing of 'tools'")
         if self._variables and self._without_variables():
             names = ", ".join(map(repr, self._variables))
             remarks.append(f"the chat template reads no {names} of 'chat_template_kwargs'")
         return Traces(tuple(remarks), self._mute(unread))
+
+    def _everywhere(self, role: str, key: str, at: Sequence[int]) -> bool:
+        """Return whether those are all messages of a role that have a key."""
+        messages, marks = self._marked.messages, self._marked.marks
+        return at == [n for n, kind in marks if kind == key and messages[n]["role"] == role]
 
     def _mute(self, unread: _KINDS) -> frozenset[int]:
         gone = {
@@ -260,7 +267,9 @@ def _replaced(value: object, mark: str) -> object:
     return value
 
 
-def _clause(role: str, key: str) -> str:
+def _clause(role: str, key: str, everywhere: bool) -> str:
+    if key != _BESIDE and not everywhere:
+        role = f"some {role}"
     if key == "content":
         return f"{role} messages leave no trace in what the chat template renders"
     if key == _BESIDE:

@@ -83,13 +83,7 @@ def _place(
         return Misplaced(str(error))
     start = len(before)
     if not through.startswith(before) or not text.startswith(before):
-        return Misplaced(
-            f"message {turn + 1}: the chat template does not render the messages before it, with "
-            "its generation prompt, as the beginning of the conversation, so the model would be "
-            "trained on another prompt than it is asked; mend the template or give the rows as "
-            "prompt, completion",
-            other_prompt=True,
-        )
+        return _other_prompt(turn)
     # White space after the turn's end belongs to what follows.
     answer = through[start:].rstrip()
     if eos and not is_last and not text.startswith(answer, start):
@@ -107,6 +101,15 @@ def _place(
             "messages follow; make each answer the last message of a row of its own"
         )
     return Place(start, start + len(rest), answer[:at])
+
+
+def _other_prompt(turn: int) -> Misplaced:
+    return Misplaced(
+        f"message {turn + 1}: the chat template does not render the messages before it, with its "
+        "generation prompt, as the beginning of the conversation, so the model would be trained on "
+        "another prompt than it is asked; mend the template or give the rows as prompt, completion",
+        other_prompt=True,
+    )
 
 
 def _holds(text: str, message: Mapping[str, Any]) -> bool:
@@ -161,7 +164,7 @@ class _Aligned:
         for turn in sorted(witnesses):
             is_last = turn == last and not self._asked
             place = _place(self._render, self._messages, self._text, turn, is_last, self._eos)
-            if not isinstance(place, Place):
+            if isinstance(place, Misplaced) and not place.other_prompt:
                 return None
             found[turn] = place
         for turns in kinds.values():
@@ -178,16 +181,23 @@ class _Aligned:
     ) -> bool:
         """Add the places of turns of one kind; return whether all stand as the witnesses do."""
         text = self._text
-        learnt = set()
+        learnt: set[tuple[str, str] | None] = set()
         shortened = ""
         for turn in turns:
-            if isinstance(place := found.get(turn), Place):
+            place = found.get(turn)
+            if isinstance(place, Place):
                 begin, end = contents[turn - 1][1], contents[turn + 1][0]
                 learnt.add((text[begin : place.start], text[place.end : end]))
                 shortened = shortened or place.shortened
+            elif place is not None:
+                learnt.add(None)
         if len(learnt) != 1:
             return False
-        ((head, tail),) = learnt
+        (ends,) = learnt
+        if ends is None:
+            found.update({turn: _other_prompt(turn) for turn in turns})
+            return True
+        head, tail = ends
         for turn in turns:
             begin, end = contents[turn - 1][1], contents[turn + 1][0]
             start, stop = begin + len(head), end - len(tail)

@@ -7,8 +7,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import PreTrainedTokenizerBase
-
 from graft.adapters.method import Method
 from graft.adapters.registry import method_of
 from graft.api.checks import calibrating_rows, check_train_config, chosen_solver
@@ -24,7 +22,7 @@ from graft.data.chat import DEFAULT_CHAT_TEMPLATE
 from graft.data.encode import EncodedData
 from graft.data.joint import joint_notes
 from graft.data.load import load_train_and_eval
-from graft.data.named import chosen_template
+from graft.data.named import choose_template
 from graft.data.overlap import Overlap, overlap
 from graft.data.shapes.registry import SHAPES
 from graft.errors import Problems
@@ -88,7 +86,7 @@ def prepare(
         check_bias_exports(config, subject.skeleton, targets)
     kind: str | None = None
     with problems.collecting():
-        _choose_template(config, tokenizer)
+        choose_template(tokenizer, config.chat_template, _begun_with(config))
         limit = subject.position_limit
         training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed, events)
         kind = training.kind
@@ -122,12 +120,11 @@ def prepare(
     )
 
 
-def _choose_template(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the tokenizer the chat template that is asked for; a run that goes on has its own."""
-    if config.chat_template is None:
-        return
-    begun = prompt_style(Path(config.out)).chat_template if config.resume else None
-    tokenizer.chat_template = begun or chosen_template(tokenizer, config.chat_template)
+def _begun_with(config: TrainConfig) -> str | None:
+    """Return the chat template that a run goes on with, whose file may have changed since."""
+    if config.resume and config.chat_template is not None:
+        return prompt_style(Path(config.out)).chat_template
+    return None
 
 
 def _taken(out: Path) -> list[str]:
