@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _GIVEN_BACK = 2**10
 """Examples after whose reading the memory is given back that was mapped for them."""
 
+_BATCH_BYTES = 4 * 2**20
+"""Bytes that a batch of the file has about."""
 _HERE = "\0"
 """Stands for the name of the data file, which may be called otherwise another time."""
 
@@ -113,15 +115,19 @@ class Stored(Examples):
         self._path = path
         self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         reader = pa.ipc.open_file(pa.py_buffer(self._map))
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        self._facts = joined([_facts(batch) for batch in batches])
-        self._batches = [_Batch(batch) for batch in batches]
-        self._ends = np.cumsum([batch.num_rows for batch in batches])
+        self._batches: list[_Batch] = []
+        facts = [columns_of([]).facts]
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            self._batches.append(_Batch(batch))
+            facts.append(_facts(batch))
+            self._give_back()
+        self._facts = joined(facts)
+        self._ends = np.cumsum([len(batch.where) for batch in self._batches])
         self._asked = 0
-        self._give_back()
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._facts.lengths)
 
     @property
     def facts(self) -> Facts:
@@ -231,6 +237,22 @@ def write_batches(target: Path | IO[bytes], batches: Iterable[pa.RecordBatch]) -
 
     sink = pa.OSFile(str(target), "wb") if isinstance(target, Path) else pa.PythonFile(target, "w")
     with pa.ipc.new_file(sink, schema()) as writer:
-        for batch in batches:
+        for batch in _gathered(batches):
             writer.write_batch(batch)
     sink.close() if isinstance(target, Path) else target.flush()
+
+
+def _gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yield fewer and larger batches: each takes a page and some time when the file is opened."""
+    import pyarrow as pa
+
+    group: list[pa.RecordBatch] = []
+    size = 0
+    for batch in batches:
+        group.append(batch)
+        size += batch.nbytes
+        if size > _BATCH_BYTES:
+            yield from pa.Table.from_batches(group).combine_chunks().to_batches()
+            group, size = [], 0
+    if group:
+        yield from pa.Table.from_batches(group).combine_chunks().to_batches()
