@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -33,6 +34,8 @@ _LOT_ROWS = 256
 _LOT_BYTES = 2**18
 _LONGEST_SENT = 2**20
 """Bytes of a lot that a process is given, whose memory is bounded; this one takes longer rows."""
+_MOST_PROCESSES = 16
+"""More would wait for this one, which reads the rows for all."""
 
 
 class Listener(Protocol):
@@ -166,7 +169,8 @@ class _Work:
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the examples, in order; raises GraftError for the bad rows, all at once."""
         problems = bad_rows(self._stream.skipped)
-        pool: Pool[_Lot] = Pool(self._answer, lambda lot: lot.request, rendering_here, cores())
+        count = min(cores(), _MOST_PROCESSES)
+        pool: Pool[_Lot] = Pool(self._answer, lambda lot: lot.request, _begin, count)
         done = 0
         try:
             with rendering():
@@ -231,6 +235,12 @@ def _unpacked(reply: bytes) -> tuple[pa.RecordBatch, list[str], dict[str, int]]:
     head, _, body = reply.partition(b"\n")
     problems, remarks = json.loads(head)
     return pa.ipc.read_record_batch(pa.py_buffer(body), schema()), problems, remarks
+
+
+def _begin() -> None:
+    """Be a process of the pool: one of several, each of which uses one core."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    rendering_here()
 
 
 def _lots(rows: Iterable[Row]) -> Iterator[_Lot]:

@@ -45,6 +45,10 @@ class Examples(Sequence[Example]):
         """Return one of them; `number` is neither negative nor too large."""
         raise NotImplementedError
 
+    def place(self, number: int) -> str:
+        """Return where the row of one of them stands, without reading its tokens."""
+        raise NotImplementedError
+
     @overload
     def __getitem__(self, index: int) -> Example: ...
     @overload
@@ -78,6 +82,17 @@ def facts_of(examples: Sequence[Example]) -> Facts:
     return examples.facts if isinstance(examples, Examples) else columns_of(examples).facts
 
 
+def places_of(examples: Sequence[Example]) -> Iterator[str]:
+    """Yield where each example's row stands, without reading tokens that are stored."""
+    return (_place(examples, number) for number in range(len(examples)))
+
+
+def _place(examples: Sequence[Example], number: int) -> str:
+    if isinstance(examples, Examples):
+        return examples.place(number)
+    return examples[number].where
+
+
 class Chosen(Examples):
     """Examples of several sequences, by their numbers as if these stood one after the other.
 
@@ -93,9 +108,18 @@ class Chosen(Examples):
         return len(self._numbers)
 
     def at(self, number: int) -> Example:
-        place = int(self._numbers[number])
-        part = int(np.searchsorted(self._ends, place, side="right"))
-        return self._parts[part][place - int(self._ends[part]) + len(self._parts[part])]
+        part, index = self._found(number)
+        return part[index]
+
+    def place(self, number: int) -> str:
+        part, index = self._found(number)
+        return _place(part, index)
+
+    def _found(self, number: int) -> tuple[Sequence[Example], int]:
+        """Return the sequence that one of them is in, and its number there."""
+        index = int(self._numbers[number])
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self._parts[part], index - int(self._ends[part]) + len(self._parts[part])
 
     @cached_property
     def facts(self) -> Facts:
@@ -134,12 +158,7 @@ class Stored(Examples):
         return self._facts
 
     def at(self, number: int) -> Example:
-        self._asked += 1
-        if self._asked % _GIVEN_BACK == 0:
-            self._give_back()
-        index = int(np.searchsorted(self._ends, number, side="right"))
-        batch = self._batches[index]
-        row = number - int(self._ends[index]) + len(batch.where)
+        batch, row = self._found(number)
         facts = self._facts
         targets = [False] * int(facts.lengths[number])
         edges = batch.runs[batch.run_ends[row] : batch.run_ends[row + 1]].tolist()
@@ -149,7 +168,7 @@ class Stored(Examples):
         return Example(
             batch.ids[batch.ends[row] : batch.ends[row + 1]].tolist(),
             targets,
-            batch.where[row].as_py().replace(_HERE, self._path, 1),
+            self._where(batch, row),
             bool(facts.cut[number]),
             bool(facts.trains_eos[number]),
             json.loads(values) if values else {},
@@ -157,6 +176,22 @@ class Stored(Examples):
             int(facts.windows[number]),
             Keys(int(facts.row_keys[number]), int(facts.prompt_keys[number])),
         )
+
+    def place(self, number: int) -> str:
+        return self._where(*self._found(number))
+
+    def _where(self, batch: _Batch, row: int) -> str:
+        where: str = batch.where[row].as_py()
+        return where.replace(_HERE, self._path, 1)
+
+    def _found(self, number: int) -> tuple[_Batch, int]:
+        """Return the batch that one of them is in, and its row there."""
+        self._asked += 1
+        if self._asked % _GIVEN_BACK == 0:
+            self._give_back()
+        index = int(np.searchsorted(self._ends, number, side="right"))
+        batch = self._batches[index]
+        return batch, number - int(self._ends[index]) + len(batch.where)
 
     def _give_back(self) -> None:
         """Leave what was read to the system's cache of the file, which is no memory of ours."""
