@@ -189,6 +189,16 @@ def test_a_damaged_entry_is_told_and_made_anew(encoded, tmp_path, name, damage):
     assert whole(again) == first
 
 
+def test_what_was_noted_of_rows_is_not_believed_when_it_was_changed(encoded, tmp_path):
+    first = whole(encoded()[0])
+    about = entry(tmp_path) / "about.json"
+    about.write_text(about.read_text().replace('"prompt"', '"text"'))
+    found, worked, notes = encoded()
+    assert worked
+    assert "damaged" in notes[0]
+    assert whole(found) == first
+
+
 def test_an_entry_under_another_name_is_not_believed(encoded, tmp_path):
     encoded()
     old = entry(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import tempfile
@@ -240,6 +241,7 @@ def _unpacked(reply: bytes) -> tuple[pa.RecordBatch, list[str], dict[str, int]]:
 def _begin() -> None:
     """Be a process of the pool: one of several, each of which uses one core."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.set_threshold(50_000)  # a lot is many objects, and few of them garbage
     rendering_here()
 
 

@@ -14,7 +14,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from functools import cache
 from importlib.metadata import version
@@ -53,6 +53,13 @@ class About:
     """SHA-256 of the file of examples."""
     facts: dict[str, Any]
     """What whoever made it noted."""
+    seal: str = ""
+    """SHA-256 of the rest."""
+
+    def sealed(self) -> About:
+        """Return it with its seal."""
+        words = json.dumps([self.key, self.digest, self.facts], sort_keys=True)
+        return replace(self, seal=hashlib.sha256(words.encode()).hexdigest())
 
 
 def entry_key(
@@ -113,8 +120,8 @@ def recall(
         return None
     try:
         noted = read_typed(entry / _ABOUT, About)
-        if noted.key != name:
-            raise GraftError("it is of other rows")
+        if noted.key != name or noted != noted.sealed():
+            raise GraftError(f"{entry / _ABOUT} is damaged, or of other rows")
         check_digest(entry / _ROWS, noted.digest)
         with open_regular(entry / _ROWS) as file:
             stored = Stored(file, path)
@@ -144,7 +151,8 @@ def keep(
         write_batches(folder / _ROWS, batches)
         with open_regular(folder / _ROWS) as file:
             stored = Stored(file, path)
-        about = About(name, file_digest(folder / _ROWS), dict(facts()))
+        noted = json.loads(json.dumps(facts()))
+        about = About(name, file_digest(folder / _ROWS), noted).sealed()
         write_json(folder / _ABOUT, asdict(about))
     _trim()
     return stored
