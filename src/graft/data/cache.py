@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.data.config import DataConfig
+from graft.data.rows import Reading
 from graft.data.shapes.base import Tokenizer
+from graft.data.sources.places import sources_of
 from graft.data.store import Stored, write_batches
 from graft.errors import GraftError
 from graft.files.bounds import bound
@@ -63,22 +65,38 @@ class About:
 
 
 def entry_key(
-    path: Path, tokenizer: Tokenizer, config: DataConfig, max_length: int
+    path: str, tokenizer: Tokenizer, config: DataConfig, max_length: int
 ) -> tuple[str, ...]:
-    """Return what the examples of a data file depend on, in words and digests."""
+    """Return what the examples of --data or --eval-data depend on, in words and digests.
+
+    Raises GraftError when it cannot be read.
+    """
+    reading = Reading.of(path, config)
     options = {one.name: getattr(config, one.name) for one in fields(DataConfig)}
     options = {name: value for name, value in options.items() if name not in NO_MATTER}
     template = json.dumps(tokenizer.chat_template, default=repr, sort_keys=True)
     return (
-        file_digest(path),
-        "".join(path.suffixes[-2:]).lower(),
+        json.dumps(_sources(path, reading)),
         _tokenizer_digest(tokenizer),
         template,
         # What day it is may be in what a template writes.
         str(date.today()) if "strftime_now" in template else "",
         json.dumps(options | {"max_length": max_length}, default=repr, sort_keys=True),
+        repr(reading),
         _code_digest(),
     )
+
+
+def _sources(path: str, reading: Reading) -> list[list[object]]:
+    """Return what is read of each source, in their order."""
+    found: list[list[object]] = []
+    for source in sources_of(path, reading.columns, reading.data_format):
+        # Rows of a single file stand in the file that is asked for, whatever that is called.
+        name = "" if source.name == path else source.name
+        suffixes = "".join(Path(source.name).suffixes[-2:]).lower()
+        about = [name, suffixes, source.digest(), source.columns, source.data_format]
+        found.append([*about, source.is_mixed])
+    return found
 
 
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:
