@@ -16,6 +16,7 @@ from graft.data.cache import NO_MATTER, entry_key
 from graft.data.config import DataConfig
 from graft.errors import GraftError
 
+_OTHERS = {"columns": ("prompt=prompt",), "data_format": "jsonl"}
 ROWS = [{"prompt": f"say {n}", "completion": f"{n} " * (n % 7 + 1)} for n in range(30)]
 
 
@@ -116,14 +117,15 @@ def test_another_option_is_another_entry(encoded, change):
 
 def test_every_option_counts_that_is_not_known_to_be_none_of_rows(path, tokenizer):
     config = DataConfig(data=path)
-    key = entry_key(Path(path), tokenizer, config, 24)
+    key = entry_key(path, tokenizer, config, 24)
     for one in fields(DataConfig):
         value = getattr(config, one.name)
-        other = replace(config, **{one.name: not value if isinstance(value, bool) else "other"})
-        same = entry_key(Path(path), tokenizer, other, 24) == key
+        new = not value if isinstance(value, bool) else _OTHERS.get(one.name, "other")
+        other = replace(config, **{one.name: new})
+        same = entry_key(path, tokenizer, other, 24) == key
         # Of the length it is what it was resolved to.
         assert same == (one.name in NO_MATTER | {"max_length"}), one.name
-    assert entry_key(Path(path), tokenizer, config, 25) != key
+    assert entry_key(path, tokenizer, config, 25) != key
 
 
 def test_another_tokenizer_or_template_is_another_entry(encoded, build_tokenizer):
@@ -148,12 +150,28 @@ def test_what_day_it_is_counts_where_a_template_may_ask(path, build_tokenizer, m
     templates = ("{{ messages }}", "{{ strftime_now('%d') }}{{ messages }}")
     for template in templates:
         tokenizer = build_tokenizer(chat_template=template)
-        keys.append(entry_key(Path(path), tokenizer, DataConfig(data=path), 24))
+        keys.append(entry_key(path, tokenizer, DataConfig(data=path), 24))
     monkeypatch.setattr(cache, "date", Day)
     for template, key in zip(templates, keys, strict=True):
         tokenizer = build_tokenizer(chat_template=template)
-        same = entry_key(Path(path), tokenizer, DataConfig(data=path), 24) == key
+        same = entry_key(path, tokenizer, DataConfig(data=path), 24) == key
         assert same == ("strftime_now" not in template)
+
+
+def test_files_that_are_read_together_are_one_entry(encoded, path, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl"):
+        (folder / name).write_bytes(Path(path).read_bytes())
+    first, _, _ = encoded(str(folder))
+    again, worked, _ = encoded(str(folder))
+    assert not worked
+    assert whole(again) == whole(first)
+    assert again.examples[31].where == f"{folder / 'b.jsonl'}:2"
+    (folder / "c.jsonl").write_bytes(Path(path).read_bytes())
+    found, worked, _ = encoded(str(folder))
+    assert worked
+    assert len(found.examples) == 90
 
 
 def test_other_code_is_another_entry(encoded, monkeypatch):
@@ -187,6 +205,16 @@ def test_a_damaged_entry_is_told_and_made_anew(encoded, tmp_path, name, damage):
     again, works, later = encoded()
     assert (works, later) == (False, [])
     assert whole(again) == first
+
+
+def test_what_was_noted_of_rows_is_not_believed_when_it_was_changed(encoded, tmp_path):
+    first = whole(encoded()[0])
+    about = entry(tmp_path) / "about.json"
+    about.write_text(about.read_text().replace('"prompt"', '"text"'))
+    found, worked, notes = encoded()
+    assert worked
+    assert "damaged" in notes[0]
+    assert whole(found) == first
 
 
 def test_an_entry_under_another_name_is_not_believed(encoded, tmp_path):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from graft.data.examples import Example
 from graft.data.facts import columns_of
-from graft.data.store import Chosen, Stored, facts_of, packed, write_batches
+from graft.data.store import Chosen, Stored, facts_of, packed, places_of, write_batches
 
 PATH = "data.jsonl"
 
@@ -49,6 +49,7 @@ def test_what_is_stored_is_what_is_read(tmp_path_factory, batches):
     assert [whole(one) for one in found] == [whole(one) for one in expected]
     assert len(found) == len(expected)
     assert found == expected
+    assert list(places_of(found)) == [one.where for one in expected]
     for name, column in columns_of(expected).facts.columns().items():
         assert column.tolist() == getattr(found.facts, name).tolist(), name
 
@@ -93,6 +94,7 @@ def test_examples_are_chosen_from_several_sequences(tmp_path):
     assert chosen == expected
     assert chosen[1:3] == expected[1:3]
     assert facts_of(chosen).largest.tolist() == [12, 1, 1, 11, 3]
+    assert list(places_of(chosen)) == [one.where for one in expected]
     assert facts_of(chosen[3:]).largest.tolist() == [11, 3]
 
 

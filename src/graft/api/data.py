@@ -16,6 +16,7 @@ from graft.data.load import load_train_and_eval, resolve_max_length
 from graft.data.named import choose_template
 from graft.data.near import near_rows
 from graft.data.overlap import Overlap, overlap
+from graft.data.store import places_of
 from graft.errors import GraftError
 from graft.model.folder import CONFIG_FILE, find_text_folder, read_config, read_tokenizer
 from graft.model.pieces import Piece, pieces_of
@@ -232,10 +233,10 @@ def _chosen(
     if row is None:
         return [(one, False) for one in training.examples[: max(rows, 0)]]
     found = [
-        (one, is_held_out)
+        (data.examples[number], is_held_out)
         for data, is_held_out in ((training, False), (held_out, True))
-        for one in data.examples
-        if one.where.rpartition(":")[2] == str(row)
+        for number, place in enumerate(places_of(data.examples))
+        if place.rpartition(":")[2] == str(row)
     ]
     if not found:
         last = training.examples[-1].where

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +18,8 @@ from graft.data.examples import Example
 from graft.data.pool import Pool, cores
 from graft.data.rows import Reading, Row, RowStream
 from graft.data.shapes.base import Tokenizer
+from graft.data.sources.hub import HUB
+from graft.data.sources.places import sources_of
 from graft.data.store import Stored, packed, write_batches
 from graft.data.templates import placeholder, rendering, rendering_here
 from graft.errors import GraftError
@@ -33,6 +37,8 @@ _LOT_ROWS = 256
 _LOT_BYTES = 2**18
 _LONGEST_SENT = 2**20
 """Bytes of a lot that a process is given, whose memory is bounded; this one takes longer rows."""
+_MOST_PROCESSES = 16
+"""More would wait for this one, which reads the rows for all."""
 
 
 class Listener(Protocol):
@@ -77,8 +83,8 @@ def encoded_file(
     name = str(Path(path))
     key = None
     # Which rows are skipped is not kept.
-    if config.cache and not config.skip_bad_rows and _size(path) > _SMALL_FILE:
-        key = entry_key(Path(path), tokenizer, config, max_length)
+    if config.cache and not config.skip_bad_rows and _size(path, config) > _SMALL_FILE:
+        key = entry_key(path, tokenizer, config, max_length)
         if (found := recall(key, name, told.note)) is not None:
             return _data(*found)
     work = _Work(path, tokenizer, config, max_length, told)
@@ -103,11 +109,19 @@ def encoded_file(
         ) from error
 
 
-def _size(path: str) -> int:
-    """Return the bytes of a file; 0 of what is none, which its reader will tell."""
+def _size(path: str, config: DataConfig) -> int:
+    """Return the bytes of all files that are read; of data of the hub some.
+
+    0 for what cannot be read, which its reader will tell.
+    """
+    reading = Reading.of(path, config)
     try:
-        return Path(path).stat().st_size
-    except (OSError, ValueError):
+        sources = sources_of(path, reading.columns, reading.data_format)
+        return sum(
+            _SMALL_FILE + 1 if source.name.startswith(HUB) else os.stat(source.name).st_size
+            for source in sources
+        )
+    except (GraftError, OSError, ValueError):
         return 0
 
 
@@ -132,7 +146,7 @@ class _Work:
             self.is_large = rows > FEW_ROWS or size > FEW_BYTES
             if self.is_large:
                 break
-        self._total = round(_size(path) / size * rows) if size else 0
+        self._total = round(_size(path, config) / size * rows) if size else 0
         encoding = Encoding(max_length, config.eos, config.separator, config.stride)
         self._encoder = RowEncoder(self._stream.kind, tokenizer, encoding)
 
@@ -166,7 +180,8 @@ class _Work:
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the examples, in order; raises GraftError for the bad rows, all at once."""
         problems = bad_rows(self._stream.skipped)
-        pool: Pool[_Lot] = Pool(self._answer, lambda lot: lot.request, rendering_here, cores())
+        count = min(cores(), _MOST_PROCESSES)
+        pool: Pool[_Lot] = Pool(self._answer, lambda lot: lot.request, _begin, count)
         done = 0
         try:
             with rendering():
@@ -231,6 +246,13 @@ def _unpacked(reply: bytes) -> tuple[pa.RecordBatch, list[str], dict[str, int]]:
     head, _, body = reply.partition(b"\n")
     problems, remarks = json.loads(head)
     return pa.ipc.read_record_batch(pa.py_buffer(body), schema()), problems, remarks
+
+
+def _begin() -> None:
+    """Be a process of the pool: one of several, each of which uses one core."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    gc.set_threshold(50_000)  # a lot is many objects, and few of them garbage
+    rendering_here()
 
 
 def _lots(rows: Iterable[Row]) -> Iterator[_Lot]:

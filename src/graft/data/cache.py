@@ -14,7 +14,7 @@ import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from functools import cache
 from importlib.metadata import version
@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from graft.data.config import DataConfig
+from graft.data.rows import Reading
 from graft.data.shapes.base import Tokenizer
+from graft.data.sources.places import sources_of
 from graft.data.store import Stored, write_batches
 from graft.errors import GraftError
 from graft.files.bounds import bound
@@ -53,25 +55,48 @@ class About:
     """SHA-256 of the file of examples."""
     facts: dict[str, Any]
     """What whoever made it noted."""
+    seal: str = ""
+    """SHA-256 of the rest."""
+
+    def sealed(self) -> About:
+        """Return it with its seal."""
+        words = json.dumps([self.key, self.digest, self.facts], sort_keys=True)
+        return replace(self, seal=hashlib.sha256(words.encode()).hexdigest())
 
 
 def entry_key(
-    path: Path, tokenizer: Tokenizer, config: DataConfig, max_length: int
+    path: str, tokenizer: Tokenizer, config: DataConfig, max_length: int
 ) -> tuple[str, ...]:
-    """Return what the examples of a data file depend on, in words and digests."""
+    """Return what the examples of --data or --eval-data depend on, in words and digests.
+
+    Raises GraftError when it cannot be read.
+    """
+    reading = Reading.of(path, config)
     options = {one.name: getattr(config, one.name) for one in fields(DataConfig)}
     options = {name: value for name, value in options.items() if name not in NO_MATTER}
     template = json.dumps(tokenizer.chat_template, default=repr, sort_keys=True)
     return (
-        file_digest(path),
-        "".join(path.suffixes[-2:]).lower(),
+        json.dumps(_sources(path, reading)),
         _tokenizer_digest(tokenizer),
         template,
         # What day it is may be in what a template writes.
         str(date.today()) if "strftime_now" in template else "",
         json.dumps(options | {"max_length": max_length}, default=repr, sort_keys=True),
+        repr(reading),
         _code_digest(),
     )
+
+
+def _sources(path: str, reading: Reading) -> list[list[object]]:
+    """Return what is read of each source, in their order."""
+    found: list[list[object]] = []
+    for source in sources_of(path, reading.columns, reading.data_format):
+        # Rows of a single file stand in the file that is asked for, whatever that is called.
+        name = "" if source.name == path else source.name
+        suffixes = "".join(Path(source.name).suffixes[-2:]).lower()
+        about = [name, suffixes, source.digest(), source.columns, source.data_format]
+        found.append([*about, source.is_mixed])
+    return found
 
 
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:
@@ -113,8 +138,8 @@ def recall(
         return None
     try:
         noted = read_typed(entry / _ABOUT, About)
-        if noted.key != name:
-            raise GraftError("it is of other rows")
+        if noted.key != name or noted != noted.sealed():
+            raise GraftError(f"{entry / _ABOUT} is damaged, or of other rows")
         check_digest(entry / _ROWS, noted.digest)
         with open_regular(entry / _ROWS) as file:
             stored = Stored(file, path)
@@ -144,7 +169,8 @@ def keep(
         write_batches(folder / _ROWS, batches)
         with open_regular(folder / _ROWS) as file:
             stored = Stored(file, path)
-        about = About(name, file_digest(folder / _ROWS), dict(facts()))
+        noted = json.loads(json.dumps(facts()))
+        about = About(name, file_digest(folder / _ROWS), noted).sealed()
         write_json(folder / _ABOUT, asdict(about))
     _trim()
     return stored

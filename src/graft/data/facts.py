@@ -48,6 +48,8 @@ class Facts:
 
 def joined(parts: Sequence[Facts]) -> Facts:
     """Return the facts of several sequences of examples, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
     columns = [part.columns() for part in parts]
     return Facts(**{name: np.concatenate([one[name] for one in columns]) for name in columns[0]})
 

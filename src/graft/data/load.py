@@ -102,7 +102,7 @@ def load_train_and_eval(
 
 def _split(data: EncodedData, config: DataConfig, seed: int) -> tuple[EncodedData, EncodedData]:
     windows = data.facts.windows
-    chosen = held_out_examples(windows.tolist(), config.eval_fraction, seed)
+    chosen = held_out_examples(windows, config.eval_fraction, seed)
     if not chosen:
         raise GraftError(
             f"{config.data}: {len(windows)} row, so none can be held out for evaluation; "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 import numpy as np
 
 from graft.data.examples import Example
-from graft.data.store import Chosen
+from graft.data.store import Chosen, facts_of, places_of
 
 
 def weighted(
@@ -21,19 +22,24 @@ def weighted(
     """
     if not weights:
         return examples
-    rows: dict[str, list[list[int]]] = {}
-    for number, example in enumerate(examples):
-        source = rows.setdefault(example.where.rpartition(":")[0], [])
-        if example.window and source:
-            source[-1].append(number)
-        else:
-            source.append([number])
-    numbers: list[int] = []
-    for name, found in rows.items():
+    begins_row = facts_of(examples).windows == 0
+    files = groupby(place.rpartition(":")[0] for place in places_of(examples))
+    counts: list[np.ndarray] = []
+    begin = 0
+    for name, places in files:
+        end = begin + sum(1 for _ in places)
+        begins_row[begin] = True  # though the beginning of its document may be held out
+        rows = int(begins_row[begin:end].sum())
         weight = weights.get(name, 1.0)
-        often = int(weight)
-        share = round((weight - often) * len(found))
-        drawn = set(random.Random(f"mixture {seed} {name}").sample(range(len(found)), share))
-        for index, row in enumerate(found):
-            numbers += row * (often + (index in drawn))
-    return Chosen([examples], np.array(numbers, np.int64))
+        count = np.full(rows, int(weight))
+        share = round((weight - int(weight)) * rows)
+        count[random.Random(f"mixture {seed} {name}").sample(range(rows), share)] += 1
+        counts.append(count)
+        begin = end
+    begins = np.flatnonzero(begins_row)
+    sizes = np.diff(begins, append=len(examples))
+    taken = np.repeat(np.arange(len(begins)), np.concatenate(counts))
+    size = sizes[taken]
+    # From each row's beginning on as many as it has, one row behind the other.
+    within = np.arange(size.sum()) - np.repeat(np.cumsum(size) - size, size)
+    return Chosen([examples], np.repeat(begins[taken], size) + within)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import numpy as np
+from numpy.typing import NDArray
+
 MOST_HELD_OUT = 500
 """Examples: enough to tell a loss to a hundredth."""
 
 
-def held_out_examples(windows: Sequence[int], fraction: float, seed: int) -> set[int]:
+def held_out_examples(
+    windows: Sequence[int] | NDArray[np.int32], fraction: float, seed: int
+) -> set[int]:
     """Return the numbers of the examples that are held out; none where there is one example alone.
 
     windows: of each example, which window of its row it is, from 0. A share of 1 to 500 examples is
@@ -21,8 +26,8 @@ def held_out_examples(windows: Sequence[int], fraction: float, seed: int) -> set
     wanted = min(max(round(count * fraction), 1), MOST_HELD_OUT, count - 1)
     if wanted < 1:
         return set()
-    begins = [index for index, window in enumerate(windows) if not window]
-    ends = [*begins[1:], count]
+    begins = np.flatnonzero(np.asarray(windows) == 0)
+    ends = np.append(begins[1:], count)
     rows = range(len(begins))
     generator = random.Random(f"held-out {seed}")
     if len(begins) == count:
@@ -30,9 +35,9 @@ def held_out_examples(windows: Sequence[int], fraction: float, seed: int) -> set
     chosen: set[int] = set()
     for row in generator.sample(rows, len(rows)):
         if len(chosen) + ends[row] - begins[row] <= wanted:
-            chosen.update(range(begins[row], ends[row]))
+            chosen.update(range(int(begins[row]), int(ends[row])))
     if not chosen:
-        longest = max(rows, key=lambda row: ends[row] - begins[row])
-        last = ends[longest] - 1
-        chosen.update(range(max(begins[longest], last - wanted), last))
+        longest = int(np.argmax(ends - begins))
+        last = int(ends[longest]) - 1
+        chosen.update(range(max(int(begins[longest]), last - wanted), last))
     return chosen

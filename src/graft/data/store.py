@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _GIVEN_BACK = 2**10
 """Examples after whose reading the memory is given back that was mapped for them."""
 
+_BATCH_BYTES = 4 * 2**20
+"""Bytes that a batch of the file has about."""
 _HERE = "\0"
 """Stands for the name of the data file, which may be called otherwise another time."""
 
@@ -41,6 +43,10 @@ class Examples(Sequence[Example]):
 
     def at(self, number: int) -> Example:
         """Return one of them; `number` is neither negative nor too large."""
+        raise NotImplementedError
+
+    def place(self, number: int) -> str:
+        """Return where the row of one of them stands, without reading its tokens."""
         raise NotImplementedError
 
     @overload
@@ -76,6 +82,17 @@ def facts_of(examples: Sequence[Example]) -> Facts:
     return examples.facts if isinstance(examples, Examples) else columns_of(examples).facts
 
 
+def places_of(examples: Sequence[Example]) -> Iterator[str]:
+    """Yield where each example's row stands, without reading tokens that are stored."""
+    return (_place(examples, number) for number in range(len(examples)))
+
+
+def _place(examples: Sequence[Example], number: int) -> str:
+    if isinstance(examples, Examples):
+        return examples.place(number)
+    return examples[number].where
+
+
 class Chosen(Examples):
     """Examples of several sequences, by their numbers as if these stood one after the other.
 
@@ -91,9 +108,18 @@ class Chosen(Examples):
         return len(self._numbers)
 
     def at(self, number: int) -> Example:
-        place = int(self._numbers[number])
-        part = int(np.searchsorted(self._ends, place, side="right"))
-        return self._parts[part][place - int(self._ends[part]) + len(self._parts[part])]
+        part, index = self._found(number)
+        return part[index]
+
+    def place(self, number: int) -> str:
+        part, index = self._found(number)
+        return _place(part, index)
+
+    def _found(self, number: int) -> tuple[Sequence[Example], int]:
+        """Return the sequence that one of them is in, and its number there."""
+        index = int(self._numbers[number])
+        part = int(np.searchsorted(self._ends, index, side="right"))
+        return self._parts[part], index - int(self._ends[part]) + len(self._parts[part])
 
     @cached_property
     def facts(self) -> Facts:
@@ -113,27 +139,26 @@ class Stored(Examples):
         self._path = path
         self._map = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         reader = pa.ipc.open_file(pa.py_buffer(self._map))
-        batches = [reader.get_batch(number) for number in range(reader.num_record_batches)]
-        self._facts = joined([_facts(batch) for batch in batches])
-        self._batches = [_Batch(batch) for batch in batches]
-        self._ends = np.cumsum([batch.num_rows for batch in batches])
+        self._batches: list[_Batch] = []
+        facts = [columns_of([]).facts]
+        for number in range(reader.num_record_batches):
+            batch = reader.get_batch(number)
+            self._batches.append(_Batch(batch))
+            facts.append(_facts(batch))
+            self._give_back()
+        self._facts = joined(facts)
+        self._ends = np.cumsum([len(batch.where) for batch in self._batches])
         self._asked = 0
-        self._give_back()
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._facts.lengths)
 
     @property
     def facts(self) -> Facts:
         return self._facts
 
     def at(self, number: int) -> Example:
-        self._asked += 1
-        if self._asked % _GIVEN_BACK == 0:
-            self._give_back()
-        index = int(np.searchsorted(self._ends, number, side="right"))
-        batch = self._batches[index]
-        row = number - int(self._ends[index]) + len(batch.where)
+        batch, row = self._found(number)
         facts = self._facts
         targets = [False] * int(facts.lengths[number])
         edges = batch.runs[batch.run_ends[row] : batch.run_ends[row + 1]].tolist()
@@ -143,7 +168,7 @@ class Stored(Examples):
         return Example(
             batch.ids[batch.ends[row] : batch.ends[row + 1]].tolist(),
             targets,
-            batch.where[row].as_py().replace(_HERE, self._path, 1),
+            self._where(batch, row),
             bool(facts.cut[number]),
             bool(facts.trains_eos[number]),
             json.loads(values) if values else {},
@@ -151,6 +176,22 @@ class Stored(Examples):
             int(facts.windows[number]),
             Keys(int(facts.row_keys[number]), int(facts.prompt_keys[number])),
         )
+
+    def place(self, number: int) -> str:
+        return self._where(*self._found(number))
+
+    def _where(self, batch: _Batch, row: int) -> str:
+        where: str = batch.where[row].as_py()
+        return where.replace(_HERE, self._path, 1)
+
+    def _found(self, number: int) -> tuple[_Batch, int]:
+        """Return the batch that one of them is in, and its row there."""
+        self._asked += 1
+        if self._asked % _GIVEN_BACK == 0:
+            self._give_back()
+        index = int(np.searchsorted(self._ends, number, side="right"))
+        batch = self._batches[index]
+        return batch, number - int(self._ends[index]) + len(batch.where)
 
     def _give_back(self) -> None:
         """Leave what was read to the system's cache of the file, which is no memory of ours."""
@@ -231,6 +272,22 @@ def write_batches(target: Path | IO[bytes], batches: Iterable[pa.RecordBatch]) -
 
     sink = pa.OSFile(str(target), "wb") if isinstance(target, Path) else pa.PythonFile(target, "w")
     with pa.ipc.new_file(sink, schema()) as writer:
-        for batch in batches:
+        for batch in _gathered(batches):
             writer.write_batch(batch)
     sink.close() if isinstance(target, Path) else target.flush()
+
+
+def _gathered(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yield fewer and larger batches: each takes a page and some time when the file is opened."""
+    import pyarrow as pa
+
+    group: list[pa.RecordBatch] = []
+    size = 0
+    for batch in batches:
+        group.append(batch)
+        size += batch.nbytes
+        if size > _BATCH_BYTES:
+            yield from pa.Table.from_batches(group).combine_chunks().to_batches()
+            group, size = [], 0
+    if group:
+        yield from pa.Table.from_batches(group).combine_chunks().to_batches()
