@@ -97,8 +97,12 @@ class RunReport:
     versions: dict[str, str]
     trained_tokens: int | None = None
     """Those of the training rows' tokens that are trained; None in reports of earlier versions."""
-    overlap: Overlap | None = None
-    """Rows that are there twice; None in reports of earlier versions."""
+    repeated_rows: int | None = None
+    """Training rows whose text an earlier training row has; None in those of earlier versions."""
+    held_out_rows_trained: int | None = None
+    """Held-out rows whose text a training row has; None likewise."""
+    held_out_prompts_trained: int | None = None
+    """Held-out rows whose prompt a training row has; None likewise."""
     batching: str = "padded"
     """How rows became tensors, and what that saved."""
 
@@ -186,7 +190,9 @@ def make_report(
         training_rows=len(training.examples),
         training_tokens=training.total_tokens,
         trained_tokens=training.target_tokens,
-        overlap=overlap,
+        repeated_rows=overlap.repeated,
+        held_out_rows_trained=overlap.held_out_trained,
+        held_out_prompts_trained=overlap.prompts_trained,
         held_out_rows=len(held_out.examples),
         data_fingerprint=fingerprint(config.data),
         held_out_fingerprint=None if config.eval_data is None else fingerprint(config.eval_data),
@@ -250,12 +256,12 @@ def trained_words(report: RunReport) -> str:
 
 def overlap_words(report: RunReport) -> str:
     """Return how many rows are there twice, in training and in what is held out."""
-    found = report.overlap
-    if found is None:
+    if report.held_out_rows_trained is None:
         return "not counted"
     return (
-        f"{found.held_out_trained:,} (their prompts alone: {found.prompts_trained:,}); training "
-        f"rows that repeat an earlier one: {found.repeated:,}"
+        f"{report.held_out_rows_trained:,} (their prompts alone: "
+        f"{report.held_out_prompts_trained:,}); training rows that repeat an earlier one: "
+        f"{report.repeated_rows:,}"
     )
 
 
