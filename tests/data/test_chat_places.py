@@ -120,6 +120,44 @@ def test_an_end_that_is_written_behind_the_last_message_alone(build_tokenizer) -
     assert trained(found) == ["b<|end|>", "d<|end|>\n</s>"]
 
 
+RETURNS = CHATML.replace(
+    "<|im_end|>\n", "{{ '<|return|>' if loop.last and m.role == 'assistant' else '<|end|>' }}"
+)
+EMPTIED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<A>\n<think>"
+    "{{ m.thinking if loop.last else '' }}</think>{{ m.content }}<E>"
+    "{% else %}<U>{{ m.content }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<A>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_an_end_that_is_another_where_messages_follow_is_not_trained(
+    build_tokenizer, count
+) -> None:
+    tokenizer = build_tokenizer(chat_template=RETURNS)
+    messages = talk(*[("a", "<|"), ("c", "e")] * (count // 2))
+    found = render(messages, tokenizer)
+    assert trained(found) == ["<|", "e"] * (count // 2 - 1) + ["<|", "e<|return|>"]
+    (remark,) = found.remarks
+    assert remark.startswith("an answer before the last is trained without its end, because")
+    check_prompts(messages, tokenizer, found)
+
+
+@pytest.mark.parametrize("count", [2, 12])
+def test_thoughts_that_are_emptied_where_messages_follow_are_told(build_tokenizer, count) -> None:
+    tokenizer = build_tokenizer(chat_template=EMPTIED)
+    messages = talk(*[("a", "d")] * count, thinking="</t> why")
+    found = render(messages, tokenizer)
+    short, whole = "\n<think></think>d<E>", "\n<think></t> why</think>d<E>"
+    assert trained(found) == [short] * (count - 1) + [whole]
+    assert [remark.split(",")[0][:40] for remark in found.remarks] == [
+        "the chat template renders nothing of 'th",
+        "an answer before the last is trained wit",
+    ]
+    check_prompts(messages, tokenizer, found)
+
+
 def test_answers_that_follow_each_other(build_tokenizer) -> None:
     tokenizer = build_tokenizer(chat_template=CHATML)
     messages = [*talk(("a", "b")), {"role": "assistant", "content": "c", "weight": 0}]

@@ -10,7 +10,6 @@ from chat_families import CHATML, PARTS
 from graft.data.config import DataConfig
 from graft.data.encode import encode_rows
 from graft.data.load import load_examples
-from graft.data.messages import completed, read_conversation
 from graft.data.rows import Row, Rows, read_rows
 from graft.data.shapes.messages import MESSAGES
 from graft.errors import GraftError
@@ -142,14 +141,6 @@ def test_keys_of_parts_that_nobody_reads_are_told(chatml) -> None:
     part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
     rendered = MESSAGES.render({"messages": [user([part]), answer("b")]}, chatml, "")
     assert rendered.remarks == ("'cache_control' of parts of a content is not read",)
-
-
-def test_a_completion_trains_and_its_prompt_does_not(chatml) -> None:
-    prompt = [user("a"), answer("old"), user("b")]
-    messages = completed(prompt, [answer("new")])
-    assert trained(messages, chatml) == ["new<|im_end|>"]
-    found, problems = read_conversation({"messages": messages})
-    assert (problems, found.turns) == ([], [3])
 
 
 def test_remarks_are_counted_and_shown_with_the_summary(chatml, write_lines) -> None:

@@ -40,6 +40,10 @@ _SHORTENED = (
     "answer alone, such as thoughts; where each should be trained with it, make it the last of a "
     "row of its own"
 )
+_ENDLESS = (
+    "an answer before the last is trained without its end, because the chat template writes "
+    "another once more messages follow; the last one is trained with it"
+)
 _OTHER_PROMPT = (
     "an answer is not trained, because the chat template renders what stands before it otherwise "
     "once more messages follow, and so it would be trained on another prompt than it is asked; "
@@ -177,6 +181,8 @@ def _spans(places: Mapping[int, Place | Misplaced]) -> tuple[list[tuple[int, int
         remarks.append(_OTHER_PROMPT)
     if any(place.shortened for place in found):
         remarks.append(_SHORTENED)
+    if any(place.endless for place in found):
+        remarks.append(_ENDLESS)
     return [(place.start, place.end) for place in found], remarks
 
 

@@ -7,7 +7,7 @@ is taken out. Whether the template does render it is seen when it is rendered (`
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,17 +63,6 @@ def answer_problems(found: Conversation) -> list[str]:
             "message before it, give it weight 0, or remove it"
         ]
     return []
-
-
-def completed(prompt: Sequence[Any], completion: Sequence[Any]) -> list[Any]:
-    """Return the messages of a prompt and its completion, of which the latter's train."""
-    asked = [
-        {**message, "weight": 0}
-        if isinstance(message, Mapping) and message.get("role") == "assistant"
-        else message
-        for message in prompt
-    ]
-    return [*asked, *completion]
 
 
 def shown_text(message: Mapping[str, Any]) -> str:

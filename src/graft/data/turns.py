@@ -9,11 +9,12 @@ from one rendering more, so what stands between a content and an answer is learn
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from os.path import commonprefix
 from typing import Any
 
-from graft.data.contents import between, marked, places_of_contents
+from graft.data.contents import between, marked, places_of_contents, text_of
 from graft.errors import GraftError
 
 FEW_ANSWERS = 8
@@ -31,7 +32,9 @@ class Place:
     start: int
     end: int
     shortened: str = ""
-    """What the template leaves out at the answer's beginning once more messages follow."""
+    """What the template leaves out of the answer once more messages follow: its thoughts."""
+    endless: bool = False
+    """Whether its end is not in it, as the template writes another once more messages follow."""
 
 
 @dataclass(frozen=True)
@@ -86,37 +89,68 @@ def _place(
         return _other_prompt(turn)
     # White space after the turn's end belongs to what follows.
     answer = through[start:].rstrip()
-    if eos and not is_last and not text.startswith(answer, start):
-        answer = answer.removesuffix(eos).rstrip()
+    message = messages[turn]
+    if is_last or text.startswith(answer, start):
+        return Place(start, start + len(answer))
+    if eos and text.startswith(shorter := answer.removesuffix(eos).rstrip(), start):
+        answer = shorter
+    if (place := _without_thought(text, start, answer, message)) is not None:
+        return place
+    tail = _tail(render, messages, turn)
+    if tail and answer.endswith(tail):
+        place = _without_thought(text, start, answer.removesuffix(tail), message)
+        if place is not None:
+            return replace(place, endless=True)
+    return Misplaced(
+        f"message {turn + 1}: the chat template renders this answer differently once more "
+        "messages follow; make each answer the last message of a row of its own"
+    )
+
+
+def _without_thought(
+    text: str, start: int, answer: str, message: Mapping[str, Any]
+) -> Place | None:
+    """Return the place of an answer in a text that may leave out one part of it."""
     said = text[start : start + len(answer)]
-    at = 0
-    while said and not said.startswith(answer[at:]):
-        at = answer.find(said[0], at + 1)
+    same = len(commonprefix([said, answer]))
+    at = same
+    rest, behind = said[same:], answer[same:]
+    while not rest.startswith(behind):
+        at = answer.find(rest[0], at + 1) if rest else len(answer)
         if at < 0:
-            break
-    rest = answer[at:] if at >= 0 else ""
-    if not rest or (at and not _holds(rest, messages[turn])):
-        return Misplaced(
-            f"message {turn + 1}: the chat template renders this answer differently once more "
-            "messages follow; make each answer the last message of a row of its own"
-        )
-    return Place(start, start + len(rest), answer[:at])
+            return None
+        behind = answer[at:]
+    found = said[: same + len(behind)]
+    if not found or not _holds(found, message):
+        return None
+    return Place(start, start + len(found), answer[same:at])
+
+
+def _tail(render: Render, messages: Sequence[Mapping[str, Any]], turn: int) -> str:
+    """Return what the template writes behind the content of an answer that is the last message."""
+    if not text_of(messages[turn]):
+        return ""
+    mark = marked(messages[turn], turn)
+    try:
+        through = render([*messages[:turn], mark], False)
+    except GraftError:
+        return ""
+    return through.rstrip().rpartition(text_of(mark))[2]
 
 
 def _other_prompt(turn: int) -> Misplaced:
     return Misplaced(
         f"message {turn + 1}: the chat template does not render the messages before it, with its "
         "generation prompt, as the beginning of the conversation, so the model would be trained on "
-        "another prompt than it is asked; mend the template or give the rows as prompt, completion",
+        "another prompt than it is asked; choose another template (--chat-template), set its "
+        "variables for the row (chat_template_kwargs), or give the rows as prompt, completion",
         other_prompt=True,
     )
 
 
 def _holds(text: str, message: Mapping[str, Any]) -> bool:
     """Return whether a text has all that a message says besides its thoughts."""
-    content = message.get("content", "")
-    if isinstance(content, list):
-        content = "".join(part["text"] for part in content)
+    content = text_of(message)
     names = [call["function"]["name"] for call in message.get("tool_calls", ())]
     return all(one in text for one in (content.rpartition("</think>")[2].strip(), *names))
 
@@ -182,13 +216,13 @@ class _Aligned:
         """Add the places of turns of one kind; return whether all stand as the witnesses do."""
         text = self._text
         learnt: set[tuple[str, str] | None] = set()
-        shortened = ""
+        told = Place(0, 0)
         for turn in turns:
             place = found.get(turn)
             if isinstance(place, Place):
                 begin, end = contents[turn - 1][1], contents[turn + 1][0]
                 learnt.add((text[begin : place.start], text[place.end : end]))
-                shortened = shortened or place.shortened
+                told = Place(0, 0, told.shortened or place.shortened, place.endless)
             elif place is not None:
                 learnt.add(None)
         if len(learnt) != 1:
@@ -203,7 +237,7 @@ class _Aligned:
             start, stop = begin + len(head), end - len(tail)
             if not text.startswith(head, begin) or not text.endswith(tail, 0, end) or start >= stop:
                 return False
-            found.setdefault(turn, Place(start, stop, shortened))
+            found.setdefault(turn, replace(told, start=start, end=stop))
         return True
 
     def _contents(self) -> dict[int, tuple[int, int]]:
