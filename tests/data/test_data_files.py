@@ -136,6 +136,7 @@ def test_csv_rows_of_another_width_are_problems(tmp_path):
         ("a.json", b'{"rows": [], "data": 3}', "an object with keys rows, data; expected a list"),
         ("a.json", b'{"data": [],\n"data": [1]}', ":2: the key 'data' stands here twice"),
         ("a.json", b"3", "found int; expected a list of objects"),
+        ("a.csv", b"a;b\n1;2\n", ":1: the header is one cell, with ';' in it"),
         ("a.csv", b'a\nx\n"open\nz\n', ":3: not valid CSV: unexpected end of data"),
         ("a.jsonl.gz", b"plain", "not a complete gzip file"),
         ("a.jsonl.gz", CUT_OFF, "not a complete gzip file"),

@@ -38,7 +38,7 @@ def test_a_mixture_is_trained_without_its_bad_rows(tiny_base, sources, capfd):
     assert _train(tiny_base, sources, *data) == 1
     told = capfd.readouterr().err
     assert f"{sources}/asked.jsonl:4: not valid JSON" in told
-    assert f"{sources}/asked.jsonl:5: 'completion' is empty" in told
+    assert f"{sources}/asked.jsonl:5: 'completion' (column 'answer') is empty" in told
     assert _train(tiny_base, sources, *data, "--skip-bad-rows", "--save-every", "1") == 0
     told = " ".join("".join(capfd.readouterr()).split())
     assert "2 bad rows are skipped" in told
@@ -65,7 +65,7 @@ def test_columns_are_named_where_data_is_trained_scored_and_shown(tiny_base, sou
     assert _train(tiny_base, sources, *data) == 1
     told = capfd.readouterr().err
     columns = "--columns prompt=mine completion=yours"
-    assert f"pass {columns}" in " ".join(told.split())
+    assert f"as in {columns}, or --columns text=COLUMN" in " ".join(told.split())
     assert _train(tiny_base, sources, *data, *columns.split()) == 0
     run = str(sources / "run")
     assert main(("eval", run, *data, "--max-length", "32", *columns.split(), "--json")) == 0
