@@ -58,6 +58,7 @@ LAYOUTS: list[tuple[str, dict[str, Any], str, dict[str, Any], tuple[str, ...]]] 
     ("role, content", {"dialogue": [ASK, SAY]}, "messages", TALK, ()),
     ("gpt as a role", {"messages": [ASK, {**SAY, "role": "gpt"}]}, "messages", TALK, ()),
     ("texts in turn", {"dialog": ["q", "a"]}, "messages", TALK, ()),
+    ("exchanges", {"conversation": [{"human": "q", "assistant": "a"}]}, "messages", TALK, ()),
     ("JSON in a cell", {"messages": json.dumps([ASK, SAY])}, "messages", TALK, ()),
     (
         "TRL",
@@ -200,6 +201,16 @@ def test_calls_of_functions_and_their_answers_become_messages():
         ({"my question": "q", "reply": "a"}, "--columns 'prompt=my question' completion=reply"),
         ({"content": "t", "stars": 3}, "pass --columns text=content"),
         ({"log": [ASK, SAY]}, "pass --columns messages=log"),
+        ({"data": {"talk": [ASK, SAY]}}, "pass --columns messages=data.talk"),
+        (
+            {"context": "c", "question": "q", "answers": {"text": ["a"]}},
+            "pass --columns instruction=question input=context output=answers.text.0",
+        ),
+        ({"document": "d", "summary": "s"}, "pass --columns prompt=document completion=summary"),
+        ({"old": "d", "new": "s"}, "as in --columns prompt=old completion=new, or --columns text="),
+        ({"conversations": None}, "of which 'conversations' is null, and no conversation"),
+        ({"question": "q", "answer": 42}, "'completion' (column 'answer') is of type int"),
+        ({"instruction": "q", "response": ""}, "'output' (column 'response') is empty"),
         ({"a": "x", "b": "y", "c": "z"}, "name the columns, as in --columns prompt=COLUMN"),
         ([ASK, SAY], 'a list; expected an object; make it {"messages": [...]}'),
     ],
@@ -295,6 +306,11 @@ def test_columns_that_mean_nothing_are_told(write_lines, words, message):
     with pytest.raises(GraftError) as caught:
         _read(write_lines, {"question": "q", "answer": "a"}, *words)
     assert message in str(caught.value)
+
+
+def test_what_is_wrong_is_told_of_the_column_that_was_named(write_lines):
+    with pytest.raises(GraftError, match=r":1: 'text' \(column 'q.body'\) is of type int"):
+        _read(write_lines, {"q": {"body": 1}}, "text=q.body")
 
 
 def test_a_column_that_one_row_lacks_is_a_problem_of_that_row(write_lines):

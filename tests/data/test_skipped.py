@@ -58,7 +58,9 @@ def test_rows_that_cannot_be_trained_are_skipped_too(write_lines, tokenizer):
     }
     assert named[-1]["row"] == {"prompt": "x" * 90, "completion": "b"}
     (note,) = train.notes
-    assert note.startswith(f"2 bad rows are skipped, and named in skipped.jsonl; the first: {path}")
+    assert note.startswith(
+        f"2 bad rows are skipped (skipped.jsonl in a run's folder); the first: {path}"
+    )
     config = DataConfig(data=path, max_length=32)
     with pytest.raises(GraftError, match=":8: 'completion' is empty"):
         load_train_and_eval(config, tokenizer, None, 0)

@@ -151,6 +151,7 @@ def _data(folder: Path) -> None:
         packed = gzip.compress((folder / name).read_bytes(), mtime=0)
         (folder / f"{name}.gz").write_bytes(packed)
     pq.write_table(pa.Table.from_pylist(rows), folder / "rows.parquet")
+    _more_data(folder, rows)
     odd = folder / "odd"
     odd.mkdir()
     dictionary = pa.DictionaryArray.from_arrays(
@@ -171,6 +172,40 @@ def _data(folder: Path) -> None:
         pq.write_table(pa.table(one), odd / f"{name}.parquet")
     twice = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["prompt", "prompt"])
     pq.write_table(twice, odd / "twice.parquet")
+
+
+def _more_data(folder: Path, rows: list[dict[str, str]]) -> None:
+    """Write the same rows in further formats and layouts, and mixtures of them."""
+    import pyarrow as pa
+
+    (folder / "rows.tsv").write_text(
+        "question\tanswer\n" + "".join("\t".join(row.values()) + "\n" for row in rows)
+    )
+    wide = "".join(json.dumps(row) + "\n" for row in rows).encode("utf-16")
+    (folder / "wide.jsonl").write_bytes(wide)
+    table = pa.Table.from_pylist(rows)
+    with pa.ipc.new_file(str(folder / "rows.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    talks = [
+        {
+            "conversations": [
+                {"from": "human", "value": row["prompt"][:12]},
+                {"from": "gpt", "value": row["completion"][:12]},
+            ],
+            "system": "",
+            "tools": "[]",
+        }
+        for row in rows
+    ]
+    (folder / "sharegpt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
+    pairs = [
+        {"prompt": row["prompt"], "chosen": row["completion"], "rejected": "no"} for row in rows
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    (folder / "mix.yaml").write_text(
+        "- data: rows.jsonl\n  weight: 2\n- data: rows.csv\n  columns: {prompt: prompt, "
+        "completion: completion}\n- data: rows.tsv\n  data_format: tsv\n  weight: 0.5\n"
+    )
 
 
 def _run(folder: Path, method: str) -> None:

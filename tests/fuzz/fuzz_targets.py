@@ -191,6 +191,7 @@ _CSV = choose([(3, _csv), (2, TEXT), (1, BYTES), (1, windows_lines)])
 _TXT = choose([(3, TEXT), (2, BYTES)])
 _METRICS = choose([(3, JSONL), (1, TEXT)])
 _READ_DATA = (_train_on(), evaluate_on, look_at)
+_SKIPPING = _train_on("--skip-bad-rows")
 _READ_BASE = (generate, evaluate, train_model, quantize, plan, export_to("gguf"), chat)
 _READ_INT = (generate, evaluate, train_model, plan, export_to("gguf"), export_to("hf"))
 _READ_WEIGHTS = tuple(one for one in _READ_BASE if one is not plan)
@@ -206,6 +207,12 @@ TARGETS: dict[str, Target] = {
     "data-csv": Target("data", "rows.csv", _CSV, _READ_DATA),
     "data-txt": Target("data", "rows.txt", _TXT, _READ_DATA),
     "data-parquet": Target("data", "rows.parquet", _parquet, _READ_DATA),
+    "data-tsv": Target("data", "rows.tsv", _CSV, _READ_DATA),
+    "data-arrow": Target("data", "rows.arrow", BYTES, _READ_DATA),
+    "data-wide": Target("data", "wide.jsonl", BYTES, _READ_DATA),
+    "data-sharegpt": Target("data", "sharegpt.jsonl", JSONL, (*_READ_DATA, _SKIPPING)),
+    "data-pairs": Target("data", "pairs.jsonl", JSONL, (*_READ_DATA, _SKIPPING)),
+    "data-mixture": Target("data", "mix.yaml", YAML, _READ_DATA),
     "data-jsonl-gz": Target("data", "rows.jsonl.gz", zipped(JSONL), _READ_DATA),
     "data-json-gz": Target("data", "rows.json.gz", zipped(JSON), _READ_DATA),
     "data-csv-gz": Target("data", "rows.csv.gz", zipped(_CSV), _READ_DATA),

@@ -12,6 +12,7 @@ from graft.data.config import DataConfig
 from graft.data.encode import EncodedData
 from graft.data.examples import Example
 from graft.data.facts import Facts
+from graft.data.joint import joint_notes
 from graft.data.load import load_train_and_eval, resolve_max_length
 from graft.data.named import choose_template
 from graft.data.near import near_rows
@@ -131,7 +132,7 @@ def look_at_data(
     training, held_out = load_train_and_eval(config, tokenizer, limit, seed)
     if subject is not None:
         check_tokens(subject.skeleton, tokenizer, training.examples, held_out.examples)
-    twice = overlap(training.facts, held_out.facts)
+    twice = overlap(training.distinct, held_out.facts)
     twins = _twins(training, held_out)
     chosen = _chosen(training, held_out, rows, row)
     return DataReport(
@@ -145,6 +146,7 @@ def look_at_data(
         overlap=twice,
         twins=twins,
         notes=[
+            *joint_notes(config, tokenizer),
             *_notes(training, held_out, twice, config.eos),
             *_near_note(twins, held_out.row_count),
         ],

@@ -53,11 +53,18 @@ class EncodedData:
     """What a user should know of how the rows were read."""
     skipped: Skipped | None = None
     """Bad rows that were passed over; None where they are refused."""
+    once: Sequence[Example] | None = None
+    """The examples without those that a mixture's weights repeat; None where it repeats none."""
 
     @cached_property
     def facts(self) -> Facts:
         """What is asked of all examples at once."""
         return facts_of(self.examples)
+
+    @cached_property
+    def distinct(self) -> Facts:
+        """What is asked of all examples, each once."""
+        return self.facts if self.once is None else facts_of(self.once)
 
     @cached_property
     def row_count(self) -> int:

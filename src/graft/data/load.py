@@ -88,7 +88,8 @@ def load_train_and_eval(
     if config.deduplicate:
         train = _deduplicated(train, held_out, config)
     if weights := weights_of(config.data):
-        train = replace(train, examples=weighted(train.examples, weights, seed))
+        often = weighted(train.examples, weights, seed)
+        train = replace(train, examples=often, once=train.examples)
     if not train.examples:
         raise GraftError(f"{config.data}: its weights leave no row to train on; give larger ones")
     if config.eos and train.eos_rows == 0:

@@ -98,7 +98,11 @@ class RowStream:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of how the rows so far were read."""
-        left_out = [f"{self._left_out:,} rows are left out"] if self._left_out else []
+        left_out = (
+            [f"{self._left_out:,} row{'s are' if self._left_out > 1 else ' is'} left out"]
+            if self._left_out
+            else []
+        )
         return (*self._said, *left_out)
 
     def __iter__(self) -> Iterator[Row]:
@@ -196,7 +200,8 @@ class RowStream:
         row = Row(record.where, shape.fields(fields))
         wrong = shape.problems(row.fields)
         for one in wrong:
-            problems.add(f"{row.where}: {one}", record.where, record.value)
+            told = f"{row.where}: {recogniser.in_columns(one)}"
+            problems.add(told, record.where, record.value)
         return None if wrong else row
 
 

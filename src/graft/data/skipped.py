@@ -96,7 +96,7 @@ class Skipped:
         rows = "row is" if self.count == 1 else "rows are"
         first = self._kept[0]
         note = (
-            f"{self.count:,} bad {rows} skipped, and named in skipped.jsonl; the first: "
+            f"{self.count:,} bad {rows} skipped (skipped.jsonl in a run's folder); the first: "
             f"{first['where']}: {first['reason'][:300]}"
         )
         return (note,)

@@ -68,7 +68,8 @@ def data_notes(
         share_note(training),
         overlap_note(twice, training.row_count, held_out.row_count),
     )
-    return [note for note in found if note is not None]
+    read = dict.fromkeys((*training.notes, *held_out.notes))
+    return [*read, *(note for note in found if note is not None)]
 
 
 class DeadGradients:

@@ -106,12 +106,12 @@ def prepare(
     problems.raise_all("nothing was started")
     for name, data in (("training", training), ("held out", held_out)):
         events.note(f"{name}: {data.summary()}")
-    for note in dict.fromkeys((*training.notes, *held_out.notes, *joint_notes(config, tokenizer))):
+    for note in joint_notes(config, tokenizer):
         events.note(note)
     first = training.examples[0]
     row = one_line(pieces_of(first, tokenizer))
     events.note(f"the first training row ({first.where}), [trained] in brackets: {row}")
-    twice = overlap(training.facts, held_out.facts)
+    twice = overlap(training.distinct, held_out.facts)
     for text in data_notes(training, held_out, twice, config.eos):
         events.note(text)
     both = training, held_out

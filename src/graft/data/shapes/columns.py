@@ -12,8 +12,14 @@ from graft.errors import GraftError, did_you_mean, raise_problems
 from graft.text import listed, quoted
 
 _MISSING = object()
-_ASKED = ("prompt", "question", "query", "problem", "input", "source", "user", "human", "mr")
-_ANSWERED = ("completion", "response", "answer", "output", "solution", "target", "ref", "reply")
+_ASKED = (
+    *("prompt", "question", "query", "problem", "input", "source", "user", "human", "mr"),
+    *("article", "document", "dialogue", "docstring"),
+)
+_ANSWERED = (
+    *("completion", "response", "answer", "output", "solution", "target", "ref", "reply"),
+    *("summary", "highlight", "translation", "code"),
+)
 _TEXTS = ("text", "content", "body", "document", "story", "sentence", "code", "raw_content")
 _DEPTH = 3
 """Levels at which a column is looked for, to name it in a message."""
@@ -94,6 +100,10 @@ class Columns:
                     found[key] = f"(column {name}) {reasons[name]}"
         return found
 
+    def column_of(self, key: str) -> str:
+        """Return the column that a key is read from."""
+        return self._paths[key][0] if key in self._paths else key
+
     def absent(self, row: Mapping[str, Any]) -> str | None:
         """Return which named columns a row lacks, with the columns it has, or None."""
         lost = [
@@ -118,18 +128,25 @@ def renaming(row: Mapping[str, Any]) -> str:
     They are what a user would type; names that say nothing stand for the user's own choice.
     """
     paths = [path for path, value in _leaves(row) if isinstance(value, str)]
-    found = _guess(row, paths)
-    if found:
-        words = " ".join(shlex.quote(f"{key}={path}") for key, path in found.items())
-        return f"if these are its parts, pass --columns {words}"
-    return (
-        "name the columns, as in --columns prompt=COLUMN completion=COLUMN, or --columns "
-        "text=COLUMN"
-    )
+    if found := _guess(row, paths):
+        return f"if these are its parts, pass --columns {_words(found)}"
+    names = paths if len(paths) == 2 else ["COLUMN", "COLUMN"]
+    shown = _words({"prompt": names[0], "completion": names[1]})
+    return f"name the columns, as in --columns {shown}, or --columns text=COLUMN"
+
+
+def _words(columns: Mapping[str, str]) -> str:
+    return " ".join(shlex.quote(f"{key}={path}") for key, path in columns.items())
 
 
 def _guess(row: Mapping[str, Any], paths: list[str]) -> dict[str, str]:
-    talk = [name for name, value in row.items() if _is_talk(value)]
+    inside = [
+        (f"{name}.{key}", part)
+        for name, value in row.items()
+        if isinstance(value, Mapping)
+        for key, part in value.items()
+    ]
+    talk = [name for name, value in (*row.items(), *inside) if _is_talk(value)]
     if talk:
         return {"messages": talk[0]}
     task = _named(paths, ("instruction",))
@@ -140,12 +157,13 @@ def _guess(row: Mapping[str, Any], paths: list[str]) -> dict[str, str]:
         return {key: path for key, path in found.items() if path}
     asked = _named([path for path in paths if path != answer], _ASKED)
     if asked and answer:
+        rest = [path for path in paths if path not in (asked, answer)]
+        if given := _named(rest, ("context",)):
+            return {"instruction": asked, "input": given, "output": answer}
         return {"prompt": asked, "completion": answer}
     text = _named(paths, _TEXTS)
     if text or (len(paths) == 1 and not asked and not answer):
         return {"text": text or paths[0]}
-    if len(paths) == 2:
-        return {"prompt": paths[0], "completion": paths[1]}
     return {}
 
 

@@ -5,8 +5,8 @@ The first layout that fits a row is taken, so the order of the table is the orde
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from graft.data.shapes import conversions as to
 from graft.data.shapes.registry import SHAPES
@@ -26,6 +26,8 @@ class RowLayout:
     """Whether the values of a row are those of this layout; None: its keys are enough."""
     said: str | None = None
     """What a user should know of how such rows are read."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    """The column that a key of the shape is read from, where it is called otherwise."""
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -104,10 +106,12 @@ def _preferences() -> Iterator[RowLayout]:
             yield RowLayout("messages", (key, *pair, system), beside, chat, None, _CHOSEN)
         if given:
             plain = to.instruction(key, given, "chosen")
-            yield RowLayout("instruction", (key, *pair), given, plain, None, _CHOSEN)
+            named = {"output": "chosen"}
+            yield RowLayout("instruction", (key, *pair), given, plain, None, _CHOSEN, named)
         else:
-            plain = to.renamed(prompt=key, completion="chosen")
-            yield RowLayout("prompt", (key, *pair), (), plain, None, _CHOSEN)
+            named = {"prompt": key, "completion": "chosen"}
+            plain = to.renamed(**named)
+            yield RowLayout("prompt", (key, *pair), (), plain, None, _CHOSEN, named)
     transcript = to.preferred_transcript
     yield RowLayout("messages", pair, (), transcript, to.is_transcript, _CHOSEN)
 
@@ -119,9 +123,11 @@ def _instructions() -> Iterator[RowLayout]:
             keys = (*to.SYSTEM, "history", *_GIVEN)
             yield RowLayout("messages", ("instruction", answer, beside), keys, chat)
         plain = to.instruction("instruction", _GIVEN, answer)
-        yield RowLayout("instruction", ("instruction", answer), _GIVEN, plain)
+        named = {"output": answer}
+        yield RowLayout("instruction", ("instruction", answer), _GIVEN, plain, columns=named)
     plain = to.instruction("question", ("context",), "answer")
-    yield RowLayout("instruction", ("question", "context", "answer"), (), plain)
+    named = {"instruction": "question", "input": "context", "output": "answer"}
+    yield RowLayout("instruction", tuple(named.values()), (), plain, columns=named)
 
 
 def _pairs() -> Iterator[RowLayout]:
@@ -130,8 +136,8 @@ def _pairs() -> Iterator[RowLayout]:
         for beside in ("history", *to.SYSTEM):
             keys = (*to.SYSTEM, "history")
             yield RowLayout("messages", (asked, answer, beside), keys, chat)
-        plain = to.renamed(prompt=asked, completion=answer)
-        yield RowLayout("prompt", (asked, answer), (), plain)
+        named = {"prompt": asked, "completion": answer}
+        yield RowLayout("prompt", (asked, answer), (), to.renamed(**named), columns=named)
 
 
 def _judged() -> Iterator[RowLayout]:

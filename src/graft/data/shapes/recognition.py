@@ -11,7 +11,7 @@ from graft.data.shapes.layouts import RowLayout, layouts
 from graft.data.shapes.registry import SHAPES
 from graft.data.sources.record import Layout
 from graft.errors import GraftError
-from graft.text import listed
+from graft.text import listed, quoted
 
 _REMEMBERED = 1000
 """Most sets of keys that a file may have before they are thought over again."""
@@ -32,6 +32,7 @@ class Recogniser:
         self._seen: set[tuple[tuple[str, ...], int]] = set()
         self._first = True
         self._told = False
+        self._layout: RowLayout | None = None
 
     def needed(self) -> list[Layout]:
         """Return the columns to read of a file of columns."""
@@ -62,14 +63,26 @@ class Recogniser:
         else:
             if (absent := self.columns.absent(given)) is not None:
                 raise GraftError(absent)
-            raise GraftError(f"found keys {listed(given)}{self._how(given)}")
+            why = f", of which {_misfit(candidates[0], row)}" if candidates else ""
+            raise GraftError(f"found keys {listed(given)}{why}{self._how(given)}")
         if spoiled is not None:
             for key in layout.keys:
                 if key in spoiled:
                     raise GraftError(f"{key!r}: {spoiled[key]}")
         if (keys, id(layout)) not in self._seen:
             self._note(keys, layout)
+        self._layout = layout
         return layout.kind, row if layout.convert is None else layout.convert(row)
+
+    def in_columns(self, problem: str) -> str:
+        """Return a problem of the last row, which begins with a key, with the key's column."""
+        key = problem[1 : problem.find("'", 1)] if problem.startswith("'") else ""
+        if not key or self._layout is None:
+            return problem
+        column = self.columns.column_of(self._layout.columns.get(key, key))
+        if column == key:
+            return problem
+        return f"{key!r} (column {quoted(column)}){problem[len(key) + 2 :]}"
 
     def _how(self, row: Mapping[str, Any]) -> str:
         """Return which keys a row may have, and what names those of this one; once for a file."""
@@ -107,6 +120,12 @@ def not_a_row(value: object) -> str:
     elif isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
         remedy = '; make it {"messages": [...]}'
     return f"{type_in_words(value)}; expected an object{remedy}; {_accepted()}"
+
+
+def _misfit(layout: RowLayout, row: Mapping[str, Any]) -> str:
+    """Return what has another type than a layout's rows."""
+    key = layout.required[0]
+    return f"{key!r} is {type_in_words(row[key])}, and no conversation"
 
 
 def _accepted() -> str:

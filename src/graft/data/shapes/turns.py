@@ -38,6 +38,11 @@ _SAYS = (
     *(("role", "text"), ("speaker", "text"), ("user", "text")),
 )
 """The keys of who speaks and what is said, where they are not `role` and `content`."""
+_EXCHANGES = (
+    *(("human", "assistant"), ("user", "assistant"), ("prompt", "response")),
+    *(("question", "answer"), ("instruction", "output")),
+)
+"""The keys of a turn that holds what both say."""
 
 
 def as_messages(turns: object) -> Any:
@@ -59,6 +64,12 @@ def as_messages(turns: object) -> Any:
     elif turns and all(isinstance(turn, str) for turn in turns):
         roles = ("user", "assistant")
         return [{"role": roles[n % 2], "content": text} for n, text in enumerate(turns)]
+    for asked, answer in _EXCHANGES:
+        if turns and all(
+            isinstance(turn, Mapping) and {asked, answer} <= turn.keys() for turn in turns
+        ):
+            said = [(turn[asked], turn[answer]) for turn in turns]
+            return as_messages([text for pair in said for text in pair])
     return [_message(turn, number) for number, turn in enumerate(turns, start=1)]
 
 

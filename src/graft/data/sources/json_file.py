@@ -18,6 +18,8 @@ _SHOWN = 10_000
 """Characters of a line that is no row, for whoever passes over it."""
 _WHITE = " \t\n\r"
 _LINES = "; if every line is one object, name the file .jsonl, or pass --data-format jsonl"
+_LISTS = ("data", "train", "rows", "examples", "instances")
+"""Keys under which a document may hold its rows."""
 _SHAPES = 'expected a list of objects, or {"data": [a list of objects]}'
 
 
@@ -86,23 +88,33 @@ def _is_lines(text: str) -> bool:
 
 
 def _data(document: _Document) -> Iterator[Record]:
-    """Yield the items of an object's `data`, and pass over all else in it."""
+    """Yield the items of the list that an object has under `data`; all else is passed over.
+
+    The list may be under one of a few other names.
+    """
     if not document.at("{"):
         found = type(document.value()[0]).__name__
         document.end()
         raise GraftError(f"{document.path}: found {found}; {_SHAPES}")
     keys: list[str] = []
-    is_list = False
+    found_in = ""
     for key in document.members():
-        if key == "data" and key in keys:
-            raise GraftError(f"{document.path}:{document.line()}: the key 'data' stands here twice")
-        if key == "data" and document.at("["):
-            is_list = True
+        if key in _LISTS and key in keys:
+            raise GraftError(
+                f"{document.path}:{document.line()}: the key {key!r} stands here twice"
+            )
+        if key in _LISTS and document.at("["):
+            if found_in:
+                raise GraftError(
+                    f"{document.path}:{document.line()}: lists of rows under {found_in!r} and "
+                    f"{key!r}; give a file for each"
+                )
+            found_in = key
             yield from document.records()
         else:
             document.skip()
         keys.append(key)
-    if not is_list:
+    if not found_in:
         document.end()
         raise GraftError(f"{document.path}: an object with keys {listed(keys)}; {_SHAPES}")
 

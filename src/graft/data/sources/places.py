@@ -177,10 +177,11 @@ def _files(folder: Path, levels: int) -> Iterator[Path]:
     except OSError as error:
         raise GraftError(f"{folder} cannot be read: {error.strerror}") from error
     for entry in found:
-        if entry.is_dir() and levels > 1 and not entry.name.startswith("."):
-            yield from _files(Path(entry), levels - 1)
-        elif entry.is_file():
-            yield Path(entry)
+        path = Path(entry)
+        if path.is_dir() and levels > 1 and not entry.name.startswith("."):
+            yield from _files(path, levels - 1)
+        elif path.is_file():
+            yield path
 
 
 def _split_of(path: Path) -> str | None:

@@ -154,8 +154,11 @@ def decode(content: bytes, path: Path, number: int = 1) -> str:
         # utf-8-sig: spreadsheets write a byte order mark, which must not enter the first key.
         return content.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
+        # Behind a byte order mark places are counted without it.
+        content = error.object
         line = number + content.count(b"\n", 0, error.start)
+        place = error.start - content.rfind(b"\n", 0, error.start)
         raise GraftError(
-            f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}); convert the file, "
-            "for example with: iconv -f LATIN1 -t UTF-8"
+            f"{path}:{line}: not UTF-8 (byte 0x{content[error.start]:02x}, which is byte {place} "
+            "of the line); convert the file, for example with: iconv -f LATIN1 -t UTF-8"
         ) from error
