@@ -153,6 +153,7 @@ def test_a_run_merges(old, expected, about, same_arithmetic, tmp_path, name):
 def test_a_run_that_was_interrupted_goes_on(old, same_arithmetic, tmp_path, name):
     run, ended = tmp_path / "run", old / "runs" / name
     shutil.copytree(old / "begun" / name, run)
+    assert read_run_config(run).batching == "padded", "there was no other way of batching"
     graft.finetune(dataclasses.replace(read_run_config(run), out=str(run), resume=True))
     kind = "model/model" if name == "full" else "adapter/adapter_model"
     found, expected = (load_file(folder / f"{kind}.safetensors") for folder in (run, ended))

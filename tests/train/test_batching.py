@@ -111,7 +111,7 @@ def test_packed_is_what_a_known_model_trains_on(tiny_base, uneven, tmp_path, mon
     assert all(type(batch) is PackedBatch for batch in objective.batches)
     assert len(objective.batches) == 6
     assert read_run_config(tmp_path / "run").batching == "packed"
-    assert report.batching.startswith("packed, which saves padding of ")
+    assert report.batching.startswith("packed; padded, ")
     assert report.batching in (tmp_path / "run" / "report.md").read_text()
     # The rows are those that padded batches have.
     loaded = prepare(settings(tiny_base, uneven, tmp_path / "other"), Events())
@@ -152,7 +152,7 @@ def unknown_base(tiny_base, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_another_model_trains_on_rows_of_one_length(unknown_base, uneven, tmp_path) -> None:
     report = graft.finetune(settings(unknown_base, uneven, tmp_path / "run", steps=2))
-    assert report.batching.startswith("grouped, with padding of ")
+    assert report.batching.startswith("grouped; ")
     assert read_run_config(tmp_path / "run").batching == "grouped"
     refused = settings(unknown_base, uneven, tmp_path / "refused", batching="packed")
     with pytest.raises(GraftError, match="--batching packed: .*OPTForCausalLM.*grouped"):

@@ -58,7 +58,7 @@ def plan_batches(config: TrainConfig, training: EncodedData, steps: int) -> Batc
     sizes = measure_batches(sampler, lengths, steps * config.grad_accum)
     longest = int(lengths.max())
     if name == "packed":
-        words = f"packed, which saves padding of {sizes.padding:.0%} of all tokens"
+        words = f"packed; padded, {sizes.padding:.0%} of the tokens would be padding"
         return Batches(sizes.most_tokens, longest, words)
-    words = f"{name}, with padding of {sizes.padding:.0%} of all tokens"
+    words = f"{name}; {sizes.padding:.0%} of the tokens are padding"
     return Batches(config.batch_size * longest, longest, words)
