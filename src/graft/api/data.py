@@ -177,9 +177,11 @@ def _twins(training: EncodedData, held_out: EncodedData) -> list[Twin]:
 def _near_note(twins: list[Twin], held_out: int) -> list[str]:
     if not twins:
         return []
-    some = "; ".join(
-        f"of {one.held_out} {one.share:.0%} is that of {one.training}" for one in twins[:3]
-    )
+    pairs = [
+        (one.held_out.rpartition("/")[2], one.training.rpartition("/")[2], one.share)
+        for one in twins[:3]
+    ]
+    some = "; ".join(f"{share:.0%} of {tested} is in {row}" for tested, row, share in pairs)
     return [f"{len(twins):,} of {held_out:,} held-out rows are nearly a training row: {some}"]
 
 
