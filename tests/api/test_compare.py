@@ -369,6 +369,6 @@ def test_the_demo_stands_for_the_bundled_model_and_data() -> None:
     assert demo_settings({"out": ["x"]}, {}) == {}
     settings = demo_settings({"demo": ["true"]}, {})
     assert all(Path(settings[name]).exists() for name in ("model", "data", "eval_data"))
-    assert "steps" in settings and "steps" not in demo_settings(
-        {"demo": ["true"], "epochs": ["1"]}, {}
-    )
+    assert "steps" in settings
+    assert "steps" not in demo_settings({"demo": ["true"], "epochs": ["1"]}, {})
+    assert demo_settings({"demo": ["false"]}, {"demo": True}) == {}

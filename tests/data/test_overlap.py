@@ -138,3 +138,13 @@ def _facts(keys: Sequence[int] | np.ndarray) -> Facts:
     no = zeros.astype(np.bool_)
     prompts = np.zeros(len(row_keys), np.uint64)
     return Facts(zeros, zeros, zeros, zeros, zeros, zeros, no, no, row_keys, prompts)
+
+
+def test_weights_of_a_mixture_are_no_repetition(tmp_path: Path, tokenizer) -> None:
+    written(tmp_path / "rows.jsonl", *((f"question {number}", "answer") for number in range(20)))
+    mixture = tmp_path / "mix.yaml"
+    mixture.write_text("- {data: rows.jsonl, weight: 3}\n")
+    held_out = written(tmp_path / "test.jsonl", ("question 3", "answer"))
+    config = DataConfig(data=str(mixture), eval_data=held_out)
+    train, _ = load_train_and_eval(config, tokenizer, None, seed=0)
+    assert train.row_count == 60 and train.overlap == Overlap(0, 1, 1)

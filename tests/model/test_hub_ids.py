@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import time
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 
 from graft.errors import GraftError
-from graft.model.folder import find_folder
+from graft.model import hub
+from graft.model.folder import find_folder, find_text_folder
 from graft.model.subject import open_subject
 
 
@@ -46,3 +49,35 @@ def test_what_was_tried_is_told_in_two_lines(name: str, cache: Path) -> None:
 def test_what_can_be_no_hub_id_is_not_asked_for(name: str, cache: Path) -> None:
     with pytest.raises(GraftError, match="no folder .*no hub id"):
         find_folder(name)
+
+
+def test_without_a_network_nothing_is_waited_for(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object) -> None:
+        raise socket.gaierror("Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(hub.socket, "getaddrinfo", unknown)
+    assert find_folder("gpt2").is_relative_to(cache)
+    begin = time.monotonic()
+    with pytest.raises(GraftError, match="no network"):
+        find_folder("gpt3")
+    assert time.monotonic() - begin < 1.0
+
+
+def test_of_a_tokenizer_no_weights_are_fetched(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def fetch(model: str, *, allow_patterns: list[str], **_: object) -> str:
+        asked.append(allow_patterns)
+        return str(cache)
+
+    monkeypatch.setattr(hub, "snapshot_download", fetch)
+    find_text_folder("gpt2")
+    find_folder("gpt2")
+    assert not any("safetensors" in pattern for pattern in asked[0])
+    assert any("safetensors" in pattern for pattern in asked[1])

@@ -16,6 +16,7 @@ from graft.adapters.config import AdapterConfig
 from graft.errors import GraftError
 from graft.formats.registry import make_format
 from graft.model import folder as folder_module
+from graft.model import hub
 from graft.model.families import FAMILIES
 from graft.model.load import load_model
 from graft.model.save import save_model
@@ -149,11 +150,11 @@ def test_the_configuration_alone_is_enough_to_plan(checkpoint, tmp_path) -> None
 def test_the_configuration_of_a_hub_id_is_all_that_is_fetched(checkpoint, monkeypatch) -> None:
     asked = []
 
-    def download(model: str, file: str) -> str:
+    def download(model: str, file: str, local_files_only: bool) -> str:
         asked.append((model, file))
         return str(checkpoint("llama") / file)
 
-    monkeypatch.setattr(folder_module, "hf_hub_download", download)
+    monkeypatch.setattr(hub, "hf_hub_download", download)
     assert open_subject("owner/name", config_alone=True).folder == checkpoint("llama")
     assert asked == [("owner/name", "config.json")]
 

@@ -16,7 +16,7 @@ from graft.data.joint import joint_notes
 from graft.data.load import load_train_and_eval, resolve_max_length
 from graft.data.named import choose_template
 from graft.data.near import near_rows
-from graft.data.overlap import Overlap, overlap
+from graft.data.overlap import Overlap
 from graft.data.store import places_of
 from graft.errors import GraftError
 from graft.model.folder import CONFIG_FILE, find_text_folder, read_config, read_tokenizer
@@ -132,7 +132,7 @@ def look_at_data(
     training, held_out = load_train_and_eval(config, tokenizer, limit, seed)
     if subject is not None:
         check_tokens(subject.skeleton, tokenizer, training.examples, held_out.examples)
-    twice = overlap(training.distinct, held_out.facts)
+    assert training.overlap is not None, "loading counts it"
     twins = _twins(training, held_out)
     chosen = _chosen(training, held_out, rows, row)
     return DataReport(
@@ -143,20 +143,20 @@ def look_at_data(
         training=_part(training),
         held_out=_part(held_out),
         lengths=histogram(training.facts),
-        overlap=twice,
+        overlap=training.overlap,
         twins=twins,
         notes=[
             *joint_notes(config, tokenizer),
-            *_notes(training, held_out, twice, config.eos),
+            *_notes(training, held_out, config.eos),
             *_near_note(twins, held_out.row_count),
         ],
         rows=[shown_row(one, tokenizer, is_held_out) for one, is_held_out in chosen],
     )
 
 
-def _notes(training: EncodedData, held_out: EncodedData, twice: Overlap, eos: bool) -> list[str]:
+def _notes(training: EncodedData, held_out: EncodedData, eos: bool) -> list[str]:
     """Return all that training says of the data beside its counts."""
-    found = data_notes(training, held_out, twice, eos) + training.remark_lines()
+    found = [*data_notes(training, held_out, eos), *training.remark_lines(), *training.notes]
     found += [f"held out: {line}" for line in held_out.remark_lines()]
     if training.dropped_rows:
         found.append(f"{training.dropped_rows:,} training rows that were there twice are dropped")
@@ -179,9 +179,11 @@ def _twins(training: EncodedData, held_out: EncodedData) -> list[Twin]:
 def _near_note(twins: list[Twin], held_out: int) -> list[str]:
     if not twins:
         return []
-    some = "; ".join(
-        f"of {one.held_out} {one.share:.0%} is that of {one.training}" for one in twins[:3]
-    )
+    pairs = [
+        (one.held_out.rpartition("/")[2], one.training.rpartition("/")[2], one.share)
+        for one in twins[:3]
+    ]
+    some = "; ".join(f"{share:.0%} of {tested} is in {row}" for tested, row, share in pairs)
     return [f"{len(twins):,} of {held_out:,} held-out rows are nearly a training row: {some}"]
 
 

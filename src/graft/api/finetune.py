@@ -187,7 +187,6 @@ def _carry_out(
         batching=prepared.batching,
         training=prepared.training,
         held_out=prepared.held_out,
-        overlap=prepared.overlap,
         steps=prepared.steps,
         learning_rate=prepared.learning_rate,
         trainable=sum(parameter.numel() for parameter in parameters.values()),

@@ -84,7 +84,7 @@ _SCHEDULE = (
 )
 _FOUR_BITS = "--method qlora trains LoRA on weights in 4-bit NormalFloat; --format says another one"
 _ATTENTION = f"graft chooses how attention is computed; {_LEAVE_OUT}"
-_TEXT = "a column of whole texts is called text; rename it in the file of --data"
+_TEXT = "give --columns text=COLUMN"
 _HELD_OUT = "give the share of the rows that is held out with --eval-fraction, 0 to 1"
 _METHOD = "give --method: lora, qlora, qalora, merge_aware, affine or full"
 _LAYERS = r"give --targets a regular expression, such as '.*layers\.(30|31)\..*'"
@@ -103,11 +103,15 @@ _STEPS = "give optimizer steps with --steps: batches divided by --grad-accum"
 
 INSTEAD: Mapping[str, str] = {
     # the data
-    "datasets": "give one file with --data",
+    "datasets": "give a file, a folder or a .yaml mixture of several with --data",
     "dataset_config": "give the file itself with --data",
     "dataset_text_field": _TEXT,
     "text_column": _TEXT,
     "prompt_template": "write prompt and completion into the rows of --data",
+    "template": "the tokenizer's chat template is taken; --chat-template names another one",
+    "chat_template_path": "give --chat-template FILE.jinja, or the name of one of the tokenizer's",
+    "streaming": f"rows lie on the disk and not in memory; {_LEAVE_OUT}",
+    "preprocessing_num_workers": f"graft reads the rows of --data itself; {_LEAVE_OUT}",
     "val_set_size": _HELD_OUT,
     "val_size": _HELD_OUT,
     "test_size": _HELD_OUT,

@@ -14,6 +14,7 @@ from graft.data.chat import chat_opening
 from graft.data.examples import Cutting, Example
 from graft.data.facts import Facts
 from graft.data.named import check_chosen
+from graft.data.overlap import Overlap
 from graft.data.render import render_opening, render_row
 from graft.data.rows import Row, RowProblems, Rows
 from graft.data.shapes.base import Rendered, Tokenizer, text_problem
@@ -46,25 +47,19 @@ class EncodedData:
     ignored_keys: tuple[str, ...] = ()
     dropped_rows: int = 0
     """Rows that were there twice, and were left out."""
+    overlap: Overlap | None = None
+    """Rows that are there twice, in training data; weights of a mixture are no repetition."""
     remarks: Mapping[str, int] = field(default_factory=dict)
     """What the user should know of rows (`Rendered.remarks`), and in how many of them."""
-
     notes: tuple[str, ...] = ()
     """What a user should know of how the rows were read."""
     skipped: Skipped | None = None
     """Bad rows that were passed over; None where they are refused."""
-    once: Sequence[Example] | None = None
-    """The examples without those that a mixture's weights repeat; None where it repeats none."""
 
     @cached_property
     def facts(self) -> Facts:
         """What is asked of all examples at once."""
         return facts_of(self.examples)
-
-    @cached_property
-    def distinct(self) -> Facts:
-        """What is asked of all examples, each once."""
-        return self.facts if self.once is None else facts_of(self.once)
 
     @cached_property
     def row_count(self) -> int:

@@ -10,7 +10,7 @@ from graft.data.bulk import Listener, encoded_file
 from graft.data.config import DataConfig
 from graft.data.encode import EncodedData, check_tokenizer
 from graft.data.mixing import weighted
-from graft.data.overlap import without_duplicates
+from graft.data.overlap import overlap, without_duplicates
 from graft.data.shapes.base import Tokenizer
 from graft.data.sources.places import weights_of
 from graft.data.split import held_out_examples
@@ -87,9 +87,9 @@ def load_train_and_eval(
         train, held_out = found
     if config.deduplicate:
         train = _deduplicated(train, held_out, config)
+    train = replace(train, overlap=overlap(train.facts, held_out.facts))
     if weights := weights_of(config.data):
-        often = weighted(train.examples, weights, seed)
-        train = replace(train, examples=often, once=train.examples)
+        train = replace(train, examples=weighted(train.examples, weights, seed))
     if not train.examples:
         raise GraftError(f"{config.data}: its weights leave no row to train on; give larger ones")
     if config.eos and train.eos_rows == 0:

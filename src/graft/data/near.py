@@ -22,6 +22,8 @@ MOST_TRAINING = 200_000
 """Training examples that they are compared with."""
 
 _FEWEST_RUNS = 6
+_OWN = 0.1
+"""Share of a row's runs that must be its own for the row to be judged."""
 _COMMON = 0.02
 """Share of the held-out rows from which on a run is their template and nobody's own."""
 _LOT = 1024
@@ -88,12 +90,13 @@ def _own_runs(
     others: a sample of further rows, which share their template.
     """
     runs, owners = _runs_of(rows)
+    totals = np.bincount(owners, minlength=len(rows))
     for sample, found in ((rows, runs), (others, _runs_of(others)[0])):
         distinct, frequency = np.unique(found, return_counts=True)
         own = ~np.isin(runs, distinct[frequency > max(2.0, _COMMON * len(sample))])
         runs, owners = runs[own], owners[own]
     counts = np.bincount(owners, minlength=len(rows))
-    judged = counts[owners] >= _FEWEST_RUNS
+    judged = counts[owners] >= np.maximum(_FEWEST_RUNS, _OWN * totals[owners])
     return runs[judged], owners[judged], counts
 
 

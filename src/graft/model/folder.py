@@ -8,14 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import constants, hf_hub_download, snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
@@ -31,8 +23,9 @@ from graft.files.read import LARGE_JSON_BYTES, read_json, typed
 from graft.formats.base import WeightFormat
 from graft.formats.registry import parse_format
 from graft.model.foreign import check_counts, check_files
+from graft.model.hub import from_hub
 from graft.model.tokenizer_file import check_growth
-from graft.text import quoted, reason
+from graft.text import quoted
 from graft.understood import understood
 
 CONFIG_FILE = "config.json"
@@ -51,9 +44,6 @@ _WEIGHTS = "*.safetensors"
 _FETCHED = [_WEIGHTS, "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 """What is downloaded of a model on the hub: weights as safetensors alone."""
 
-_FILES = (".safetensors", ".gguf", ".bin", ".json", ".pt", ".pth")
-"""Endings of names that are files and no models on the hub."""
-
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
 _TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
@@ -65,7 +55,7 @@ def find_folder(model: str, config_alone: bool = False) -> Path:
     """
     folder = Path(model)
     if not folder.is_dir():
-        return _from_hub(model, [CONFIG_FILE] if config_alone else _FETCHED)
+        return from_hub(model, [CONFIG_FILE] if config_alone else _FETCHED)
     if not (folder / CONFIG_FILE).is_file():
         raise GraftError(f"{folder} has no {CONFIG_FILE}: it is no Hugging Face model folder")
     return folder
@@ -78,41 +68,10 @@ def find_text_folder(model: str) -> Path:
     """
     folder = Path(model)
     if not folder.is_dir():
-        return _from_hub(model, [pattern for pattern in _FETCHED if pattern != _WEIGHTS])
+        return from_hub(model, [pattern for pattern in _FETCHED if pattern != _WEIGHTS])
     if not any((folder / name).is_file() for name in (CONFIG_FILE, *_TOKENIZER_FILES)):
         raise GraftError(f"{folder} has neither {' nor '.join((CONFIG_FILE, *_TOKENIZER_FILES))}")
     return folder
-
-
-def _from_hub(model: str, fetched: list[str]) -> Path:
-    """Return the folder that holds the files of a hub id whose names match some pattern."""
-    no_id = f"there is no folder {quoted(model)}, and it is no hub id (owner/name, or a name alone)"
-    if model.startswith((".", "/", "~")) or model.endswith(_FILES):
-        raise GraftError(no_id)
-    try:
-        if fetched == [CONFIG_FILE]:
-            return Path(hf_hub_download(model, CONFIG_FILE)).parent
-        return Path(snapshot_download(model, allow_patterns=fetched))
-    except HFValidationError as error:
-        raise GraftError(no_id) from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise GraftError(
-            f"there is no folder {quoted(model)} here, the hub's cache "
-            f"({constants.HF_HUB_CACHE}) has no model of that id, and {_why_not(error)}\n"
-            "give --model the path of a folder with config.json, tokenizer and safetensors, or, "
-            "where there is a network, the id of a model on the hub: owner/name, or gpt2"
-        ) from error
-
-
-def _why_not(error: Exception) -> str:
-    """Return why the hub gave nothing."""
-    if constants.HF_HUB_OFFLINE:
-        return "the hub is not asked, as HF_HUB_OFFLINE is set"
-    if isinstance(error, GatedRepoError):
-        return "the hub wants its conditions accepted there, and a token (hf auth login)"
-    if isinstance(error, RepositoryNotFoundError):
-        return "the hub has none either, or none for you without a token (hf auth login)"
-    return f"the hub cannot be reached or has it not: {reason(error)}"
 
 
 def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:

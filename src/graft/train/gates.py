@@ -46,9 +46,11 @@ def share_note(data: EncodedData) -> str | None:
     )
 
 
-def overlap_note(found: Overlap, training_rows: int, held_out_rows: int) -> str | None:
+def overlap_note(found: Overlap | None, training_rows: int, held_out_rows: int) -> str | None:
     """Return what to say of rows that are there twice, where it changes what a run is worth."""
-    said = []
+    said: list[str] = []
+    if found is None:
+        return None
     if found.held_out_trained:
         said.append(
             f"{found.held_out_trained:,} of {held_out_rows:,} held-out rows are trained too (but "
@@ -59,14 +61,12 @@ def overlap_note(found: Overlap, training_rows: int, held_out_rows: int) -> str 
     return "; ".join(said) + "; --deduplicate trains none of them twice" if said else None
 
 
-def data_notes(
-    training: EncodedData, held_out: EncodedData, twice: Overlap, eos: bool
-) -> list[str]:
+def data_notes(training: EncodedData, held_out: EncodedData, eos: bool) -> list[str]:
     """Return all that there is to say of data before they are trained on; nothing is wrong."""
     found = (
         eos_note(training, eos),
         share_note(training),
-        overlap_note(twice, training.row_count, held_out.row_count),
+        overlap_note(training.overlap, training.row_count, held_out.row_count),
     )
     read = dict.fromkeys((*training.notes, *held_out.notes))
     return [*read, *(note for note in found if note is not None)]

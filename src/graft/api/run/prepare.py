@@ -23,7 +23,6 @@ from graft.data.encode import EncodedData
 from graft.data.joint import joint_notes
 from graft.data.load import load_train_and_eval
 from graft.data.named import choose_template
-from graft.data.overlap import Overlap, overlap
 from graft.data.shapes.registry import SHAPES
 from graft.errors import Problems
 from graft.formats.base import WeightFormat
@@ -60,7 +59,6 @@ class Prepared:
     batching: str
     """How the rows become tensors, and what that saves, in words."""
     watched: Watched
-    overlap: Overlap
 
 
 def prepare(
@@ -111,12 +109,11 @@ def prepare(
     first = training.examples[0]
     row = one_line(pieces_of(first, tokenizer))
     events.note(f"the first training row ({first.where}), [trained] in brackets: {row}")
-    twice = overlap(training.distinct, held_out.facts)
-    for text in data_notes(training, held_out, twice, config.eos):
+    for text in data_notes(training, held_out, config.eos):
         events.note(text)
     both = training, held_out
     return _resolved(
-        config, subject, weight_format, targets, both, seen, twice, events, dense_steps, unrounded
+        config, subject, weight_format, targets, both, seen, events, dense_steps, unrounded
     )
 
 
@@ -143,7 +140,6 @@ def _resolved(
     targets: list[str],
     data: tuple[EncodedData, EncodedData],
     seen: Watched,
-    twice: Overlap,
     events: Events,
     dense_steps: int | None,
     unrounded: int,
@@ -204,5 +200,4 @@ def _resolved(
         plan=plan,
         batching=batches.words,
         watched=seen,
-        overlap=twice,
     )

@@ -134,7 +134,6 @@ def make_report(
     batching: str,
     training: EncodedData,
     held_out: EncodedData,
-    overlap: Overlap,
     steps: int,
     learning_rate: float,
     trainable: int,
@@ -163,6 +162,7 @@ def make_report(
         title=method_of(config).title(config),
         model=config.model,
         **base_facts(config.model, base),
+        **_twice(training.overlap),
         steps=steps,
         steps_done=trained.step,
         learning_rate=learning_rate,
@@ -190,9 +190,6 @@ def make_report(
         training_rows=len(training.examples),
         training_tokens=training.total_tokens,
         trained_tokens=training.target_tokens,
-        repeated_rows=overlap.repeated,
-        held_out_rows_trained=overlap.held_out_trained,
-        held_out_prompts_trained=overlap.prompts_trained,
         held_out_rows=len(held_out.examples),
         data_fingerprint=fingerprint(config.data),
         held_out_fingerprint=None if config.eval_data is None else fingerprint(config.eval_data),
@@ -252,6 +249,17 @@ def trained_words(report: RunReport) -> str:
         return "not counted"
     share = report.trained_tokens / report.training_tokens
     return f"{share:.0%} ({report.trained_tokens:,} of {report.training_tokens:,})"
+
+
+def _twice(found: Overlap | None) -> dict[str, Any]:
+    """Return the fields of the report on rows that are there twice."""
+    if found is None:
+        return {}
+    return {
+        "repeated_rows": found.repeated,
+        "held_out_rows_trained": found.held_out_trained,
+        "held_out_prompts_trained": found.prompts_trained,
+    }
 
 
 def overlap_words(report: RunReport) -> str:
