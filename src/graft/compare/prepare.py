@@ -54,7 +54,7 @@ from graft.text import printable, quoted
 from graft.train.schedule import steps_to_train
 
 SETTINGS = "settings.json"
-_MAY_CHANGE = ("contenders", "bits", "seeds", "keep", "out")
+_MAY_CHANGE = ("contenders", "bits", "seeds", "keep", "out", "cache")
 _PROMPTS = 32
 _SPLIT_SEED = 0
 _DEPLOYED = "int"

@@ -62,7 +62,7 @@ _RESULTS = (ADAPTER, MODEL, REPORT, REPORT_TEXT, PLOTS)
 _MAY_CHANGE = (
     *("export", "eval_every", "eval_epochs", "save_every", "save_minutes", "checkpoints"),
     *("keep", "patience", "min_improvement", "samples", "track"),
-    *("checkpointing", "device", "trust_remote_code"),
+    *("checkpointing", "device", "trust_remote_code", "cache"),
 )
 """Settings that a resumed run need not share with the part before."""
 _LOOKED_AT = ("out", "resume", "steps", "epochs")
