@@ -193,6 +193,12 @@ def test_what_windows_writes_is_recognised(tmp_path, encoding, name, content, wa
     assert [row.fields["text"] for row in rows.rows] == wanted
 
 
+def test_files_that_were_put_together_have_marks_in_the_middle(tmp_path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('\ufeff{"text": "a"}\n\ufeff{"text": "\ufeffb"}\n', encoding="utf-8")
+    assert [row.fields["text"] for row in read_rows(path).rows] == ["a", "\ufeffb"]
+
+
 def test_utf_16_is_recoded_across_pieces_and_told_where_it_is_broken(tmp_path) -> None:
     path = tmp_path / "a.txt"
     text = "".join(f"𝄞 {n} Ω\n\n" for n in range(200_000))

@@ -21,6 +21,8 @@ _ANSWERED = (
     *("summary", "highlight", "translation", "code"),
 )
 _TEXTS = ("text", "content", "body", "document", "story", "sentence", "code", "raw_content")
+_LOOKED_AT = 1000
+"""Names among which the nearest is looked for, which takes long for each."""
 _DEPTH = 3
 """Levels at which a column is looked for, to name it in a message."""
 
@@ -237,7 +239,7 @@ def _at(row: Mapping[str, Any], path: str) -> Any:
 def _near(name: str, known: Iterable[str]) -> str:
     """Return the nearest of some names, and some of all of them."""
     names = list(known)
-    near = did_you_mean(name, names)
+    near = did_you_mean(name, names[:_LOOKED_AT])
     return (
         f"{near} (there are: {listed(names, 20)})"
         if near.startswith("; did")

@@ -42,7 +42,8 @@ def read_jsonl(stream: Stream, keys: object = None) -> Iterator[Record]:
 
 def _line(values: Values, where: str, text: str) -> Record | None:
     """Return the value of a line, or None for a blank one."""
-    begin = len(text) - len(text.lstrip(_WHITE))
+    # A byte order mark begins a line where files were put together.
+    begin = len(text) - len(text.lstrip(f"{_WHITE}\ufeff"))
     if begin == len(text):
         return None
     try:

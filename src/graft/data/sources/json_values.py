@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,8 +49,8 @@ class Values:
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            self._doubled += (name for name in found if names.count(name) > 1)
+            counts = Counter(name for name, _ in pairs)
+            self._doubled.append(next(name for name, count in counts.items() if count > 1))
         return found
 
     def _column_by_column(self, text: str, begin: int) -> tuple[Any, Mapping[str, str], int]:

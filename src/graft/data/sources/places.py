@@ -113,12 +113,12 @@ def _mixture(path: Path, given: Source) -> list[Source]:
             if one.is_mixed:
                 raise GraftError(f"{path}: {part.data} is a mixture itself; name its sources here")
             found.append(replace(one, weight=part.weight, is_mixed=True))
-    names = [os.path.realpath(one.name) for one in found]
-    for number, name in enumerate(names):
-        if name in names[:number]:
-            raise GraftError(
-                f"{path}: {found[number].name} is there twice; give it once, with a weight"
-            )
+    seen: set[str] = set()
+    for one in found:
+        name = os.path.realpath(one.name)
+        if name in seen:
+            raise GraftError(f"{path}: {one.name} is there twice; give it once, with a weight")
+        seen.add(name)
     return found
 
 
