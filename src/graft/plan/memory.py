@@ -33,6 +33,9 @@ HEAP_SHARE = 0.15
 next (`reuse_freed_memory`): a constant, a number of times the buffers of the layer at work, and a
 share of the activations. Found by benchmarks/plan.py, which says how well it fits."""
 
+HEAP_UNEVEN = 30 * 2**20
+"""The same of packed rows, whose batches all differ in size."""
+
 USABLE_MEMORY = 0.8
 """Share of the memory that is free which `checkpointing` "auto" plans to use."""
 
@@ -234,6 +237,8 @@ def _plan(
     weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
     held = process + weights + states
     heap = _heap_bytes(planned, tokens, activations)
+    if heap and tokens < padded:
+        heap += HEAP_UNEVEN
     backward = max(loss, activations.recomputed_bytes + workspace)
     dtype = str(planned.dtype).removeprefix("torch.")
     kept_note = f"kept, {shape}, checkpointing {checkpointing}"

@@ -19,7 +19,7 @@ from graft.data.batches import Batch
 from graft.data.examples import Example
 from graft.data.sampler import make_sampler
 from graft.files.write import flush, unwritable, write_text
-from graft.model.running.memory import resident_bytes
+from graft.model.running.memory import give_back_freed, resident_bytes
 from graft.model.save import save_tensors
 from graft.objectives.base import LossResult, Objective
 from graft.optimizers.base import OptimizerKind
@@ -157,6 +157,8 @@ class _Loop:
         self.last: Metrics = {}
         self.evaluated = -1
         """The step after which the last evaluation was made."""
+        self.largest = 0
+        """Tokens of the largest batch so far, padding included."""
         self.saved, self.saved_at = 0, time.monotonic()
         self.moment = self._now(0)
 
@@ -213,6 +215,10 @@ class _Loop:
         rows = [next(self.sampler) for _ in range(self.config.grad_accum)]
         examples = [[self.task.examples[row] for row in numbers] for numbers in rows]
         batches = [self._batch(some) for some in examples]
+        largest = max(batch.input_ids.numel() for batch in batches)
+        if largest > self.largest:
+            self.largest = largest
+            give_back_freed(self.device)
         targets = sum(batch.targets for batch in batches)
         loss, sums = 0.0, Metrics()
         for index, batch in enumerate(batches):
@@ -278,6 +284,7 @@ class _Loop:
         if not due or self.evaluated == step:
             return
         self.task.model.eval()
+        give_back_freed(self.device)
         result = self.task.evaluate()
         self.task.model.train()
         metrics = self.task.objective.evaluation(result)

@@ -25,6 +25,7 @@ from graft.evaluate.samples import continuations
 from graft.files.read import LARGE_JSON_BYTES, passing_damage, read_text
 from graft.files.write import write_text
 from graft.model.load import LoadedModel
+from graft.model.running.memory import give_back_freed
 from graft.train.metrics import Metrics
 from graft.train.trackers import TRACKERS, Tracker, Watchers
 
@@ -64,6 +65,7 @@ class Watching:
         """Return how far the model has moved on the general text; None where that is not known."""
         if self._reference is None:
             return None
+        give_back_freed(self._loaded.model.device)
         try:
             return measure_drift(self._loaded.model, self._reference, self._tokens_at_once())
         except GraftError as error:  # no reason to lose what was trained

@@ -32,6 +32,16 @@ def reuse_freed_memory() -> bool:
     return all([mallopt(option, value) == 1 for option, value in settings])
 
 
+def give_back_freed(device: torch.device) -> None:
+    """Let the system have what was freed, gaps included; what is in use stays as it is.
+
+    Buffers that are larger than all before fit into no gap: without this they would come on top of
+    what the gaps hold.
+    """
+    if device.type == "cpu" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def resident_bytes(device: torch.device) -> int:
     """Return the memory in use now: of the GPU for a CUDA device, else of the process."""
     if device.type == "cuda":
@@ -80,7 +90,6 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+    give_back_freed(device)
     with suppress(OSError):  # not there, or not ours to write
         Path("/proc/self/clear_refs").write_text("5")  # of proc(5): VmHWM is what is resident now
