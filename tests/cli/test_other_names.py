@@ -113,6 +113,19 @@ def test_target_modules_as_any_tool_writes_them(words: str) -> None:
     assert config.targets == ("q_proj", "v_proj")
 
 
+def test_a_data_set_without_a_file_is_one_of_the_hub(tmp_path: Path) -> None:
+    rest = {"model": "m", "out": "o"}
+    for name in ("dataset", "dataset-name"):
+        assert given(*words_of(rest), f"--{name}", "openai/gsm8k").data == "hub:openai/gsm8k"
+        assert given(*words_of(rest), f"--{name}=rows.jsonl").data == "rows.jsonl"
+        assert given(*words_of(rest), f"--{name}", str(tmp_path)).data == str(tmp_path)
+        assert given(*words_of(rest), f"--{name}", "hub:x").data == "hub:x"
+    file = tmp_path / "run.yaml"
+    file.write_text("dataset_name: openai/gsm8k\nmodel: m\nout: o\n")
+    assert given(str(file)).data == "hub:openai/gsm8k"
+    assert given(*words_of(rest), "--train_file", "rows").data == "rows"
+
+
 def test_values_that_mean_something_special_elsewhere() -> None:
     for words in (["--target_modules", "all-linear"], ["--max_steps", "-1"]):
         with pytest.raises(UsageError, match="leave it out"):

@@ -240,7 +240,7 @@ def _chosen(
         (data.examples[number], is_held_out)
         for data, is_held_out in ((training, False), (held_out, True))
         for number, place in enumerate(places_of(data.examples))
-        if place.rpartition(":")[2] == str(row)
+        if place.rpartition(":")[2].removeprefix("row ") == str(row)
     ]
     if not found:
         last = training.examples[-1].where

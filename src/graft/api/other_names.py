@@ -9,6 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from graft.data.sources.hub import HUB
 
 SAME: Mapping[str, str] = {
     # the model and the data
@@ -277,11 +280,14 @@ def refused_value(ours: str, values: Sequence[str]) -> str | None:
     return next((special[value] for value in values if value in special), None)
 
 
-def split_names(ours: str, values: Sequence[str]) -> list[str]:
-    """Return the values of a list that other tools take as one word: q_proj,v_proj or [q, v].
+def values_here(theirs: str, ours: str, values: Sequence[str]) -> list[str]:
+    """Return values under another tool's name as ours are written.
 
-    A regular expression, in which a comma may stand, is left as it is.
+    A list of layers may be one word there, q_proj,v_proj or [q, v]; a regular expression, in which
+    a comma may stand, is left as it is. A data set without a file is one of the hub.
     """
+    if canonical(theirs.lstrip("-")) in _ON_THE_HUB:
+        return [value if _is_file(value) else f"{HUB}{value}" for value in values]
     if ours != "targets":
         return list(values)
     found: list[str] = []
@@ -290,6 +296,14 @@ def split_names(ours: str, values: Sequence[str]) -> list[str]:
         parts = [value] if set("{}[]()\\") & set(inner) else inner.split(",")
         found += [part for part in (one.strip("'\" ") for one in parts) if part]
     return found
+
+
+_ON_THE_HUB = ("dataset", "dataset_name")
+
+
+def _is_file(value: str) -> bool:
+    """Return whether data are named by their place, and not by their name on the hub."""
+    return value.startswith(HUB) or bool(Path(value).suffix) or Path(value).exists()
 
 
 def understood_note(pairs: Mapping[str, str]) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin, get_type_hints
 
-from graft.api.other_names import answer, refused_value, split_names
+from graft.api.other_names import answer, refused_value, values_here
 from graft.entries import Entries
 from graft.errors import nearest, raise_problems
 from graft.files.read import read_yaml
@@ -66,7 +66,7 @@ def check_settings(
                 problems.append(f"{key} is {quoted(value)}: {instead}")
                 continue
             if isinstance(value, str):
-                parts = split_names(name, [value])
+                parts = values_here(str(key), name, [value])
                 value = parts if len(parts) > 1 else parts[0] if parts else value
         if name in keys:
             problems.append(f"{keys[name]} and {key} are the same setting; give one of them")

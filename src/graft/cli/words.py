@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from graft.api.other_names import Answer, answer, canonical, refused_value, split_names
+from graft.api.other_names import Answer, answer, canonical, refused_value, values_here
 from graft.cli.fields import YES_OR_NO, Flag
 from graft.errors import nearest
 from graft.text import quoted
@@ -125,7 +125,7 @@ class _Splitter:
         ours = option(flag.name)
         if foreign:
             self.given.understood[typed] = ours
-            values = split_names(flag.name, values)
+            values = values_here(typed, flag.name, values)
             if (instead := refused_value(flag.name, values)) is not None:
                 self.given.problems.append(f"{typed} {values[0]}: {instead}")
                 return
