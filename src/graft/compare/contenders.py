@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 from graft.adapters.registry import METHODS
 from graft.api.config import TrainConfig
 from graft.calibrate.registry import SOLVERS
 from graft.compare.config import CompareConfig
+from graft.data.config import DataConfig
 from graft.errors import did_you_mean, raise_problems
 from graft.formats.config import WIDTHS
 
@@ -81,21 +82,13 @@ class Training:
     def config(self, config: CompareConfig, out: str) -> TrainConfig:
         """Return the settings of the run in the folder `out`."""
         method = self.contender.method
+        data = {one.name: getattr(config, one.name) for one in fields(DataConfig)}
         return TrainConfig(
             model=config.model,
             dtype=config.dtype,
             device=config.device,
             trust_remote_code=config.trust_remote_code,
-            data=config.data,
-            eval_data=config.eval_data,
-            eval_fraction=config.eval_fraction,
-            columns=config.columns,
-            data_format=config.data_format,
-            skip_bad_rows=config.skip_bad_rows,
-            max_length=config.max_length,
-            eos=config.eos,
-            separator=config.separator,
-            chat_template=config.chat_template,
+            **data,
             method=method,
             rank=config.rank,
             alpha=config.alpha,

@@ -301,8 +301,9 @@ def _make_folder(config: CompareConfig, settings: Mapping[str, Any], data: _Data
         train, held_out = out / "data" / "train.jsonl", out / "data" / "heldout.jsonl"
         _write_rows(train, _rows(config, data.training.examples))
         _write_rows(held_out, _rows(config, data.held_out.examples))
-        config = dataclasses.replace(config, data=str(train), eval_data=str(held_out))
-        config = dataclasses.replace(config, columns=(), data_format=None)
+        config = dataclasses.replace(
+            config, data=str(train), eval_data=str(held_out), columns=(), data_format=None
+        )
     return config
 
 
