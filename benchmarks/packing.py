@@ -35,7 +35,7 @@ from graft.adapters.config import AdapterConfig
 from graft.data.batches import Batch, collate, pack
 from graft.data.examples import Example
 from graft.data.sampler import BatchSampler, measure_batches
-from graft.data.store import facts_of
+from graft.data.storage.store import facts_of
 from graft.formats.registry import make_format
 from graft.model.load import load_model
 from graft.model.running.attention import use_own_attention

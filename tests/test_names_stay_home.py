@@ -72,7 +72,7 @@ EXCUSED = {
     ("adapters/merge_aware.py", "LatentFormat"): "the format that this method trains in",
     ("data/sources/text_file.py", "text"): "the row of a plain text file",
     ("data/sources/files.py", "text"): "a value of --data-format",
-    ("data/contents.py", "text"): "a type of the parts that a content may have",
+    ("data/conversations/contents.py", "text"): "a type of the parts that a content may have",
     ("data/chat.py", "messages"): "messages are handed on as those of a row",
 }
 """Where a name is known elsewhere, and why: (file or folder, name)."""

@@ -13,7 +13,7 @@ import pytest
 from graft.api.data import histogram
 from graft.cli.main import main
 from graft.data.examples import Example
-from graft.data.store import facts_of
+from graft.data.storage.store import facts_of
 from graft.model.pieces import one_line, pieces_of, visible
 
 NASTY = '<script>alert(1)</script> \x1b[31m & "quoted"\u202e'

@@ -9,11 +9,11 @@ import signal
 import pytest
 
 from graft.data import bulk
-from graft.data.bulk import encoded_file
 from graft.data.config import DataConfig
 from graft.data.encode import encode_rows
 from graft.data.rows import read_rows
-from graft.data.store import Stored
+from graft.data.storage.bulk import encoded_file
+from graft.data.storage.store import Stored
 from graft.errors import GraftError
 
 CHATML = (

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from graft.data import bulk, cache
-from graft.data.bulk import encoded_file
-from graft.data.cache import NO_MATTER, entry_key
 from graft.data.config import DataConfig
+from graft.data.storage.bulk import encoded_file
+from graft.data.storage.cache import NO_MATTER, entry_key
 from graft.errors import GraftError
 
 _OTHERS = {"columns": ("prompt=prompt",), "data_format": "jsonl"}

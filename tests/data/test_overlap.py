@@ -13,12 +13,12 @@ import pytest
 
 from graft.data.config import DataConfig
 from graft.data.encode import EncodedData
-from graft.data.facts import Facts
-from graft.data.keys import Keys, keys_of
 from graft.data.load import load_train_and_eval
 from graft.data.overlap import Overlap, overlap, without_duplicates
 from graft.data.shapes.base import Rendered
-from graft.data.store import Stored, facts_of, packed, write_batches
+from graft.data.storage.facts import Facts
+from graft.data.storage.keys import Keys, keys_of
+from graft.data.storage.store import Stored, facts_of, packed, write_batches
 from graft.errors import GraftError
 from graft.train.gates import overlap_note, share_note
 

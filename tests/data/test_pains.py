@@ -26,12 +26,12 @@ from graft.data.batches import IGNORED, PackedBatch, collate, pack
 from graft.data.config import DataConfig
 from graft.data.encode import EncodedData, encode_chat, encode_prompt
 from graft.data.examples import Example
-from graft.data.keys import keys_of
 from graft.data.load import load_train_and_eval
 from graft.data.overlap import overlap
 from graft.data.sampler import BatchSampler
 from graft.data.shapes.base import Rendered
-from graft.data.store import Stored, packed, write_batches
+from graft.data.storage.keys import keys_of
+from graft.data.storage.store import Stored, packed, write_batches
 from graft.errors import GraftError
 from graft.model.load import load_model
 from graft.model.running.attention import use_own_attention

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graft.data.examples import Example
-from graft.data.facts import columns_of
-from graft.data.store import Chosen, Stored, facts_of, packed, places_of, write_batches
+from graft.data.storage.facts import columns_of
+from graft.data.storage.store import Chosen, Stored, facts_of, packed, places_of, write_batches
 
 PATH = "data.jsonl"
 

@@ -9,7 +9,7 @@ import pytest
 import graft
 from graft.data import bulk
 from graft.data.load import load_train_and_eval
-from graft.data.store import Chosen, Stored
+from graft.data.storage.store import Chosen, Stored
 
 
 def trained(base: Path, rows: Path, out: Path) -> tuple[bytes, str]:

@@ -9,15 +9,15 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from graft.data.config import DataConfig
+from graft.data.conversations.named import choose_template
 from graft.data.encode import EncodedData
 from graft.data.examples import Example
-from graft.data.facts import Facts
 from graft.data.joint import joint_notes
 from graft.data.load import load_train_and_eval, resolve_max_length
-from graft.data.named import choose_template
 from graft.data.near import near_rows
 from graft.data.overlap import Overlap
-from graft.data.store import places_of
+from graft.data.storage.facts import Facts
+from graft.data.storage.store import places_of
 from graft.errors import GraftError
 from graft.model.folder import CONFIG_FILE, find_text_folder, read_config, read_tokenizer
 from graft.model.pieces import Piece, pieces_of

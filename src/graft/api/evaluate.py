@@ -8,10 +8,10 @@ from typing import Any
 
 from graft.api.run.folder import PromptStyle, load_any, prompt_style
 from graft.data.config import DataConfig
+from graft.data.conversations.named import choose_template
 from graft.data.encode import encode_chat, encode_prompt
 from graft.data.examples import Example
 from graft.data.load import load_examples, resolve_max_length
-from graft.data.named import choose_template
 from graft.evaluate.generate import OnText, generate_text
 from graft.evaluate.loss import evaluate_loss
 from graft.model.load import LoadedModel

@@ -32,10 +32,10 @@ from graft.compare.contenders import (
     parse_contenders,
     trainings,
 )
+from graft.data.conversations.named import choose_template
 from graft.data.encode import EncodedData, encode_prompt
 from graft.data.examples import Example
 from graft.data.load import load_train_and_eval
-from graft.data.named import choose_template
 from graft.data.rows import Reading, Row, read_rows
 from graft.data.shapes.registry import SHAPES
 from graft.data.sources.places import fingerprint

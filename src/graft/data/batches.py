@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from graft.data.examples import Example
-from graft.data.store import facts_of
+from graft.data.storage.store import facts_of
 from graft.errors import GraftError
 
 IGNORED = -100

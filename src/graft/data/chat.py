@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from graft.data.dressing import forms_of
-from graft.data.messages import Conversation, read_conversation
-from graft.data.named import check_chosen
+from graft.data.conversations.dressing import forms_of
+from graft.data.conversations.messages import Conversation, read_conversation
+from graft.data.conversations.named import check_chosen
+from graft.data.conversations.skeleton import skeleton_of
+from graft.data.conversations.traces import find_traces, structure
+from graft.data.conversations.turns import FEW_ANSWERS, Found, Misplaced, Place, Render, find_places
 from graft.data.shapes.base import Rendered, Tokenizer, text_problem
-from graft.data.skeleton import skeleton_of
 from graft.data.templates import Renderer, render_within_bounds
-from graft.data.traces import find_traces, structure
-from graft.data.turns import FEW_ANSWERS, Found, Misplaced, Place, Render, find_places
 from graft.errors import GraftError, raise_problems
 from graft.text import listed, quoted
 

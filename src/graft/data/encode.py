@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from graft.data.chat import chat_opening
+from graft.data.conversations.named import check_chosen
 from graft.data.examples import Cutting, Example
-from graft.data.facts import Facts
-from graft.data.named import check_chosen
 from graft.data.overlap import Overlap
 from graft.data.render import render_opening, render_row
 from graft.data.rows import Row, RowProblems, Rows
 from graft.data.shapes.base import Rendered, Tokenizer, text_problem
 from graft.data.shapes.registry import SHAPES
 from graft.data.skipped import Skipped
-from graft.data.store import facts_of
+from graft.data.storage.facts import Facts
+from graft.data.storage.store import facts_of
 from graft.data.templates import rendering
 from graft.data.tokens import Encoder, check_fast
 from graft.errors import GraftError

@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from graft.data.keys import Keys, keys_of
 from graft.data.shapes.base import Rendered
+from graft.data.storage.keys import Keys, keys_of
 from graft.data.tokens import Tokens
 
 

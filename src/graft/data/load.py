@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from graft.data.bulk import Listener, encoded_file
 from graft.data.config import DataConfig
 from graft.data.encode import EncodedData, check_tokenizer
 from graft.data.mixing import weighted
@@ -14,7 +13,8 @@ from graft.data.overlap import overlap, without_duplicates
 from graft.data.shapes.base import Tokenizer
 from graft.data.sources.places import weights_of
 from graft.data.split import held_out_examples
-from graft.data.store import Chosen
+from graft.data.storage.bulk import Listener, encoded_file
+from graft.data.storage.store import Chosen
 from graft.errors import GraftError
 
 _DEFAULT_MAX_LENGTH = 1024

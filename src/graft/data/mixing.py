@@ -9,7 +9,7 @@ from itertools import groupby
 import numpy as np
 
 from graft.data.examples import Example
-from graft.data.store import Chosen, facts_of, places_of
+from graft.data.storage.store import Chosen, facts_of, places_of
 
 
 def weighted(

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graft.data.examples import Example
-from graft.data.facts import columns_of
+from graft.data.storage.facts import columns_of
 
 RUN = 8
 """Tokens of a run."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from graft.data.facts import Facts
+from graft.data.storage.facts import Facts
 
 
 @dataclass(frozen=True)

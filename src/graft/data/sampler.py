@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from graft.data.examples import Example
-from graft.data.store import facts_of
+from graft.data.storage.store import facts_of
 from graft.errors import GraftError
 
 Lengths = npt.NDArray[np.int32]

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graft.data.examples import Example
-from graft.data.store import facts_of
+from graft.data.storage.store import facts_of
 from graft.errors import raise_problems
 from graft.text import quoted
 

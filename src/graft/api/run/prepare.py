@@ -19,10 +19,10 @@ from graft.api.run.formats import base_format, exported_formats
 from graft.api.run.status import taken
 from graft.api.run.watched import Watched, watched
 from graft.data.chat import DEFAULT_CHAT_TEMPLATE
+from graft.data.conversations.named import choose_template
 from graft.data.encode import EncodedData
 from graft.data.joint import joint_notes
 from graft.data.load import load_train_and_eval
-from graft.data.named import choose_template
 from graft.data.shapes.registry import SHAPES
 from graft.errors import Problems
 from graft.formats.base import WeightFormat

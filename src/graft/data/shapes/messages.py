@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from graft.data.chat import chat_opening, render_chat
-from graft.data.messages import answer_problems, read_conversation, shown_text
+from graft.data.conversations.messages import answer_problems, read_conversation, shown_text
 from graft.data.shapes.base import Continuation, Rendered, RowShape, Tokenizer
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graft.data.contents import in_parts
+from graft.data.conversations.contents import in_parts
 from graft.data.templates import Renderer
 from graft.errors import GraftError
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from graft.data.cache import entry_key, keep, recall
 from graft.data.config import DataConfig
 from graft.data.encode import EncodedData, Encoding, RowEncoder, bad_rows
 from graft.data.examples import Example
-from graft.data.pool import Pool, cores
 from graft.data.rows import Reading, Row, RowStream
 from graft.data.shapes.base import Tokenizer
 from graft.data.sources.hub import HUB
 from graft.data.sources.places import sources_of
-from graft.data.store import Stored, packed, write_batches
+from graft.data.storage.cache import entry_key, keep, recall
+from graft.data.storage.pool import Pool, cores
+from graft.data.storage.store import Stored, packed, write_batches
 from graft.data.templates import placeholder, rendering, rendering_here
 from graft.errors import GraftError
 
@@ -241,7 +241,7 @@ def _data(examples: Sequence[Example], noted: Mapping[str, Any]) -> EncodedData:
 def _unpacked(reply: bytes) -> tuple[pa.RecordBatch, list[str], dict[str, int]]:
     import pyarrow as pa
 
-    from graft.data.store import schema
+    from graft.data.storage.store import schema
 
     head, _, body = reply.partition(b"\n")
     problems, remarks = json.loads(head)

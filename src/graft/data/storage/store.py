@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from graft.data.examples import Example
-from graft.data.facts import Facts, columns_of, joined
-from graft.data.keys import Keys
+from graft.data.storage.facts import Facts, columns_of, joined
+from graft.data.storage.keys import Keys
 
 if TYPE_CHECKING:
     import pyarrow as pa

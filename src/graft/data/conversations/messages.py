@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from graft.data.contents import PART
+from graft.data.conversations.contents import PART
+from graft.data.conversations.tools import call_problems, called, decoded_tools, template_variables
 from graft.data.shapes.base import text_problem, type_in_words
-from graft.data.tools import call_problems, called, decoded_tools, template_variables
 from graft.text import listed, quoted
 
 LOSS_KEYS = ("weight", "loss", "train", "training")

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graft.data.contents import Between, between, marked, places_of_contents
-from graft.data.turns import Found, Place, Render, find_places
+from graft.data.conversations.contents import Between, between, marked, places_of_contents
+from graft.data.conversations.turns import Found, Place, Render, find_places
 from graft.errors import GraftError
 
 _KEYS = {"role", "content"}

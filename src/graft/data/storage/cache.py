@@ -25,7 +25,7 @@ from graft.data.config import DataConfig
 from graft.data.rows import Reading
 from graft.data.shapes.base import Tokenizer
 from graft.data.sources.places import sources_of
-from graft.data.store import Stored, write_batches
+from graft.data.storage.store import Stored, write_batches
 from graft.errors import GraftError
 from graft.files.bounds import bound
 from graft.files.digest import cache_folder, check_digest, file_digest
@@ -112,7 +112,7 @@ def _tokenizer_digest(tokenizer: Tokenizer) -> str:
 def _code_digest() -> str:
     """Return a digest of all code that makes examples of rows, this package and others."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(read_bytes(path))
     for name in ("graft-llm", "jinja2", "numpy", "pyarrow", "tokenizers", "transformers"):
         with suppress(ModuleNotFoundError):

@@ -14,7 +14,7 @@ from itertools import pairwise
 from os.path import commonprefix
 from typing import Any
 
-from graft.data.contents import between, marked, places_of_contents, text_of
+from graft.data.conversations.contents import between, marked, places_of_contents, text_of
 from graft.errors import GraftError
 
 FEW_ANSWERS = 8
