@@ -52,7 +52,7 @@ def test_a_mixture_is_trained_without_its_bad_rows(tiny_base, sources, capfd):
     report = json.loads((run / "report.json").read_text())
     assert report["held_out_rows"] == 1
     assert report["training_rows"] in (11 * 2 + 12, 12 * 2 + 11)
-    assert report["overlap"]["repeated"] == 0, "what a weight repeats is no repetition"
+    assert report["repeated_rows"] == 0, "what a weight repeats is no repetition"
     with (sources / "mix.yaml").open("a") as file:
         file.write("# another mixture")
     resumed = ("train", "--resume", "--out", str(run), "--steps", "3")
