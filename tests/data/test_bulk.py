@@ -8,10 +8,10 @@ import signal
 
 import pytest
 
-from graft.data import bulk
 from graft.data.config import DataConfig
 from graft.data.encode import encode_rows
 from graft.data.rows import read_rows
+from graft.data.storage import bulk
 from graft.data.storage.bulk import encoded_file
 from graft.data.storage.store import Stored
 from graft.errors import GraftError

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from graft.data import bulk, cache
 from graft.data.config import DataConfig
+from graft.data.storage import bulk, cache
 from graft.data.storage.bulk import encoded_file
 from graft.data.storage.cache import NO_MATTER, entry_key
 from graft.errors import GraftError

@@ -9,7 +9,8 @@ from chat_families import ALL, CHATML, GEMMA, LLAMA3, MISTRAL, PHI, QWEN2, QWEN3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from graft.data import chat, turns
+from graft.data import chat
+from graft.data.conversations import turns
 from graft.data.shapes.messages import MESSAGES
 from graft.errors import GraftError
 

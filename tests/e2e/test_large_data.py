@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import graft
-from graft.data import bulk
 from graft.data.load import load_train_and_eval
+from graft.data.storage import bulk
 from graft.data.storage.store import Chosen, Stored
 
 
