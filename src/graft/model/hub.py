@@ -29,7 +29,10 @@ def from_hub(model: str, fetched: Sequence[str]) -> Path:
 
     They are downloaded unless the hub's cache has them. Raises GraftError when they are nowhere.
     """
-    no_id = f"there is no folder {quoted(model)}, and it is no hub id (owner/name, or a name alone)"
+    no_id = (
+        f"there is no folder {quoted(model)}, and it is no hub id of form owner/name, or of a name "
+        "alone"
+    )
     if model.startswith((".", "/", "~")) or model.endswith(_FILES):
         raise GraftError(no_id)
     cached = constants.HF_HUB_OFFLINE or not _has_network()
@@ -64,9 +67,9 @@ def _why_not(error: Exception, cached: bool) -> str:
     if constants.HF_HUB_OFFLINE:
         return "the hub is not asked, as HF_HUB_OFFLINE is set"
     if cached:
-        return "the hub cannot be asked, as there is no network"
+        return "the hub has it not or cannot be reached (there is no network)"
     if isinstance(error, GatedRepoError):
         return "the hub wants its conditions accepted there, and a token (hf auth login)"
     if isinstance(error, RepositoryNotFoundError):
         return "the hub has none either, or none for you without a token (hf auth login)"
-    return f"the hub cannot be reached or has it not: {reason(error)}"
+    return f"the hub has it not or cannot be reached: {reason(error)}"
