@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from graft.data.rows import Reading, read_rows
-from graft.data.shapes.turns import as_messages, as_tools
+from graft.data.shapes.turns import as_messages
 from graft.errors import GraftError
 
 ASK = {"role": "user", "content": "q"}
@@ -17,8 +17,6 @@ SAY = {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
 TALK = {"messages": [ASK, SAY]}
 UNTRAINED = {**SAY, "weight": 0}
-TOOL = {"name": "f", "description": "d", "parameters": {}}
-CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
 def _calls(*turns: tuple[str, str]) -> list[dict[str, str]]:
@@ -175,12 +173,10 @@ def test_calls_of_functions_and_their_answers_become_messages():
     turns = _calls(("human", "q"), ("function_call", call), ("observation", "o"), ("gpt", "a"))
     assert as_messages(turns) == [
         ASK,
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": [json.loads(call)]},
         {"role": "tool", "content": "o"},
         SAY,
     ]
-    assert as_tools(json.dumps([TOOL])) == [{"type": "function", "function": TOOL}]
-    assert as_tools(" ") is as_tools(None) is as_tools("[]") is None
 
 
 @pytest.mark.parametrize(
@@ -192,7 +188,7 @@ def test_calls_of_functions_and_their_answers_become_messages():
         ),
         (
             {"conversations": _calls(("human", "q"), ("gpt", "a")), "tools": "[oops"},
-            "'tools' is no valid JSON",
+            "'tools' is a string that is no JSON",
         ),
         ({"messages": [SYSTEM, ASK, SAY], "system": "t"}, "'system' is another text than"),
         ({"instruction": "q", "output": "a", "history": "h"}, "'history' is no list of pairs"),
@@ -211,6 +207,12 @@ def test_calls_of_functions_and_their_answers_become_messages():
         ({"conversations": None}, "of which 'conversations' is null, and no conversation"),
         ({"question": "q", "answer": 42}, "'completion' (column 'answer') is of type int"),
         ({"instruction": "q", "response": ""}, "'output' (column 'response') is empty"),
+        ({"conversations": []}, "'messages' (column 'conversations') is an empty list"),
+        ({"chosen": [ASK, SAY], "rejected": [ASK, SAY]}, "'chosen' has nothing that 'rejected'"),
+        (
+            {"conversations": _calls(("human", "q"), ("tool_call", '{"name": "f", "args": {}}'))},
+            "message 2: tool call 1: its arguments stand under 'args'; name that key 'arguments'",
+        ),
         ({"a": "x", "b": "y", "c": "z"}, "name the columns, as in --columns prompt=COLUMN"),
         ([ASK, SAY], 'a list; expected an object; make it {"messages": [...]}'),
     ],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from graft.data.shapes.turns import as_messages, as_tools, untrained, with_system
+from graft.data.shapes.turns import as_messages, untrained, with_system
 from graft.errors import GraftError
 
 Fields = Mapping[str, Any]
@@ -17,7 +17,7 @@ LEFT_OUT: Fields = {"": "left out"}
 """What a row becomes that is not to be trained on."""
 SYSTEM = ("system", "system_prompt")
 """Keys of a text for the system, beside a conversation."""
-FOR_TEMPLATES = ("functions", "chat_template_kwargs")
+FOR_TEMPLATES = ("tools", "functions", "chat_template_kwargs")
 """Keys beside a conversation that are handed on as they are."""
 
 
@@ -88,6 +88,8 @@ def preferred_whole(row: Fields) -> Fields:
         if one != other:
             break
         shared += 1
+    if chosen and shared == len(chosen):
+        raise GraftError("'chosen' has nothing that 'rejected' has not; remove the row")
     return _conversation(untrained(chosen, shared), row)
 
 
@@ -164,8 +166,6 @@ def _history(pairs: Any) -> list[Any]:
 
 def _conversation(messages: Any, row: Fields) -> Fields:
     found = {"messages": with_system(messages, _first(row, SYSTEM))}
-    if (tools := as_tools(row.get("tools"))) is not None:
-        found["tools"] = tools
     for key in FOR_TEMPLATES:
         if row.get(key) is not None:
             found[key] = row[key]

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graft.data.shapes.base import type_in_words
+from graft.data.sources.json_values import is_deep
 from graft.errors import GraftError
 from graft.text import quoted
 
@@ -88,30 +89,6 @@ def with_system(messages: Any, system: object) -> Any:
     return messages
 
 
-def as_tools(tools: object) -> Any:
-    """Return tools as a list of functions as OpenAI describes them; '' and null are none.
-
-    Raises GraftError for a text that is no JSON.
-    """
-    if isinstance(tools, str):
-        if not tools.strip():
-            return None
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise GraftError(f"'tools' is no valid JSON: {str(error)[:100]}") from error
-    if isinstance(tools, Mapping):
-        tools = [tools]
-    if not isinstance(tools, list):
-        return tools
-    return [
-        {"type": "function", "function": tool}
-        if isinstance(tool, Mapping) and "name" in tool and "function" not in tool
-        else tool
-        for tool in tools
-    ] or None
-
-
 def untrained(messages: Sequence[Any], count: int) -> list[Any]:
     """Return messages of which the answers among the first so many are not trained."""
     return [
@@ -124,9 +101,10 @@ def untrained(messages: Sequence[Any], count: int) -> list[Any]:
 
 def _parsed(text: str) -> object:
     try:
-        return json.loads(text) if text.lstrip()[:1] in ("[", "{") else text
+        found = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text
     except (ValueError, RecursionError):
         return text
+    return text if is_deep(found) else found
 
 
 def _message(turn: Any, number: int) -> Any:
@@ -168,10 +146,4 @@ def _calls(said: object, number: int) -> list[dict[str, Any]]:
                 f"message {number}: a call of a function is {shown}; expected JSON of an object "
                 "with name and arguments"
             )
-    return [
-        {
-            "type": "function",
-            "function": {"name": call["name"], "arguments": call.get("arguments", {})},
-        }
-        for call in calls
-    ]
+    return [dict(call) for call in calls]

@@ -70,11 +70,15 @@ class Stream:
         self._file.close()
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yield every line with its number, without the newline that alone ends it."""
+        """Yield every line with its number, without the newline that alone ends it.
+
+        An old Mac's lines end in a carriage return, and no newline is in its files.
+        """
         number = 1
-        rest = b""
+        rest = end = b""
         for piece in self._text():
-            first, *others = piece.split(b"\n")
+            end = end or (b"\r" if b"\r" in piece[:-1] and b"\n" not in piece else b"\n")
+            first, *others = piece.split(end)
             rest += first
             if len(rest) > self.most_row:
                 self.refuse_long(number, "line")
@@ -103,6 +107,7 @@ class Stream:
     @contextmanager
     def plain_file(self) -> Iterator[IO[bytes]]:
         """Yield a file on the disk that is this one, or holds what is in it, decompressed."""
+        self.blank = False
         if not self._compressed:
             yield self._file
             return

@@ -97,7 +97,7 @@ def _read_cells(stream: Stream, kind: str, **dialect: Any) -> Iterator[Record]:
                 f"{len(cells)} cells, but the header names {len(header)} columns "
                 f"(quote cells that hold {between} or line breaks)"
             )
-            yield Record(where, None, problem)
+            yield Record(where, cells, problem)
 
 
 def _cells(rows: Iterator[list[str]], where: str, kind: str) -> list[str] | None:
