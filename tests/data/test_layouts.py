@@ -168,6 +168,12 @@ def test_rows_of_a_layout_are_recognised(write_lines, row, kind, fields, ignored
     assert read == {key: value for key, value in fields.items() if value != ""}
 
 
+def test_other_keys_of_a_turn_are_kept():
+    turns = [{"human": "q", "assistant": "a", "weight": 0}, {"from": "human", "value": "r", "n": 1}]
+    assert as_messages(turns[:1]) == [ASK, {**SAY, "weight": 0}]
+    assert as_messages(turns[1:]) == [{"role": "user", "content": "r", "n": 1}]
+
+
 def test_calls_of_functions_and_their_answers_become_messages():
     call = json.dumps({"name": "f", "arguments": {"x": 1}})
     turns = _calls(("human", "q"), ("function_call", call), ("observation", "o"), ("gpt", "a"))
@@ -192,6 +198,11 @@ def test_calls_of_functions_and_their_answers_become_messages():
         ),
         ({"messages": [SYSTEM, ASK, SAY], "system": "t"}, "'system' is another text than"),
         ({"instruction": "q", "output": "a", "history": "h"}, "'history' is no list of pairs"),
+        (
+            {"instruction": "q", "output": "a", "history": [["a", "b", "c"]]},
+            "'history' is no list of pairs",
+        ),
+        ({"messages": [ASK, SAY], "system": ["s"]}, "'system' is a list; expected a string"),
         ({"question": "q", "answers": {"text": ["a"]}}, "pass --columns prompt=question"),
         ({"Question": "q", "Answer": "a"}, "pass --columns prompt=Question completion=Answer"),
         ({"my question": "q", "reply": "a"}, "--columns 'prompt=my question' completion=reply"),
@@ -214,6 +225,7 @@ def test_calls_of_functions_and_their_answers_become_messages():
             "message 2: tool call 1: its arguments stand under 'args'; name that key 'arguments'",
         ),
         ({"a": "x", "b": "y", "c": "z"}, "name the columns, as in --columns prompt=COLUMN"),
+        ([{"text": "t"}], "a list; expected an object; if those are its rows, name the file .json"),
         ([ASK, SAY], 'a list; expected an object; make it {"messages": [...]}'),
     ],
 )

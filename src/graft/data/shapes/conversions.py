@@ -159,7 +159,9 @@ def _history(pairs: Any) -> list[Any]:
     """Return the texts of earlier exchanges; raises GraftError where they are not pairs."""
     if pairs in (None, "", "[]"):
         return []
-    if not isinstance(pairs, list) or any(not isinstance(one, list) for one in pairs):
+    if not isinstance(pairs, list) or any(
+        not isinstance(one, list) or len(one) != 2 for one in pairs
+    ):
         raise GraftError("'history' is no list of pairs of a question and its answer")
     return [text for pair in pairs for text in pair]
 

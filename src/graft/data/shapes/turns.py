@@ -69,17 +69,18 @@ def as_messages(turns: object) -> Any:
         if turns and all(
             isinstance(turn, Mapping) and {asked, answer} <= turn.keys() for turn in turns
         ):
-            said = [(turn[asked], turn[answer]) for turn in turns]
-            return as_messages([text for pair in said for text in pair])
+            return [message for turn in turns for message in _exchanged(turn, asked, answer)]
     return [_message(turn, number) for number, turn in enumerate(turns, start=1)]
 
 
 def with_system(messages: Any, system: object) -> Any:
     """Return messages behind a system's text, which stands beside them in its row.
 
-    Raises GraftError when they begin with another one.
+    Raises GraftError when it is no text, or they begin with another one.
     """
-    if not isinstance(system, str) or not system.strip() or not isinstance(messages, list):
+    if not isinstance(system, str):
+        raise GraftError(f"'system' is {type_in_words(system)}; expected a string")
+    if not system.strip() or not isinstance(messages, list):
         return messages
     first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
     if first.get("role") != "system":
@@ -96,6 +97,15 @@ def untrained(messages: Sequence[Any], count: int) -> list[Any]:
         if number < count and isinstance(message, Mapping) and message.get("role") == "assistant"
         else message
         for number, message in enumerate(messages)
+    ]
+
+
+def _exchanged(turn: Mapping[str, Any], asked: str, answer: str) -> list[dict[str, Any]]:
+    """Return what both say in a turn; its other keys are the answer's."""
+    rest = {key: value for key, value in turn.items() if key not in (asked, answer)}
+    return [
+        {"role": "user", "content": turn[asked]},
+        {**rest, "role": "assistant", "content": turn[answer]},
     ]
 
 
