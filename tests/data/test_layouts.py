@@ -168,6 +168,13 @@ def test_rows_of_a_layout_are_recognised(write_lines, row, kind, fields, ignored
     assert read == {key: value for key, value in fields.items() if value != ""}
 
 
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_a_table_of_turns_is_read_as_a_list_of_them(write_lines, key):
+    table = {"from": ["human", "gpt"], "value": ["q", "a"]}
+    found = read_rows(write_lines("a.jsonl", json.dumps({key: table})))
+    assert found.rows[0].fields == {"messages": [ASK, SAY]}
+
+
 def test_other_keys_of_a_turn_are_kept():
     turns = [{"human": "q", "assistant": "a", "weight": 0}, {"from": "human", "value": "r", "n": 1}]
     assert as_messages(turns[:1]) == [ASK, {**SAY, "weight": 0}]

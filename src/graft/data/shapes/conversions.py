@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from graft.data.shapes.turns import as_messages, untrained, with_system
+from graft.data.shapes.turns import as_messages, is_table, untrained, with_system
 from graft.errors import GraftError
 
 Fields = Mapping[str, Any]
@@ -120,11 +120,13 @@ def as_conversation(kind: str, fields: Fields) -> Fields | None:
 
 
 def is_list(key: str) -> Test:
-    """Return whether a value is a list, or a text that may be JSON of one."""
+    """Return whether a value is a list or a table of turns, or a text that may be JSON of one."""
 
     def fits(row: Fields) -> bool:
         value = row[key]
-        return isinstance(value, list) or (isinstance(value, str) and value.lstrip()[:1] == "[")
+        if isinstance(value, str):
+            return value.lstrip()[:1] == "["
+        return isinstance(value, list) or is_table(value)
 
     return fits
 

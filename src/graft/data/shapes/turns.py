@@ -50,13 +50,13 @@ def as_messages(turns: object) -> Any:
     """Return a conversation as messages; what is none is returned as it is.
 
     Taken are messages, turns of `from` and `value` and the like, bare texts of user and assistant
-    in turn, one message alone, and JSON of any of these. Other keys of a turn stay. Raises
-    GraftError for a turn that is a call of a function and no JSON.
+    in turn, one message alone, a table of them, and JSON of any of these. Other keys of a turn
+    stay. Raises GraftError for a turn that is a call of a function and no JSON.
     """
     if isinstance(turns, str):
         turns = _parsed(turns)
     if isinstance(turns, Mapping):
-        turns = [turns]
+        turns = _apart(turns) if is_table(turns) else [turns]
     if not isinstance(turns, list):
         return turns
     if all(type(turn) is dict and "role" in turn and "content" in turn for turn in turns):
@@ -71,6 +71,13 @@ def as_messages(turns: object) -> Any:
         ):
             return [message for turn in turns for message in _exchanged(turn, asked, answer)]
     return [_message(turn, number) for number, turn in enumerate(turns, start=1)]
+
+
+def is_table(value: object) -> bool:
+    """Return whether a value has a list under each key, as `datasets` keeps a sequence of turns."""
+    if not isinstance(value, Mapping) or not all(isinstance(one, list) for one in value.values()):
+        return False
+    return len({len(one) for one in value.values()}) == 1
 
 
 def with_system(messages: Any, system: object) -> Any:
@@ -98,6 +105,10 @@ def untrained(messages: Sequence[Any], count: int) -> list[Any]:
         else message
         for number, message in enumerate(messages)
     ]
+
+
+def _apart(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [dict(zip(table, turn, strict=True)) for turn in zip(*table.values(), strict=True)]
 
 
 def _exchanged(turn: Mapping[str, Any], asked: str, answer: str) -> list[dict[str, Any]]:
