@@ -140,6 +140,16 @@ def test_csv_rows_of_another_width_are_problems(tmp_path):
         ("a.json", b'{"train": [],\n"rows": [1]}', ":2: lists of rows under 'train' and 'rows'"),
         ("a.json", b"3", "found int; expected a list of objects"),
         ("a.csv", b"a;b\n1;2\n", ":1: the header is one cell, with ';' in it"),
+        (
+            "a.tsv",
+            b"a,b\n1,2\n",
+            "cells are not apart by tabs; save it so, or pass --data-format csv",
+        ),
+        (
+            "a.jsonl",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "a pointer of Git LFS, and not",
+        ),
         ("a.csv", b'a\nx\n"open\nz\n', ":3: not valid CSV: unexpected end of data"),
         ("a.jsonl.gz", b"plain", "not a complete gzip file"),
         ("a.jsonl.gz", CUT_OFF, "not a complete gzip file"),

@@ -225,6 +225,8 @@ def test_calls_of_functions_and_their_answers_become_messages():
         ({"conversations": None}, "of which 'conversations' is null, and no conversation"),
         ({"question": "q", "answer": 42}, "'completion' (column 'answer') is of type int"),
         ({"instruction": "q", "response": ""}, "'output' (column 'response') is empty"),
+        ({"prompt": "q", "completion": ["a"]}, "'completion' is a list; expected a string"),
+        ({"messages": str([ASK])}, "'messages' is a string; expected a list of objects, or JSON"),
         ({"conversations": []}, "'messages' (column 'conversations') is an empty list"),
         ({"chosen": [ASK, SAY], "rejected": [ASK, SAY]}, "'chosen' has nothing that 'rejected'"),
         (

@@ -81,7 +81,8 @@ def shown_text(message: Mapping[str, Any]) -> str:
 
 def _read_messages(messages: object, found: Conversation) -> list[str]:
     if not isinstance(messages, list):
-        return [f"'messages' is {type_in_words(messages)}; expected a list of objects"]
+        perhaps = ", or JSON of one" if isinstance(messages, str) else ""
+        return [f"'messages' is {type_in_words(messages)}; expected a list of objects{perhaps}"]
     if not messages:
         return ["'messages' is an empty list; expected at least one message"]
     problems: list[str] = []

@@ -132,8 +132,14 @@ def is_list(key: str) -> Test:
 
 
 def is_spoken(*keys: str) -> Test:
-    """Return whether one of some values is a list of messages, or a message."""
-    return lambda row: any(isinstance(row[key], list | dict) for key in keys)
+    """Return whether one of some values is a list of messages, or a message; texts are none."""
+
+    def speaks(value: object) -> bool:
+        if isinstance(value, list):
+            return not all(isinstance(one, str) for one in value)
+        return isinstance(value, dict)
+
+    return lambda row: any(speaks(row[key]) for key in keys)
 
 
 def is_answer_to(key: str) -> Test:

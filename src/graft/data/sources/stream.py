@@ -27,6 +27,7 @@ WHOLE_BYTES = 2 * 2**30
 """Most bytes of a file that is not read line by line."""
 
 _PIECE = 2**20
+_POINTER = b"version https://git-lfs.github.com/"
 
 
 class Stream:
@@ -35,6 +36,12 @@ class Stream:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = open_regular(path)
+        if os.pread(self._file.fileno(), len(_POINTER), 0) == _POINTER:
+            self._file.close()
+            raise GraftError(
+                f"{path}: a pointer of Git LFS, and not the file itself; fetch that with: "
+                "git lfs pull"
+            )
         size = os.fstat(self._file.fileno()).st_size
         self.most_expanded = max(bound(EXPANDED_BYTES), bound(EXPANSION) * size)
         """Most bytes that the compressed file may become."""
