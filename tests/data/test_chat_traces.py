@@ -112,7 +112,7 @@ def test_tools_that_are_not_rendered_are_told(build_tokenizer) -> None:
 
 
 def test_a_key_of_a_call_that_is_not_rendered_is_told(build_tokenizer) -> None:
-    call = {"name": "f", "arguments": {"x": 1}, "strict": True, "mood": "glad"}
+    call = {"name": "f", "arguments": {"x": 1}, "strict": True, "mood": "glad", "x": None}
     messages = [TALK[0], {"role": "assistant", "tool_calls": [{"function": call}]}]
     found = MESSAGES.render({"messages": messages}, build_tokenizer(chat_template=QWEN2), "")
     assert found.remarks == tuple(

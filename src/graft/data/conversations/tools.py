@@ -146,7 +146,8 @@ def _call(one: object) -> tuple[dict[str, Any], str | None]:
         json.dumps(arguments, allow_nan=False, default=repr)
     except ValueError:
         return {}, ": 'arguments' holds a number that is no JSON (NaN or infinite)"
-    call["function"] = {**named, "arguments": dict(arguments)}
+    given = {key: value for key, value in named.items() if value is not None}
+    call["function"] = {**given, "arguments": dict(arguments)}
     return call, None
 
 
