@@ -101,6 +101,20 @@ def test_an_answer_after_another_prompt_is_not_trained_and_told(build_tokenizer)
     check_prompts(talk(("a", "b"), ("c", "d")), tokenizer, found)
 
 
+def test_behind_a_last_answer_that_is_not_trained_nothing_is(build_tokenizer) -> None:
+    tokenizer = build_tokenizer(chat_template=QWEN3)
+    found = render(talk(("q", "first")) + talk(("", "second"))[1:], tokenizer)
+    assert trained(found) == ["first<|im_end|>"]
+    assert found.text.endswith("first<|im_end|>")
+    assert any(remark.startswith("an answer is not trained") for remark in found.remarks)
+
+
+def test_a_prompt_may_have_an_answer_that_says_nothing(build_tokenizer) -> None:
+    messages = talk(("q", ""), ("r", ""))[:3]
+    found = MESSAGES.opening({"messages": messages}, build_tokenizer(chat_template=CHATML), "")
+    assert "assistant\n<|im_end|>\n<|im_start|>user\nr" in found.text
+
+
 def test_a_template_whose_only_answer_has_another_prompt_is_refused(build_tokenizer) -> None:
     tokenizer = build_tokenizer(chat_template=THINKING.replace("loop.last", "false"))
     with pytest.raises(GraftError, match="message 2: the chat template does not render the messag"):

@@ -149,12 +149,28 @@ def bad_call(call: object) -> dict:
             bad_call([{"function": {"name": "f", "arguments": '{"x": NaN}'}}]),
             "message 2: tool call 1: 'arguments' is a string that is no JSON: NaN is no JSON",
         ),
+        (
+            bad_call([{"function": {"name": "f", "arguments": '{"x": 1, "x": 2}'}}]),
+            "message 2: tool call 1: 'arguments' is a string that is no JSON: a key stands twice",
+        ),
+        (
+            bad_call([{"name": "f", "arguments": '{"x":' * 200 + "1" + "}" * 200}]),
+            "message 2: tool call 1: 'arguments' is nested more than 100 levels deep",
+        ),
+        (
+            bad_call([{"name": "f", "arguments": {"x": float("inf")}}]),
+            "message 2: tool call 1: 'arguments' holds a number that is no JSON",
+        ),
+        (
+            bad_call([{"function": {"name": "f", "parameters": {"x": 1}}}]),
+            "message 2: tool call 1: its arguments stand under 'parameters'",
+        ),
         (bad_call([{"id": "x"}]), "message 2: tool call 1 names no function (keys: id)"),
         (bad_call(["f"]), "message 2: tool call 1 is a string; expected an object"),
         (bad_call({"name": "f"}), "message 2: 'tool_calls' is an object; expected a list"),
         (bad_call("f(x)"), "message 2: 'tool_calls' is a string that is no JSON"),
         ({"messages": talk({}), "tools": "f(x)"}, "'tools' is a string that is no JSON"),
-        ({"messages": talk({}), "tools": {"a": 1}}, "'tools' is an object; expected a list"),
+        ({"messages": talk({}), "tools": {"a": 1}}, "'tools': tool 1 has no name (keys: a)"),
         ({"messages": talk({}), "tools": [1]}, "'tools': tool 1 is of type int; expected an"),
         ({"messages": talk({}), "tools": [{"x": 1}]}, "'tools': tool 1 has no name (keys: x)"),
         (

@@ -109,3 +109,12 @@ def test_tools_that_are_not_rendered_are_told(build_tokenizer) -> None:
         tokenizer = build_tokenizer(chat_template=template)
         remarks = MESSAGES.render({"messages": TALK, "tools": tools}, tokenizer, "").remarks
         assert remarks == ("the chat template renders nothing of 'tools'",) * told
+
+
+def test_a_key_of_a_call_that_is_not_rendered_is_told(build_tokenizer) -> None:
+    call = {"name": "f", "arguments": {"x": 1}, "strict": True, "mood": "glad", "x": None}
+    messages = [TALK[0], {"role": "assistant", "tool_calls": [{"function": call}]}]
+    found = MESSAGES.render({"messages": messages}, build_tokenizer(chat_template=QWEN2), "")
+    assert found.remarks == tuple(
+        untold(f"tool_calls.function.{key}") for key in ("strict", "mood")
+    )

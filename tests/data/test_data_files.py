@@ -120,6 +120,7 @@ def test_csv_rows_of_another_width_are_problems(tmp_path):
         f"{path}:3: 3 cells, but the header names 2 columns",
         f"{path}:5: 1 cells, but the header names 2 columns",
     ]
+    assert [record.value for record in bad] == [["x\ny", "2", "3"], ["4"]]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +140,16 @@ def test_csv_rows_of_another_width_are_problems(tmp_path):
         ("a.json", b'{"train": [],\n"rows": [1]}', ":2: lists of rows under 'train' and 'rows'"),
         ("a.json", b"3", "found int; expected a list of objects"),
         ("a.csv", b"a;b\n1;2\n", ":1: the header is one cell, with ';' in it"),
+        (
+            "a.tsv",
+            b"a,b\n1,2\n",
+            "cells are not apart by tabs; save it so, or pass --data-format csv",
+        ),
+        (
+            "a.jsonl",
+            b"version https://git-lfs.github.com/spec/v1\n",
+            "a pointer of Git LFS, and not",
+        ),
         ("a.csv", b'a\nx\n"open\nz\n', ":3: not valid CSV: unexpected end of data"),
         ("a.jsonl.gz", b"plain", "not a complete gzip file"),
         ("a.jsonl.gz", CUT_OFF, "not a complete gzip file"),
@@ -171,3 +182,23 @@ def test_missing_files_and_folders(tmp_path):
 def test_fingerprint_is_the_sha256_of_the_bytes(tmp_path):
     path = write(tmp_path, "a.jsonl", JSONL, gz=True)
     assert fingerprint(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "values"),
+    [
+        ("a.jsonl", '{"text": "a"}\r{"text": "b"}\r', [{"text": "a"}, {"text": "b"}]),
+        ("a.txt", "a\rb\r\rc\r", [{"text": "a\nb"}, {"text": "c"}]),
+        ("a.csv", 'text\r"a\rb"\rc\r', [{"text": "a\nb"}, {"text": "c"}]),
+    ],
+)
+def test_lines_of_an_old_mac_end_in_a_carriage_return(tmp_path, name, content, values):
+    path = tmp_path / name
+    path.write_bytes(content.encode())
+    assert [record.value for record in read_records(path)] == values
+
+
+def test_a_parquet_file_without_rows_is_not_called_empty(tmp_path):
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "a.parquet")
+    with pytest.raises(GraftError, match="the file holds no rows"):
+        list(read_records(tmp_path / "a.parquet"))

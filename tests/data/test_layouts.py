@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from graft.data.rows import Reading, read_rows
-from graft.data.shapes.turns import as_messages, as_tools
+from graft.data.shapes.turns import as_messages
 from graft.errors import GraftError
 
 ASK = {"role": "user", "content": "q"}
@@ -17,8 +17,6 @@ SAY = {"role": "assistant", "content": "a"}
 SYSTEM = {"role": "system", "content": "s"}
 TALK = {"messages": [ASK, SAY]}
 UNTRAINED = {**SAY, "weight": 0}
-TOOL = {"name": "f", "description": "d", "parameters": {}}
-CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
 def _calls(*turns: tuple[str, str]) -> list[dict[str, str]]:
@@ -170,17 +168,28 @@ def test_rows_of_a_layout_are_recognised(write_lines, row, kind, fields, ignored
     assert read == {key: value for key, value in fields.items() if value != ""}
 
 
+@pytest.mark.parametrize("key", ["messages", "conversations"])
+def test_a_table_of_turns_is_read_as_a_list_of_them(write_lines, key):
+    table = {"from": ["human", "gpt"], "value": ["q", "a"]}
+    found = read_rows(write_lines("a.jsonl", json.dumps({key: table})))
+    assert found.rows[0].fields == {"messages": [ASK, SAY]}
+
+
+def test_other_keys_of_a_turn_are_kept():
+    turns = [{"human": "q", "assistant": "a", "weight": 0}, {"from": "human", "value": "r", "n": 1}]
+    assert as_messages(turns[:1]) == [ASK, {**SAY, "weight": 0}]
+    assert as_messages(turns[1:]) == [{"role": "user", "content": "r", "n": 1}]
+
+
 def test_calls_of_functions_and_their_answers_become_messages():
     call = json.dumps({"name": "f", "arguments": {"x": 1}})
     turns = _calls(("human", "q"), ("function_call", call), ("observation", "o"), ("gpt", "a"))
     assert as_messages(turns) == [
         ASK,
-        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "assistant", "content": "", "tool_calls": [json.loads(call)]},
         {"role": "tool", "content": "o"},
         SAY,
     ]
-    assert as_tools(json.dumps([TOOL])) == [{"type": "function", "function": TOOL}]
-    assert as_tools(" ") is as_tools(None) is as_tools("[]") is None
 
 
 @pytest.mark.parametrize(
@@ -192,10 +201,15 @@ def test_calls_of_functions_and_their_answers_become_messages():
         ),
         (
             {"conversations": _calls(("human", "q"), ("gpt", "a")), "tools": "[oops"},
-            "'tools' is no valid JSON",
+            "'tools' is a string that is no JSON",
         ),
         ({"messages": [SYSTEM, ASK, SAY], "system": "t"}, "'system' is another text than"),
         ({"instruction": "q", "output": "a", "history": "h"}, "'history' is no list of pairs"),
+        (
+            {"instruction": "q", "output": "a", "history": [["a", "b", "c"]]},
+            "'history' is no list of pairs",
+        ),
+        ({"messages": [ASK, SAY], "system": ["s"]}, "'system' is a list; expected a string"),
         ({"question": "q", "answers": {"text": ["a"]}}, "pass --columns prompt=question"),
         ({"Question": "q", "Answer": "a"}, "pass --columns prompt=Question completion=Answer"),
         ({"my question": "q", "reply": "a"}, "--columns 'prompt=my question' completion=reply"),
@@ -211,7 +225,16 @@ def test_calls_of_functions_and_their_answers_become_messages():
         ({"conversations": None}, "of which 'conversations' is null, and no conversation"),
         ({"question": "q", "answer": 42}, "'completion' (column 'answer') is of type int"),
         ({"instruction": "q", "response": ""}, "'output' (column 'response') is empty"),
+        ({"prompt": "q", "completion": ["a"]}, "'completion' is a list; expected a string"),
+        ({"messages": str([ASK])}, "'messages' is a string; expected a list of objects, or JSON"),
+        ({"conversations": []}, "'messages' (column 'conversations') is an empty list"),
+        ({"chosen": [ASK, SAY], "rejected": [ASK, SAY]}, "'chosen' has nothing that 'rejected'"),
+        (
+            {"conversations": _calls(("human", "q"), ("tool_call", '{"name": "f", "args": {}}'))},
+            "message 2: tool call 1: its arguments stand under 'args'; name that key 'arguments'",
+        ),
         ({"a": "x", "b": "y", "c": "z"}, "name the columns, as in --columns prompt=COLUMN"),
+        ([{"text": "t"}], "a list; expected an object; if those are its rows, name the file .json"),
         ([ASK, SAY], 'a list; expected an object; make it {"messages": [...]}'),
     ],
 )

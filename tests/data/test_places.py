@@ -123,6 +123,15 @@ def test_no_row_of_a_mixture_is_trained_and_held_out(tmp_path, tokenizer):
     assert not both[0] & both[1]
 
 
+def test_a_weight_that_leaves_no_row_of_a_source_is_told(tmp_path, tokenizer):
+    _write(tmp_path / "a.jsonl", "a", "b")
+    _write(tmp_path / "b.jsonl", "c", "d")
+    mix = _mixture(tmp_path, "- a.jsonl\n- {data: b.jsonl, weight: 0.2}")
+    config = DataConfig(data=mix, eval_data=str(tmp_path / "a.jsonl"))
+    with pytest.raises(GraftError, match=r"b\.jsonl: its weight, 0\.2, leaves none of its 2"):
+        load_train_and_eval(config, tokenizer, None, 0)
+
+
 def test_sources_of_several_kinds_become_messages(tmp_path):
     (tmp_path / "a.csv").write_text("q,r\nhow,so\n")
     (tmp_path / "b.jsonl").write_text('{"instruction": "do", "input": "it", "output": "done"}')
@@ -157,7 +166,7 @@ def test_sources_of_several_kinds_become_messages(tmp_path):
         ("- {data: a.jsonl, data_format: txt}", "--data-format 'txt' is unknown"),
         ("- {data: a.jsonl, columns: {text: b}}", "--columns text=b: there is no column 'b'"),
         ("- a.jsonl\n- ./a.jsonl", "is there twice; give it once, with a weight"),
-        ("- mix.yaml", "mix.yaml"),
+        ("- mix.yaml", "mix.yaml is a mixture itself; name its sources here"),
         ("- gone.jsonl", "gone.jsonl cannot be read: No such file"),
     ],
 )

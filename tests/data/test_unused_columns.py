@@ -237,3 +237,9 @@ def test_a_format_that_is_not_known_or_packed_is_told(tmp_path) -> None:
         read_rows(tmp_path / "a.jsonl.zst")
     (tmp_path / "a.ndjson").write_text(json.dumps({"text": "a"}))
     assert read_rows(Path(tmp_path / "a.ndjson")).kind == "text"
+
+
+def test_of_a_parquet_file_that_no_layout_fits_the_renaming_is_told(tmp_path) -> None:
+    pq.write_table(pa.table({"id": [1], "Frage": ["q"], "Antwort": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(GraftError, match="--columns prompt=Frage completion=Antwort"):
+        read_rows(tmp_path / "a.parquet")

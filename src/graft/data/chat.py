@@ -148,7 +148,9 @@ def _work(renderer: Renderer, request: Any) -> tuple[str, list[Any], list[int], 
         )
     spans, more = _spans({turn: places[turn] for turn in turns if trains[turn]})
     seams = _seams({turn: places[turn] for turn in turns if not trains[turn]})
-    return text, spans, seams, [*remarks, *more]
+    # Behind an answer that turned out to be untrained no end of sequence is trained either.
+    text = text[: spans[-1][1]]
+    return text, spans, [place for place in seams if place <= len(text)], [*remarks, *more]
 
 
 def _places(

@@ -90,8 +90,6 @@ def load_train_and_eval(
     train = replace(train, overlap=overlap(train.facts, held_out.facts))
     if weights := weights_of(config.data):
         train = replace(train, examples=weighted(train.examples, weights, seed))
-    if not train.examples:
-        raise GraftError(f"{config.data}: its weights leave no row to train on; give larger ones")
     if config.eos and train.eos_rows == 0:
         raise GraftError(
             f"{config.data}: the end-of-sequence token is never trained, because all rows are "

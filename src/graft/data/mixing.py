@@ -10,6 +10,7 @@ import numpy as np
 
 from graft.data.examples import Example
 from graft.data.storage.store import Chosen, facts_of, places_of
+from graft.errors import GraftError
 
 
 def weighted(
@@ -18,7 +19,7 @@ def weighted(
     """Return examples as often as the weight of their file says; those of other files once.
 
     Of a weight's fraction so many rows are drawn, by the seed. The windows of a document stay
-    together.
+    together. Raises GraftError when a weight leaves none of a file's rows.
     """
     if not weights:
         return examples
@@ -33,6 +34,11 @@ def weighted(
         weight = weights.get(name, 1.0)
         count = np.full(rows, int(weight))
         share = round((weight - int(weight)) * rows)
+        if rows and not int(weight) and not share:
+            raise GraftError(
+                f"{name}: its weight, {weight:g}, leaves none of its {rows:,} training rows; give "
+                "a larger one, or take it out of the mixture"
+            )
         count[random.Random(f"mixture {seed} {name}").sample(range(rows), share)] += 1
         counts.append(count)
         begin = end

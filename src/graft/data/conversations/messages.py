@@ -62,7 +62,13 @@ def answer_problems(found: Conversation) -> list[str]:
             "message 1: the assistant speaks first, with nothing to answer; put a user's "
             "message before it, give it weight 0, or remove it"
         ]
-    return []
+    # Not of a prompt: a model may have said nothing, and is asked again.
+    return [
+        f"message {index + 1}: the assistant's content is empty"
+        for index in found.turns
+        if not found.messages[index].get("content", "").strip()
+        and "tool_calls" not in found.messages[index]
+    ]
 
 
 def shown_text(message: Mapping[str, Any]) -> str:
@@ -75,7 +81,8 @@ def shown_text(message: Mapping[str, Any]) -> str:
 
 def _read_messages(messages: object, found: Conversation) -> list[str]:
     if not isinstance(messages, list):
-        return [f"'messages' is {type_in_words(messages)}; expected a list of objects"]
+        perhaps = ", or JSON of one" if isinstance(messages, str) else ""
+        return [f"'messages' is {type_in_words(messages)}; expected a list of objects{perhaps}"]
     if not messages:
         return ["'messages' is an empty list; expected at least one message"]
     problems: list[str] = []
@@ -161,8 +168,6 @@ def _read_content(
     if wrong := text_problem(content):
         return [f"'content' {wrong}"]
     assert isinstance(content, str)
-    if speaks and not content.strip() and "tool_calls" not in kept:
-        return ["the assistant's content is empty"]
     return []
 
 

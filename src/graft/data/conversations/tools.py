@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from graft.data.shapes.base import type_in_words
+from graft.data.sources.json_values import DEPTH, is_deep
 from graft.text import listed, quoted, reason
 
 _RESERVED = frozenset(
@@ -18,6 +19,8 @@ _RESERVED = frozenset(
     }
 )
 """Names that `apply_chat_template` has for something else."""
+_ARGUMENTS = ("parameters", "args", "kwargs", "input")
+"""What other formats call the arguments of a call."""
 
 
 def decoded_tools(
@@ -25,7 +28,7 @@ def decoded_tools(
 ) -> tuple[list[dict[str, Any]] | None, list[str]]:
     """Return the tools of a row as JSON schemas in OpenAI's shape, and what is wrong with them.
 
-    tools: a list, or one as a JSON string. functions: OpenAI's former name for them.
+    tools: a list, or one alone, perhaps as a JSON string. functions: OpenAI's former name for them.
     """
     values = {}
     for key, given in (("tools", tools), ("functions", functions)):
@@ -39,6 +42,7 @@ def decoded_tools(
     if len(values) > 1:
         return None, ["'functions' and 'tools' are both given; keep 'tools'"]
     ((key, value),) = values.items()
+    value = [value] if isinstance(value, Mapping) else value
     if not isinstance(value, list):
         return None, [f"{key!r} is {type_in_words(value)}; expected a list of tools"]
     found: list[dict[str, Any]] = []
@@ -126,6 +130,8 @@ def _call(one: object) -> tuple[dict[str, Any], str | None]:
     named = call.get("function")
     if not isinstance(named, Mapping) or not isinstance(named.get("name"), str):
         return {}, f" names no function (keys: {listed(one)})"
+    if "arguments" not in named and (other := _arguments_elsewhere(call, named)):
+        return {}, f": its arguments stand under {other!r}; name that key 'arguments'"
     arguments = named.get("arguments")
     if isinstance(arguments, str) and arguments.strip():
         arguments, problem = _decoded(arguments)
@@ -136,8 +142,18 @@ def _call(one: object) -> tuple[dict[str, Any], str | None]:
     if not isinstance(arguments, Mapping):
         kind = type_in_words(arguments)
         return {}, f": 'arguments' is {kind}; expected an object, or one as a JSON string"
-    call["function"] = {**named, "arguments": dict(arguments)}
+    try:
+        json.dumps(arguments, allow_nan=False, default=repr)
+    except ValueError:
+        return {}, ": 'arguments' holds a number that is no JSON (NaN or infinite)"
+    given = {key: value for key, value in named.items() if value is not None}
+    call["function"] = {**given, "arguments": dict(arguments)}
     return call, None
+
+
+def _arguments_elsewhere(*given: Mapping[str, Any]) -> str | None:
+    """Return the key under which a call has its arguments, where that is one of other formats."""
+    return next((key for key in _ARGUMENTS for one in given if one.get(key) is not None), None)
 
 
 def _decoded(value: object) -> tuple[Any, str | None]:
@@ -145,9 +161,19 @@ def _decoded(value: object) -> tuple[Any, str | None]:
     if not isinstance(value, str) or not value.strip():
         return "" if isinstance(value, str) else value, None
     try:
-        return json.loads(value, parse_constant=_no_number), None
+        found = json.loads(value, parse_constant=_no_number, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         return None, f"is a string that is no JSON: {reason(error, 100)}: {quoted(value, 60)}"
+    if is_deep(found):
+        return None, f"is nested more than {DEPTH} levels deep"
+    return found, None
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in it")
+    return found
 
 
 def _no_number(name: str) -> NoReturn:

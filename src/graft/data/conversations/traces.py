@@ -167,6 +167,7 @@ class _Search:
         elif key.startswith("tool_calls."):
             for call in changed["tool_calls"]:
                 call.pop(key.partition(".")[2], None)
+                call["function"].pop(key.removeprefix("tool_calls.function."), None)
         else:
             del changed[key]
         return changed
@@ -220,11 +221,14 @@ class _Search:
                 marks += [mark] if one[key] != value else []
             name, argument, value = self._mark(), self._mark(), self._mark()
             given = call["function"]["arguments"]
-            one["function"] = {
-                **call["function"],
-                "name": name,
-                "arguments": {argument: value} if given else {},
-            }
+            one["function"] = {"name": name, "arguments": {argument: value} if given else {}}
+            for key, other in call["function"].items():
+                if key in ("name", "arguments"):
+                    continue
+                mark = self._mark()
+                one["function"][key] = _replaced(other, mark)
+                marks = found.marks.setdefault((index, f"tool_calls.function.{key}"), [])
+                marks += [mark] if one["function"][key] != other else []
             marks = found.marks.setdefault((index, "tool_calls"), [])
             marks += [name, value] if given else [name]
             marked.append(one)

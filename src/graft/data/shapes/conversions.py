@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from graft.data.shapes.turns import as_messages, as_tools, untrained, with_system
+from graft.data.shapes.turns import as_messages, is_table, untrained, with_system
 from graft.errors import GraftError
 
 Fields = Mapping[str, Any]
@@ -17,7 +17,7 @@ LEFT_OUT: Fields = {"": "left out"}
 """What a row becomes that is not to be trained on."""
 SYSTEM = ("system", "system_prompt")
 """Keys of a text for the system, beside a conversation."""
-FOR_TEMPLATES = ("functions", "chat_template_kwargs")
+FOR_TEMPLATES = ("tools", "functions", "chat_template_kwargs")
 """Keys beside a conversation that are handed on as they are."""
 
 
@@ -88,6 +88,8 @@ def preferred_whole(row: Fields) -> Fields:
         if one != other:
             break
         shared += 1
+    if chosen and shared == len(chosen):
+        raise GraftError("'chosen' has nothing that 'rejected' has not; remove the row")
     return _conversation(untrained(chosen, shared), row)
 
 
@@ -118,18 +120,26 @@ def as_conversation(kind: str, fields: Fields) -> Fields | None:
 
 
 def is_list(key: str) -> Test:
-    """Return whether a value is a list, or a text that may be JSON of one."""
+    """Return whether a value is a list or a table of turns, or a text that may be JSON of one."""
 
     def fits(row: Fields) -> bool:
         value = row[key]
-        return isinstance(value, list) or (isinstance(value, str) and value.lstrip()[:1] == "[")
+        if isinstance(value, str):
+            return value.lstrip()[:1] == "["
+        return isinstance(value, list) or is_table(value)
 
     return fits
 
 
 def is_spoken(*keys: str) -> Test:
-    """Return whether one of some values is a list of messages, or a message."""
-    return lambda row: any(isinstance(row[key], list | dict) for key in keys)
+    """Return whether one of some values is a list of messages, or a message; texts are none."""
+
+    def speaks(value: object) -> bool:
+        if isinstance(value, list):
+            return not all(isinstance(one, str) for one in value)
+        return isinstance(value, dict)
+
+    return lambda row: any(speaks(row[key]) for key in keys)
 
 
 def is_answer_to(key: str) -> Test:
@@ -157,15 +167,15 @@ def _history(pairs: Any) -> list[Any]:
     """Return the texts of earlier exchanges; raises GraftError where they are not pairs."""
     if pairs in (None, "", "[]"):
         return []
-    if not isinstance(pairs, list) or any(not isinstance(one, list) for one in pairs):
+    if not isinstance(pairs, list) or any(
+        not isinstance(one, list) or len(one) != 2 for one in pairs
+    ):
         raise GraftError("'history' is no list of pairs of a question and its answer")
     return [text for pair in pairs for text in pair]
 
 
 def _conversation(messages: Any, row: Fields) -> Fields:
     found = {"messages": with_system(messages, _first(row, SYSTEM))}
-    if (tools := as_tools(row.get("tools"))) is not None:
-        found["tools"] = tools
     for key in FOR_TEMPLATES:
         if row.get(key) is not None:
             found[key] = row[key]

@@ -50,7 +50,7 @@ def _own(name: str, *beside: str) -> RowLayout:
 _CONVERSATIONS = (
     *("messages", "conversations", "conversation", "dialog", "dialogue", "turns", "chat"),
 )
-_BESIDE = (*to.SYSTEM, "tools", *to.FOR_TEMPLATES)
+_BESIDE = (*to.SYSTEM, *to.FOR_TEMPLATES)
 _GIVEN = ("input", "context")
 _ANSWERS = ("output", "response", "answer", "completion")
 _ASKED = ("prompt", "question", "query", "instruction", "input")
@@ -82,7 +82,8 @@ def _conversations() -> Iterator[RowLayout]:
     for key in _CONVERSATIONS:
         # What is wrong with the value of a shape's own key is told, so it fits whatever it holds.
         fits = None if key in _BUILT_IN else to.is_list(key)
-        yield RowLayout("messages", (key,), _BESIDE, to.turns(key), fits)
+        named = {"messages": key}
+        yield RowLayout("messages", (key,), _BESIDE, to.turns(key), fits, columns=named)
     fits = to.is_spoken("prompt", "completion")
     convert = to.joined("prompt", "completion")
     yield RowLayout("messages", ("prompt", "completion"), _BESIDE, convert, fits)

@@ -117,8 +117,10 @@ def not_a_row(value: object) -> str:
     remedy = ""
     if isinstance(value, str):
         remedy = '; make it {"text": ...}'
-    elif isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
-        remedy = '; make it {"messages": [...]}'
+    elif isinstance(value, list) and value and isinstance(value[0], Mapping):
+        remedy = "; if those are its rows, name the file .json, or pass --data-format json"
+        if not {"role", "from"}.isdisjoint(value[0]):
+            remedy = '; make it {"messages": [...]}'
     return f"{type_in_words(value)}; expected an object{remedy}; {_accepted()}"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from graft.data.shapes.base import type_in_words
+from graft.data.sources.json_values import is_deep
 from graft.errors import GraftError
 from graft.text import quoted
 
@@ -49,13 +50,13 @@ def as_messages(turns: object) -> Any:
     """Return a conversation as messages; what is none is returned as it is.
 
     Taken are messages, turns of `from` and `value` and the like, bare texts of user and assistant
-    in turn, one message alone, and JSON of any of these. Other keys of a turn stay. Raises
-    GraftError for a turn that is a call of a function and no JSON.
+    in turn, one message alone, a table of them, and JSON of any of these. Other keys of a turn
+    stay. Raises GraftError for a turn that is a call of a function and no JSON.
     """
     if isinstance(turns, str):
         turns = _parsed(turns)
     if isinstance(turns, Mapping):
-        turns = [turns]
+        turns = _apart(turns) if is_table(turns) else [turns]
     if not isinstance(turns, list):
         return turns
     if all(type(turn) is dict and "role" in turn and "content" in turn for turn in turns):
@@ -68,17 +69,25 @@ def as_messages(turns: object) -> Any:
         if turns and all(
             isinstance(turn, Mapping) and {asked, answer} <= turn.keys() for turn in turns
         ):
-            said = [(turn[asked], turn[answer]) for turn in turns]
-            return as_messages([text for pair in said for text in pair])
+            return [message for turn in turns for message in _exchanged(turn, asked, answer)]
     return [_message(turn, number) for number, turn in enumerate(turns, start=1)]
+
+
+def is_table(value: object) -> bool:
+    """Return whether a value has a list under each key, as `datasets` keeps a sequence of turns."""
+    if not isinstance(value, Mapping) or not all(isinstance(one, list) for one in value.values()):
+        return False
+    return len({len(one) for one in value.values()}) == 1
 
 
 def with_system(messages: Any, system: object) -> Any:
     """Return messages behind a system's text, which stands beside them in its row.
 
-    Raises GraftError when they begin with another one.
+    Raises GraftError when it is no text, or they begin with another one.
     """
-    if not isinstance(system, str) or not system.strip() or not isinstance(messages, list):
+    if not isinstance(system, str):
+        raise GraftError(f"'system' is {type_in_words(system)}; expected a string")
+    if not system.strip() or not isinstance(messages, list):
         return messages
     first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
     if first.get("role") != "system":
@@ -86,30 +95,6 @@ def with_system(messages: Any, system: object) -> Any:
     if first.get("content") != system:
         raise GraftError("'system' is another text than the first message, of role system, has")
     return messages
-
-
-def as_tools(tools: object) -> Any:
-    """Return tools as a list of functions as OpenAI describes them; '' and null are none.
-
-    Raises GraftError for a text that is no JSON.
-    """
-    if isinstance(tools, str):
-        if not tools.strip():
-            return None
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise GraftError(f"'tools' is no valid JSON: {str(error)[:100]}") from error
-    if isinstance(tools, Mapping):
-        tools = [tools]
-    if not isinstance(tools, list):
-        return tools
-    return [
-        {"type": "function", "function": tool}
-        if isinstance(tool, Mapping) and "name" in tool and "function" not in tool
-        else tool
-        for tool in tools
-    ] or None
 
 
 def untrained(messages: Sequence[Any], count: int) -> list[Any]:
@@ -122,11 +107,25 @@ def untrained(messages: Sequence[Any], count: int) -> list[Any]:
     ]
 
 
+def _apart(table: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [dict(zip(table, turn, strict=True)) for turn in zip(*table.values(), strict=True)]
+
+
+def _exchanged(turn: Mapping[str, Any], asked: str, answer: str) -> list[dict[str, Any]]:
+    """Return what both say in a turn; its other keys are the answer's."""
+    rest = {key: value for key, value in turn.items() if key not in (asked, answer)}
+    return [
+        {"role": "user", "content": turn[asked]},
+        {**rest, "role": "assistant", "content": turn[answer]},
+    ]
+
+
 def _parsed(text: str) -> object:
     try:
-        return json.loads(text) if text.lstrip()[:1] in ("[", "{") else text
+        found = json.loads(text) if text.lstrip()[:1] in ("[", "{") else text
     except (ValueError, RecursionError):
         return text
+    return text if is_deep(found) else found
 
 
 def _message(turn: Any, number: int) -> Any:
@@ -168,10 +167,4 @@ def _calls(said: object, number: int) -> list[dict[str, Any]]:
                 f"message {number}: a call of a function is {shown}; expected JSON of an object "
                 "with name and arguments"
             )
-    return [
-        {
-            "type": "function",
-            "function": {"name": call["name"], "arguments": call.get("arguments", {})},
-        }
-        for call in calls
-    ]
+    return [dict(call) for call in calls]

@@ -109,9 +109,9 @@ def _mixture(path: Path, given: Source) -> list[Source]:
         )
     found: list[Source] = []
     for part in read_mixture(path):
+        if Path(part.data).suffix.lower() in MIXTURES and not part.data.startswith(HUB):
+            raise GraftError(f"{path}: {part.data} is a mixture itself; name its sources here")
         for one in sources_of(part.data, part.columns, part.data_format):
-            if one.is_mixed:
-                raise GraftError(f"{path}: {part.data} is a mixture itself; name its sources here")
             found.append(replace(one, weight=part.weight, is_mixed=True))
     seen: set[str] = set()
     for one in found:

@@ -32,7 +32,7 @@ class Layout(NamedTuple):
 def chosen_columns(names: Sequence[str], layouts: Iterable[Sequence[Any]] | None) -> list[str]:
     """Return which columns of a file are read: those of the layouts that its rows may have.
 
-    One is read all the same where none is asked for, for the number of rows.
+    All are where no layout fits, so that a message can tell what there is.
     """
     if layouts is None:
         return list(dict.fromkeys(names))
@@ -42,7 +42,7 @@ def chosen_columns(names: Sequence[str], layouts: Iterable[Sequence[Any]] | None
             wanted.update(keys)
             if sure:
                 break
-    return [name for name in dict.fromkeys(names) if name in wanted] or list(names[:1])
+    return [name for name in dict.fromkeys(names) if name in wanted] or list(dict.fromkeys(names))
 
 
 def without_nulls(value: Any) -> Any:

@@ -27,6 +27,7 @@ WHOLE_BYTES = 2 * 2**30
 """Most bytes of a file that is not read line by line."""
 
 _PIECE = 2**20
+_POINTER = b"version https://git-lfs.github.com/"
 
 
 class Stream:
@@ -35,6 +36,12 @@ class Stream:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = open_regular(path)
+        if os.pread(self._file.fileno(), len(_POINTER), 0) == _POINTER:
+            self._file.close()
+            raise GraftError(
+                f"{path}: a pointer of Git LFS, and not the file itself; fetch that with: "
+                "git lfs pull"
+            )
         size = os.fstat(self._file.fileno()).st_size
         self.most_expanded = max(bound(EXPANDED_BYTES), bound(EXPANSION) * size)
         """Most bytes that the compressed file may become."""
@@ -70,11 +77,15 @@ class Stream:
         self._file.close()
 
     def lines(self) -> Iterator[tuple[int, bytes]]:
-        """Yield every line with its number, without the newline that alone ends it."""
+        """Yield every line with its number, without the newline that alone ends it.
+
+        An old Mac's lines end in a carriage return, and no newline is in its files.
+        """
         number = 1
-        rest = b""
+        rest = end = b""
         for piece in self._text():
-            first, *others = piece.split(b"\n")
+            end = end or (b"\r" if b"\r" in piece[:-1] and b"\n" not in piece else b"\n")
+            first, *others = piece.split(end)
             rest += first
             if len(rest) > self.most_row:
                 self.refuse_long(number, "line")
@@ -103,6 +114,7 @@ class Stream:
     @contextmanager
     def plain_file(self) -> Iterator[IO[bytes]]:
         """Yield a file on the disk that is this one, or holds what is in it, decompressed."""
+        self.blank = False
         if not self._compressed:
             yield self._file
             return

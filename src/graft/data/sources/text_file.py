@@ -77,14 +77,15 @@ def _read_cells(stream: Stream, kind: str, **dialect: Any) -> Iterator[Record]:
     header = _cells(rows, f"{stream.path}:1", kind) or []
     if not header and not stream.blank:
         raise GraftError(f"{stream.path}:1: a blank line; expected the names of the columns")
-    if len(header) == 1 and (odd := next((one for one in ";\t|" if one in header[0]), None)):
+    between, odds = ("tabs", ";,|") if dialect else ("commas", ";\t|")
+    if len(header) == 1 and (odd := next((one for one in odds if one in header[0]), None)):
+        remedy = "csv for commas" if dialect else "tsv for tabs"
         raise GraftError(
             f"{stream.path}:1: the header is one cell, with {odd!r} in it, so cells are not apart "
-            f"by {'tabs' if dialect else 'commas'}; save it so, or pass --data-format tsv for tabs"
+            f"by {between}; save it so, or pass --data-format {remedy}"
         )
     doubled = (name for name, count in Counter(header).items() if count > 1)
     spoiled = dict.fromkeys(doubled, "the header names it twice; rename one of the two") or None
-    between = "tabs" if dialect else "commas"
     while True:
         where = f"{stream.path}:{lines.next_row()}"
         cells = _cells(rows, where, kind)
@@ -97,7 +98,7 @@ def _read_cells(stream: Stream, kind: str, **dialect: Any) -> Iterator[Record]:
                 f"{len(cells)} cells, but the header names {len(header)} columns "
                 f"(quote cells that hold {between} or line breaks)"
             )
-            yield Record(where, None, problem)
+            yield Record(where, cells, problem)
 
 
 def _cells(rows: Iterator[list[str]], where: str, kind: str) -> list[str] | None:
