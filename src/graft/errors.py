@@ -23,7 +23,8 @@ def raise_problems(problems: Sequence[str], heading: str) -> None:
         return
     if len(problems) == 1:
         raise GraftError(f"{heading}: {problems[0]}")
-    lines = "\n".join(f"  - {problem}" for problem in problems)
+    # One that is several itself stands one step further in.
+    lines = "\n".join("  - " + problem.replace("\n", "\n  ") for problem in problems)
     raise GraftError(f"{heading}: {len(problems)} problems\n{lines}")
 
 

@@ -121,6 +121,8 @@ def look_at_data(
     behind its file's name in every message. Raises GraftError with every problem that training
     would raise for the data.
     """
+    if rows < 0:
+        raise GraftError(f"--rows is {rows}; expected 0 or more")
     folder = find_text_folder(model)
     subject = None
     if (folder / CONFIG_FILE).is_file():
@@ -235,7 +237,7 @@ def _chosen(
 ) -> list[tuple[Example, bool]]:
     """Return the examples to show, each with whether it is held out."""
     if row is None:
-        return [(one, False) for one in training.examples[: max(rows, 0)]]
+        return [(one, False) for one in training.examples[:rows]]
     found = [
         (data.examples[number], is_held_out)
         for data, is_held_out in ((training, False), (held_out, True))

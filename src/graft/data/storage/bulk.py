@@ -23,6 +23,7 @@ from graft.data.storage.pool import Pool, cores
 from graft.data.storage.store import Stored, packed, write_batches
 from graft.data.templates import placeholder, rendering, rendering_here
 from graft.errors import GraftError
+from graft.files.digest import cache_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -94,9 +95,12 @@ def encoded_file(
         try:
             return work.data(keep(key, name, work.batches(), work.noted))
         except GraftError as error:
-            if not isinstance(error.__cause__, OSError):
+            if not isinstance(cause := error.__cause__, OSError):
                 raise
-            told.note(f"the encoded rows are not kept for another time: {error}")
+            told.note(
+                f"the encoded rows are not kept for another time, as {cache_folder()} cannot be "
+                f"written: {cause.strerror}; name another folder in the variable GRAFT_CACHE"
+            )
             work = _Work(path, tokenizer, config, max_length, told)
     try:
         with tempfile.TemporaryFile() as file:
