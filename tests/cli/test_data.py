@@ -58,6 +58,10 @@ def test_colours_are_for_terminals_that_have_them(
     monkeypatch.delenv("NO_COLOR", raising=False)
     painted = shown(capsys, tiny_base, rows_file, "--row", 1)
     assert "\x1b[" in painted and "[blue" not in painted and "on green" in painted
+    with monkeypatch.context() as few:
+        few.setenv("TERM", "xterm")
+        few.delenv("COLORTERM", raising=False)
+        assert "\x1b[30;42m" in shown(capsys, tiny_base, rows_file, "--row", 1), "green"
     for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
