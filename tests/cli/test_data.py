@@ -220,3 +220,10 @@ def test_every_length_is_in_a_bar(longest: int) -> None:
     found = histogram(facts)
     assert sum(found.counts) == 3 and len(found.counts) == len(found.bars) - 1 <= 22
     assert found.bars[-1] > longest
+
+
+def test_what_was_read_otherwise_is_said_once(tiny_base: Path, rows_file: Path, capsys) -> None:
+    with rows_file.open("a", encoding="utf-8") as file:
+        file.write('{"prompt": 1}\n')
+    out = shown(capsys, tiny_base, rows_file, "--rows", 0, "--skip-bad-rows")
+    assert out.count("1 bad row is skipped") == 1

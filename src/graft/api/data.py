@@ -158,7 +158,7 @@ def look_at_data(
 
 def _notes(training: EncodedData, held_out: EncodedData, eos: bool) -> list[str]:
     """Return all that training says of the data beside its counts."""
-    found = [*data_notes(training, held_out, eos), *training.remark_lines(), *training.notes]
+    found = [*data_notes(training, held_out, eos), *training.remark_lines()]
     found += [f"held out: {line}" for line in held_out.remark_lines()]
     if training.dropped_rows:
         found.append(f"{training.dropped_rows:,} training rows that were there twice are dropped")
