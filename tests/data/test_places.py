@@ -262,3 +262,8 @@ def test_an_empty_name_is_not_this_folder(tmp_path, monkeypatch):
     assert [one.name for one in sources_of(".")] == ["train.jsonl"]
     with pytest.raises(GraftError, match="the name of the data is empty"):
         sources_of("")
+
+
+def test_an_address_is_no_file():
+    with pytest.raises(GraftError, match="https://host/rows.jsonl: graft reads no address"):
+        read_rows("https://host/rows.jsonl")

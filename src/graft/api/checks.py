@@ -158,7 +158,7 @@ def _bad_numbers(config: TrainConfig) -> list[str]:
     positive = (
         *("rank", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "alpha"),
         *("loftq_rounds", "max_grad_norm", "eval_every", "eval_epochs", "save_every"),
-        *("save_minutes", "patience"),
+        *("save_minutes", "patience", "calibration_rows"),
     )
     problems = _not_positive(config, positive)
     if config.grid_rank is not None and config.grid_rank < 0:
@@ -166,6 +166,7 @@ def _bad_numbers(config: TrainConfig) -> list[str]:
     not_negative = {
         "min-improvement": config.min_improvement,
         "weight-decay": config.weight_decay,
+        "damping": config.damping,
         "samples": config.samples,
     }
     problems += [
