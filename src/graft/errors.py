@@ -23,7 +23,8 @@ def raise_problems(problems: Sequence[str], heading: str) -> None:
         return
     if len(problems) == 1:
         raise GraftError(f"{heading}: {problems[0]}")
-    lines = "\n".join(f"  - {problem}" for problem in problems)
+    # One that is several itself stands one step further in.
+    lines = "\n".join("  - " + problem.replace("\n", "\n  ") for problem in problems)
     raise GraftError(f"{heading}: {len(problems)} problems\n{lines}")
 
 
@@ -56,7 +57,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """Return the known name that is most like a name, or None where none is."""
+    """Return the known name that is most like a name, whatever its case; None where none is."""
     import difflib  # here, as every start of graft reads this file, and few ask for a near name
 
-    return next(iter(difflib.get_close_matches(name, sorted(known), n=1)), None)
+    names = {one.lower(): one for one in sorted(known)}
+    return next((names[one] for one in difflib.get_close_matches(name.lower(), names, n=1)), None)

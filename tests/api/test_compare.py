@@ -372,3 +372,29 @@ def test_the_demo_stands_for_the_bundled_model_and_data() -> None:
     assert "steps" in settings
     assert "steps" not in demo_settings({"demo": ["true"], "epochs": ["1"]}, {})
     assert demo_settings({"demo": ["false"]}, {"demo": True}) == {}
+
+
+def test_a_document_is_one_row_of_a_comparison_however_long(
+    tiny_base: Path, tmp_path: Path
+) -> None:
+    from graft.compare.prepare import prepare
+
+    texts = [f"the lamp is red and number {number} " * 20 for number in range(8)]
+    data = tmp_path / "texts.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    config = configured(
+        *(tiny_base, data, tmp_path / "out"),
+        **{"generate": 0, "max_length": 32, "deduplicate": True},
+    )
+    found = prepare(config)
+    assert len(found.training.examples) > 3 * len(texts), "there are several windows of each"
+    files = [Path(found.config.data), Path(str(found.config.eval_data))]
+    train, held_out = (
+        [json.loads(line)["text"] for line in file.read_text().splitlines()] for file in files
+    )
+    assert sorted(train + held_out) == sorted(texts) and held_out
+    assert not found.config.deduplicate, "which would take the weights of a mixture away"
+    data.write_text(json.dumps({"text": " ".join(texts)}) + "\n")
+    with pytest.raises(GraftError, match=r"texts.jsonl:1 is longer than all that is held out"):
+        prepare(dataclasses.replace(config, out=str(tmp_path / "one")))
+    assert not (tmp_path / "one").exists()

@@ -58,6 +58,10 @@ def test_colours_are_for_terminals_that_have_them(
     monkeypatch.delenv("NO_COLOR", raising=False)
     painted = shown(capsys, tiny_base, rows_file, "--row", 1)
     assert "\x1b[" in painted and "[blue" not in painted and "on green" in painted
+    with monkeypatch.context() as few:
+        few.setenv("TERM", "xterm")
+        few.delenv("COLORTERM", raising=False)
+        assert "\x1b[30;42m" in shown(capsys, tiny_base, rows_file, "--row", 1), "green"
     for name, value in (("NO_COLOR", "1"), ("TERM", "dumb")):
         with monkeypatch.context() as patch:
             patch.setenv(name, value)
@@ -216,3 +220,10 @@ def test_every_length_is_in_a_bar(longest: int) -> None:
     found = histogram(facts)
     assert sum(found.counts) == 3 and len(found.counts) == len(found.bars) - 1 <= 22
     assert found.bars[-1] > longest
+
+
+def test_what_was_read_otherwise_is_said_once(tiny_base: Path, rows_file: Path, capsys) -> None:
+    with rows_file.open("a", encoding="utf-8") as file:
+        file.write('{"prompt": 1}\n')
+    out = shown(capsys, tiny_base, rows_file, "--rows", 0, "--skip-bad-rows")
+    assert out.count("1 bad row is skipped") == 1

@@ -207,3 +207,13 @@ def test_colours_on_a_terminal_alone(monkeypatch) -> None:
     assert re.sub(r"\x1b\[\d*m", "", coloured) == plain
     monkeypatch.setenv("NO_COLOR", "1")
     assert page(TOY, "toy", whole=True) == plain
+
+
+def test_help_is_understood_as_a_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["help"]) == main(["--help"]) == 0
+    said = capsys.readouterr().out
+    assert said[: len(said) // 2] == said[len(said) // 2 :]
+    with pytest.raises(SystemExit) as ended:
+        main(["help", "runs"])
+    assert ended.value.code == 0 and "usage: graft runs" in capsys.readouterr().out
+    assert main(["help", "nosuch"]) == 2

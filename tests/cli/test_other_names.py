@@ -248,3 +248,23 @@ def test_the_page_says_of_other_names_what_the_table_does() -> None:
         assert list(dict.fromkeys(SAME[name] for name in theirs)) == [
             name.replace("-", "_") for name in ours
         ]
+
+
+def test_what_stands_by_its_place_is_told_when_it_is_given_as_a_flag() -> None:
+    with pytest.raises(UsageError) as error:
+        parse(COMMANDS["data"], ["--model", "m", "--data", "d.jsonl"], "data")
+    assert str(error.value).splitlines() == [
+        "2 mistakes",
+        "  - --model: give MODEL by itself, without a flag",
+        "  - --data: give DATA by itself, without a flag",
+    ]
+
+
+def test_a_word_behind_a_flag_of_yes_or_no_is_told_what_may_stand_there() -> None:
+    with pytest.raises(UsageError, match="'maybe' is no flag; --cache takes true or false"):
+        given(*words_of(NEEDED), "--cache", "maybe")
+
+
+def test_resume_alone_asks_for_the_folder_alone() -> None:
+    with pytest.raises(GraftError, match=r"^--resume: give --out, the folder of the run"):
+        given("--resume")

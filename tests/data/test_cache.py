@@ -180,6 +180,24 @@ def test_other_code_is_another_entry(encoded, monkeypatch):
     assert encoded()[1]
 
 
+def test_rows_that_change_while_they_are_read_are_not_kept(path, tokenizer, tmp_path):
+    class Changing(Told):
+        def progress(self, stage: str, done: int, total: int) -> None:
+            Path(path).write_text(json.dumps({"prompt": "other", "completion": "rows"}) + "\n")
+
+    with pytest.raises(GraftError, match=r"rows.jsonl was changed while it was read; begin again"):
+        encoded_file(path, tokenizer, DataConfig(data=path), 24, Changing())
+    assert not [*(tmp_path / "cache" / "encoded").iterdir()]
+
+
+def test_all_code_that_makes_examples_counts(monkeypatch):
+    read: list[str] = []
+    monkeypatch.setattr(cache, "read_bytes", lambda path: read.append(path.name) or b"")
+    cache._code_digest.__wrapped__()
+    named = {"encode.py", "tokens.py", "examples.py", "chat.py", "turns.py", "json_file.py"}
+    assert {*named, "text.py", "rows.py", "bulk.py", "store.py"} <= set(read)
+
+
 def flip(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1

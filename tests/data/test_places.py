@@ -263,3 +263,16 @@ def test_without_the_library_the_extra_is_named(monkeypatch):
     with pytest.raises(GraftError, match=r"pip install 'graft-llm\[hub\]'"):
         read_rows("hub:openai/gsm8k")
     assert [one.name for one in sources_of("hub:openai/gsm8k")] == ["hub:openai/gsm8k"]
+
+
+def test_an_empty_name_is_not_this_folder(tmp_path, monkeypatch):
+    (tmp_path / "train.jsonl").write_text('{"text": "a"}\n')
+    monkeypatch.chdir(tmp_path)
+    assert [one.name for one in sources_of(".")] == ["train.jsonl"]
+    with pytest.raises(GraftError, match="the name of the data is empty"):
+        sources_of("")
+
+
+def test_an_address_is_no_file():
+    with pytest.raises(GraftError, match="https://host/rows.jsonl: graft reads no address"):
+        read_rows("https://host/rows.jsonl")

@@ -79,3 +79,10 @@ def test_where_prompt_and_answer_of_the_first_row_meet_is_shown(write_lines, tok
     assert "ends in 'p ', then comes nothing, then the completion: 'c'" in note
     path = write_lines("c.jsonl", '{"text": "t"}')
     assert joint_notes(DataConfig(data=path), tokenizer) == ()
+
+
+def test_who_has_bad_rows_is_told_how_to_go_on_without(write_lines, tokenizer):
+    long = json.dumps({"prompt": "x" * 90, "completion": "b"})
+    path = write_lines("a.jsonl", long, *GOOD, long)
+    with pytest.raises(GraftError, match=r"^rows that .*\(--skip-bad-rows .*\): 2 problems\n"):
+        load_train_and_eval(DataConfig(data=path, max_length=32), tokenizer, None, 0)

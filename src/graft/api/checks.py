@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -73,7 +74,7 @@ def check_train_config(config: TrainConfig) -> None:
     """Raise GraftError with everything in the configuration that cannot work."""
     problems = _unknown_names(config)
     raise_problems(problems, "configuration")
-    problems = _bad_numbers(config) + _large_numbers(config)
+    problems = _bad_numbers(config) + _no_numbers(config)
     if config.steps is not None and config.epochs is not None:
         problems.append("--steps and --epochs are both given; give one of them")
     problems += _watching_problems(config)
@@ -117,17 +118,27 @@ _LARGE = 2**31
 def check_plan_config(config: PlanConfig) -> None:
     """Raise GraftError with every number that no training could have."""
     problems = _not_positive(config, ("rank", "batch_size", "max_length", "alpha"))
-    raise_problems(problems + _large_numbers(config), "configuration")
+    raise_problems(problems + _no_numbers(config), "configuration")
 
 
-def _large_numbers(config: TrainConfig | PlanConfig) -> list[str]:
-    """Return every whole number that is no size of a tensor and no count of anything here."""
+def _no_numbers(config: TrainConfig | PlanConfig) -> list[str]:
+    """Return every whole number that is no size of a tensor, and every other that is none."""
     values = {one.name: getattr(config, one.name) for one in fields(config)}
-    return [
+    problems = [
         f"--{name.replace('_', '-')} is {value:,}; expected less than {_LARGE:,}"
         for name, value in values.items()
         if type(value) is int and abs(value) >= _LARGE
     ]
+    return problems + [
+        f"--{name.replace('_', '-')} is {value}; expected a number that is finite"
+        for name, value in values.items()
+        if type(value) is float
+        and not (math.isfinite(value) or (value > 0 and name in _MAY_BE_ENDLESS))
+    ]
+
+
+_MAY_BE_ENDLESS = ("max_grad_norm", "save_minutes")
+"""Of which infinity means never."""
 
 
 def _not_positive(config: TrainConfig | PlanConfig, names: Sequence[str]) -> list[str]:
@@ -135,7 +146,7 @@ def _not_positive(config: TrainConfig | PlanConfig, names: Sequence[str]) -> lis
     return [
         f"--{name.replace('_', '-')} is {value}; expected more than 0"
         for name, value in values.items()
-        if value is not None and not value > 0
+        if value is not None and value <= 0
     ]
 
 
@@ -147,16 +158,21 @@ def _bad_numbers(config: TrainConfig) -> list[str]:
     positive = (
         *("rank", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "alpha"),
         *("loftq_rounds", "max_grad_norm", "eval_every", "eval_epochs", "save_every"),
-        *("save_minutes", "patience"),
+        *("save_minutes", "patience", "calibration_rows"),
     )
     problems = _not_positive(config, positive)
     if config.grid_rank is not None and config.grid_rank < 0:
         problems.append(f"--grid-rank is {config.grid_rank}; expected 0 or more")
-    not_negative = {"min-improvement": config.min_improvement, "samples": config.samples}
+    not_negative = {
+        "min-improvement": config.min_improvement,
+        "weight-decay": config.weight_decay,
+        "damping": config.damping,
+        "samples": config.samples,
+    }
     problems += [
         f"--{name} is {value}; expected 0 or more"
         for name, value in not_negative.items()
-        if not value >= 0
+        if value < 0
     ]
     if config.grad_accum > bound(_MOST_BATCHES):
         problems.append(
@@ -170,7 +186,7 @@ def _bad_numbers(config: TrainConfig) -> list[str]:
     return problems + [
         f"--{name} is {share}; expected 0 up to, but not including, 1"
         for name, share in shares.items()
-        if not 0 <= share < 1
+        if share < 0 or share >= 1
     ]
 
 

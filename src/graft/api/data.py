@@ -121,6 +121,8 @@ def look_at_data(
     behind its file's name in every message. Raises GraftError with every problem that training
     would raise for the data.
     """
+    if rows < 0:
+        raise GraftError(f"--rows is {rows}; expected 0 or more")
     folder = find_text_folder(model)
     subject = None
     if (folder / CONFIG_FILE).is_file():
@@ -156,7 +158,7 @@ def look_at_data(
 
 def _notes(training: EncodedData, held_out: EncodedData, eos: bool) -> list[str]:
     """Return all that training says of the data beside its counts."""
-    found = [*data_notes(training, held_out, eos), *training.remark_lines(), *training.notes]
+    found = [*data_notes(training, held_out, eos), *training.remark_lines()]
     found += [f"held out: {line}" for line in held_out.remark_lines()]
     if training.dropped_rows:
         found.append(f"{training.dropped_rows:,} training rows that were there twice are dropped")
@@ -235,7 +237,7 @@ def _chosen(
 ) -> list[tuple[Example, bool]]:
     """Return the examples to show, each with whether it is held out."""
     if row is None:
-        return [(one, False) for one in training.examples[: max(rows, 0)]]
+        return [(one, False) for one in training.examples[:rows]]
     found = [
         (data.examples[number], is_held_out)
         for data, is_held_out in ((training, False), (held_out, True))

@@ -12,6 +12,7 @@ from graft.data.conversations.named import choose_template
 from graft.data.encode import encode_chat, encode_prompt
 from graft.data.examples import Example
 from graft.data.load import load_examples, resolve_max_length
+from graft.errors import GraftError
 from graft.evaluate.generate import OnText, generate_text
 from graft.evaluate.loss import evaluate_loss
 from graft.model.load import LoadedModel
@@ -39,6 +40,8 @@ def evaluate_model(
 
     {"loss": nats per target token, "perplexity", "target_tokens", "rows", "cut_rows"}.
     """
+    if batch_size < 1:
+        raise GraftError(f"--batch-size is {batch_size}; expected more than 0")
     if isinstance(model, LoadedModel):
         loaded = model
     else:

@@ -159,7 +159,8 @@ def show_rows(rows: Sequence[ShownRow]) -> None:
         if plain:
             show(marked(row.pieces))
         else:
-            console.print(_painted(row.pieces), soft_wrap=False)
+            greens = _TRAINED if console.color_system in ("256", "truecolor") else _OF_FEW
+            console.print(_painted(row.pieces, greens), soft_wrap=False)
 
 
 def heading(row: ShownRow) -> str:
@@ -201,8 +202,8 @@ def marked(pieces: Sequence[Piece]) -> str:
     return "".join(parts)
 
 
-def _painted(pieces: Sequence[Piece]) -> Text:
-    """Return a row in colours."""
+def _painted(pieces: Sequence[Piece], greens: tuple[str, str]) -> Text:
+    """Return a row in colours, its trained tokens in two of them."""
     from rich.text import Text
 
     from graft.model.pieces import stretches, visible
@@ -210,7 +211,7 @@ def _painted(pieces: Sequence[Piece]) -> Text:
     found = Text()
     for trained, some in stretches(pieces):
         first, left_out, last = shortened(some, _MOST_SHOWN)
-        shades = _TRAINED if trained else _OTHERS
+        shades = greens if trained else _OTHERS
         for number, piece in enumerate(first):
             found.append(visible(piece.text), _style(shades[number % 2], piece))
         if left_out:
@@ -224,12 +225,16 @@ _INK = "#10301a"
 _TRAINED = (f"{_INK} on #b5e3bd", f"{_INK} on #8fd09d")
 _OTHERS = ("", "underline")
 """Two shades of either, which take turns; both are read on a light and on a dark ground."""
+_OF_FEW = ("black on green", "black on bright_green")
+"""For what is trained where a terminal has 16 colours, of which the others would be one, white."""
 
 
 def _style(shade: str, piece: Piece) -> str:
-    if piece.special:
-        shade = f"bold magenta {shade}" if shade in _OTHERS else shade.replace(_INK, "bold #6a1b9a")
-    return shade
+    if not piece.special:
+        return shade
+    if shade in _OTHERS:
+        return f"bold magenta {shade}"
+    return f"bold {shade.replace(_INK, '#6a1b9a')}"
 
 
 COMMAND = Command(arguments=DataArguments, run=data)

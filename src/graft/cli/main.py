@@ -38,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> int:
+    if words[:1] == ["help"]:  # what git and pip take, too
+        words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help", "--help-all"):
         show(_usage())
         return 0

@@ -99,8 +99,10 @@ def _settings_of_resumed_run(
     Raises GraftError when there is none and the words do not say what is needed to begin it.
     """
     out = texts["out"][-1] if texts.get("out") else settings.get("out")
-    if not is_asked("resume", texts, settings) or not isinstance(out, str):
+    if not is_asked("resume", texts, settings):
         return {}
+    if not isinstance(out, str):
+        raise GraftError("--resume: give --out, the folder of the run to go on with")
     from graft.api.run.resume import read_stored
 
     stored = read_stored(Path(out))

@@ -117,6 +117,11 @@ class _Splitter:
             self.given.problems.append(f"{typed}: {answered.advice}")
             return
         name = canonical(typed.lstrip("-"))
+        if any(place.name == name for place in self._places):
+            self.given.asked.add(name)
+            said = f"{typed}: give {name.upper()} by itself, without a flag"
+            self.given.problems.append(said)
+            return
         near = nearest(name, self._flags)
         hint = f"; did you mean {option(near)}?" if near else ""
         self.given.problems.append(f"unknown flag {typed}{hint}")
@@ -178,6 +183,8 @@ class _Splitter:
             guess = f"; {option(flag.name)} takes one value (quote one that has spaces)"
         else:
             guess = self._guess(word)
+            if not guess and flag is not None and flag.kind.is_switch:
+                guess = f"; {option(flag.name)} takes true or false, or stands alone"
         return f"{shown} is no flag{guess or '; flags begin with --'}"
 
     def _known(self, name: str) -> bool:

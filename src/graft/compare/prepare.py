@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from graft.data.load import load_train_and_eval
 from graft.data.rows import Reading, Row, read_rows
 from graft.data.shapes.registry import SHAPES
 from graft.data.sources.places import fingerprint
+from graft.data.storage.store import facts_of, places_of
 from graft.data.templates import placeholder
 from graft.errors import GraftError, Problems
 from graft.evaluate.scores import missing_scorers, why_no_scorers
@@ -184,6 +185,7 @@ def _read_data(config: CompareConfig, base: Subject, problems: Problems) -> _Dat
             config, base.tokenizer, base.position_limit, _SPLIT_SEED
         )
         check_tokens(base.skeleton, base.tokenizer, training.examples, held_out.examples)
+        _check_split(config, training, held_out)
         data = _Data(training, held_out, _prompts(config, held_out, base.tokenizer))
         if config.generate and missing_scorers():  # asked for by name, not by default
             problems.found.append(
@@ -239,11 +241,24 @@ def _prompt(
     return Prompt(row.text, encode_prompt(kind, row.fields, tokenizer, separator), row.reference)
 
 
-def _rows(config: CompareConfig, examples: Iterable[Example]) -> list[Row]:
+def _rows(config: CompareConfig, examples: Sequence[Example]) -> list[Row]:
     """Return the rows that the examples were encoded from."""
     path = config.eval_data or config.data
     rows = {row.where: row for row in read_rows(path, Reading.of(path, config)).rows}
-    return [rows[example.where] for example in examples]
+    # A document has an example for each window, and is one row.
+    begins = facts_of(examples).windows == 0
+    places = zip(places_of(examples), begins, strict=True)
+    return [rows[place] for place, begins_row in places if begins_row]
+
+
+def _check_split(config: CompareConfig, training: EncodedData, held_out: EncodedData) -> None:
+    """Raise GraftError where rows of --data cannot be written to one side of the split, whole."""
+    parted = set(places_of(training.examples)) & set(places_of(held_out.examples))
+    if config.eval_data is None and parted:
+        raise GraftError(
+            f"{min(parted)} is longer than all that is held out, so that a part of "
+            "it would be; a comparison splits whole rows: give --eval-data, or shorter texts"
+        )
 
 
 # The folder ---------------------------------------------------------------------------------------
@@ -301,8 +316,14 @@ def _make_folder(config: CompareConfig, settings: Mapping[str, Any], data: _Data
         train, held_out = out / "data" / "train.jsonl", out / "data" / "heldout.jsonl"
         _write_rows(train, _rows(config, data.training.examples))
         _write_rows(held_out, _rows(config, data.held_out.examples))
+        # What is written has been read, chosen and weighted already.
         config = dataclasses.replace(
-            config, data=str(train), eval_data=str(held_out), columns=(), data_format=None
+            config,
+            data=str(train),
+            eval_data=str(held_out),
+            columns=(),
+            data_format=None,
+            deduplicate=False,
         )
     return config
 

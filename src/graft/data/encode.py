@@ -161,7 +161,8 @@ def encode_rows(
 
 def bad_rows(skipped: Skipped | None = None) -> RowProblems:
     """Return where the problems of rows are collected that cannot be encoded."""
-    return RowProblems("rows that cannot be trained on", skipped)
+    heading = "rows that cannot be trained on (--skip-bad-rows of graft train leaves them out)"
+    return RowProblems(heading, skipped)
 
 
 @dataclass(frozen=True)

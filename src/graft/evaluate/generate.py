@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -76,8 +77,13 @@ def generate_text(
 
     Generation ends at the end-of-sequence token, after max_new_tokens, or where the model's
     position limit ends. A model that `graft.model.running.decode` knows is decoded by it, any
-    other by transformers. Raises GraftError when the prompt leaves no room.
+    other by transformers. Raises GraftError when the prompt leaves no room, and for a temperature
+    or a number of tokens that cannot be.
     """
+    if not 0 <= temperature < math.inf:
+        raise GraftError(f"--temperature is {temperature}; expected 0 or more")
+    if max_new_tokens < 1:
+        raise GraftError(f"--max-new-tokens is {max_new_tokens}; expected more than 0")
     limit = getattr(model.config, "max_position_embeddings", None)
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt_ids))
     if not prompt_ids:

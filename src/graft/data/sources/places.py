@@ -56,14 +56,22 @@ def sources_of(
 ) -> list[Source]:
     """Return the files that a name stands for, in the order in which they are read.
 
-    Raises GraftError for a folder or a mixture of which it is not clear what is meant.
+    Raises GraftError for an empty name, for an address, and for a folder or a mixture of which it
+    is not clear what is meant.
     """
     if data_format is not None:
         checked_format(data_format)
     given = Source(str(name), tuple(columns), data_format)
     path = Path(name)
+    if not given.name:  # of a variable that is not set, say; as a path it would be this folder
+        raise GraftError("the name of the data is empty; give a file, or . for this folder")
     if given.name.startswith(HUB):
         return [given]
+    if re.match(r"[a-z][a-z0-9+.-]+://", given.name, re.I):
+        raise GraftError(
+            f"{name}: graft reads no address; download the file and give its path, or name a data "
+            f"set of the Hugging Face hub as {HUB}OWNER/NAME"
+        )
     if path.suffix.lower() in MIXTURES:
         return _mixture(path, given)
     if path.is_dir():

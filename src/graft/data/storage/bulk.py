@@ -8,6 +8,7 @@ import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,11 +19,12 @@ from graft.data.rows import Reading, Row, RowStream
 from graft.data.shapes.base import Tokenizer
 from graft.data.sources.hub import HUB
 from graft.data.sources.places import sources_of
-from graft.data.storage.cache import entry_key, keep, recall
+from graft.data.storage.cache import content_key, entry_key, keep, recall
 from graft.data.storage.pool import Pool, cores
 from graft.data.storage.store import Stored, packed, write_batches
 from graft.data.templates import placeholder, rendering, rendering_here
 from graft.errors import GraftError
+from graft.files.digest import cache_folder
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -92,11 +94,14 @@ def encoded_file(
         return work.in_memory()
     if key is not None:
         try:
-            return work.data(keep(key, name, work.batches(), work.noted))
+            return work.data(keep(key, name, work.batches(), partial(work.noted_of, key[0])))
         except GraftError as error:
-            if not isinstance(error.__cause__, OSError):
+            if not isinstance(cause := error.__cause__, OSError):
                 raise
-            told.note(f"the encoded rows are not kept for another time: {error}")
+            told.note(
+                f"the encoded rows are not kept for another time, as {cache_folder()} cannot be "
+                f"written: {cause.strerror}; name another folder in the variable GRAFT_CACHE"
+            )
             work = _Work(path, tokenizer, config, max_length, told)
     try:
         with tempfile.TemporaryFile() as file:
@@ -132,7 +137,8 @@ class _Work:
         self, path: str, tokenizer: Tokenizer, config: DataConfig, max_length: int, told: Listener
     ) -> None:
         """Read until it is known whether the file is a large one."""
-        self._stream = RowStream(path, Reading.of(path, config))
+        self._path, self._reading = path, Reading.of(path, config)
+        self._stream = RowStream(path, self._reading)
         self._name = str(Path(path))
         self._told = told
         self._lots = _lots(self._stream)
@@ -176,6 +182,12 @@ class _Work:
             "remarks": dict(self._encoder.remarks),
             "notes": self._stream.notes,
         }
+
+    def noted_of(self, content: str) -> Mapping[str, Any]:
+        """Return what `noted` does; raises GraftError when that content is there no more."""
+        if content_key(self._path, self._reading) != content:
+            raise GraftError(f"{self._path} was changed while it was read; begin again")
+        return self.noted()
 
     def batches(self) -> Iterator[pa.RecordBatch]:
         """Yield the examples, in order; raises GraftError for the bad rows, all at once."""

@@ -76,7 +76,7 @@ def entry_key(
     options = {name: value for name, value in options.items() if name not in NO_MATTER}
     template = json.dumps(tokenizer.chat_template, default=repr, sort_keys=True)
     return (
-        json.dumps(_sources(path, reading)),
+        content_key(path, reading),
         _tokenizer_digest(tokenizer),
         template,
         # What day it is may be in what a template writes.
@@ -87,8 +87,8 @@ def entry_key(
     )
 
 
-def _sources(path: str, reading: Reading) -> list[list[object]]:
-    """Return what is read of each source, in their order."""
+def content_key(path: str, reading: Reading) -> str:
+    """Return what is read of each source, in their order: the first part of an entry's key."""
     found: list[list[object]] = []
     for source in sources_of(path, reading.columns, reading.data_format):
         # Rows of a single file stand in the file that is asked for, whatever that is called.
@@ -96,7 +96,7 @@ def _sources(path: str, reading: Reading) -> list[list[object]]:
         suffixes = "".join(Path(source.name).suffixes[-2:]).lower()
         about = [name, suffixes, source.digest(), source.columns, source.data_format]
         found.append([*about, source.is_mixed])
-    return found
+    return json.dumps(found)
 
 
 def _tokenizer_digest(tokenizer: Tokenizer) -> str:
