@@ -65,7 +65,7 @@ def _has_network() -> bool:
 def _why_not(error: Exception, cached: bool) -> str:
     """Return why the hub gave nothing."""
     if constants.HF_HUB_OFFLINE:
-        return "the hub is not asked, as HF_HUB_OFFLINE is set"
+        return "the hub has it not or cannot be reached (HF_HUB_OFFLINE is set)"
     if cached:
         return "the hub has it not or cannot be reached (there is no network)"
     if isinstance(error, GatedRepoError):
