@@ -395,18 +395,3 @@ def test_weights_are_counted_once(model_folder, monkeypatch):
     monkeypatch.setattr(skeleton, "count_weights", counting)
     plan(model_folder("llama"), checkpointing="auto")
     assert len(counted) == 1
-
-
-# packed rows -------------------------------------------------------------------------------------
-
-
-def test_packed_rows_are_planned_for_their_own_tokens(model_folder) -> None:
-    folder = model_folder("llama")
-    shape = {"batch_size": 8, "sequence_length": 40, "checkpointing": "layers"}
-    padded = plan(folder, **shape)
-    packed = plan(folder, **shape, tokens=100)
-    kept = row(padded, "activations") / (8 * 40)
-    assert row(packed, "activations") == pytest.approx(100 * kept, rel=1e-6)
-    assert "100 tokens of packed rows" in str(packed.table())
-    assert row(packed, "evaluation") == row(padded, "evaluation"), "it pads"
-    assert plan(folder, **shape, tokens=8 * 40).as_dict() == padded.as_dict()
