@@ -227,3 +227,19 @@ def test_what_was_read_otherwise_is_said_once(tiny_base: Path, rows_file: Path, 
         file.write('{"prompt": 1}\n')
     out = shown(capsys, tiny_base, rows_file, "--rows", 0, "--skip-bad-rows")
     assert out.count("1 bad row is skipped") == 1
+
+
+def test_a_folder_for_the_page_is_told_before_the_work(tiny_base, rows_file, tmp_path, capsys):
+    assert main(["data", str(tiny_base), str(rows_file), "--html", str(tmp_path)]) == 1
+    out, err = capsys.readouterr()
+    assert not out and "is a folder; name a file, such as data.html" in err
+
+
+def test_of_a_run_the_model_is_named(tiny_base, rows_file, tmp_path, capsys):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(f"model: {tiny_base}\ndata: d\nout: {run}\nmethod: lora\n")
+    assert main(["data", str(run), str(rows_file)]) == 1
+    assert f"is the folder of a run; give the model that it trained: graft data {tiny_base}" in (
+        capsys.readouterr().err
+    )

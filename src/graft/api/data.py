@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from graft.api.run.folder import is_run, read_run_config
 from graft.data.config import DataConfig
 from graft.data.conversations.named import choose_template
 from graft.data.encode import EncodedData
@@ -123,6 +125,11 @@ def look_at_data(
     """
     if rows < 0:
         raise GraftError(f"--rows is {rows}; expected 0 or more")
+    if is_run(Path(model)):
+        base = read_run_config(Path(model)).model
+        raise GraftError(
+            f"{model} is the folder of a run; give the model that it trained: graft data {base}"
+        )
     folder = find_text_folder(model)
     subject = None
     if (folder / CONFIG_FILE).is_file():

@@ -12,6 +12,7 @@ from graft.cli.command import Command
 from graft.cli.fields import Positional
 from graft.cli.show import show, show_json
 from graft.data.config import DataConfig
+from graft.errors import GraftError
 from graft.model.config import TrustConfig
 
 if TYPE_CHECKING:
@@ -54,6 +55,8 @@ def data(arguments: DataArguments) -> None:
     """
     from graft.api.data import look_at_data
 
+    if arguments.html is not None and Path(arguments.html).is_dir():
+        raise GraftError(f"--html {arguments.html} is a folder; name a file, such as data.html")
     report = look_at_data(
         arguments.model,
         DataConfig(**{one.name: getattr(arguments, one.name) for one in fields(DataConfig)}),
