@@ -229,3 +229,11 @@ def test_records_know_where_they_stand_when_reading_ends_early(tmp_path) -> None
 def test_no_column_of_parquet_passes_for_another_kind_of_value(row, tmp_path) -> None:
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "a.parquet")
     refused(tmp_path / "a.parquet", "a column, or a field in it, has a zero byte in its name")
+
+
+def test_parquet_of_too_many_rows_is_refused_before_any_is_read(tmp_path) -> None:
+    path = tmp_path / "many.parquet"
+    pq.write_table(pa.table({"text": pa.array(["x"]).take(pa.array([0] * 2_000_000))}), path)
+    rows = read_records(path)
+    with pytest.raises(GraftError, match=r"its rows have more than 16,777,216 bytes"):
+        next(rows)

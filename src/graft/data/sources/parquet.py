@@ -9,7 +9,7 @@ import os
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from graft.apart import start_apart
 from graft.data.sources.record import Layout, Record, chosen_columns, without_nulls
@@ -23,6 +23,8 @@ SECONDS = 30
 """Most processor time, and a second more for each MiB that the rows may have."""
 _ODD = "\0"
 """The key of what stands for a value that JSON does not know; no field of a file is called so."""
+_SHORTEST = 9
+"""Bytes that any row has as a line."""
 _TIMES = (datetime.date, datetime.time, datetime.timedelta, decimal.Decimal)
 """What is no JSON, and inside a list or an object is read as text."""
 
@@ -58,12 +60,17 @@ def _read_columns(stream: Stream, layouts: Sequence[Layout] | None, kind: str) -
             if len(line) > stream.most_row:
                 stream.refuse_long(number, "row")
             if read > most:
-                raise_beyond(path, f"its rows have more than {most:,} bytes", f"{most:,}")
+                _refuse_large(stream)
             if not line.endswith(b"\n"):  # cut off, as its writer was ended
                 break
             found = json.loads(line, object_hook=_other)
             if isinstance(found, bool | dict):
                 end = found
+            elif isinstance(
+                found, int
+            ):  # rows: that there are too many is known before any is read
+                if found * _SHORTEST > most:
+                    _refuse_large(stream)
             elif others is None:
                 others = dict.fromkeys(found)
             else:
@@ -84,6 +91,11 @@ def _read_columns(stream: Stream, layouts: Sequence[Layout] | None, kind: str) -
         )
 
 
+def _refuse_large(stream: Stream) -> NoReturn:
+    most = f"{stream.most_expanded:,}"
+    raise_beyond(stream.path, f"its rows have more than {most} bytes", most)
+
+
 def _cleaned(row: dict[str, object]) -> dict[str, object]:
     """Return a row without what Arrow adds to structs, inside its columns."""
     return {key: without_nulls(value) for key, value in row.items()}
@@ -99,8 +111,8 @@ def _other(found: dict[str, object]) -> object:
 def _tell(layouts: Sequence[Sequence[Any]] | None, kind: str) -> None:
     """Write a line of JSON for each row of the file that is stdin.
 
-    Before them the names of the columns that are not read; then a list of the row and why columns
-    of it are spoiled; at last `true`, or what went wrong.
+    Before them how many there are (of Parquet), and the names of the columns that are not read;
+    then a list of the row and why columns of it are spoiled; at last `true`, or what went wrong.
     """
     os.environ["ARROW_DEFAULT_MEMORY_POOL"] = "system"  # which reserves no memory
     try:
@@ -118,6 +130,7 @@ def _parquet(layouts: Sequence[Sequence[Any]] | None) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(sys.stdin.buffer)
+    _write(file.metadata.num_rows)
     columns = _choose(file.schema_arrow, layouts)
     for group in range(file.num_row_groups):
         facts = file.metadata.row_group(group)
