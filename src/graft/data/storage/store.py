@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import mmap
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -37,17 +38,17 @@ class Examples(Sequence[Example]):
     """Examples that are read when they are asked for; equal to any sequence of the same ones."""
 
     @property
+    @abstractmethod
     def facts(self) -> Facts:
         """What is asked of all of them at once."""
-        raise NotImplementedError
 
+    @abstractmethod
     def at(self, number: int) -> Example:
         """Return one of them; `number` is neither negative nor too large."""
-        raise NotImplementedError
 
+    @abstractmethod
     def place(self, number: int) -> str:
         """Return where the row of one of them stands, without reading its tokens."""
-        raise NotImplementedError
 
     @overload
     def __getitem__(self, index: int) -> Example: ...
