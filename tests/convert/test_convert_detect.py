@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 
 import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
 
 import graft
 from graft.convert.base import Reader
+from graft.convert.config import ConvertConfig
 from graft.convert.folder import plain_tensors
 from graft.convert.registry import READERS
-from graft.convert.source import Source
+from graft.convert.source import DenseLayer, Source
 from graft.errors import GraftError
 from graft.model.folder import CONVERTIBLE
 
@@ -86,6 +90,56 @@ def test_a_tool_is_an_entry(tiny_base, tmp_path):
         READERS.remove("raw")
     assert report.kind == "raw" and not report.layers
     graft.load(tmp_path / "out")
+
+
+class RawlyQuantisedReader(RawReader):
+    """The same tool, whose layers' weights no format of graft holds."""
+
+    def open_folder(self, folder):
+        files = folder.weights()
+        names = [key.removesuffix(".weight") for key in files if key.endswith("proj.weight")]
+        tensors = plain_tensors(files, (f"{name}.weight" for name in names))
+
+        def read(name):
+            weight = files.read_once(f"{name}.weight").float()
+            return weight.T if folder.config["model_type"] == "gpt2" else weight
+
+        def layer(name, out_features, in_features):
+            return DenseLayer("raw codes", partial(read, name))
+
+        layers = {name: partial(layer, name) for name in names}
+        return Source("raw", folder.skeleton(), layers, tensors, notes=["it is raw"])
+
+
+@pytest.fixture
+def gpt2(tiny_base, tmp_path):
+    config = GPT2Config(
+        vocab_size=400, n_embd=64, n_inner=96, n_layer=1, n_head=2, bos_token_id=1, eos_token_id=2
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    for file in tiny_base.glob("tokenizer*"):
+        shutil.copy(file, tmp_path / "gpt2")
+    return tmp_path / "gpt2"
+
+
+@pytest.mark.parametrize("family", ["tiny_base", "gpt2"])
+def test_what_no_format_holds_comes_in_as_floats_where_that_is_asked(family, request, tmp_path):
+    base = request.getfixturevalue(family)
+    shutil.copytree(base, tmp_path / "theirs")
+    settings(quantization_config={"quant_method": "raw"})(tmp_path / "theirs")
+    READERS.add("raw", RawlyQuantisedReader(), "raw files")
+    try:
+        with pytest.raises(GraftError, match=r"weights are raw codes .* add --dequantise"):
+            graft.convert_model(tmp_path / "theirs", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+        asked = ConvertConfig(dequantise=True)
+        report = graft.convert_model(tmp_path / "theirs", tmp_path / "out", config=asked)
+    finally:
+        READERS.remove("raw")
+    assert set(report.dense) == {"raw codes"} and report.notes == ("it is raw",)
+    ids = torch.arange(5, 15)[None]
+    expected, found = graft.load(base)[0], graft.load(tmp_path / "out")[0]
+    assert torch.equal(expected(input_ids=ids).logits, found(input_ids=ids).logits)
 
 
 def test_whoever_loads_such_a_folder_is_told_of_every_tool_that_is_read():

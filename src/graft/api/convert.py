@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from graft.api.events import Events
+from graft.convert.config import ConvertConfig
 from graft.convert.detect import open_source
-from graft.convert.writer import plan_conversion, write_conversion
+from graft.convert.writer import in_words, plan_conversion, write_conversion
 from graft.errors import GraftError
 from graft.files.write import check_new
-from graft.formats.base import WeightFormat
-from graft.formats.registry import settings_of
 from graft.model.folder import read_generation_config, read_tokenizer
 
 
@@ -25,6 +24,10 @@ class ConvertReport:
     """The tool or format that the weights came from."""
     layers: dict[str, int]
     """Quantised layers by format, in words; none where the weights are not quantised."""
+    dense: dict[str, int]
+    """Weights that were dequantised because that was asked for, by what the source holds."""
+    dense_dtype: str
+    """What those are now."""
     bits_per_weight: float | None
     """Of the quantised layers, scales and offsets included."""
     bytes: int
@@ -36,6 +39,8 @@ class ConvertReport:
     """What was quantised and is now float32, because it is no linear layer of the decoder."""
     left_out: tuple[str, ...]
     """Tensors that had no place in the model."""
+    notes: tuple[str, ...]
+    """What else was found, in words."""
 
 
 def convert_model(
@@ -43,25 +48,28 @@ def convert_model(
     out: str | Path,
     *,
     tokenizer: str | Path | None = None,
+    config: ConvertConfig | None = None,
     events: Events | None = None,
 ) -> ConvertReport:
     """Write the folder `out`, which everything in graft takes as it takes its own.
 
     source: a folder (or hub id) of GPTQ, AWQ, bitsandbytes or MLX weights, a folder of pickled
     PyTorch weights, a GGUF file, or one pickled file beside its config.json. tokenizer: its folder,
-    which a GGUF file needs. Integers, codes and codebooks are kept; nothing is quantised again.
+    which a GGUF file needs. config: what to do beyond what the files say; with `dequantise` all
+    weights become floats, else integers, codes and codebooks are kept. Nothing is quantised again.
     Raises GraftError with everything that graft cannot hold, before anything is written.
     """
     events = events or Events()
     target = Path(out)
     check_new(target)
-    found, folder = open_source(str(source))
+    asked = config or ConvertConfig()
+    found, folder = open_source(str(source), asked)
     if tokenizer is None and not folder.is_dir():
         raise GraftError(f"{folder}: give the folder of its tokenizer too (--tokenizer)")
     words_folder = folder if tokenizer is None else Path(tokenizer)
     words = read_tokenizer(words_folder)
     generation = read_generation_config(folder) or read_generation_config(words_folder)
-    plan = plan_conversion(found)
+    plan = plan_conversion(found, asked)
     write_conversion(
         plan,
         words,
@@ -72,20 +80,13 @@ def convert_model(
     return ConvertReport(
         path=target,
         kind=found.kind,
-        layers=dict(Counter(map(_in_words, plan.formats.values()))),
+        layers=dict(Counter(map(in_words, plan.formats.values()))),
+        dense=dict(plan.dense),
+        dense_dtype=asked.dequantised_dtype,
         bits_per_weight=plan.bits_per_weight,
         bytes=sum(file.stat().st_size for file in target.iterdir()),
         rounding=found.rounding.steps,
         dequantised=tuple(plan.dequantised),
         left_out=tuple(plan.left_out),
+        notes=tuple(dict.fromkeys(found.notes)),
     )
-
-
-_IN_WORDS = {"bits": "{} bits", "group_size": "groups of {}", "double_quant": "double quantised"}
-"""What is said of a setting of a format."""
-
-
-def _in_words(weight_format: WeightFormat) -> str:
-    settings = settings_of(weight_format)
-    said = [words.format(settings[key]) for key, words in _IN_WORDS.items() if settings.get(key)]
-    return ", ".join([weight_format.name, *said])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
 from graft.cli.show import show, show_json
+from graft.convert.config import ConvertConfig
 
 if TYPE_CHECKING:
     from graft.api.convert import ConvertReport
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConvertArguments:
+class ConvertArguments(ConvertConfig):
     """What to bring in, and where to."""
 
     source: Positional
@@ -35,7 +36,13 @@ def convert(arguments: ConvertArguments) -> None:
 
     with progress() as events:
         report = convert_model(
-            arguments.source, arguments.out, tokenizer=arguments.tokenizer, events=events
+            arguments.source,
+            arguments.out,
+            tokenizer=arguments.tokenizer,
+            config=ConvertConfig(
+                **{one.name: getattr(arguments, one.name) for one in fields(ConvertConfig)}
+            ),
+            events=events,
         )
     if arguments.json:
         show_json(asdict(report) | {"path": str(report.path)})
@@ -49,13 +56,12 @@ def _lines(report: ConvertReport) -> dict[str, str]:
     if report.layers:
         formats = [f"{count} of {kind}" for kind, count in report.layers.items()]
         lines["layers"] = "; ".join(formats) + f" ({report.bits_per_weight:.2f} bits per weight)"
-        lines["weights"] = (
-            f"within {report.rounding:.1e} of a step (scales and offsets rounded to float16)"
-            if report.rounding
-            else "the very same"
-        )
-    else:
+        lines["compared"] = _compared(report)
+    elif not report.dense:
         lines["layers"] = "none is quantised"
+    if report.dense:
+        kinds = [f"{count} of {kind}" for kind, count in report.dense.items()]
+        lines["dequantised"] = f"{'; '.join(kinds)}, written as {report.dense_dtype}"
     if report.dequantised:
         lines["to float32"] = ", ".join(report.dequantised)
     if report.left_out:
@@ -64,8 +70,22 @@ def _lines(report: ConvertReport) -> dict[str, str]:
             f"{len(report.left_out)} tensors without a place in the model "
             f"({', '.join(report.left_out[:3])}{more})"
         )
+    lines |= {f"note {number}": note for number, note in enumerate(report.notes, start=1)}
     lines["folder"] = f"{report.path}, {report.bytes / 2**20:,.1f} MiB"
     return lines
+
+
+def _compared(report: ConvertReport) -> str:
+    """Return what was measured, and what was not."""
+    found = (
+        f"rounded to float16, which moves a weight by {report.rounding:.1e} of a step at most"
+        if report.rounding
+        else "equal"
+    )
+    return (
+        "codes are copied; scales and offsets, with those that were read from the source: "
+        f"{found}; no logits of another program"
+    )
 
 
 COMMAND = Command(arguments=ConvertArguments, run=convert)

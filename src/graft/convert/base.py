@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from graft.convert.config import ConvertConfig
 from graft.convert.folder import ForeignFolder
 from graft.convert.source import Source
 
@@ -21,7 +22,7 @@ class Reader:
         """Return whether a path, which may lead to nothing, is a file of this tool."""
         return False
 
-    def open_file(self, file: Path) -> tuple[Source, Path]:
+    def open_file(self, file: Path, asked: ConvertConfig) -> tuple[Source, Path]:
         """Return what is in such a file, and the place of its tokenizer."""
         raise NotImplementedError
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from graft.convert.config import ConvertConfig
 from graft.convert.folder import open_folder
 from graft.convert.registry import READERS
 from graft.convert.source import Source
@@ -12,7 +13,7 @@ from graft.errors import GraftError
 from graft.model.folder import QUANTISATION_FILE, find_folder
 
 
-def open_source(path: str) -> tuple[Source, Path]:
+def open_source(path: str, asked: ConvertConfig) -> tuple[Source, Path]:
     """Return what is there, and the folder of its tokenizer, for whatever kind it turns out to be.
 
     path: a folder, a hub id, a .gguf file, or a pickled file beside its config.json. Raises
@@ -21,13 +22,13 @@ def open_source(path: str) -> tuple[Source, Path]:
     file = Path(path)
     for reader in READERS.values():
         if reader.reads_file(file):
-            return reader.open_file(file)
+            return reader.open_file(file, asked)
     if file.is_file():
         raise GraftError(f"{path} is no folder, .gguf file or PyTorch file; {_what_is_read()}")
     folder = find_folder(path)
     if (folder / QUANTISATION_FILE).is_file():
         raise GraftError(f"{folder} is in graft's own format already; use it as it is")
-    found = open_folder(folder)
+    found = open_folder(folder, asked)
     for reader in READERS.values():
         if reader.reads_folder(found):
             return reader.open_folder(found), folder

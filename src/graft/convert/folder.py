@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from graft.convert.config import ConvertConfig
 from graft.convert.source import PlainTensor
 from graft.errors import GraftError
 from graft.files.read import read_json
@@ -31,6 +32,7 @@ class ForeignFolder:
 
     folder: Path
     config: dict[str, Any]
+    asked: ConvertConfig = ConvertConfig()
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -59,7 +61,7 @@ class ForeignFolder:
         return WeightFiles(self.folder, others[0] if len(others) == 1 and not standard else None)
 
 
-def open_folder(folder: Path) -> ForeignFolder:
+def open_folder(folder: Path, asked: ConvertConfig) -> ForeignFolder:
     """Read config.json; the settings of an older GPTQ folder are in quantize_config.json.
 
     Raises GraftError when either is damaged.
@@ -75,7 +77,7 @@ def open_folder(folder: Path) -> ForeignFolder:
     separate = folder / "quantize_config.json"
     if "quantization_config" not in config and separate.is_file():
         config["quantization_config"] = {"quant_method": "gptq"} | read_json(separate)
-    return ForeignFolder(folder, config)
+    return ForeignFolder(folder, config, asked)
 
 
 def plain_tensors(files: WeightFiles, but: Iterable[str]) -> dict[str, PlainTensor]:

@@ -23,6 +23,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from graft.convert.base import Reader
+from graft.convert.config import ConvertConfig
 from graft.convert.integers import Rounding, pack_integers
 from graft.convert.source import PlainTensor, QuantisedLayer, ReadLayer, Source
 from graft.errors import GraftError, raise_problems
@@ -52,7 +53,7 @@ class GgufReader(Reader):
         """Return whether it is called .gguf."""
         return file.suffix == ".gguf"
 
-    def open_file(self, file: Path) -> tuple[Source, Path]:
+    def open_file(self, file: Path, asked: ConvertConfig) -> tuple[Source, Path]:
         """Return what is in the file; it holds no tokenizer that graft reads."""
         return gguf_source(file), file
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from graft.convert.base import Reader
+from graft.convert.config import ConvertConfig
 from graft.convert.folder import ForeignFolder, open_folder
 from graft.convert.source import PlainTensor, Source
 from graft.errors import GraftError
@@ -41,10 +42,10 @@ class PickledReader(Reader):
         """Return whether it is there, and called as pickled weights are."""
         return file.is_file() and f"*{file.suffix}" in PICKLES
 
-    def open_file(self, file: Path) -> tuple[Source, Path]:
+    def open_file(self, file: Path, asked: ConvertConfig) -> tuple[Source, Path]:
         """Return what is in the file; config.json and the tokenizer lie beside it."""
         folder = find_folder(str(file.parent))
-        return pickled_source(open_folder(folder), file.name), folder
+        return pickled_source(open_folder(folder, asked), file.name), folder
 
     def reads_folder(self, folder: ForeignFolder) -> bool:
         """Return whether its weights are pickled, quantised or not."""

@@ -21,7 +21,17 @@ class QuantisedLayer:
     make: Callable[[], Packed]
 
 
-ReadLayer = Callable[[int, int], QuantisedLayer]
+@dataclass(frozen=True)
+class DenseLayer:
+    """A quantised weight that no format of graft holds, so that it is written only dequantised."""
+
+    quantisation: str
+    """What the file holds, for the report: 'Q4_K', 'GPTQ in activation order'."""
+    make: Callable[[], Tensor]
+    """Reads and dequantises it, float32 [out_features, in_features]."""
+
+
+ReadLayer = Callable[[int, int], QuantisedLayer | DenseLayer]
 """From (out_features, in_features) to the layer; raises GraftError where the two do not fit."""
 
 
@@ -32,6 +42,9 @@ class PlainTensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     make: Callable[[], Tensor]
+    quantisation: str = ""
+    """What the file holds where that is quantised and no layer's weight, such as fused experts:
+    then it is dequantised, and written only where that was asked for."""
 
 
 @dataclass(frozen=True)
@@ -49,4 +62,6 @@ class Source:
     rounding: Rounding = field(default_factory=Rounding)
     """The largest rounding of statistics in the layers that were made so far."""
     dequantised: tuple[str, ...] = ()
-    """Tensors of `tensors` that the file holds quantised."""
+    """Tensors of `tensors` that the file holds quantised and that need no asking: embeddings."""
+    notes: list[str] = field(default_factory=list)
+    """What is worth telling; readers add to it until the last tensor is made."""

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from graft.convert.source import PlainTensor, QuantisedLayer, Source
+from graft.convert.config import ConvertConfig
+from graft.convert.source import DenseLayer, PlainTensor, QuantisedLayer, Source
 from graft.errors import GraftError, Problems, raise_problems
 from graft.files.write import new_folder
 from graft.formats.base import WeightFormat, storage_bytes
-from graft.formats.registry import describe_format
+from graft.formats.registry import describe_format, settings_of
+from graft.layers.registry import kind_of
 from graft.model.load import LoadedModel
 from graft.model.save import write_model_files, write_quantisation
 from graft.model.targets import linear_layers, linear_shape
@@ -43,10 +45,23 @@ class ConversionPlan:
     """What the source holds quantised and the folder does not: embeddings, the output head."""
     left_out: list[str] = field(default_factory=list)
     """Tensors of the source that have no place in the model."""
+    asked: ConvertConfig = ConvertConfig()
+    dense: Counter[str] = field(default_factory=Counter)
+    """What --dequantise makes floats, by what the source holds."""
+
+    @property
+    def dense_dtype(self) -> torch.dtype:
+        """The dtype of what --dequantise makes floats."""
+        return cast(torch.dtype, getattr(torch, self.asked.dequantised_dtype))
 
     @property
     def source_dtype(self) -> torch.dtype:
-        """The dtype that config.json gives, or else most of the unquantised tensors have."""
+        """The dtype that config.json gives, or else most of the unquantised tensors have.
+
+        Where layers were dequantised it is theirs, so that no reader narrows them.
+        """
+        if self.dense:
+            return self.dense_dtype
         named = self.source.model.config.dtype
         if isinstance(named, torch.dtype):
             return named
@@ -68,13 +83,14 @@ class ConversionPlan:
         return bits / weights if weights else None
 
 
-def plan_conversion(source: Source) -> ConversionPlan:
+def plan_conversion(source: Source, asked: ConvertConfig) -> ConversionPlan:
     """Match everything in the source with the model.
 
     Raises GraftError with every tensor that is missing, misshapen or in a form that graft does not
     hold.
     """
-    plan, problems = ConversionPlan(source, dequantised=list(source.dequantised)), Problems()
+    plan = ConversionPlan(source, dequantised=list(source.dequantised), asked=asked)
+    problems, unheld = Problems(), dict[str, list[str]]()
     model = source.model
     linear, tied = linear_layers(model), set(model.all_tied_weights_keys)
     prefix = model.base_model_prefix + "."
@@ -97,15 +113,32 @@ def plan_conversion(source: Source) -> ConversionPlan:
         plain = None if read_layer else find(source.tensors, name)
         with problems.collecting():
             if read_layer is not None:
-                in_features, out_features = _sizes(model.get_submodule(owner), tensor)
+                module = model.get_submodule(owner)
+                in_features, out_features = _sizes(module, tensor)
                 layer = read_layer(out_features, in_features)
-                if owner in linear:
+                if owner not in linear:
+                    plan.dequantised.append(owner)
+                    make = _dequantising(name, layer, out_features, in_features)
+                    plan.tensors.append(FileTensor(name, tuple(tensor.shape), torch.float32, make))
+                elif isinstance(layer, QuantisedLayer) and not asked.dequantise:
                     plan.formats[owner] = layer.weight_format
                     plan.tensors += _packed(owner, layer, out_features, in_features)
                 else:
-                    plan.dequantised.append(owner)
-                    plan.tensors.append(_dense(name, layer, out_features, in_features))
+                    if isinstance(layer, DenseLayer) and not asked.dequantise:
+                        unheld.setdefault(layer.quantisation, []).append(owner)
+                    make = _dequantising(name, layer, out_features, in_features)
+                    stored = partial(_as_stored, module, make, plan.dense_dtype)
+                    shape = tuple(tensor.shape)
+                    plan.tensors.append(FileTensor(name, shape, plan.dense_dtype, stored))
+                    plan.dense[_words(layer)] += 1
             elif plain is not None:
+                if plain.quantisation and not asked.dequantise:
+                    unheld.setdefault(plain.quantisation, []).append(name)
+                if plain.quantisation:
+                    plan.dense[plain.quantisation] += 1
+                    plain = replace(
+                        plain, dtype=plan.dense_dtype, make=_narrowing(plain, plan.dense_dtype)
+                    )
                 plan.tensors.append(_plain(name, plain, tensor))
             else:
                 raise GraftError(f"tensor {name} is missing")
@@ -114,6 +147,11 @@ def plan_conversion(source: Source) -> ConversionPlan:
     with problems.collecting():
         _check_left_out(source, left)
     del problems.found[_ADVICE:]
+    problems.found += [
+        f"{len(names)} weights are {quantisation} ({names[0]} ...), which graft's formats do not "
+        "hold; add --dequantise to bring them in as floats, or start from the unquantised model"
+        for quantisation, names in unheld.items()
+    ]
     problems.raise_all("nothing was written")
     return plan
 
@@ -140,14 +178,54 @@ def _packed(
         yield FileTensor(f"{name}.{key}", spec.shape, spec.dtype, partial(part, key))
 
 
-def _dense(name: str, layer: QuantisedLayer, out_features: int, in_features: int) -> FileTensor:
-    """Return the weight dequantised to float32, which holds every quantised weight."""
+def _dequantising(
+    name: str, layer: QuantisedLayer | DenseLayer, out_features: int, in_features: int
+) -> Callable[[], Tensor]:
+    """Return what makes the weight float32, which holds every quantised weight."""
 
     def make() -> Tensor:
-        packed = _made(name, layer)
-        return layer.weight_format.unpack(packed, out_features, in_features, torch.float32)
+        if isinstance(layer, QuantisedLayer):
+            packed = _made(name, layer)
+            return layer.weight_format.unpack(packed, out_features, in_features, torch.float32)
+        try:
+            return _finite(name, layer.make())
+        except GraftError as error:
+            raise GraftError(f"{name}: {error}") from error
 
-    return FileTensor(name, (out_features, in_features), torch.float32, make)
+    return make
+
+
+def _as_stored(module: torch.nn.Module, make: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
+    """Return the weight of a linear layer as its module holds it, which GPT-2's do transposed."""
+    return _finite("it", kind_of(module).stored(module, make()).to(dtype).contiguous())
+
+
+def _narrowing(tensor: PlainTensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+    return lambda: _finite("it", tensor.make().to(dtype))
+
+
+def _finite(name: str, tensor: Tensor) -> Tensor:
+    if not bool(tensor.isfinite().all()):
+        raise GraftError(f"{name} is not finite in {tensor.dtype}; download it again")
+    return tensor
+
+
+def _words(layer: QuantisedLayer | DenseLayer) -> str:
+    """Return what the source holds, for the report."""
+    if isinstance(layer, DenseLayer):
+        return layer.quantisation
+    return in_words(layer.weight_format)
+
+
+_IN_WORDS = {"bits": "{} bits", "group_size": "groups of {}", "double_quant": "double quantised"}
+"""What is said of a setting of a format."""
+
+
+def in_words(weight_format: WeightFormat) -> str:
+    """Return a format with its settings, for the report."""
+    settings = settings_of(weight_format)
+    said = [words.format(settings[key]) for key, words in _IN_WORDS.items() if settings.get(key)]
+    return ", ".join([weight_format.name, *said])
 
 
 def _made(name: str, layer: QuantisedLayer) -> Mapping[str, Tensor]:
