@@ -12,6 +12,8 @@ from transformers import LlamaForCausalLM
 import graft
 from graft.adapters.attach import frozen_layers
 from graft.api.convert import ConvertReport
+from graft.convert.config import ConvertConfig
+from graft.errors import GraftError
 from graft.formats.int_group import IntGroupFormat
 
 TOKENS = torch.arange(60).reshape(2, 30) + 5
@@ -67,6 +69,27 @@ def assert_converted(tmp_path: Path, logits, expected_logits):
         reference = expected_logits({f"{name}.weight": w for name, w in weights.items()})
         difference = (logits(model) - reference).abs().max() / reference.abs().max()
         assert difference <= 1e-5 + steps
+        return report
+
+    return check
+
+
+@pytest.fixture
+def assert_dequantised(tmp_path: Path, logits, expected_logits):
+    """Convert a folder that no format holds, and compare it with what its weights mean."""
+
+    def check(folder: Path, weights: dict[str, Tensor], quantisation: str) -> ConvertReport:
+        with pytest.raises(GraftError, match="add --dequantise to bring them in as floats"):
+            graft.convert_model(folder, tmp_path / "out")
+        asked = ConvertConfig(dequantise=True)
+        report = graft.convert_model(folder, tmp_path / "out", config=asked)
+        assert report.dense == {quantisation: len(weights)} and not report.layers
+        stored = load_file(tmp_path / "out" / "model.safetensors")
+        for name, weight in weights.items():
+            torch.testing.assert_close(stored[f"{name}.weight"].double(), weight, rtol=1e-7, atol=0)
+        reference = expected_logits({f"{name}.weight": w for name, w in weights.items()})
+        found = logits(graft.load(tmp_path / "out", dtype="float32")[0])
+        assert (found - reference).abs().max() <= 1e-5 * reference.abs().max()
         return report
 
     return check

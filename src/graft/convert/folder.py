@@ -58,7 +58,8 @@ class ForeignFolder:
         """Return the safetensors files; raises GraftError when there are none."""
         standard = (self.folder / INDEX_FILE).is_file() or (self.folder / SINGLE_FILE).is_file()
         others = sorted(path.name for path in self.folder.glob("*.safetensors"))
-        return WeightFiles(self.folder, others[0] if len(others) == 1 and not standard else None)
+        single = others[0] if len(others) == 1 and not standard else None
+        return WeightFiles(self.folder, single, narrow=True)
 
 
 def open_folder(folder: Path, asked: ConvertConfig) -> ForeignFolder:

@@ -37,9 +37,6 @@ CONFIG_MARKER = {"packed_by": "graft"}
 start from random weights: transformers ignores a quant_method that it does not know, with a
 warning, but raises when there is none."""
 
-CONVERTIBLE = ("gptq", "awq", "bitsandbytes", None)
-"""The quant_methods in config.json that graft.convert reads; MLX's has none."""
-
 _WEIGHTS = "*.safetensors"
 _FETCHED = [_WEIGHTS, "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
 """What is downloaded of a model on the hub: weights as safetensors alone."""
@@ -81,12 +78,11 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     # MLX has the second name, and in newer folders both.
     quantisation = raw.get("quantization_config", raw.get("quantization"))
     if quantisation is not None and quantisation != CONFIG_MARKER:
-        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else None
-        bring_in = f"; bring it in with: graft convert {folder} --out NEW_FOLDER"
+        # Which tools are read, and the way out for the others, is what the command says.
         raise GraftError(
             f"{folder} is quantised by another tool ({json.dumps(quantisation):.100}); graft "
-            "starts from unquantised weights or from a folder in its own format"
-            + (bring_in if method in CONVERTIBLE else "")
+            "starts from unquantised weights or from a folder in its own format; bring it in with: "
+            f"graft convert {folder} --out NEW_FOLDER"
         )
     if quantisation is not None and not (folder / QUANTISATION_FILE).is_file():
         raise GraftError(f"{folder} is a quantised folder without its {QUANTISATION_FILE}")

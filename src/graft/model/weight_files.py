@@ -50,12 +50,18 @@ class _Entry:
 class WeightFiles:
     """The safetensors files of a folder as one mapping from tensor name to tensor.
 
+    narrow: whether floats of 8 bits and fewer are read, which are nothing without their scales.
     Raises GraftError when there are none, when a file is damaged, or when only pickled weights are
     there (those can run code when they are loaded, so graft never does).
     """
 
-    def __init__(self, folder: Path, single_file: str | None = None) -> None:
+    def __init__(
+        self, folder: Path, single_file: str | None = None, *, narrow: bool = False
+    ) -> None:
         self.folder = folder
+        self.metadata: dict[str, str] = {}
+        """What the files say beside their tensors."""
+        self._narrow = narrow
         self._mapped: dict[str, mmap.mmap] = {}
         self._entries: dict[str, _Entry] = {}
         for file in [single_file] if single_file else _weight_files(folder):
@@ -88,9 +94,14 @@ class WeightFiles:
     def dtype(self, name: str) -> torch.dtype:
         """Return a tensor's dtype without reading its data; raises GraftError for exotic ones."""
         code = self._entries[name].dtype
-        if code not in _DTYPES:
+        if code in _NARROW and not self._narrow:
+            raise GraftError(
+                f"{self.folder}: tensor {quoted(name)} is {code}, a quantised weight; bring it in "
+                f"with: graft convert {self.folder} --dequantise --out NEW_FOLDER"
+            )
+        if code not in _DTYPES and code not in _NARROW:
             raise GraftError(f"{self.folder}: tensor {quoted(name)} is {code}, which is not read")
-        return _DTYPES[code]
+        return _DTYPES.get(code) or _NARROW[code]
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor, memory-mapped on the CPU: its pages are read when they are touched.
@@ -141,12 +152,15 @@ class WeightFiles:
                 names = list(handle.keys())  # noqa: SIM118  (not a dict)
             length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
             header = json.loads(opened.read(length))
+        self.metadata |= header.get("__metadata__", {})
         entries = {}
         for name in names:
             begin, end = header[name]["data_offsets"]
             place = _LENGTH_BYTES + length + begin, end - begin
-            shape = tuple(header[name]["shape"])
-            entries[name] = _Entry(file, header[name]["dtype"], shape, *place)
+            dtype, shape = header[name]["dtype"], tuple(header[name]["shape"])
+            if dtype == "F4" and shape:  # two to a byte, the first one low
+                dtype, shape = "U8", (*shape[:-1], shape[-1] // 2)
+            entries[name] = _Entry(file, dtype, shape, *place)
         return entries
 
     def _map(self, file: str, begin: int = 0, length: int = 0) -> mmap.mmap:
@@ -171,6 +185,11 @@ _DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+}
+_NARROW = {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
 
 
