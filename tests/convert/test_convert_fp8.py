@@ -127,7 +127,9 @@ def test_four_bit_floats_in_bytes(tiny_base, tmp_path, assert_dequantised):
         rows, columns = weight.shape
         return {
             "weight": torch.randint(-128, 128, (rows, columns // 2)).to(torch.int8),
-            "scale": torch.randint(118, 124, (rows, columns // 32)).byte().view(torch.float8_e8m0fnu),
+            "scale": torch.randint(118, 124, (rows, columns // 32))
+            .byte()
+            .view(torch.float8_e8m0fnu),
         }
 
     settings = DEEPSEEK | {"expert_dtype": "fp4", "scale_fmt": "ue8m0"}
@@ -216,9 +218,7 @@ def test_a_word_of_fp8_without_such_tensors_is_told(tiny_base, tmp_path, logits)
         report.notes
     )
     assert any("what graft does not read: 'new'" in note for note in report.notes)
-    assert torch.equal(
-        logits(graft.load(tmp_path / "out")[0]), logits(graft.load(tiny_base)[0])
-    )
+    assert torch.equal(logits(graft.load(tmp_path / "out")[0]), logits(graft.load(tiny_base)[0]))
 
 
 def test_the_experts_of_gpt_oss(tiny_base, tmp_path, logits):
@@ -253,7 +253,10 @@ def test_the_experts_of_gpt_oss(tiny_base, tmp_path, logits):
         shutil.copy(file, folder)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     written = json.loads((folder / "config.json").read_text())
-    written["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    written["quantization_config"] = {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": ["lm_head"],
+    }
     (folder / "config.json").write_text(json.dumps(written))
     with pytest.raises(GraftError, match=r"2 weights are MXFP4 .* add --dequantise"):
         graft.convert_model(folder, tmp_path / "out")

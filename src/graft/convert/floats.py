@@ -1,7 +1,7 @@
 """Small floating-point numbers of other tools, and the scales that they are multiplied with.
 
 The elements are those of the OCP formats: E4M3 and E5M2 (8 bits, dtypes of PyTorch), E2M3 (6 bits)
-and E2M1 (4 bits). A scale is a float, an E4M3 number, or an exponent E8M0 in a byte, 2^(byte - 127).
+and E2M1 (4 bits). A scale is a float, an E4M3 number, or an exponent E8M0: a byte, 2^(byte - 127).
 """
 
 from __future__ import annotations

@@ -17,6 +17,9 @@ READERS: Entries[Reader] = Entries(
         "bitsandbytes": Listed("graft.convert.bitsandbytes:BITSANDBYTES", "bitsandbytes"),
         "mlx": Listed("graft.convert.mlx:MLX", "MLX"),
         "gguf": Listed("graft.convert.gguf_source:GGUF", "GGUF"),
+        "compressed-tensors": Listed(
+            "graft.convert.compressed:COMPRESSED_TENSORS", "compressed-tensors"
+        ),
         "fp8": Listed("graft.convert.fp8:FP8_FOLDERS", "FP8"),
         "mxfp4": Listed("graft.convert.mxfp4:MXFP4", "MXFP4"),
         "pickled": Listed("graft.convert.pickled:PICKLED", "pickled PyTorch weights"),

@@ -1,0 +1,310 @@
+"""compressed-tensors' folders, written by their description."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from foreign import (
+    WEIGHTS,
+    change_settings,
+    change_tensors,
+    foreign_folder,
+    linear_names,
+    rounded,
+)
+from safetensors.torch import load_file
+
+import graft
+from graft.convert.config import ConvertConfig
+from graft.errors import GraftError
+
+LAYER = "model.layers.0.mlp.gate_proj"
+ASKED = ConvertConfig(dequantise=True)
+
+
+def settings(form, weights, **changes):
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": form,
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head"],
+    } | changes
+
+
+def packed(bits, group_size=32, symmetric=True, **changes):
+    strategy = "channel" if group_size == -1 else "group"
+    size = None if group_size == -1 else group_size
+    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric}
+    return settings(
+        "pack-quantized", weights | {"strategy": strategy, "group_size": size}, **changes
+    )
+
+
+def words(codes, bits):
+    """Return rows of codes as one stream of bits each, filled up to whole words."""
+    single = np.asarray(codes)[..., None] >> np.arange(bits) & 1
+    row = single.reshape(len(single), -1)
+    filled = np.pad(row, ((0, 0), (0, -row.shape[1] % 32))).astype(np.uint8)
+    return torch.from_numpy(np.packbits(filled, axis=1, bitorder="little").view(np.int32).copy())
+
+
+def codes_of(packed, bits, count):
+    """Return `count` codes of each row of words."""
+    single = np.unpackbits(packed.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
+    whole = single[:, : count * bits].reshape(len(single), count, bits).astype(int)
+    return torch.from_numpy((whole << np.arange(bits)).sum(-1))
+
+
+def in_whole_words(codes, bits):
+    """Return rows of codes as they lie in older releases: no code crosses a word."""
+    each = 32 // bits
+    filled = np.pad(np.asarray(codes), ((0, 0), (0, -codes.shape[1] % each)))
+    lots = filled.reshape(len(filled), -1, each)
+    whole = sum(lots[..., place].astype(np.int64) << bits * place for place in range(each))
+    return torch.from_numpy(whole.astype(np.uint32).view(np.int32))
+
+
+def pack_layer(bits, group_size=32, symmetric=True, order=None, pack=words):
+    def quantise(_, weight):
+        size = weight.shape[1] if group_size == -1 else group_size
+        taken = weight if order is None else weight[:, order(weight.shape[1])]
+        codes, scales, zeros = rounded(taken, bits, size, symmetric)
+        parts = {}
+        if order is not None:
+            places = order(weight.shape[1])
+            inverse = torch.argsort(places)
+            codes = codes[:, inverse.numpy()]
+            parts["weight_g_idx"] = (torch.arange(len(places)) // size)[inverse].int()
+        if not symmetric:
+            parts["weight_zero_point"] = pack(zeros.T, bits).T.contiguous()
+        return parts | {
+            "weight_packed": pack(codes, bits),
+            "weight_scale": torch.from_numpy(scales).half(),
+            "weight_shape": torch.tensor(weight.shape),
+        }
+
+    return quantise
+
+
+def pack_weight(tensors, name, bits, group_size=32):
+    """Return w = scale (q - zero), float64 [out, in]."""
+    rows, columns = tensors[f"{name}.weight_shape"].tolist()
+    codes = codes_of(tensors[f"{name}.weight_packed"], bits, columns)
+    scales = tensors[f"{name}.weight_scale"].double()
+    zeros = torch.full_like(scales, 2 ** (bits - 1))
+    if f"{name}.weight_zero_point" in tensors:
+        zeros = codes_of(tensors[f"{name}.weight_zero_point"].T, bits, rows).double().T
+    group = torch.arange(columns) // (columns if group_size == -1 else group_size)
+    group = tensors.get(f"{name}.weight_g_idx", group).long()
+    return scales[:, group] * (codes - zeros[:, group])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, -1])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_packed_integers(bits, group_size, symmetric, tiny_base, tmp_path, assert_converted):
+    layer = pack_layer(bits, group_size, symmetric)
+    described = packed(bits, group_size, symmetric)
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", described, layer)
+    steps = 0.0 if symmetric else 2.0 ** (bits - 11)
+    report = assert_converted(folder, lambda t, n: pack_weight(t, n, bits, group_size), steps)
+    held = "int8" if bits == 8 and symmetric and group_size == -1 else f"int, {bits} bits"
+    assert all(kind.startswith(held) for kind in report.layers) and not report.left_out
+    assert report.kind == "compressed-tensors (pack-quantized)"
+
+
+@pytest.mark.parametrize(("bits", "held"), [(1, 2), (3, 3), (6, 8)])
+def test_every_width_has_a_place(bits, held, tiny_base, tmp_path, assert_converted):
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed(bits), pack_layer(bits))
+    report = assert_converted(folder, lambda t, n: pack_weight(t, n, bits), 0.0)
+    assert report.layers == {f"int, {held} bits, groups of 32": 14}
+
+
+def test_codes_of_older_releases_do_not_cross_words(tiny_base, tmp_path):
+    for name, pack in (("new", words), ("old", in_whole_words)):
+        layer = pack_layer(3, symmetric=False, pack=pack)
+        folder = foreign_folder(tiny_base, tmp_path / name, packed(3, symmetric=False), layer)
+        graft.convert_model(folder, tmp_path / f"{name}-out")
+    new, old = (load_file(tmp_path / f"{name}-out" / WEIGHTS) for name in ("new", "old"))
+    assert all(torch.equal(new[key], old[key]) for key in new)
+
+
+def test_groups_in_activation_order_are_dequantised(tiny_base, tmp_path, assert_dequantised):
+    def order(columns):
+        return torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
+
+    layer = pack_layer(4, order=order)
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed(4), layer)
+    tensors = load_file(folder / WEIGHTS)
+    names = linear_names(load_file(tiny_base / WEIGHTS))
+    weights = {name: pack_weight(tensors, name, 4) for name in names}
+    assert_dequantised(folder, weights, "4-bit integers in activation order")
+
+
+def in_order(columns):
+    return torch.arange(columns)
+
+
+def test_an_order_that_is_none_is_no_order(tiny_base, tmp_path, assert_converted):
+    layer = pack_layer(4, order=in_order)
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed(4), layer)
+    report = assert_converted(folder, lambda t, n: pack_weight(t, n, 4), 0.0)
+    assert report.layers == {"int, 4 bits, groups of 32": 14}
+
+
+def bytes_layer(scales_of):
+    def quantise(_, weight):
+        scale = scales_of(weight) / 127
+        return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
+
+    return quantise
+
+
+BYTES = {
+    "channel": lambda weight: weight.abs().amax(1, keepdim=True),
+    "tensor": lambda weight: weight.abs().max().reshape(1),
+}
+
+
+@pytest.mark.parametrize("strategy", BYTES)
+def test_eight_bits_a_row_are_int8(strategy, tiny_base, tmp_path, assert_converted):
+    weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy}
+    described = settings("int-quantized", weights)
+    described["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": True}
+    layer = bytes_layer(BYTES[strategy])
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", described, layer)
+
+    def meant(tensors, name):
+        return tensors[f"{name}.weight"].double() * tensors[f"{name}.weight_scale"].double()
+
+    report = assert_converted(folder, meant, 0.0)
+    assert report.layers == {"int8": 14}
+    assert any("rounds the inputs of quantised layers too" in note for note in report.notes)
+
+
+def float_layer(_, weight):
+    scale = weight.abs().amax(1, keepdim=True) / 448
+    parts = {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
+    return parts | {"input_scale": torch.ones(1)}
+
+
+FLOAT = settings(
+    "float-quantized", {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
+)
+
+
+def test_eight_bit_floats(tiny_base, tmp_path, assert_dequantised):
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", FLOAT, float_layer)
+    tensors = load_file(folder / WEIGHTS)
+    weights = {
+        name: tensors[f"{name}.weight"].double() * tensors[f"{name}.weight_scale"].double()
+        for name in linear_names(load_file(tiny_base / WEIGHTS))
+    }
+    assert not assert_dequantised(folder, weights, "FP8").left_out
+
+
+VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]).double()
+
+
+@pytest.mark.parametrize("kind", ["NVFP4", "MXFP4"])
+def test_four_bit_floats(kind, tiny_base, tmp_path, assert_dequantised):
+    size = 16 if kind == "NVFP4" else 32
+
+    def quantise(_, weight):
+        rows, columns = weight.shape
+        parts = {"weight_packed": torch.randint(0, 256, (rows, columns // 2)).byte()}
+        if kind == "MXFP4":
+            return parts | {"weight_scale": torch.randint(118, 124, (rows, columns // 32)).byte()}
+        scale = (torch.rand(rows, columns // 16) * 100 + 1).to(torch.float8_e4m3fn)
+        return parts | {"weight_scale": scale, "weight_global_scale": torch.tensor([2000.0])}
+
+    weights = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": size}
+    described = settings(f"{kind.lower()}-pack-quantized", weights)
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", described, quantise)
+    tensors, meant = load_file(folder / WEIGHTS), {}
+    for name in linear_names(load_file(tiny_base / WEIGHTS)):
+        stored = tensors[f"{name}.weight_packed"]
+        values = VALUES[torch.stack((stored & 15, stored >> 4), -1).flatten(1).int()]
+        scale = tensors[f"{name}.weight_scale"]
+        if kind == "MXFP4":
+            factors = 2.0 ** (scale.double() - 127)
+        else:
+            factors = (scale.float() / tensors[f"{name}.weight_global_scale"]).double()
+        meant[name] = values * factors.repeat_interleave(size, 1)
+    assert_dequantised(folder, meant, kind)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"transform_config": {"R1": {}}}, "transform_config rotates weights and inputs"),
+        ({"sparsity_config": {"format": "sparse-24-bitmask"}}, "format 'sparse-24-bitmask'; load"),
+        ({"format": "marlin-24"}, "its format is 'marlin-24', which is sparse"),
+        ({"config_groups": 3}, "config_groups is 3; expected groups"),
+        ({"format": "int-quantized"}, "the format is 'int-quantized' there and 'pack-quantized'"),
+    ],
+)
+def test_settings_that_change_the_weights_are_refused(change, words, tiny_base, tmp_path):
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed(4), pack_layer(4))
+    change_settings(folder, **change)
+    with pytest.raises(GraftError, match=words):
+        graft.convert_model(folder, tmp_path / "out", config=ASKED)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"num_bits": 8}, "num_bits is 8 there and 4 in the tensors"),
+        ({"group_size": 64}, "group_size is 64 there and 32 in the tensors"),
+        ({"strategy": "channel"}, "strategy is 'channel' there and 'group' in the tensors"),
+        ({"symmetric": False}, "symmetric is False there and True in the tensors"),
+        ({"type": "float"}, "type is 'float' there and 'int' in the tensors"),
+    ],
+)
+def test_labels_that_lie_are_found(change, words, tiny_base, tmp_path):
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed(4), pack_layer(4))
+    weights = packed(4)["config_groups"]["group_0"]["weights"] | change
+    change_settings(folder, config_groups={"group_0": {"weights": weights}})
+    with pytest.raises(GraftError, match=words):
+        graft.convert_model(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda t: t.pop(f"{LAYER}.weight_scale"), f"tensor {LAYER}.weight_scale is missing"),
+        (
+            lambda t: t.update({f"{LAYER}.weight_shape": torch.tensor([64, 96])}),
+            r"weight_shape is \[64, 96\]",
+        ),
+        (
+            lambda t: t.update({f"{LAYER}.weight_packed": torch.zeros(96, 5).int()}),
+            "5 words a row, too few or too many for 64 codes",
+        ),
+        (
+            lambda t: t.update({f"{LAYER}.weight_g_idx": torch.zeros(64).int()}),
+            "does not sort 64 inputs into 2 groups of 32",
+        ),
+        (
+            lambda t: t.update({f"{LAYER}.bitmask": torch.ones(8).byte()}),
+            "weights are stored sparse",
+        ),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(change, words, tiny_base, tmp_path):
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed(4), pack_layer(4))
+    change_tensors(folder, change)
+    with pytest.raises(GraftError, match=words):
+        graft.convert_model(folder, tmp_path / "out")
+
+
+def test_weights_that_were_not_compressed_are_refused(tiny_base, tmp_path):
+    def quantise(_, weight):
+        return {"weight": weight, "weight_scale": torch.ones(len(weight), 1)}
+
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed(4), quantise)
+    with pytest.raises(GraftError, match="float32 with scales: it was not compressed"):
+        graft.convert_model(folder, tmp_path / "out")
