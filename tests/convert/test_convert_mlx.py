@@ -90,15 +90,63 @@ def test_there_and_back_gives_the_same_integers(tiny_base, make, tmp_path):
             assert torch.equal(before[f"{name}.{part}"], after[f"{name}.{part}"])
 
 
+@pytest.mark.parametrize(("bits", "held"), [(1, 2), (5, 8), (6, 8)])
+def test_widths_between_lie_in_the_next(bits, held, make, assert_converted):
+    report = assert_converted(make(bits), functools.partial(mlx_weight, bits=bits), 0.0)
+    assert report.layers == {f"int, {held} bits, groups of 32": 14}
+
+
+VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6]).double()
+
+
+def small_floats(mode):
+    """Return what writes random bytes as weight and scales of one of the modes."""
+    size, numbers = (16 if mode == "nvfp4" else 32), (1 if mode == "mxfp8" else 2)
+
+    def quantise(_, weight):
+        rows, columns = weight.shape
+        stored = torch.randint(0, 0x7E, (rows, columns // numbers)).byte()  # no NaN in E4M3
+        scales = torch.randint(
+            *((20, 60) if mode == "nvfp4" else (118, 124)), (rows, columns // size)
+        )
+        return {"weight": stored.view(torch.uint32), "scales": scales.byte()}
+
+    return quantise
+
+
+def small_weight(tensors, name, mode):
+    stored, scales = tensors[f"{name}.weight"].view(torch.uint8), tensors[f"{name}.scales"]
+    if mode == "mxfp8":
+        values = stored.view(torch.float8_e4m3fn).double()
+    else:
+        values = VALUES[torch.stack((stored & 15, stored >> 4), -1).flatten(1).int()]
+    factors = 2.0 ** (scales.double() - 127)
+    if mode == "nvfp4":
+        factors = scales.view(torch.float8_e4m3fn).double()
+    return values * factors.repeat_interleave(values.shape[1] // scales.shape[1], 1)
+
+
+@pytest.mark.parametrize("mode", ["mxfp4", "mxfp8", "nvfp4"])
+def test_modes_of_small_floats_are_dequantised(mode, tiny_base, tmp_path, assert_dequantised):
+    size, bits = (16 if mode == "nvfp4" else 32), (8 if mode == "mxfp8" else 4)
+    settings = {"group_size": size, "bits": bits, "mode": mode}
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", settings, small_floats(mode))
+    tensors = load_file(folder / "model.safetensors")
+    names = linear_names(load_file(tiny_base / "model.safetensors"))
+    weights = {name: small_weight(tensors, name, mode) for name in names}
+    assert_dequantised(folder, weights, f"MLX's {mode}")
+
+
 @pytest.mark.parametrize(
-    ("settings", "words"),
+    ("own", "words"),
     [
-        ({"mode": "mxfp4"}, "quantised in MLX's mode 'mxfp4'; graft reads affine"),
-        ({LAYER: {"mode": "nvfp4"}}, f"{LAYER} is quantised in MLX's mode 'nvfp4'"),
+        ({"mode": "nvfp4"}, f"says of {LAYER} that mode is 'nvfp4', and its tensors are 'affine'"),
+        ({"bits": 8}, f"says of {LAYER} that bits is 8, and its tensors are 4"),
+        (False, f"{LAYER} is not quantised, and its tensors are"),
     ],
 )
-def test_other_modes_are_refused_by_name(settings, words, make, tmp_path):
-    folder = make(**settings)
+def test_settings_of_a_layer_that_lie_are_refused(own, words, make, tmp_path):
+    folder = make(**{LAYER: own})
     with pytest.raises(GraftError, match=words):
         graft.convert_model(folder, tmp_path / "out")
 
@@ -109,8 +157,8 @@ def test_other_modes_are_refused_by_name(settings, words, make, tmp_path):
         (lambda t: t.pop(f"{LAYER}.biases"), f"tensor {LAYER}.biases is missing"),
         (lambda t: t.pop(f"{LAYER}.weight"), f"tensor {LAYER}.weight is missing"),
         (
-            lambda t: t.update({f"{LAYER}.weight": torch.zeros(96, 12).to(torch.uint32)}),
-            "6 bits each; graft reads MLX of 2, 3, 4, 8 bits",
+            lambda t: t.update({f"{LAYER}.weight": torch.zeros(96, 9).to(torch.uint32)}),
+            "4.5 bits each; MLX's have 1 to 8",
         ),
         (
             lambda t: t.update({f"{LAYER}.scales": torch.ones(96, 7)}),
