@@ -287,7 +287,9 @@ def rewritten(source, target, *, add=(), drop=(), keep=lambda name: True, bare=F
         else:
             writer.add_key_value(key, field.contents(), kind)
     for key, value, *kinds in add:
-        if kinds[0] is Value.ARRAY:
+        if key == "general.alignment":
+            writer.add_custom_alignment(value)
+        elif kinds[0] is Value.ARRAY:
             writer.add_key_value(key, value, kinds[0], sub_type=kinds[1])
         else:
             writer.add_key_value(key, value, kinds[0])
