@@ -9,169 +9,13 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType as Kind
-from transformers import (
-    AutoModelForCausalLM,
-    GemmaConfig,
-    LlamaConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from gguf_written import CONFIGS, SCALES, SIZES, Written, rotated
+from transformers import LlamaConfig
 
 import graft
 from graft.adapters.attach import frozen_layers
+from graft.convert.config import ConvertConfig
 from graft.errors import GraftError
-
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 320,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-}
-LLAMA3 = {
-    "rope_type": "llama3",
-    "rope_theta": 500000.0,
-    "factor": 32.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 8192,
-}
-LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
-CONFIGS = {
-    "llama": LlamaConfig(**SIZES),
-    "tied llama": LlamaConfig(**SIZES, tie_word_embeddings=True, rope_parameters=LINEAR),
-    "llama 3": LlamaConfig(**SIZES, rope_parameters=LLAMA3),
-    "qwen2": Qwen2Config(**SIZES),
-    "qwen3": Qwen3Config(**SIZES, head_dim=32),
-    "gemma": GemmaConfig(**SIZES, head_dim=16, hidden_activation="gelu_pytorch_tanh"),
-}
-ARCHITECTURES = {
-    "llama": gguf.MODEL_ARCH.LLAMA,
-    "qwen2": gguf.MODEL_ARCH.QWEN2,
-    "qwen3": gguf.MODEL_ARCH.QWEN3,
-    "gemma": gguf.MODEL_ARCH.GEMMA,
-}
-
-
-def rotated(rows, heads: int):
-    """What llama.cpp's converter does to the query and key projections of a Llama."""
-    halves = rows.reshape(heads, 2, rows.shape[0] // heads // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)
-
-
-def llama3_factors(rope):
-    """What llama.cpp's converter makes of Llama 3's settings, for heads of 16."""
-    factors = []
-    for place in range(0, 16, 2):
-        turns = rope["original_max_position_embeddings"] / (
-            2 * np.pi * rope["rope_theta"] ** (place / 16)
-        )
-        smooth = (turns - rope["low_freq_factor"]) / (
-            rope["high_freq_factor"] - rope["low_freq_factor"]
-        )
-        smooth = min(max(smooth, 0.0), 1.0)
-        factors.append(1 / ((1 - smooth) / rope["factor"] + smooth))
-    return np.array(factors, np.float32)
-
-
-class Written:
-    """A GGUF file and the model whose weights it stands for."""
-
-    def __init__(self, path, config, linear=Kind.Q4_0, other=Kind.F32, change=None):
-        torch.manual_seed(0)
-        self.path, self.config = path, config
-        self.model = AutoModelForCausalLM.from_config(config).eval()
-        for parameter in self.model.parameters():  # norms of 1 would hide mistakes
-            if parameter.dim() == 1:
-                torch.nn.init.normal_(parameter.data, 1.0, 0.2)
-        name = config.model_type
-        self.writer = gguf.GGUFWriter(path, name)
-        names = gguf.get_tensor_name_map(ARCHITECTURES[name], 2)
-        tensors = {}
-        for key, parameter in self.model.state_dict().items():
-            if key == "lm_head.weight" and config.tie_word_embeddings:
-                continue
-            module = key.rpartition(".")[0]
-            target = f"{names.get_name(module)}.{key.rpartition('.')[2]}"
-            quantised = parameter.dim() == 2
-            kind = Kind.F32
-            if quantised:
-                kind = linear if module.endswith("_proj") else other
-            tensors[target] = self.block(key, parameter, kind)
-        if config.rope_parameters["rope_type"] == "llama3":
-            tensors["rope_freqs.weight"] = (llama3_factors(config.rope_parameters), Kind.F32)
-        if change is not None:
-            change(self.writer, tensors)
-        for target, (data, kind) in tensors.items():
-            raw = None if data.dtype == np.float32 else kind
-            self.writer.add_tensor(target, data, raw_dtype=raw)
-        self.metadata(name)
-        self.writer.write_header_to_file()
-        self.writer.write_kv_data_to_file()
-        self.writer.write_tensors_to_file()
-        self.writer.close()
-
-    def block(self, key, parameter, kind):
-        """Return the data as the file has it; the model gets what they mean, float64 loops."""
-        values = parameter.detach().numpy()
-        heads = None
-        if self.config.model_type == "llama":
-            heads = {"q_proj": 4, "k_proj": 2}.get(key.split(".")[-2])
-        stored = values if heads is None else rotated(values, heads)
-        if self.config.model_type == "gemma" and key.split(".")[-2].endswith("norm"):
-            stored = stored + 1
-        if kind is Kind.F32:
-            return stored.astype(np.float32), kind
-        data = gguf.quants.quantize(stored, kind)
-        if kind in (Kind.Q4_0, Kind.Q4_1, Kind.Q8_0):
-            meant = np.array([blocks_of(row, kind) for row in data.view(np.uint8)])
-        else:
-            meant = gguf.quants.dequantize(data, kind)
-        if heads is not None:
-            back = np.argsort(rotated(np.arange(len(meant)), heads))
-            meant = meant[back]
-        parameter.data.copy_(torch.from_numpy(meant))
-        return data, kind
-
-    def metadata(self, name):
-        writer, config = self.writer, self.config
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_embedding_length(config.hidden_size)
-        writer.add_block_count(config.num_hidden_layers)
-        writer.add_feed_forward_length(config.intermediate_size)
-        writer.add_head_count(config.num_attention_heads)
-        writer.add_head_count_kv(config.num_key_value_heads)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-        if name in ("qwen3", "gemma"):
-            writer.add_key_length(config.head_dim)
-        if config.rope_parameters["rope_type"] == "linear":
-            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-            writer.add_rope_scaling_factor(config.rope_parameters["factor"])
-        writer.add_uint32("tokenizer.ggml.bos_token_id", 0)
-        writer.add_uint32("tokenizer.ggml.eos_token_id", 0)
-
-
-def blocks_of(row, kind) -> list[float]:
-    """Return a row of blocks as numbers, from ggml's description of the block."""
-    size = {Kind.Q4_0: 18, Kind.Q4_1: 20, Kind.Q8_0: 34}[kind]
-    values = []
-    for start in range(0, len(row), size):
-        block = row[start : start + size]
-        d = float(block[:2].view(np.float16)[0])
-        if kind is Kind.Q8_0:
-            values += [d * int(code) for code in block[2:].view(np.int8)]
-            continue
-        low = float(block[2:4].view(np.float16)[0]) if kind is Kind.Q4_1 else -8 * d
-        nibbles = [int(byte) for byte in block[size - 16 :]]
-        values += [d * (byte & 15) + low for byte in nibbles]
-        values += [d * (byte >> 4) + low for byte in nibbles]
-    return values
 
 
 @pytest.fixture
@@ -258,9 +102,109 @@ def test_a_file_of_our_own_comes_back(tiny_base, tmp_path, logits):
 
 def test_types_without_a_format_are_refused_by_name(tiny_base, tmp_path):
     written = Written(tmp_path / "m.gguf", CONFIGS["llama"], Kind.Q5_0)
-    with pytest.raises(GraftError, match=r"14 tensors are Q5_0 \(blk.0.attn_q.weight ...\)"):
+    words = r"14 weights are Q5_0 \(model.layers.0.self_attn.q_proj ...\), .* add --dequantise"
+    with pytest.raises(GraftError, match=words):
         graft.convert_model(written.path, tmp_path / "out", tokenizer=tiny_base)
     assert not (tmp_path / "out").exists()
+
+
+SMALL = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 1}
+WIDE = LlamaConfig(**SIZES | SMALL)
+ASKED = ConvertConfig(dequantise=True)
+
+
+@pytest.mark.parametrize("kind", [*SCALES, Kind.Q5_0, Kind.Q5_1], ids=lambda kind: kind.name)
+def test_every_other_type_comes_in_as_floats(kind, tiny_base, tmp_path, logits):
+    written = Written(tmp_path / "m.gguf", WIDE, kind)
+    report = graft.convert_model(written.path, tmp_path / "out", tokenizer=tiny_base, config=ASKED)
+    held = {Kind.Q1_0, Kind.TQ1_0, Kind.TQ2_0}
+    assert report.dense == {"int, 2 bits, groups of 128" if kind in held else kind.name: 7}
+    assert f"tensors of the file by type: 7 {kind.name}, 5 F32" in report.notes
+    model, _ = graft.load(tmp_path / "out", dtype="float32")
+    for name, tensor in written.model.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert not (tmp_path / "out" / "graft.json").exists()
+
+
+@pytest.mark.parametrize("kind", [Kind.Q1_0, Kind.TQ1_0, Kind.TQ2_0], ids=lambda kind: kind.name)
+def test_two_and_three_values_are_held_in_two_bits(kind, check, tmp_path):
+    check(Written(tmp_path / "m.gguf", WIDE, kind), {"int, 2 bits, groups of 128": 7})
+
+
+def mixture(name):
+    """Q4_K_M: some tensors in a wider type than the others."""
+    wide = "attn_v" in name or "ffn_down" in name or name in ("output.weight", "token_embd.weight")
+    return Kind.Q6_K if wide else None
+
+
+def test_a_mixture_of_types_is_told_type_by_type(tiny_base, tmp_path, logits):
+    written = Written(tmp_path / "m.gguf", WIDE, Kind.Q4_K, kinds=mixture)
+    with pytest.raises(GraftError) as caught:
+        graft.convert_model(written.path, tmp_path / "out", tokenizer=tiny_base)
+    assert "5 weights are Q4_K" in str(caught.value) and "2 weights are Q6_K" in str(caught.value)
+    report = graft.convert_model(written.path, tmp_path / "out", tokenizer=tiny_base, config=ASKED)
+    assert report.dense == {"Q4_K": 5, "Q6_K": 2}
+    assert report.dequantised == ("model.embed_tokens", "lm_head")
+    model, _ = graft.load(tmp_path / "out", dtype="float32")
+    assert torch.equal(logits(model), logits(written.model))
+
+
+def test_what_is_held_exactly_beside_what_is_not(tiny_base, tmp_path, logits):
+    """As llama.cpp writes Q4_0: some layers in Q4_1, the head in Q6_K."""
+    kinds = {"output.weight": Kind.Q6_K, "blk.0.ffn_down.weight": Kind.Q4_1}
+    written = Written(tmp_path / "m.gguf", WIDE, Kind.Q4_0, kinds=kinds.get)
+    report = graft.convert_model(written.path, tmp_path / "out", tokenizer=tiny_base)
+    assert report.layers == {"int, 4 bits, groups of 32": 7} and report.dense == {}
+    assert report.notes == ("tensors of the file by type: 6 Q4_0, 4 F32, 1 Q4_1, 1 Q6_K",)
+    model, _ = graft.load(tmp_path / "out", dtype="float32")
+    difference = (logits(model) - logits(written.model)).abs().max()
+    assert difference <= 1e-5 * logits(written.model).abs().max()
+
+
+def test_types_that_nobody_reads_are_refused(tiny_base, tmp_path):
+    def integers(_, tensors):
+        tensors["blk.0.attn_v.weight"] = (np.ones((32, 64), np.int32), Kind.I32)
+
+    written = Written(tmp_path / "m.gguf", CONFIGS["llama"], change=integers)
+    with pytest.raises(GraftError, match=r"1 tensors are I32 \('blk.0.attn_v.weight' ...\), which"):
+        graft.convert_model(written.path, tmp_path / "out", tokenizer=tiny_base, config=ASKED)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(31, "has type 31: Q4_0_4_4, which llama.cpp reads no more"), (250, "has type 250: unknown")],
+)
+def test_types_that_gguf_does_not_know(number, words, tiny_base, tmp_path):
+    written = Written(tmp_path / "m.gguf", CONFIGS["llama"])
+    data = written.path.read_bytes()
+    name = b"blk.0.attn_v.weight"
+    at = data.index(name) + len(name) + 4 + 16  # behind the number of axes and their sizes
+    written.path.write_bytes(data[:at] + number.to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(GraftError, match=words):
+        graft.convert_model(written.path, tmp_path / "out", tokenizer=tiny_base)
+
+
+def some_biases(_, tensors):
+    rng = np.random.default_rng(0)
+    for layer, rows in (("attn_q", 64), ("attn_k", 32), ("attn_v", 32)):
+        values = rng.standard_normal(rows).astype(np.float32)
+        tensors[f"blk.1.{layer}.bias"] = (values, Kind.F32)
+
+
+def test_biases_that_some_layers_have(tiny_base, tmp_path):
+    """llama.cpp's Llama takes each bias that is there; in Transformers all or none have one."""
+    written = Written(tmp_path / "m.gguf", CONFIGS["llama"], change=some_biases)
+    report = graft.convert_model(written.path, tmp_path / "out", tokenizer=tiny_base)
+    assert report.notes[1].startswith("5 layers that have no bias in the file got one of zeros")
+    model, _ = graft.load(tmp_path / "out", dtype="float32")
+    tensors = {}
+    some_biases(None, tensors)
+    first, second = (layer.self_attn for layer in model.model.layers)
+    assert not first.q_proj.bias.any() and not second.o_proj.bias.any()
+    stored = tensors["blk.1.attn_q.bias"][0]
+    assert torch.equal(
+        torch.from_numpy(rotated(second.q_proj.bias.detach().numpy(), 4)), torch.from_numpy(stored)
+    )
 
 
 def missing(_, tensors):
@@ -281,11 +225,11 @@ def misshapen_blocks(_, tensors):
 
 
 def other_factors(_, tensors):
-    tensors["rope_freqs.weight"] = (np.arange(1, 9, dtype=np.float32), Kind.F32)
+    tensors["rope_freqs.weight"] = (np.arange(9, dtype=np.float32), Kind.F32)
 
 
-def yarn(writer, _):
-    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+def longrope(writer, _):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LONGROPE)
 
 
 def infinite(_, tensors):
@@ -301,8 +245,8 @@ def infinite(_, tensors):
         (strange, "1 tensors have no place in a llama ('blk.0.ffn_gate_exps.weight'"),
         (misshapen, "v_proj.weight has shape [3, 64]; config.json makes it [32, 64]"),
         (misshapen_blocks, "tensor blk.0.attn_v.weight is [3, 64]; the metadata make it [32, 64]"),
-        (other_factors, "rotary factors that are not those of Llama 3.1"),
-        (yarn, "rope scaling is 'yarn'"),
+        (other_factors, "rope_freqs.weight is [9]; expected 8 positive numbers"),
+        (longrope, "rope scaling is 'longrope'"),
         (infinite, "v_proj: its scales or offsets are not finite in float16"),
     ],
 )

@@ -106,7 +106,9 @@ def test_arrays_are_passed_over_at_once(exported):
     other = path.with_name("array.gguf")
     other.write_bytes(with_array(data, 0, 32_000_003, bytes(32_000_003)))
     read = read_gguf(other)
-    assert read.metadata == found.metadata | {"array": None}
+    array = read.metadata["array"]
+    assert (array.count, array.data.nbytes) == (32_000_003, 32_000_003)
+    assert read.metadata.keys() - {"array"} == found.metadata.keys()
     assert all(torch.equal(read.tensors[n].bytes(), found.tensors[n].bytes()) for n in read.tensors)
 
 
@@ -158,10 +160,11 @@ def test_damaged_header_bytes_never_escape_as_other_errors(exported):
             {"metadata": {"llama.embedding_length": 32}},
             r"token_embd.weight is \[320, 64\]; expected \[320, 32\]",
         ),
-        ({"metadata": {"llama.rope.scaling.type": "yarn"}}, "rope scaling is 'yarn'"),
+        ({"metadata": {"llama.rope.scaling.type": "longrope"}}, "rope scaling is 'longrope'"),
+        ({"metadata": {"llama.attention.clamp_kqv": 1.0}}, "clamp_kqv is 1.0; graft computes"),
         ({"metadata": {"graft.rope_parameters": "{"}}, "rope_parameters that are not understood"),
         ({"tensors": {"blk.0.attn_v.weight": None}}, "attn_v.weight is missing"),
-        ({"tensors": {"rope_freqs.weight": np.full(8, 3, "f4")}}, "rotary factors"),
+        ({"tensors": {"rope_freqs.weight": np.full(8, -3, "f4")}}, "8 positive numbers"),
         ({"tensors": {"blk.0.extra.weight": np.ones(8, "f4")}}, "has no place in a Llama"),
         (
             {"tensors": {"blk.0.attn_v.weight": np.ones((32, 64), "i4")}},

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import json
+from itertools import islice
 from typing import Any
 
-import torch
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from graft.errors import GraftError, raise_problems
 from graft.model.families import FAMILIES, Family, GgufLayout
 from graft.model.gguf.file import GgufFile
-from graft.model.gguf.layout import ROPE_PARAMETERS_KEY, rope_factors
-from graft.text import quoted
+from graft.model.gguf.header import Array
+from graft.model.gguf.keys import check_kind, key_problems
+from graft.model.gguf.rope import read_rope
+from graft.text import listed, quoted
 from graft.understood import understood
+
+_SPECIAL = (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
 
 
 def _read_families() -> dict[str, tuple[Family, GgufLayout]]:
@@ -25,23 +28,57 @@ def _read_families() -> dict[str, tuple[Family, GgufLayout]]:
 
 
 def gguf_config(file: GgufFile) -> PretrainedConfig:
-    """Return the configuration; raises GraftError where the metadata do not make one."""
-    architecture = file.value("general.architecture", str)
-    known = _read_families()
+    """Return the configuration.
+
+    Raises GraftError where the metadata do not make one, or say what graft does not compute.
+    """
+    check_kind(file)
+    architecture, known = file.architecture, _read_families()
     if architecture not in known:
         raise GraftError(
             f"{file.path}: architecture is {quoted(architecture)}; graft reads GGUF files of "
             f"{', '.join(known)}"
         )
     family, layout = known[architecture]
+    sizes = _sizes(file, architecture)
+    raise_problems(_problems(file, architecture, sizes), f"{file.path}")
+    settings: dict[str, Any] = sizes | {
+        f"{name}_token_id": special_id(file, key, sizes["vocab_size"]) for name, key in _SPECIAL
+    }
+    whole = sizes["head_dim"] * sizes["num_attention_heads"] == sizes["hidden_size"]
+    if layout.optional_head_dim and whole:
+        del settings["head_dim"]
+    for setting, layer in layout.bias_settings.items():
+        ending = f".{layer}.bias"
+        settings[setting] = any(
+            name.startswith("blk.") and name.endswith(ending) for name in file.tensors
+        )
+    settings |= layout.settings
+    settings["rms_norm_eps"] = file.number(f"{architecture}.attention.layer_norm_rms_epsilon")
+    settings["tie_word_embeddings"] = "output.weight" not in file.tensors
+    with understood(file.path):
+        config = CONFIG_MAPPING[family.model_type](**settings)
+    config.rope_parameters = read_rope(file, config)
+    return config
 
+
+def special_id(file: GgufFile, name: str, tokens: int) -> int | None:
+    """Return the id of a special token; None where the file names none, or one beyond the list."""
+    found = file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+    return found if type(found) is int and 0 <= found < tokens else None
+
+
+def _sizes(file: GgufFile, architecture: str) -> dict[str, int]:
     def size(key: str, default: int | None = None) -> int:
-        found: int = file.value(f"{architecture}.{key}", int, default)
-        return found
+        found = file.metadata.get(f"{architecture}.{key}")
+        if isinstance(found, Array):
+            return _one_for_all(file, f"{architecture}.{key}")
+        number: int = file.value(f"{architecture}.{key}", int, default)
+        return number
 
     hidden, heads = size("embedding_length"), size("attention.head_count")
     embedding = file.tensors.get("token_embd.weight")
-    sizes = {
+    return {
         "hidden_size": hidden,
         "intermediate_size": size("feed_forward_length"),
         "num_hidden_layers": size("block_count"),
@@ -52,73 +89,44 @@ def gguf_config(file: GgufFile) -> PretrainedConfig:
         "vocab_size": size("vocab_size", None if embedding is None else embedding.shape[0]),
         "max_position_embeddings": size("context_length"),
     }
+
+
+def _one_for_all(file: GgufFile, key: str) -> int:
+    """Return the number that an array has for every layer."""
+    found = set(file.numbers(key) or ())
+    if len(found) != 1 or type(next(iter(found))) is not int:
+        raise GraftError(
+            f"{file.path}: metadata {key} differs from layer to layer ({listed(sorted(found), 5)})"
+            "; graft reads models of equal layers"
+        )
+    number: int = found.pop()
+    return number
+
+
+def _problems(file: GgufFile, architecture: str, sizes: dict[str, int]) -> list[str]:
     problems = [
         f"{field} is {found}; expected at least 1" for field, found in sizes.items() if found < 1
     ]
     # Also keeps a damaged count from building millions of layers.
     blocks = {name.split(".")[1] for name in file.tensors if name.startswith("blk.")}
-    if sizes["num_hidden_layers"] != len(blocks):
+    count = sizes["num_hidden_layers"]
+    if count != len(blocks):
+        missing = (f"blk.{n}" for n in range(count) if str(n) not in blocks)
         problems.append(
-            f"metadata says {sizes['num_hidden_layers']} blocks, the tensors make {len(blocks)}"
+            f"metadata says {count} blocks, the tensors make {len(blocks)} (missing: "
+            f"{listed(islice(missing, 10))})"
         )
-    raise_problems(problems, f"{file.path}")
-    settings: dict[str, Any] = sizes | {
-        f"{name}_token_id": file.metadata.get(f"tokenizer.ggml.{key}_token_id")
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-    }
-    if layout.optional_head_dim and settings["head_dim"] * heads == hidden:
-        del settings["head_dim"]
-    for setting, layer in layout.bias_settings.items():
-        settings[setting] = f"blk.0.{layer}.bias" in file.tensors
-    settings |= layout.settings
-    settings["rms_norm_eps"] = file.number(f"{architecture}.attention.layer_norm_rms_epsilon")
-    settings["tie_word_embeddings"] = "output.weight" not in file.tensors
-    with understood(file.path):
-        config = CONFIG_MAPPING[family.model_type](**settings)
-    config.rope_parameters = _rope_parameters(file, architecture, config)
-    return config
-
-
-def _rope_parameters(file: GgufFile, architecture: str, config: PretrainedConfig) -> dict[str, Any]:
-    if ROPE_PARAMETERS_KEY in file.metadata:
-        with understood(file.path, f"has metadata {ROPE_PARAMETERS_KEY} that are not understood"):
-            return dict(json.loads(file.value(ROPE_PARAMETERS_KEY, str)))
-    theta = file.number(f"{architecture}.rope.freq_base", 10000.0)
-    factors = file.tensors.get("rope_freqs.weight")
-    if factors is not None:
-        return _llama3_rope(file, factors.dense(), config, theta)
-    scaling = file.value(f"{architecture}.rope.scaling.type", str, "none")
-    if scaling == "none":
-        return {"rope_type": "default", "rope_theta": theta}
-    if scaling != "linear":
-        raise GraftError(
-            f"{file.path}: rope scaling is {quoted(scaling)}; graft reads none, linear and llama3"
+    for key in ("attention.value_length", "rope.dimension_count"):
+        found = file.metadata.get(f"{architecture}.{key}", sizes["head_dim"])
+        if found != sizes["head_dim"]:
+            problems.append(
+                f"metadata {architecture}.{key} is {quoted(found)}, and heads are "
+                f"{sizes['head_dim']} wide; graft reads models where the two are equal"
+            )
+    tokens = file.metadata.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, Array) and tokens.count != sizes["vocab_size"]:
+        problems.append(
+            f"tokenizer.ggml.tokens has {tokens.count} tokens, and the model "
+            f"{sizes['vocab_size']} embeddings"
         )
-    factor = file.number(f"{architecture}.rope.scaling.factor")
-    return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
-
-
-def _llama3_rope(
-    file: GgufFile, factors: torch.Tensor, config: PretrainedConfig, theta: float
-) -> dict[str, Any]:
-    """Return Llama 3's settings, where they are what makes the file's factors.
-
-    llama.cpp's converter keeps the factors alone. Only the largest one differs between the models
-    that Meta has published.
-    """
-    rope = {
-        "rope_type": "llama3",
-        "rope_theta": theta,
-        "factor": float(factors.max()),
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    }
-    config.rope_parameters = rope
-    made = rope_factors(config)
-    if made is None or made.shape != factors.shape or not torch.allclose(made, factors, 1e-4):
-        raise GraftError(
-            f"{file.path}: has rotary factors that are not those of Llama 3.1 and later, and no "
-            f"{ROPE_PARAMETERS_KEY}, which says what makes them in a file that graft wrote"
-        )
-    return rope
+    return problems + key_problems(file, sizes["head_dim"], sizes["max_position_embeddings"])

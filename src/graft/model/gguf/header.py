@@ -1,8 +1,8 @@
 """The head of a GGUF file: metadata and where the tensors lie, each number checked by the file.
 
 gguf's own reader makes an object of every element of every array, 18 µs each: a vocabulary takes it
-seconds, and an array that is long for no reason minutes. Arrays, of which graft needs none, are
-passed over here, so that the work is bounded by the number of values.
+seconds, and an array that is long for no reason minutes. Arrays are passed over here and read when
+they are asked for, so that the work is bounded by the number of values.
 """
 
 from __future__ import annotations
@@ -42,6 +42,55 @@ _SCALARS = {
     GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT64: "<d",
 }
+_GONE = {
+    4: "Q4_2",
+    5: "Q4_3",
+    31: "Q4_0_4_4",
+    32: "Q4_0_4_8",
+    33: "Q4_0_8_8",
+    36: "IQ4_NL_4_4",
+    37: "IQ4_NL_4_8",
+    38: "IQ4_NL_8_8",
+}
+"""Types that llama.cpp has taken back, by the number that a file has for them."""
+
+
+@dataclass(frozen=True, eq=False)
+class Array:
+    """An array among the metadata; its elements are read when they are asked for."""
+
+    kind: GGUFValueType
+    count: int
+    data: Bytes
+    """All elements as they lie in the file; each string behind its length."""
+
+    def numbers(self) -> list[Any]:
+        """Return the elements of an array of numbers; raises ValueError for one of strings."""
+        if self.kind is GGUFValueType.STRING:
+            raise ValueError("strings stand where numbers are expected")
+        return list(np.frombuffer(self.data.tobytes(), np.dtype(_SCALARS[self.kind])).tolist())
+
+    def texts(self) -> list[str]:
+        """Return the elements of an array of strings; raises ValueError for one of numbers.
+
+        Bytes that are no UTF-8 become lone surrogates.
+        """
+        if self.kind is not GGUFValueType.STRING:
+            raise ValueError("numbers stand where strings are expected")
+        found, data, at = [], self.data.tobytes(), 0
+        for _ in range(self.count):
+            (length,) = struct.unpack_from("<Q", data, at)
+            at += 8 + length
+            found.append(data[at - length : at].decode(errors="surrogateescape"))
+        return found
+
+    def same(self, other: object) -> bool:
+        """Return whether another value is an array of the same elements."""
+        return (
+            isinstance(other, Array)
+            and (self.kind, self.count) == (other.kind, other.count)
+            and np.array_equal(self.data, other.data)
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +112,7 @@ class Header:
         if bytes(self._take(len(_MAGIC))) != _MAGIC:
             raise ValueError("it does not begin with GGUF")
         if (version := self._number("<I")) not in _VERSIONS:
-            raise ValueError(f"it has version {version}; expected 2 or 3, little-endian")
+            _raise_version(version)
         tensors, pairs = self._number("<Q"), self._number("<Q")
         self.metadata = self._named(pairs, self._value)
         found = self._named(tensors, self._tensor)
@@ -96,19 +145,20 @@ class Header:
         for _ in range(count):  # each takes bytes, so it ends with the file
             name = self._text()
             if name in found:
-                raise ValueError("a name stands there twice")
+                raise ValueError(f"the name {name[:80]!r} stands there twice")
             found[name] = read()
         return found
 
     def _value(self) -> Any:
-        """Return a string or number; None for an array."""
+        """Return a string, a number or an Array."""
         kind = GGUFValueType(self._number("<I"))
         if kind is GGUFValueType.ARRAY:
-            return self._pass_array()
+            return self._array()
         return self._text() if kind is GGUFValueType.STRING else self._number(_SCALARS[kind])
 
-    def _pass_array(self) -> None:
+    def _array(self) -> Array:
         kind, count = GGUFValueType(self._number("<I")), self._number("<Q")
+        begin = self._at
         if kind is GGUFValueType.STRING:
             for _ in range(count):
                 self._take(self._number("<Q"))
@@ -116,18 +166,19 @@ class Header:
             raise ValueError("an array holds arrays")
         else:
             self._take(count * struct.calcsize(_SCALARS[kind]))
+        return Array(kind, count, self._data[begin : self._at])
 
-    def _tensor(self) -> tuple[tuple[int, ...], GGMLQuantizationType, int]:
+    def _tensor(self) -> tuple[tuple[int, ...], int, int]:
         axes = self._number("<I")
         if axes > _AXES:
             raise ValueError(f"a tensor has {axes} axes; expected at most {_AXES}")
         sizes = [self._number("<Q") for _ in range(axes)]
-        kind = GGMLQuantizationType(self._number("<I"))
-        return tuple(reversed(sizes)), kind, self._number("<Q")
+        return tuple(reversed(sizes)), self._number("<I"), self._number("<Q")
 
     def _placed(
-        self, name: str, begin: int, shape: tuple[int, ...], kind: GGMLQuantizationType, offset: int
+        self, name: str, begin: int, shape: tuple[int, ...], number: int, offset: int
     ) -> Place:
+        kind = _type(name, number)
         weights, size = GGML_QUANT_SIZES[kind]
         columns = shape[-1] if shape else 1
         if columns % weights:
@@ -136,3 +187,18 @@ class Header:
         if begin + offset + length > len(self._data):
             raise ValueError(f"it ends before the tensor {name[:80]!r} does")
         return Place(kind, shape, begin + offset, length)
+
+
+def _raise_version(version: int) -> None:
+    swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+    if swapped in _VERSIONS:
+        raise ValueError("it is big-endian; expected little-endian")
+    raise ValueError(f"it has version {version}; expected 2 or 3")
+
+
+def _type(name: str, number: int) -> GGMLQuantizationType:
+    try:
+        return GGMLQuantizationType(number)
+    except ValueError as error:
+        known = f"{_GONE[number]}, which llama.cpp reads no more" if number in _GONE else "unknown"
+        raise ValueError(f"the tensor {name[:80]!r} has type {number}: {known}") from error

@@ -19,13 +19,12 @@ from graft.model.gguf.config import gguf_config
 from graft.model.gguf.file import FLOATS, GgufFile, read_gguf
 from graft.model.gguf.layout import (
     Q4_1_FORMAT,
-    ROPE_PARAMETERS_KEY,
     decode_q4_1,
     gguf_names,
-    rope_factors,
     rotary_heads,
     rows_from_gguf,
 )
+from graft.model.gguf.rope import ROPE_FACTORS
 from graft.text import quoted
 from graft.understood import understood
 
@@ -101,11 +100,10 @@ def _check(file: GgufFile, model: LlamaForCausalLM) -> None:
             expected[f"{target}.{part}"] = tuple(parameter.shape)
     if model.config.tie_word_embeddings:
         expected.pop("output.weight")
-    factors = rope_factors(model.config)
-    if factors is not None:
-        expected["rope_freqs.weight"] = tuple(factors.shape)
     problems = [f"tensor {name} is missing" for name in expected if name not in file.tensors]
     for name, tensor in file.tensors.items():
+        if name == ROPE_FACTORS:
+            continue  # the configuration was made of them
         shape = expected.get(name)
         if shape is None:
             problems.append(f"tensor {quoted(name)} has no place in a Llama")
@@ -117,11 +115,6 @@ def _check(file: GgufFile, model: LlamaForCausalLM) -> None:
                 f"{', '.join(kind.name for kind in _readable(name, shape))} there"
             )
     raise_problems(problems[:20], f"{file.path}")
-    if factors is not None and not torch.equal(file.tensors["rope_freqs.weight"].dense(), factors):
-        raise GraftError(
-            f"{file.path}: rope_freqs.weight does not follow from {ROPE_PARAMETERS_KEY}; export "
-            "the file again"
-        )
 
 
 def _readable(name: str, shape: tuple[int, ...]) -> tuple[GGMLQuantizationType, ...]:
