@@ -20,6 +20,7 @@ READERS: Entries[Reader] = Entries(
         "compressed-tensors": Listed(
             "graft.convert.compressed:COMPRESSED_TENSORS", "compressed-tensors"
         ),
+        "torchao": Listed("graft.convert.torchao:TORCHAO", "torchao"),
         "fp8": Listed("graft.convert.fp8:FP8_FOLDERS", "FP8"),
         "mxfp4": Listed("graft.convert.mxfp4:MXFP4", "MXFP4"),
         "pickled": Listed("graft.convert.pickled:PICKLED", "pickled PyTorch weights"),
