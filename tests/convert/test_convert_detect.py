@@ -17,7 +17,7 @@ from graft.convert.folder import plain_tensors
 from graft.convert.registry import READERS
 from graft.convert.source import DenseLayer, Source
 from graft.errors import GraftError
-from graft.model.folder import CONVERTIBLE
+from graft.model.folder import read_config
 
 
 def settings(**values):
@@ -43,8 +43,8 @@ def empty(folder):
         (our_own, "is in graft's own format already"),
         (empty, "holds no weights; graft reads GPTQ"),
         (
-            settings(quantization_config={"quant_method": "fp8"}),
-            "quantised by another tool.*fp8.*graft reads GPTQ, AWQ",
+            settings(quantization_config={"quant_method": "other"}),
+            "quantised by another tool.*other.*graft reads GPTQ, AWQ",
         ),
         (settings(quantization_config={"packed_by": "x"}), "quantised by another tool"),
         (settings(model_type="none", quantization={"group_size": 64, "bits": 4}), "'none'"),
@@ -89,6 +89,9 @@ def test_a_tool_is_an_entry(tiny_base, tmp_path):
     finally:
         READERS.remove("raw")
     assert report.kind == "raw" and not report.layers
+    assert report.notes == (
+        "config.json says raw, and no tensor is quantised: the weights are as they are",
+    )
     graft.load(tmp_path / "out")
 
 
@@ -142,8 +145,11 @@ def test_what_no_format_holds_comes_in_as_floats_where_that_is_asked(family, req
     assert torch.equal(expected(input_ids=ids).logits, found(input_ids=ids).logits)
 
 
-def test_whoever_loads_such_a_folder_is_told_of_every_tool_that_is_read():
-    assert set(CONVERTIBLE) == {reader.quant_method for reader in READERS.values()}
+def test_whoever_loads_such_a_folder_is_told_how_to_bring_it_in(tiny_base, tmp_path):
+    shutil.copytree(tiny_base, tmp_path / "theirs")
+    settings(quantization_config={"quant_method": "gptq"})(tmp_path / "theirs")
+    with pytest.raises(GraftError, match=r"quantised by another tool .*graft convert .*theirs"):
+        read_config(tmp_path / "theirs")
 
 
 @pytest.mark.parametrize("key", ["quantization_config", "quantization"])

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from graft.convert.config import ConvertConfig
-from graft.convert.folder import open_folder
+from graft.convert.folder import ForeignFolder, open_folder
 from graft.convert.registry import READERS
 from graft.convert.source import Source
 from graft.errors import GraftError
@@ -31,7 +31,9 @@ def open_source(path: str, asked: ConvertConfig) -> tuple[Source, Path]:
     found = open_folder(folder, asked)
     for reader in READERS.values():
         if reader.reads_folder(found):
-            return reader.open_folder(found), folder
+            source = reader.open_folder(found)
+            _tell_label(found, source)
+            return source, folder
     if found.settings:
         raise GraftError(
             f"{folder} is quantised by another tool ({json.dumps(found.settings):.100}); "
@@ -43,6 +45,19 @@ def open_source(path: str, asked: ConvertConfig) -> tuple[Source, Path]:
         f"{folder} holds nothing to convert: its weights are not quantised, and graft takes "
         "them as they are (graft train --model, graft quantize --model)"
     )
+
+
+def _tell_label(folder: ForeignFolder, source: Source) -> None:
+    """Note where the configuration says 'quantised', and no weight is.
+
+    Whoever dequantises a checkpoint often leaves that in config.json.
+    """
+    plain = not any(tensor.quantisation for tensor in source.tensors.values())
+    if folder.settings and plain and not source.layers and not source.dequantised:
+        named = folder.settings.get("quant_method", "quantised")
+        source.notes.append(
+            f"config.json says {named}, and no tensor is quantised: the weights are as they are"
+        )
 
 
 def _what_is_read() -> str:
