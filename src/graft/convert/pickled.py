@@ -111,18 +111,23 @@ class _Shards:
         return self._last[1]
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def unpickled(path: Path) -> Any:
+    """Return what is in a pickled file; raises GraftError unless it is tensors and containers."""
     with understood(path, "is no readable PyTorch file (download it again)"):
         # Files of before PyTorch 1.6 are no zip archives and cannot be mapped.
         zipped = _check_archive(path)
         try:
-            found: Any = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
         except pickle.UnpicklingError as error:
             raise GraftError(
                 f"{path} is refused: it holds more than tensors and plain containers, or is "
                 f"damaged, and unpickling it could run code ({_reason(error)}); ask whoever made "
                 "it for safetensors"
             ) from error
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    found = unpickled(path)
     for key in _INSIDE:
         if isinstance(found, dict) and isinstance(found.get(key), dict):
             found = found[key]
