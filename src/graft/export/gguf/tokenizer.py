@@ -50,7 +50,7 @@ def convert_tokenizer(
         )
     backend = tokenizer.backend_tokenizer
     spec: dict[str, Any] = json.loads(backend.to_str())
-    kind, problems = recognise(spec)
+    kind, problems = recognise(backend, spec)
     raise_problems(problems, "tokenizer")
     assert kind is not None
     added = {entry["id"]: entry for entry in spec["added_tokens"]}
