@@ -12,7 +12,8 @@ from gguf import TokenType
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from graft.errors import GraftError, raise_problems
-from graft.export.gguf.tokenizer_kind import TokenizerKind, recognise, scores_by_merge
+from graft.export.gguf.scores import scores_by_merge
+from graft.export.gguf.tokenizer_kind import SPACE, TokenizerKind, recognise
 from graft.understood import tokenizing
 
 _BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
@@ -61,14 +62,20 @@ def convert_tokenizer(
         for token, index in vocabulary.items()
     }
     merges: list[list[str]] = spec["model"]["merges"]
-    ordinary = {t: i for t, i in vocabulary.items() if types[i] is TokenType.NORMAL}
-    scores, score_problems = scores_by_merge(ordinary, merges)
     sentencepiece = kind.model == "llama"
+    scores: dict[int, float] = {}
     if sentencepiece:
-        problems += score_problems
+        # Those that were added are cut out of a text, unless they stand for spaces, as Gemma's.
+        user = {t for t, i in vocabulary.items() if types[i] is TokenType.USER_DEFINED}
+        ordinary = {
+            t: i for t, i in vocabulary.items() if types[i] is TokenType.NORMAL or t in user
+        }
+        apart = {token for token in user if SPACE not in token}
+        scores, problems = scores_by_merge(ordinary, merges, apart)
     add_bos, add_eos, affix_problems = _affixes(tokenizer, special_ids)
     problems += _vocabulary_problems(vocabulary, config.vocab_size, sentencepiece)
     raise_problems(problems + affix_problems, "tokenizer")
+    lowest = -float(len(merges))
     texts = {index: token for token, index in vocabulary.items()}
     ids = range(config.vocab_size)
     return GgufTokenizer(
@@ -76,7 +83,7 @@ def convert_tokenizer(
         tokens=tuple(texts.get(index, f"[PAD{index}]") for index in ids),
         types=tuple(types.get(index, TokenType.UNUSED) for index in ids),
         merges=() if sentencepiece else tuple(" ".join(pair) for pair in merges),
-        scores=tuple(scores.get(index, 0.0) for index in ids) if sentencepiece else (),
+        scores=tuple(scores.get(index, lowest) for index in ids) if sentencepiece else (),
         special_ids=special_ids,
         add_bos=add_bos,
         add_eos=add_eos,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +11,9 @@ from graft.export.gguf.byte_level import find_pre_tokenizer
 from graft.export.gguf.probe import probe_texts
 from graft.understood import tokenizing
 
-_SPACE = "▁"
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
-_PREPEND = {"type": "Prepend", "prepend": _SPACE}
+SPACE = "▁"
+_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
+_PREPEND = {"type": "Prepend", "prepend": SPACE}
 
 
 @dataclass(frozen=True)
@@ -91,12 +90,12 @@ def _sentencepiece(
     if normalizers in ([_PREPEND, _REPLACE], [_REPLACE]) and not _cuts(backend):
         return TokenizerKind("llama", "default", _PREPEND in normalizers), []
     metaspace = steps[0] if len(steps) == 1 and steps[0]["type"] == "Metaspace" else None
-    if normalizers or metaspace is None or metaspace["replacement"] != _SPACE:
+    if normalizers or metaspace is None or metaspace["replacement"] != SPACE:
         return None, [
             f"its normalizers {normalizers} and pre-tokenizers {steps} are not SentencePiece's: "
             "expected that spaces become '▁' and nothing else changes"
         ]
-    inner = [token for token in spec["model"]["vocab"] if _SPACE in token[1:]]
+    inner = [token for token in spec["model"]["vocab"] if SPACE in token[1:]]
     if metaspace["split"] and inner:
         return None, [
             f"it cuts at every space (Metaspace with split), llama.cpp does not; {len(inner)} "
@@ -125,40 +124,7 @@ def _cuts(backend: Tokenizer) -> bool:
         return False
     with tokenizing():
         for text in probe_texts():
-            spelt = text.replace(" ", _SPACE)
+            spelt = text.replace(" ", SPACE)
             if backend.pre_tokenizer.pre_tokenize_str(spelt) != [(spelt, (0, len(spelt)))]:
                 return True
     return False
-
-
-def scores_by_merge(
-    vocabulary: dict[str, int], merges: Sequence[Sequence[str]]
-) -> tuple[dict[int, float], list[str]]:
-    """Return each token's score, minus the rank of the first merge that makes it, by id.
-
-    BPE merges the pair of the lowest rank; SentencePiece the neighbours whose union has the
-    highest score. They agree when every two tokens whose union is a token are a merge, and the
-    merges that make one token follow each other.
-    """
-    ranks: dict[str, list[int]] = {}
-    for rank, (left, right) in enumerate(merges):
-        ranks.setdefault(left + right, []).append(rank)
-    known = {(left, right) for left, right in merges}
-    differing = [
-        token
-        for token in vocabulary
-        for cut in range(1, len(token))
-        if token[:cut] in vocabulary
-        and token[cut:] in vocabulary
-        and (token[:cut], token[cut:]) not in known
-    ]
-    differing += [token for token, found in ranks.items() if found[-1] - found[0] >= len(found)]
-    scores = {
-        index: -float(ranks.get(token, [len(merges)])[0]) for token, index in vocabulary.items()
-    }
-    if not differing:
-        return scores, []
-    return scores, [
-        f"its merges do not follow from scores of tokens, as SentencePiece's do: {len(differing)} "
-        f"tokens ({differing[0]!r} ...) would be cut differently by llama.cpp"
-    ]
