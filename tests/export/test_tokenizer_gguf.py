@@ -267,7 +267,33 @@ def test_special_ids_fall_back_to_the_model(byte_level, wrap):
 def test_a_tokenizer_larger_than_the_model(make_llama, byte_level, wrap):
     model = make_llama(IntGroupFormat(), vocab_size=64)
     (problem,) = check_gguf(model, wrap(byte_level))
-    assert "beyond the model's 64 embeddings" in problem
+    assert "beyond the model's 64 embeddings" in problem and "'<s>'" not in problem
+
+
+def test_an_added_token_beyond_the_embeddings_is_left_out(byte_level, wrap, tmp_path):
+    size = byte_level.get_vocab_size()
+    byte_level.add_special_tokens(["<pad>"])
+    found = convert_tokenizer(wrap(byte_level, pad_token="<pad>"), config(size, pad_token_id=size))
+    assert "<pad>" not in found.tokens and len(found.tokens) == size
+    assert found.special_ids == {"bos": 0, "eos": 1}
+    (note,) = found.notes
+    assert f"'<pad>' are left out, because they lie beyond the model's {size} embeddings" in note
+    for used in ({"eos_token": "<pad>"}, {"chat_template": "{{ x }}<pad>"}):
+        with pytest.raises(GraftError, match="1 tokens .'<pad>' ....*texts or prompts hold them"):
+            convert_tokenizer(wrap(byte_level, **used), config(size))
+
+
+def test_an_embedding_without_a_token_gets_a_name_of_its_own(byte_level, wrap):
+    last = byte_level.get_vocab_size() + 1
+    byte_level.add_tokens([f"[PAD{last}]"])
+    found = convert_tokenizer(wrap(byte_level), config(last + 1))
+    assert found.tokens[last - 1 :] == (f"[PAD{last}]", f"[[PAD{last}]]")
+
+
+def test_a_tokenizer_that_names_no_end_is_told(byte_level, wrap):
+    found = convert_tokenizer(wrap(byte_level, eos_token=None), config(eos_token_id=None))
+    (note,) = found.notes
+    assert "eos" not in found.special_ids and "name eos_token" in note
 
 
 def falcon_steps(**digits):
