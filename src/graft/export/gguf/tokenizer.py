@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,8 @@ from gguf import TokenType
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from graft.errors import GraftError, raise_problems
-from graft.export.gguf.tokenizer_kind import TokenizerKind, recognise, scores_by_merge
+from graft.export.gguf.scores import scores_by_merge
+from graft.export.gguf.tokenizer_kind import SPACE, TokenizerKind, recognise
 from graft.understood import tokenizing
 
 _BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
@@ -50,55 +51,111 @@ def convert_tokenizer(
         )
     backend = tokenizer.backend_tokenizer
     spec: dict[str, Any] = json.loads(backend.to_str())
-    kind, problems = recognise(spec)
+    kind, problems = recognise(backend, spec)
     raise_problems(problems, "tokenizer")
     assert kind is not None
     added = {entry["id"]: entry for entry in spec["added_tokens"]}
-    vocabulary: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+    whole: dict[str, int] = backend.get_vocab(with_added_tokens=True)
+    vocabulary = {token: index for token, index in whole.items() if index < config.vocab_size}
     special_ids = _special_ids(tokenizer, config)
+    beyond = [token for token in whole if token not in vocabulary]
+    beyond_problems = _beyond_problems(tokenizer, beyond, whole, added, config.vocab_size)
+    if special_ids.get("pad", 0) >= config.vocab_size:
+        del special_ids["pad"]
     types = {
         index: _token_type(kind, token, added.get(index), index == special_ids.get("unk"))
         for token, index in vocabulary.items()
     }
     merges: list[list[str]] = spec["model"]["merges"]
-    ordinary = {t: i for t, i in vocabulary.items() if types[i] is TokenType.NORMAL}
-    scores, score_problems = scores_by_merge(ordinary, merges)
     sentencepiece = kind.model == "llama"
+    scores: dict[int, float] = {}
     if sentencepiece:
-        problems += score_problems
+        # Those that were added are cut out of a text, unless they stand for spaces, as Gemma's.
+        user = {t for t, i in vocabulary.items() if types[i] is TokenType.USER_DEFINED}
+        ordinary = {
+            t: i for t, i in vocabulary.items() if types[i] is TokenType.NORMAL or t in user
+        }
+        apart = {token for token in user if SPACE not in token}
+        scores, problems = scores_by_merge(ordinary, merges, apart)
     add_bos, add_eos, affix_problems = _affixes(tokenizer, special_ids)
-    problems += _vocabulary_problems(vocabulary, config.vocab_size, sentencepiece)
-    raise_problems(problems + affix_problems, "tokenizer")
+    missing = [token for token in _BYTE_TOKENS if token not in vocabulary]
+    if sentencepiece and missing:
+        problems.append(f"{len(missing)} byte tokens are missing ({missing[0]} ...)")
+    raise_problems(problems + beyond_problems + affix_problems, "tokenizer")
+    lowest = -float(len(merges))
     texts = {index: token for token, index in vocabulary.items()}
+    kept = [entry for entry in spec["added_tokens"] if entry["id"] < config.vocab_size]
     ids = range(config.vocab_size)
     return GgufTokenizer(
         kind=kind,
-        tokens=tuple(texts.get(index, f"[PAD{index}]") for index in ids),
+        tokens=tuple(texts.get(index) or _unused(index, vocabulary) for index in ids),
         types=tuple(types.get(index, TokenType.UNUSED) for index in ids),
         merges=() if sentencepiece else tuple(" ".join(pair) for pair in merges),
-        scores=tuple(scores.get(index, 0.0) for index in ids) if sentencepiece else (),
+        scores=tuple(scores.get(index, lowest) for index in ids) if sentencepiece else (),
         special_ids=special_ids,
         add_bos=add_bos,
         add_eos=add_eos,
         chat_template=tokenizer.chat_template,
-        notes=kind.notes + _stripping_notes(spec["added_tokens"]),
+        notes=(
+            *kind.notes,
+            *_stripping_notes(kept),
+            *_beyond_notes(beyond, config.vocab_size),
+            *_end_notes(special_ids),
+        ),
     )
 
 
-def _vocabulary_problems(
-    vocabulary: Mapping[str, int], embeddings: int, sentencepiece: bool
+def _unused(index: int, vocabulary: Container[str]) -> str:
+    """Return a name that no token has, for an embedding without one."""
+    name = f"[PAD{index}]"
+    while name in vocabulary:
+        name = f"[{name}]"
+    return name
+
+
+def _beyond_problems(
+    tokenizer: PreTrainedTokenizerBase,
+    beyond: Sequence[str],
+    vocabulary: Mapping[str, int],
+    added: Container[int],
+    embeddings: int,
 ) -> list[str]:
-    problems = []
-    beyond = [token for token, index in vocabulary.items() if index >= embeddings]
-    if beyond:
-        problems.append(
-            f"{len(beyond)} tokens ({beyond[0]!r} ...) lie beyond the model's {embeddings} "
-            "embeddings; use the tokenizer that belongs to the model"
-        )
-    missing = [token for token in _BYTE_TOKENS if token not in vocabulary]
-    if sentencepiece and missing:
-        problems.append(f"{len(missing)} byte tokens are missing ({missing[0]} ...)")
-    return problems
+    """Return the tokens without an embedding that a text or a prompt may hold.
+
+    One that was added and is never written, as many a padding token, can be left out.
+    """
+    template = str(tokenizer.chat_template or "")
+    ends = (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token)
+    used = [
+        token
+        for token in beyond
+        if vocabulary[token] not in added or token in ends or token in template
+    ]
+    if not used:
+        return []
+    return [
+        f"{len(used)} tokens ({used[0]!r} ...) lie beyond the model's {embeddings} embeddings, and "
+        "texts or prompts hold them; use the tokenizer that belongs to the model, or enlarge the "
+        "model with resize_token_embeddings"
+    ]
+
+
+def _beyond_notes(beyond: Sequence[str], embeddings: int) -> tuple[str, ...]:
+    if not beyond:
+        return ()
+    return (
+        f"added tokens {', '.join(map(repr, beyond[:4]))} are left out, because they lie beyond "
+        f"the model's {embeddings} embeddings",
+    )
+
+
+def _end_notes(special_ids: Container[str]) -> tuple[str, ...]:
+    if "eos" in special_ids:
+        return ()
+    return (
+        "neither tokenizer nor model names a token that ends a text; llama.cpp then takes one by "
+        "its number, which may be any token of this tokenizer: name eos_token",
+    )
 
 
 def add_tokenizer_metadata(writer: gguf.GGUFWriter, tokenizer: GgufTokenizer) -> None:
