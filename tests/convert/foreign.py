@@ -214,27 +214,34 @@ NF4 = (
 )
 
 
-def nf4_layer(_: str, weight: Tensor) -> Tensors:
-    values = torch.tensor(NF4)
-    blocks = weight.float().reshape(-1, 64)
-    absmax = blocks.abs().amax(1)
-    codes = (blocks / absmax[:, None]).unsqueeze(-1).sub(values).abs().argmin(-1).reshape(-1, 2)
-    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float32", "shape": list(weight.shape)}
-    return {
-        "weight": (codes[:, :1] << 4 | codes[:, 1:]).byte(),
-        "weight.absmax": absmax,
-        "weight.quant_map": values,
-        "weight.quant_state.bitsandbytes__nf4": torch.tensor(
-            list(json.dumps(state).encode())
-        ).byte(),
-    }
+def nf4_blocks(size: int) -> Callable[[str, Tensor], Tensors]:
+    def quantise(_: str, weight: Tensor) -> Tensors:
+        values = torch.tensor(NF4)
+        blocks = weight.float().reshape(-1, size)
+        absmax = blocks.abs().amax(1)
+        codes = (blocks / absmax[:, None]).unsqueeze(-1).sub(values).abs().argmin(-1).reshape(-1, 2)
+        state = {"quant_type": "nf4", "blocksize": size, "dtype": "float32"}
+        state |= {"shape": list(weight.shape)}
+        return {
+            "weight": (codes[:, :1] << 4 | codes[:, 1:]).byte(),
+            "weight.absmax": absmax,
+            "weight.quant_map": values,
+            "weight.quant_state.bitsandbytes__nf4": torch.tensor(
+                list(json.dumps(state).encode())
+            ).byte(),
+        }
+
+    return quantise
 
 
-def nf4_weight(tensors: Tensors, name: str, shape: tuple[int, int]) -> Tensor:
+nf4_layer = nf4_blocks(64)
+
+
+def nf4_weight(tensors: Tensors, name: str, shape: tuple[int, int], size: int = 64) -> Tensor:
     """Return w = value[code] absmax, float64."""
     absmax = tensors[f"{name}.weight.absmax"].double().tolist()
     values = []
     for byte in tensors[f"{name}.weight"].reshape(-1).tolist():
         for code in (byte >> 4, byte & 15):
-            values.append(NF4[code] * absmax[len(values) // 64])
+            values.append(NF4[code] * absmax[len(values) // size])
     return torch.tensor(values, dtype=torch.float64).reshape(shape)

@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
-from foreign import change_tensors, foreign_folder, nf4_layer, nf4_weight
+from foreign import change_tensors, foreign_folder, nf4_blocks, nf4_layer, nf4_weight
 from safetensors.torch import load_file
 
 import graft
 from graft.adapters.attach import frozen_layers
 from graft.errors import GraftError
+from graft.kernels.packed.codebooks import dynamic_code
 
 LAYER = "model.layers.0.self_attn.k_proj"
 STATE = f"{LAYER}.weight.quant_state.bitsandbytes__nf4"
@@ -33,6 +34,77 @@ def test_nf4_is_kept_bit_for_bit(tiny_base, make, assert_converted, tmp_path):
     theirs = load_file(tmp_path / "theirs" / "model.safetensors")
     assert torch.equal(ours[f"{LAYER}.codes"], theirs[f"{LAYER}.weight"].view(-1))
     assert torch.equal(ours[f"{LAYER}.absmax"], theirs[f"{LAYER}.weight.absmax"])
+
+
+@pytest.mark.parametrize(("size", "held"), [(128, "nf4"), (512, "nf4"), (32, None)])
+def test_other_sizes_of_blocks(
+    size, held, tiny_base, tmp_path, assert_converted, assert_dequantised
+):
+    """Larger blocks are cut, which repeats their absmax; smaller ones are dequantised."""
+    shapes = {n: t.shape for n, t in load_file(tiny_base / "model.safetensors").items()}
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", SETTINGS, nf4_blocks(size))
+
+    def weight(tensors, name):
+        return nf4_weight(tensors, name, shapes[f"{name}.weight"], size)
+
+    if held:
+        assert assert_converted(folder, weight, 0.0).layers == {held: 14}
+        return
+    tensors = load_file(folder / "model.safetensors")
+    names = [key.removesuffix(".weight") for key in shapes if key.endswith("proj.weight")]
+    assert_dequantised(
+        folder, {name: weight(tensors, name) for name in names}, "nf4 in blocks of 32"
+    )
+
+
+def nested_blocks(size):
+    """Return what quantises the absmax again, in blocks of `size`, as QLoRA does."""
+
+    def quantise(name, weight):
+        parts = nf4_layer(name, weight)
+        absmax = parts.pop("weight.absmax")
+        code, offset = dynamic_code(), float(absmax.mean())
+        blocks = (absmax - offset).split(size)
+        scales = torch.stack([block.abs().max() for block in blocks])
+        codes = [
+            (block[:, None] / scale - code).abs().argmin(1)
+            for block, scale in zip(blocks, scales, strict=True)
+        ]
+        key = "weight.quant_state.bitsandbytes__nf4"
+        described = json.loads(bytes(parts[key].tolist()))
+        described |= {"nested_blocksize": size, "nested_offset": offset, "nested_dtype": "float32"}
+        return parts | {
+            key: torch.tensor(list(json.dumps(described).encode())).byte(),
+            "weight.absmax": torch.cat(codes).byte(),
+            "weight.nested_absmax": scales,
+            "weight.nested_quant_map": code.clone(),
+        }
+
+    return quantise
+
+
+@pytest.mark.parametrize(("size", "held"), [(256, "nf4, double quantised"), (16, "nf4")])
+def test_nested_statistics(size, held, tiny_base, tmp_path, assert_converted):
+    shapes = {n: t.shape for n, t in load_file(tiny_base / "model.safetensors").items()}
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", SETTINGS, nested_blocks(size))
+
+    def weight(tensors, name):
+        described = json.loads(bytes(tensors[STATE.replace(LAYER, name)].tolist()))
+        scales = tensors[f"{name}.weight.nested_absmax"].repeat_interleave(size)
+        codes = tensors[f"{name}.weight.absmax"]
+        absmax = dynamic_code()[codes.int()] * scales[: len(codes)] + described["nested_offset"]
+        plain = {f"{name}.weight.absmax": absmax, f"{name}.weight": tensors[f"{name}.weight"]}
+        return nf4_weight(plain, name, shapes[f"{name}.weight"])
+
+    assert assert_converted(folder, weight, 0.0).layers == {held: 14}
+
+
+def test_the_oldest_settings_name_no_method(make, tmp_path):
+    folder = make()
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]["quant_method"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert graft.convert_model(folder, tmp_path / "out").layers == {"nf4": 14}
 
 
 def test_the_bytes_may_be_called_something_else(make, tmp_path):
@@ -59,6 +131,7 @@ def test_llm_int8_keeps_its_codes(tiny_base, tmp_path, assert_converted):
 
     report = assert_converted(folder, weight, 0.0)
     assert report.layers == {"int8": 14}
+    assert any("rounds the inputs of LLM.int8 layers too" in note for note in report.notes)
     layers = dict(frozen_layers(graft.load(tmp_path / "out")[0]))
     theirs = load_file(folder / "model.safetensors")[f"{LAYER}.weight"]
     assert torch.equal(layers[LAYER].packed["codes"], theirs)
@@ -83,10 +156,13 @@ def replaced(part, value):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (state(blocksize=128), "blocksize is 128; graft reads 64"),
-        (state(shape=[64, 32]), r"shape is \[64, 32\]; graft reads \[32, 64\]"),
+        (state(blocksize=96), "blocksize is 96; expected a power of two"),
+        (state(blocksize=128), r"absmax is float32 \[32\]; expected float32 \[16\]"),
+        (state(shape=[64, 32]), r"shape is \[64, 32\]; expected \[32, 64\]"),
         (state(nested_offset=0.1), "nested_quant_map is missing"),
-        (state(nested_offset=0.1, nested_blocksize=64), "nested_blocksize is 64"),
+        (state(nested_offset=0.1, nested_blocksize="64"), "nested_blocksize is '64'"),
+        (state(quant_type="fp4"), "quant_type is 'fp4'; expected 'nf4'"),
+        (state(rotated=True), "it has 'rotated', which is not read"),
         (replaced("weight.quant_map", torch.linspace(-1, 1, 16)), "holds other values than nf4's"),
         (replaced("weight.absmax", torch.ones(3)), r"absmax is float32 \[3\]; expected float32"),
         (replaced("weight", torch.zeros(9, 1).byte()), "9 bytes of codes; expected 1024"),

@@ -100,11 +100,19 @@ def test_bitsandbytes_4_bit(kind, nested, base, tmp_path):
 
 
 def test_bitsandbytes_8_bit(base, tmp_path):
-    """LLM.int8 rounds its activations to 8 bits too, which graft does not."""
+    """LLM.int8 rounds its activations to 8 bits too, which graft does not, and says so."""
     theirs = saved_by_bitsandbytes(base, tmp_path / "theirs", load_in_8bit=True)
     report = graft.convert_model(tmp_path / "theirs", tmp_path / "out")
     assert report.layers == {"int8": 14}
+    assert any("bitsandbytes rounds the inputs" in note for note in report.notes)
     ours = our_logits(graft.load(tmp_path / "out", dtype="float32")[0])
+    stored = load_file(tmp_path / "theirs" / "model.safetensors")
+    alike = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for name in [name.removesuffix(".SCB") for name in stored if name.endswith(".SCB")]:
+        weight = stored[f"{name}.weight"].float() * stored[f"{name}.SCB"][:, None] / 127
+        alike.get_parameter(f"{name}.weight").data = weight
+    unrounded = our_logits(alike)  # bitsandbytes' own weights, multiplied with inputs as they are
+    assert (ours - unrounded).abs().max() <= 1e-5 * unrounded.abs().max()
     difference = float((ours - theirs).abs().max() / theirs.abs().max())
     print(f"{difference:.1e} of the largest logit")
     assert difference <= 0.1
