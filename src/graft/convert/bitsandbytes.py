@@ -19,7 +19,7 @@ from torch import Tensor
 from graft.convert.base import Reader
 from graft.convert.config import ConvertConfig
 from graft.convert.folder import ForeignFolder, check_parts, plain_tensors
-from graft.convert.settings import nothing_quantised, rounds_inputs
+from graft.convert.settings import rounds_inputs
 from graft.convert.source import DenseLayer, QuantisedLayer, Source
 from graft.errors import GraftError, raise_problems
 from graft.formats.base import Packed
@@ -58,9 +58,7 @@ class BitsandbytesReader(Reader):
         eights = [key.removesuffix(".SCB") for key in files if key.endswith(".SCB")]
         parts = [key for key in files if key.startswith(tuple(f"{name}.weight" for name in states))]
         parts += [f"{name}.{part}" for name in eights for part in _INT8_PARTS]
-        notes = nothing_quantised("bitsandbytes", [*states, *eights])
-        if eights:
-            notes.append(rounds_inputs("bitsandbytes", "the inputs of LLM.int8 layers"))
+        told = rounds_inputs("bitsandbytes", "the inputs of LLM.int8 layers")
         return Source(
             kind="bitsandbytes",
             model=folder.skeleton(len(files)),
@@ -72,7 +70,7 @@ class BitsandbytesReader(Reader):
                 **{name: partial(_eight_bits, files, name) for name in eights},
             },
             tensors=plain_tensors(files, parts),
-            notes=notes,
+            notes=[told] if eights else [],
         )
 
 

@@ -14,7 +14,7 @@ from graft.convert.base import Reader
 from graft.convert.compressed_layers import PARTS, Layer, Scheme
 from graft.convert.folder import ForeignFolder, plain_tensors
 from graft.convert.integers import Rounding
-from graft.convert.settings import nothing_quantised, rounds_inputs, runtime_tensors, unread
+from graft.convert.settings import rounds_inputs, runtime_tensors, unread
 from graft.convert.source import Source
 from graft.errors import GraftError, raise_problems
 from graft.text import quoted
@@ -60,7 +60,7 @@ class CompressedTensorsReader(Reader):
             },
             tensors=plain_tensors(files, (*parts, *runtime_tensors(files))),
             rounding=rounding,
-            notes=nothing_quantised(_TOOL, names) + _notes(settings) + unread(folder, _KNOWN),
+            notes=_notes(settings) + unread(folder, _KNOWN),
         )
 
 

@@ -9,6 +9,7 @@ from graft.convert.config import ConvertConfig
 from graft.convert.folder import ForeignFolder, open_folder
 from graft.convert.registry import READERS
 from graft.convert.source import Source
+from graft.convert.unread import unread_tool
 from graft.errors import GraftError
 from graft.model.folder import QUANTISATION_FILE, find_folder
 
@@ -34,6 +35,12 @@ def open_source(path: str, asked: ConvertConfig) -> tuple[Source, Path]:
             source = reader.open_folder(found)
             _tell_label(found, source)
             return source, folder
+    tool = unread_tool(found)
+    if tool:
+        raise GraftError(
+            f"{folder} is quantised by {tool}, which graft does not read; start from the "
+            "unquantised model, or dequantise it with its own tool and save that"
+        )
     if found.settings:
         raise GraftError(
             f"{folder} is quantised by another tool ({json.dumps(found.settings):.100}); "

@@ -17,7 +17,7 @@ from torch import Tensor
 from graft.convert.base import Reader
 from graft.convert.floats import EXPONENTS, FP8, block_of, e2m1, scale_of, scaled
 from graft.convert.folder import FLOATS, ForeignFolder, plain_tensors
-from graft.convert.settings import nothing_quantised, rounds_inputs, runtime_tensors, unread
+from graft.convert.settings import rounds_inputs, runtime_tensors, unread
 from graft.convert.source import DenseLayer, PlainTensor, ReadLayer, Source
 from graft.errors import GraftError, raise_problems
 from graft.model.weight_files import WeightFiles
@@ -31,6 +31,8 @@ _KNOWN = {
 _BEHIND_TENSOR = ("_scale_inv", "_scale")
 _BEHIND_LAYER = (".scale", ".qscale_weight", ".scale_weight")
 """What follows the name of a tensor, or of its layer, where its scales are."""
+SETTINGS_OF_MODELOPT = "hf_quant_config.json"
+"""Where older releases of ModelOpt keep their settings; config.json then says nothing of them."""
 _PACKED = (torch.int8, torch.uint8)
 
 
@@ -41,7 +43,8 @@ class Fp8Reader(Reader):
         """Return whether the settings say so, or there are none and a tensor has 8-bit floats."""
         if folder.settings:
             return folder.settings.get("quant_method") in _METHODS and not folder.is_pickled
-        if folder.is_pickled or not any(folder.folder.glob("*.safetensors")):
+        stored = any(folder.folder.glob("*.safetensors"))
+        if not stored or (folder.folder / SETTINGS_OF_MODELOPT).is_file():
             return False
         files = folder.weights()
         return any(files.dtype(key) in FP8 for key in files)
@@ -71,7 +74,7 @@ def fp8_source(folder: ForeignFolder, tool: str, known: set[str]) -> Source:
     runtime = runtime_tensors(files)
     parts = {*quantised, *(key for key in quantised.values() if key), *runtime}
     if folder.settings:
-        notes += nothing_quantised(tool, quantised) or [rounds_inputs(f"the runtime of {tool}")]
+        notes += [rounds_inputs(f"the runtime of {tool}")] if quantised else []
         notes += unread(folder, known)
     return Source(
         kind="FP8",

@@ -19,7 +19,7 @@ from graft.convert.folder import ForeignFolder, open_folder, plain_tensors
 from graft.convert.hqq_layers import hqq_layer
 from graft.convert.integers import Rounding
 from graft.convert.pickled import unpickled
-from graft.convert.settings import nothing_quantised, unread
+from graft.convert.settings import unread
 from graft.convert.source import PlainTensor, Source
 from graft.errors import GraftError
 from graft.model.folder import find_folder
@@ -78,7 +78,7 @@ class HqqReader(Reader):
             },
             tensors=plain_tensors(files, parts),
             rounding=rounding,
-            notes=nothing_quantised("hqq", names) + unread(folder, _KNOWN),
+            notes=unread(folder, _KNOWN),
         )
 
 
@@ -132,8 +132,7 @@ def _pickled_source(folder: ForeignFolder) -> Source:
             elif tensor is not None:
                 raise GraftError(f"{path}: {quoted(f'{name}.{part}')} is no tensor")
     model = folder.skeleton(len(tensors) + len(layers))
-    notes = nothing_quantised("hqq", layers)
-    return Source("HQQ, pickled", model, layers, tensors, rounding, notes=notes)
+    return Source("HQQ, pickled", model, layers, tensors, rounding)
 
 
 def _given(tensor: Tensor) -> Tensor:

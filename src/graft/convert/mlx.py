@@ -24,7 +24,7 @@ from graft.convert.config import ConvertConfig
 from graft.convert.floats import e2m1, powers, scaled
 from graft.convert.folder import FLOATS, WORDS, ForeignFolder, check_parts, plain_tensors, size
 from graft.convert.integers import Rounding
-from graft.convert.settings import nothing_quantised, rounds_inputs
+from graft.convert.settings import rounds_inputs
 from graft.convert.source import DenseLayer, QuantisedLayer, Source
 from graft.errors import GraftError
 from graft.model.families import FAMILIES
@@ -56,9 +56,7 @@ class MlxReader(Reader):
             )
         files, rounding = folder.weights(), Rounding()
         names = [key.removesuffix(".scales") for key in files if key.endswith(".scales")]
-        notes = nothing_quantised("MLX", names)
-        if folder.config.get("quantize_activations"):
-            notes.append(rounds_inputs("mlx-lm"))
+        rounds = bool(folder.config.get("quantize_activations"))
         return Source(
             kind="MLX",
             model=folder.skeleton(len(files)),
@@ -68,7 +66,7 @@ class MlxReader(Reader):
             },
             tensors=plain_tensors(files, (f"{name}.{part}" for name in names for part in _PARTS)),
             rounding=rounding,
-            notes=notes,
+            notes=[rounds_inputs("mlx-lm")] if rounds else [],
         )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from graft.convert.base import Reader
 from graft.convert.floats import e2m1, powers
 from graft.convert.folder import ForeignFolder, plain_tensors
-from graft.convert.settings import nothing_quantised, unread
+from graft.convert.settings import unread
 from graft.convert.source import PlainTensor, Source
 from graft.errors import GraftError
 from graft.model.weight_files import WeightFiles
@@ -40,7 +40,7 @@ class Mxfp4Reader(Reader):
             model=folder.skeleton(len(files)),
             layers={},
             tensors=plain_tensors(files, parts) | {name: _experts(files, name) for name in names},
-            notes=nothing_quantised("mxfp4", names) + unread(folder, _KNOWN),
+            notes=unread(folder, _KNOWN),
         )
 
 

@@ -23,6 +23,7 @@ READERS: Entries[Reader] = Entries(
         "torchao": Listed("graft.convert.torchao:TORCHAO", "torchao"),
         "fp8": Listed("graft.convert.fp8:FP8_FOLDERS", "FP8"),
         "mxfp4": Listed("graft.convert.mxfp4:MXFP4", "MXFP4"),
+        "modelopt": Listed("graft.convert.modelopt:MODELOPT", "ModelOpt"),
         "hqq": Listed("graft.convert.hqq:HQQ", "HQQ"),
         "pickled": Listed("graft.convert.pickled:PICKLED", "pickled PyTorch weights"),
     },

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 
 from graft.convert.folder import ForeignFolder
 from graft.model.weight_files import WeightFiles
@@ -35,10 +35,3 @@ def unread(folder: ForeignFolder, known: Collection[str]) -> list[str]:
     if not names:
         return []
     return [f"config.json says of the quantisation what graft does not read: {', '.join(names)}"]
-
-
-def nothing_quantised(tool: str, names: Iterable[str]) -> list[str]:
-    """Return a note where no tensor is quantised, whatever config.json says."""
-    if any(True for _ in names):
-        return []
-    return [f"config.json says {tool}, and no tensor is quantised: the weights are as they are"]

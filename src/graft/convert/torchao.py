@@ -19,7 +19,7 @@ from graft.convert.base import Reader
 from graft.convert.config import ConvertConfig
 from graft.convert.folder import ForeignFolder, plain_tensors
 from graft.convert.integers import Rounding
-from graft.convert.settings import nothing_quantised, rounds_inputs, unread
+from graft.convert.settings import rounds_inputs, unread
 from graft.convert.source import Source
 from graft.convert.torchao_tensors import KINDS, Stored
 from graft.errors import GraftError, Problems
@@ -49,7 +49,7 @@ class TorchaoReader(Reader):
         found = _described(folder, files)
         names = [name.removesuffix(".weight") for name in found]
         parts = [key for key in files if _PART in key]
-        notes = nothing_quantised("torchao", names) + unread(folder, _KNOWN)
+        notes = unread(folder, _KNOWN)
         if any(stored.attributes.get(key) for stored in found.values() for key in _ROUNDED):
             notes.append(rounds_inputs("torchao"))
         kinds = sorted({stored.kind for stored in found.values()})
