@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from graft.convert.config import ConvertConfig
+from graft.convert.experts import with_experts
 from graft.convert.folder import ForeignFolder, open_folder
 from graft.convert.registry import READERS
 from graft.convert.source import Source
@@ -32,7 +33,7 @@ def open_source(path: str, asked: ConvertConfig) -> tuple[Source, Path]:
     found = open_folder(folder, asked)
     for reader in READERS.values():
         if reader.reads_folder(found):
-            source = reader.open_folder(found)
+            source = with_experts(reader.open_folder(found))
             _tell_label(found, source)
             return source, folder
     tool = unread_tool(found)
