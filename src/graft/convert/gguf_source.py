@@ -5,6 +5,7 @@ Embeddings and the output head, of whatever type, are dequantised to float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from graft.convert.base import Reader
 from graft.convert.config import ConvertConfig
@@ -27,6 +29,9 @@ from graft.model.gguf.keys import unknown_keys
 from graft.model.gguf.layout import gguf_layout, rotary_heads, rows_from_gguf
 from graft.model.gguf.load import gguf_places
 from graft.model.gguf.rope import ROPE_FACTORS
+from graft.model.gguf.tokenizer import make_tokenizer
+from graft.model.gguf.tokens import TokenList, read_tokens
+from graft.model.gguf.words import compare_tokenizer
 from graft.model.subject import build_skeleton
 from graft.model.targets import linear_layers
 from graft.text import quoted
@@ -40,7 +45,7 @@ class GgufReader(Reader):
         return file.suffix == ".gguf"
 
     def open_file(self, file: Path, asked: ConvertConfig) -> tuple[Source, Path]:
-        """Return what is in the file; it holds no tokenizer that graft reads."""
+        """Return what is in the file."""
         return gguf_source(file), file
 
 
@@ -61,6 +66,18 @@ def gguf_source(path: Path) -> Source:
         found.rounding,
         tuple(found.dequantised),
         found.notes(),
+        *_words(read_tokens(file), path),
+    )
+
+
+def _words(
+    tokens: TokenList | None, path: Path
+) -> tuple[Callable[[], Tokenizer], Callable[[Tokenizer], list[str]]] | tuple[()]:
+    """Return what makes the file's tokenizer, and what compares another with it."""
+    if tokens is None:
+        return ()
+    return partial(make_tokenizer, tokens, path), lambda given: compare_tokenizer(
+        tokens, given, path
     )
 
 
