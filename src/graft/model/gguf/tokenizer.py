@@ -84,6 +84,8 @@ def _byte_level(tokens: TokenList, vocabulary: dict[str, int]) -> Tokenizer:
 
 
 def _pieces(tokens: TokenList, vocabulary: dict[str, int]) -> Tokenizer:
+    if not tokens.scores:
+        raise GraftError("its tokens have no scores")
     unknown = tokens.special_ids.get("unk")
     model = BPE(
         vocab=vocabulary,
