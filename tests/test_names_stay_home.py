@@ -70,6 +70,7 @@ EXCUSED = {
     ("demo/grammar.py", "prompt"): "the key of a row, written to a file",
     ("export/mlx/write.py", "default"): "a type of rotary positions in Transformers",
     ("model/gguf/rope.py", "default"): "a type of rotary positions in Transformers",
+    ("model/gguf/tokens.py", "default"): "the name of a chat template among several",
     ("model/families.py", "gguf"): "the row of a family says what targets have for it",
     ("model/families.py", "mlx"): "the row of a family says what targets have for it",
     ("calibrate/latents.py", "LatentFormat"): "the step that rounds latent weights anew",

@@ -58,6 +58,26 @@ def test_a_single_part_is_a_whole_file(written, tiny_base, tmp_path):
     graft.convert_model(file, tmp_path / "out", tokenizer=tiny_base)
 
 
+def test_a_folder_that_holds_one_file_is_that_file(written, tiny_base, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    files = parts_of(written.path, folder / "part", 3, by_block)
+    graft.convert_model(folder, tmp_path / "out", tokenizer=tiny_base)
+    shutil.copy(files[0], folder / "mmproj.gguf")
+    words = "holds several GGUF files; name one of them: mmproj.gguf, part-00001-of-00003.gguf"
+    with pytest.raises(GraftError, match=re.escape(words)):
+        graft.convert_model(folder, tmp_path / "again", tokenizer=tiny_base)
+
+
+def test_a_tensor_that_is_there_twice(written, tiny_base, tmp_path):
+    data = written.path.read_bytes()
+    assert data.count(b"blk.1.attn_q.weight") == 1
+    twice = tmp_path / "twice.gguf"
+    twice.write_bytes(data.replace(b"blk.1.attn_q.weight", b"blk.0.attn_q.weight"))
+    with pytest.raises(GraftError, match=r"the name 'blk.0.attn_q.weight' stands there twice"):
+        graft.convert_model(twice, tmp_path / "out", tokenizer=tiny_base)
+
+
 def lost(files, source):
     files[0].unlink()
     files[1].unlink()

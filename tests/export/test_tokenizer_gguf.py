@@ -8,11 +8,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig
 
 from graft.errors import GraftError
-from graft.export.gguf.pre_tokenizers import PRE_TOKENIZERS
 from graft.export.gguf.tokenizer import add_tokenizer_metadata, convert_tokenizer
 from graft.export.gguf.tokenizer_kind import TokenizerKind
 from graft.export.gguf.write import check_gguf
 from graft.formats.int_group import IntGroupFormat
+from graft.model.gguf.pre_tokenizers import PRE_TOKENIZERS
 
 LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"

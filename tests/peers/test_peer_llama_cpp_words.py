@@ -13,9 +13,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_to
 from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-from graft.export.gguf.pre_tokenizers import PRE_TOKENIZERS
-from graft.export.gguf.probe import probe_texts
 from graft.export.gguf.tokenizer import add_tokenizer_metadata, convert_tokenizer
+from graft.model.gguf.pre_tokenizers import PRE_TOKENIZERS
+from graft.model.gguf.probe import probe_texts
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="needs llama-cpp-python: make test-peers installs it"

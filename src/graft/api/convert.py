@@ -55,8 +55,9 @@ def convert_model(
 
     source: a folder (or hub id) of GPTQ, AWQ, bitsandbytes or MLX weights, a folder of pickled
     PyTorch weights, a GGUF file, or one pickled file beside its config.json. tokenizer: its folder,
-    which a GGUF file needs. config: what to do beyond what the files say; with `dequantise` all
-    weights become floats, else integers, codes and codebooks are kept. Nothing is quantised again.
+    which a GGUF file needs where it describes none itself. config: what to do beyond what the
+    files say; with `dequantise` all weights become floats, else integers, codes and codebooks are
+    kept. Nothing is quantised again.
     Raises GraftError with everything that graft cannot hold, before anything is written.
     """
     events = events or Events()
@@ -64,10 +65,16 @@ def convert_model(
     check_new(target)
     asked = config or ConvertConfig()
     found, folder = open_source(str(source), asked)
-    if tokenizer is None and not folder.is_dir():
-        raise GraftError(f"{folder}: give the folder of its tokenizer too (--tokenizer)")
     words_folder = folder if tokenizer is None else Path(tokenizer)
-    words = read_tokenizer(words_folder)
+    if tokenizer is None and found.own_tokenizer is not None:
+        words = found.own_tokenizer()
+        found.notes.append("the tokenizer is made of what the file says of it")
+    elif tokenizer is None and not folder.is_dir():
+        raise GraftError(f"{folder}: give the folder of its tokenizer too (--tokenizer)")
+    else:
+        words = read_tokenizer(words_folder)
+        if found.check_tokenizer is not None:
+            found.notes.extend(found.check_tokenizer(words))
     generation = read_generation_config(folder) or read_generation_config(words_folder)
     plan = plan_conversion(found, asked)
     write_conversion(

@@ -24,7 +24,7 @@ class ConvertArguments(ConvertConfig):
     out: str
     """Folder to write."""
     tokenizer: str | None = None
-    """Folder of the tokenizer; a GGUF file needs it."""
+    """Folder of the tokenizer; without it a GGUF file's own is made of what the file says."""
     json: bool = False
     """Print one JSON object instead of text."""
 

@@ -5,6 +5,7 @@ Embeddings and the output head, of whatever type, are dequantised to float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -13,35 +14,56 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from graft.convert.base import Reader
 from graft.convert.config import ConvertConfig
 from graft.convert.gguf_layers import dense_rows, read_layer
 from graft.convert.integers import Rounding
 from graft.convert.source import PlainTensor, ReadLayer, Source
-from graft.errors import raise_problems
+from graft.errors import GraftError, raise_problems
 from graft.model.families import family_of
 from graft.model.gguf.config import gguf_config
 from graft.model.gguf.file import FLOATS, GgufFile, GgufTensor, is_read, read_gguf
 from graft.model.gguf.keys import unknown_keys
 from graft.model.gguf.layout import gguf_layout, rotary_heads, rows_from_gguf
 from graft.model.gguf.load import gguf_places
+from graft.model.gguf.parts import first_part
 from graft.model.gguf.rope import ROPE_FACTORS
+from graft.model.gguf.tokenizer import make_tokenizer
+from graft.model.gguf.tokens import TokenList, read_tokens
+from graft.model.gguf.words import compare_tokenizer
 from graft.model.subject import build_skeleton
 from graft.model.targets import linear_layers
-from graft.text import quoted
+from graft.model.weight_files import PICKLES
+from graft.text import listed, quoted
 
 
 class GgufReader(Reader):
     """Files of llama.cpp."""
 
     def reads_file(self, file: Path) -> bool:
-        """Return whether it is called .gguf."""
-        return file.suffix == ".gguf"
+        """Return whether it is called .gguf, or is a folder whose weights are all in such files."""
+        if not file.is_dir():
+            return file.suffix == ".gguf"
+        others = (*PICKLES, "*.safetensors")
+        return bool(_files(file)) and not any(any(file.glob(pattern)) for pattern in others)
 
     def open_file(self, file: Path, asked: ConvertConfig) -> tuple[Source, Path]:
-        """Return what is in the file; it holds no tokenizer that graft reads."""
+        """Return what is in the file, or in the only one of a folder."""
+        if file.is_dir():
+            found = _files(file)
+            if len(found) > 1:
+                names = listed(one.name for one in found)
+                raise GraftError(f"{file} holds several GGUF files; name one of them: {names}")
+            file = found[0]
         return gguf_source(file), file
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the GGUF files of a folder, of one in parts the first."""
+    files = sorted(file for file in folder.glob("*.gguf") if file.is_file())
+    return list({first_part(file).name: file for file in reversed(files)}.values())[::-1]
 
 
 def gguf_source(path: Path) -> Source:
@@ -61,6 +83,18 @@ def gguf_source(path: Path) -> Source:
         found.rounding,
         tuple(found.dequantised),
         found.notes(),
+        *_words(read_tokens(file), path),
+    )
+
+
+def _words(
+    tokens: TokenList | None, path: Path
+) -> tuple[Callable[[], Tokenizer], Callable[[Tokenizer], list[str]]] | tuple[()]:
+    """Return what makes the file's tokenizer, and what compares another with it."""
+    if tokens is None:
+        return ()
+    return partial(make_tokenizer, tokens, path), lambda given: compare_tokenizer(
+        tokens, given, path
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graft.convert.integers import Rounding
 from graft.formats.base import Packed, WeightFormat
@@ -65,3 +65,7 @@ class Source:
     """Tensors of `tensors` that the file holds quantised and that need no asking: embeddings."""
     notes: list[str] = field(default_factory=list)
     """What is worth telling; readers add to it until the last tensor is made."""
+    own_tokenizer: Callable[[], PreTrainedTokenizerBase] | None = None
+    """Makes the tokenizer that the weights' file describes; None where it describes none."""
+    check_tokenizer: Callable[[PreTrainedTokenizerBase], list[str]] | None = None
+    """Returns notes on how a given tokenizer differs from it; raises GraftError for another's."""

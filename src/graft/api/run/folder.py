@@ -23,7 +23,10 @@ from graft.files.read import open_regular, read_bytes, read_typed
 from graft.files.write import write_json
 from graft.model.adapter_files import check_adapter_file, load_adapter
 from graft.model.folder import CONFIG_FILE, QUANTISATION_FILE, check_weights, read_tokenizer
+from graft.model.gguf.file import read_gguf
 from graft.model.gguf.load import load_gguf_model
+from graft.model.gguf.tokens import read_tokens
+from graft.model.gguf.words import check_tokens
 from graft.model.load import LoadedModel, load_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.text import quoted
@@ -124,8 +127,11 @@ def _load_gguf(path: Path, dtype: str, tokenizer: str | None) -> LoadedModel:
     if tokenizer is None:
         raise GraftError(f"{path}: give the folder of its tokenizer too (--tokenizer)")
     compute = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    model = load_gguf_model(path, compute)
-    return LoadedModel(model, read_tokenizer(Path(tokenizer)), path, torch.float32, compute)
+    model, words = load_gguf_model(path, compute), read_tokenizer(Path(tokenizer))
+    tokens = read_tokens(read_gguf(path))
+    if tokens is not None:
+        check_tokens(tokens, words, path)
+    return LoadedModel(model, words, path, torch.float32, compute)
 
 
 def load_run_base(

@@ -48,6 +48,12 @@ def is_split(path: Path, metadata: Mapping[str, Any], tensors: int) -> bool:
     return False
 
 
+def first_part(path: Path) -> Path:
+    """Return what the first part of a file is called, by the name of any; of another, its own."""
+    found = _NAME.fullmatch(path.name)
+    return path if found is None else path.with_name(f"{found[1]}-00001-of-{found[3]}.gguf")
+
+
 def part_files(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
     """Return the files of all parts in order, from the name and metadata of one.
 
