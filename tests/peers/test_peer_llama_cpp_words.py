@@ -14,7 +14,7 @@ from tokenizers.trainers import BpeTrainer
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from graft.export.gguf.pre_tokenizers import PRE_TOKENIZERS
-from graft.export.gguf.probe import probe_texts
+from graft.model.probe import probe_texts
 from graft.export.gguf.tokenizer import add_tokenizer_metadata, convert_tokenizer
 
 llama_cpp = pytest.importorskip(

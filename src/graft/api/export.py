@@ -30,6 +30,7 @@ from graft.formats.int_group import IntGroupFormat
 from graft.model.folder import stored_formats
 from graft.model.load import LoadedModel
 from graft.model.running.memory import reuse_freed_memory
+from graft.model.tokenizer_itself import tokenizer_note
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ def export_model(
     _check_card(target.card_path(path))
     loaded = load_any(model, trust_remote_code=trust_remote_code)
     merged: MergeReport | None = None
+    read_otherwise = tokenizer_note(loaded.tokenizer)
+    if read_otherwise is not None:
+        events.note(read_otherwise)
     if not target.takes_adapter:
         if not target.holds_new_biases:
             check_biases(loaded)
