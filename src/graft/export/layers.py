@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -70,6 +71,29 @@ def config_problems(
         if getattr(config, setting, False):
             problems.append(f"{setting} is set, which {target} export does not write; {instead}")
     return problems
+
+
+def yarn_problems(config: PretrainedConfig, target: str) -> list[str]:
+    """Return what a target that computes YaRN by itself does not compute of it."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") != "yarn" or rope.get("truncate", True):
+        return []
+    return [
+        f"YaRN's truncate is {rope['truncate']}; {target} export writes models whose ramp begins "
+        "and ends at whole frequencies (true); export as a plain folder instead (--to hf)"
+    ]
+
+
+def yarn_factor(config: PretrainedConfig) -> float:
+    """Return by how much YaRN stretches the original context."""
+    rope = config.rope_parameters
+    original = rope["original_max_position_embeddings"]
+    return float(rope.get("factor") or config.max_position_embeddings / original)
+
+
+def yarn_scaling(factor: float) -> float:
+    """Return by what YaRN multiplies sines and cosines, where nothing else is said."""
+    return 1.0 if factor <= 1.0 else 0.1 * math.log(factor) + 1.0
 
 
 def activation(config: PretrainedConfig) -> str:

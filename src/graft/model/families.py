@@ -91,9 +91,15 @@ class Family:
 _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 """Names of GELU's approximation by tanh."""
 _GELU = (*_TANH, "gelu")
-_GRAPH = Architecture(("silu", "gelu_pytorch_tanh"))
 _UNSCALED = ("default", "linear")
-_ALL = {"gguf": Architecture(), "mlx": Architecture(), "graph": _GRAPH}
+_YARN = (*_UNSCALED, "yarn")
+_LLAMA3 = (*_YARN, "llama3")
+_GRAPH = Architecture(("silu", "gelu_pytorch_tanh"), _LLAMA3)
+_ALL = {
+    "gguf": Architecture(rope_types=_LLAMA3),
+    "mlx": Architecture(rope_types=_LLAMA3),
+    "graph": _GRAPH,
+}
 
 _ROWS = (
     Family(
@@ -130,7 +136,7 @@ _ROWS = (
         decoder="Qwen2ForCausalLM",
         in_mlx=True,
         gguf=GgufLayout(architecture="qwen2", read=True, optional_head_dim=True),
-        exports=_ALL | {"gguf": Architecture(rope_types=_UNSCALED)},
+        exports=_ALL | {"gguf": Architecture(rope_types=_YARN)},
     ),
     Family(
         model_type="qwen3",
@@ -141,7 +147,7 @@ _ROWS = (
         gguf=GgufLayout(
             architecture="qwen3", read=True, bias_settings={"attention_bias": "attn_q"}
         ),
-        exports=_ALL | {"gguf": Architecture(rope_types=_UNSCALED)},
+        exports=_ALL | {"gguf": Architecture(rope_types=_YARN)},
     ),
     Family(
         model_type="gemma",
@@ -153,7 +159,7 @@ _ROWS = (
             architecture="gemma", read=True, settings={"hidden_activation": "gelu_pytorch_tanh"}
         ),
         exports={
-            "gguf": Architecture(("gelu_pytorch_tanh",), _UNSCALED),
+            "gguf": Architecture(("gelu_pytorch_tanh",), _YARN),
             "mlx": Architecture(
                 ("gelu_pytorch_tanh",),
                 ("default",),
@@ -215,7 +221,7 @@ _ROWS = (
         windowed=True,
         in_mlx=True,
         gguf=GgufLayout(architecture="phi3"),
-        exports={"gguf": Architecture(rope_types=("default",), partial_rotary=True)},
+        exports={"gguf": Architecture(rope_types=("default", "longrope"), partial_rotary=True)},
     ),
     Family(
         model_type="granite",

@@ -6,8 +6,16 @@ import json
 from typing import TYPE_CHECKING
 
 import gguf
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from graft.export.layers import activation, config_problems
+from graft.export.layers import (
+    activation,
+    config_problems,
+    yarn_factor,
+    yarn_problems,
+    yarn_scaling,
+)
 from graft.model.families import exported, family_of
 from graft.model.gguf.layout import ROPE_PARAMETERS_KEY, gguf_layout, head_dim, key_value_heads
 
@@ -15,21 +23,39 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 _ERF = "gelu"
+_BETAS = {"beta_fast": 32, "beta_slow": 1}
+_ORIGINAL = "original_max_position_embeddings"
 
 
 def gguf_config_problems(config: PretrainedConfig) -> list[str]:
     """Return every reason why llama.cpp's architecture of that name cannot run this model."""
-    return config_problems(config, "GGUF", exported("gguf"))
+    problems = config_problems(config, "GGUF", exported("gguf")) + yarn_problems(config, "GGUF")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for name, usual in _BETAS.items() if rope.get("rope_type") == "yarn" else ():
+        if (rope.get(name) or usual) != usual:
+            problems.append(
+                f"YaRN's {name} is {rope[name]}; programs on llama.cpp take {usual}, whatever a "
+                "file says; export as a plain folder instead (--to hf)"
+            )
+    return problems
 
 
 def gguf_config_notes(config: PretrainedConfig) -> tuple[str, ...]:
     """Return what llama.cpp computes a little differently, in words."""
-    if activation(config) != _ERF:
-        return ()
-    return (
-        "llama.cpp computes GELU by its approximation with tanh, which differs from the model's "
-        "by 5e-4 at most",
-    )
+    notes = []
+    if activation(config) == _ERF:
+        notes.append(
+            "llama.cpp computes GELU by its approximation with tanh, which differs from the "
+            "model's by 5e-4 at most"
+        )
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        notes.append(
+            f"the file's context is {context_length(config)} tokens, up to which texts are short "
+            "for LongRoPE; in a larger one (llama.cpp's --ctx-size) llama.cpp takes the factors of "
+            "long texts for every text, the model for long texts alone"
+        )
+    return tuple(notes)
 
 
 def add_model_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: str) -> None:
@@ -60,9 +86,19 @@ def add_model_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: 
 
 
 def context_length(config: PretrainedConfig) -> int:
-    """Return the number of tokens up to which llama.cpp computes what the model does."""
+    """Return the number of tokens up to which llama.cpp computes what the model does.
+
+    With YaRN that is what its factor makes of the original one, whatever the configuration says;
+    with LongRoPE what it takes the factors of short texts for.
+    """
     window = config.sliding_window if family_of(config).windowed else None
-    return int(min(config.max_position_embeddings, window or 2**31))
+    length = int(config.max_position_embeddings)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "yarn":
+        length = max(length, int(yarn_factor(config) * rope[_ORIGINAL]))
+    elif rope.get("rope_type") == "longrope":
+        length = min(length, rope[_ORIGINAL])
+    return int(min(length, window or 2**31))
 
 
 def _feed_forward_length(config: PretrainedConfig) -> int:
@@ -73,8 +109,31 @@ def _add_rope_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig) -> Non
     rope = config.rope_parameters
     writer.add_rope_dimension_count(int(head_dim(config) * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
-    if rope["rope_type"] == "linear":
-        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(rope["factor"])
-    elif rope["rope_type"] == "llama3":
-        writer.add_string(ROPE_PARAMETERS_KEY, json.dumps(rope))
+    match rope["rope_type"]:
+        case "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(rope["factor"])
+        case "llama3":
+            writer.add_string(ROPE_PARAMETERS_KEY, json.dumps(rope))
+        case "yarn":
+            _add_yarn_metadata(writer, config)
+        case "longrope":  # whose factors are tensors
+            writer.add_rope_scaling_orig_ctx_len(rope[_ORIGINAL])
+            _, scaling = ROPE_INIT_FUNCTIONS["longrope"](config, torch.device("cpu"))
+            writer.add_rope_scaling_attn_factors(scaling)
+
+
+def _add_yarn_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
+    """llama.cpp multiplies by attn_factor what it makes of the factor by YaRN's own formula."""
+    rope, factor = config.rope_parameters, yarn_factor(config)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(factor)
+    writer.add_rope_scaling_orig_ctx_len(rope[_ORIGINAL])
+    usual, stated = yarn_scaling(factor), _scaling(config)
+    if stated != usual:
+        writer.add_rope_scaling_attn_factors(stated / usual)
+
+
+def _scaling(config: PretrainedConfig) -> float:
+    _, scaling = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+    return float(scaling)

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from graft.adapters.adapted import AdaptedLinear
 from graft.errors import GraftError
@@ -135,10 +135,21 @@ def plan_tensors(model: PreTrainedModel, unquantised: Unquantised, dense: bool) 
         if parameters.get("bias") is not None:
             # llama.cpp adds biases in float32.
             _plan_float(plan, f"{target}.bias", parameters["bias"], order, GGMLQuantizationType.F32)
-    factors = rope_factors(model.config)
-    if factors is not None:
-        _plan_float(plan, "rope_freqs.weight", factors, None, GGMLQuantizationType.F32)
+    for name, factors in _rotary_tensors(model.config).items():
+        _plan_float(plan, f"{name}.weight", factors, None, GGMLQuantizationType.F32)
     return plan
+
+
+def _rotary_tensors(config: PretrainedConfig) -> dict[str, Tensor]:
+    """Return what llama.cpp divides the rotary frequencies by: LongRoPE has two sets."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return {
+            f"rope_factors_{kind}": torch.tensor(rope[f"{kind}_factor"], dtype=torch.float32)
+            for kind in ("long", "short")
+        }
+    factors = rope_factors(config)
+    return {} if factors is None else {"rope_freqs": factors}
 
 
 def _is_tied_head(model: PreTrainedModel, module: nn.Module) -> bool:
