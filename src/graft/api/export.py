@@ -18,7 +18,7 @@ from graft.api.run.card import weights_in_words, write_card
 from graft.api.run.folder import is_run, load_any, prompt_style, read_run_config
 from graft.api.run.layout import BASE
 from graft.data.shapes.registry import CHAT
-from graft.errors import GraftError, raise_problems
+from graft.errors import raise_problems
 from graft.export.base import Origin
 from graft.export.card import GRAFT_TAG, front_matter
 from graft.export.config import ExportTarget
@@ -133,13 +133,15 @@ def check_bias_exports(config: TrainConfig, skeleton: PreTrainedModel, targets: 
     """Raise GraftError when the adapter's biases have no place in what a run is to export."""
     if not config.adapter_bias:
         return
-    asked = [name for name in config.export if not TARGETS[name].holds_new_biases]
     bare = [name for name in targets if skeleton.get_submodule(name).bias is None]
-    if asked and bare:
-        raise GraftError(
-            f"--export {' '.join(asked)}: --adapter-bias trains a bias for {len(bare)} layers that "
-            f"have none in the model, such as {bare[0]}, and there is no place for it; drop either"
-        )
+    refused = {name: TARGETS[name].without_bias(skeleton.config, bare) for name in config.export}
+    problems = [
+        f"--export {name}: --adapter-bias trains a bias for {len(layers)} layers that have none in "
+        f"the model, such as {layers[0]}, and there is no place for it; drop either"
+        for name, layers in refused.items()
+        if layers
+    ]
+    raise_problems(problems, "exports")
 
 
 def next_export(run: Path) -> str:

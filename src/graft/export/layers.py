@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,7 +51,7 @@ def config_problems(
             f"hidden_act is {activation(config)!r}; {target} export writes "
             f"{', '.join(computed.activations)}; {instead}"
         )
-    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
+    rope = rotary(config)
     if rope["rope_type"] not in computed.rope_types:
         problems.append(
             f"rope_type is {rope['rope_type']!r}; {target} export writes "
@@ -73,10 +74,16 @@ def config_problems(
     return problems
 
 
+def rotary(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the rotary settings, of the layers that see the whole text where others differ."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
+    return rope.get("full_attention", rope)
+
+
 def yarn_problems(config: PretrainedConfig, target: str) -> list[str]:
     """Return what a target that computes YaRN by itself does not compute of it."""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") != "yarn" or rope.get("truncate", True):
+    rope = rotary(config)
+    if rope["rope_type"] != "yarn" or rope.get("truncate", True):
         return []
     return [
         f"YaRN's truncate is {rope['truncate']}; {target} export writes models whose ramp begins "

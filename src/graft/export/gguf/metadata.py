@@ -12,6 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from graft.export.layers import (
     activation,
     config_problems,
+    rotary,
     yarn_factor,
     yarn_problems,
     yarn_scaling,
@@ -24,19 +25,57 @@ if TYPE_CHECKING:
 
 _ERF = "gelu"
 _BETAS = {"beta_fast": 32, "beta_slow": 1}
+_LOCAL_THETA = 10000.0
 _ORIGINAL = "original_max_position_embeddings"
 
 
 def gguf_config_problems(config: PretrainedConfig) -> list[str]:
     """Return every reason why llama.cpp's architecture of that name cannot run this model."""
     problems = config_problems(config, "GGUF", exported("gguf")) + yarn_problems(config, "GGUF")
-    rope = getattr(config, "rope_parameters", None) or {}
-    for name, usual in _BETAS.items() if rope.get("rope_type") == "yarn" else ():
+    rope = rotary(config)
+    for name, usual in _BETAS.items() if rope["rope_type"] == "yarn" else ():
         if (rope.get(name) or usual) != usual:
             problems.append(
                 f"YaRN's {name} is {rope[name]}; programs on llama.cpp take {usual}, whatever a "
                 "file says; export as a plain folder instead (--to hf)"
             )
+    return problems + ([] if problems else _gemma_problems(config))
+
+
+def _gemma_problems(config: PretrainedConfig) -> list[str]:
+    """Return what Gemma's configuration asks for and llama.cpp, which has it fixed, does not do."""
+    layout = gguf_layout(config)
+    if not layout.window_every:
+        return []
+    instead = "export as a plain folder instead (--to hf)"
+    problems = []
+    bounded = ["sliding_attention"] * (layout.window_every - 1) + ["full_attention"]
+    expected = [bounded[index % len(bounded)] for index in range(config.num_hidden_layers)]
+    if list(config.layer_types) != expected or not config.sliding_window:
+        problems.append(
+            f"its layer_types are not those of llama.cpp's {layout.architecture}, where each "
+            f"{layout.window_every}th layer sees the whole text and the others a sliding window; "
+            f"{instead}"
+        )
+    local = config.rope_parameters.get("sliding_attention", rotary(config))
+    if layout.architecture == "gemma3" and (
+        local["rope_type"] != "default" or local["rope_theta"] != _LOCAL_THETA
+    ):
+        problems.append(
+            f"the rotary settings of its local layers are {local}; llama.cpp has rope_theta "
+            f"{_LOCAL_THETA:g} there; {instead}"
+        )
+    wide = config.num_hidden_layers == layout.wide_at
+    width = config.hidden_size // config.num_attention_heads if wide else head_dim(config)
+    if config.query_pre_attn_scalar != width:
+        problems.append(
+            f"query_pre_attn_scalar is {config.query_pre_attn_scalar}; llama.cpp takes {width} "
+            f"for a model of these sizes; {instead}"
+        )
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if bool(getattr(config, name, None)) is not layout.softcaps:
+            stated = "a number" if layout.softcaps else "none"
+            problems.append(f"{name} is {getattr(config, name)}; expected {stated}; {instead}")
     return problems
 
 
@@ -48,8 +87,7 @@ def gguf_config_notes(config: PretrainedConfig) -> tuple[str, ...]:
             "llama.cpp computes GELU by its approximation with tanh, which differs from the "
             "model's by 5e-4 at most"
         )
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
+    if rotary(config)["rope_type"] == "longrope":
         notes.append(
             f"the file's context is {context_length(config)} tokens, up to which texts are short "
             "for LongRoPE; in a larger one (llama.cpp's --ctx-size) llama.cpp takes the factors of "
@@ -81,6 +119,11 @@ def add_model_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig, name: 
         writer.add_layer_norm_rms_eps(epsilon)
     else:
         writer.add_layer_norm_eps(epsilon)
+    if layout.window_every:
+        writer.add_sliding_window(config.sliding_window)
+    if layout.softcaps:
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     if layout.rotary:
         _add_rope_metadata(writer, config)
 
@@ -93,10 +136,10 @@ def context_length(config: PretrainedConfig) -> int:
     """
     window = config.sliding_window if family_of(config).windowed else None
     length = int(config.max_position_embeddings)
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "yarn":
+    rope = rotary(config)
+    if rope["rope_type"] == "yarn":
         length = max(length, int(yarn_factor(config) * rope[_ORIGINAL]))
-    elif rope.get("rope_type") == "longrope":
+    elif rope["rope_type"] == "longrope":
         length = min(length, rope[_ORIGINAL])
     return int(min(length, window or 2**31))
 
@@ -106,7 +149,7 @@ def _feed_forward_length(config: PretrainedConfig) -> int:
 
 
 def _add_rope_metadata(writer: gguf.GGUFWriter, config: PretrainedConfig) -> None:
-    rope = config.rope_parameters
+    rope = rotary(config)
     writer.add_rope_dimension_count(int(head_dim(config) * rope.get("partial_rotary_factor", 1.0)))
     writer.add_rope_freq_base(rope["rope_theta"])
     match rope["rope_type"]:
