@@ -17,7 +17,7 @@ from graft.api.merge import MergeReport, check_biases, merge_loaded
 from graft.api.run.card import weights_in_words, write_card
 from graft.api.run.folder import is_run, load_any, prompt_style, read_run_config
 from graft.api.run.layout import BASE
-from graft.data.shapes.registry import CHAT
+from graft.data.shapes.registry import CHAT, PLAIN
 from graft.errors import raise_problems
 from graft.export.base import Origin
 from graft.export.card import GRAFT_TAG, front_matter
@@ -187,9 +187,10 @@ def _requantize_dense(loaded: LoadedModel) -> None:
 def _origin(model: Path, loaded: LoadedModel) -> Origin:
     """Return how a run was trained; of another model, that it chats if it has a chat template."""
     if is_run(model):
-        style = prompt_style(model)
-        return Origin(style.kind, style.separator, read_run_config(model).init)
-    return Origin() if loaded.tokenizer.chat_template is None else Origin(CHAT)
+        style, config = prompt_style(model), read_run_config(model)
+        return Origin(style.kind, style.separator, config.init, Path(config.model).name)
+    kind = PLAIN if loaded.tokenizer.chat_template is None else CHAT
+    return Origin(kind, name=model.absolute().name)
 
 
 def bytes_on_disk(path: Path) -> int:

@@ -36,6 +36,8 @@ class Origin:
     """Between the prompt and the answer of such a row."""
     init: Init = "default"
     """How its adapter started."""
+    name: str = ""
+    """Of the model that was trained, or is exported as it is; empty where nobody knows it."""
 
 
 class RuntimePackage(NamedTuple):

@@ -83,7 +83,11 @@ def rotary(config: PretrainedConfig) -> dict[str, Any]:
 def yarn_problems(config: PretrainedConfig, target: str) -> list[str]:
     """Return what a target that computes YaRN by itself does not compute of it."""
     rope = rotary(config)
-    if rope["rope_type"] != "yarn" or rope.get("truncate", True):
+    if rope["rope_type"] != "yarn":
+        return []
+    if not rope.get("original_max_position_embeddings"):
+        return ["rope_type is 'yarn', without the original_max_position_embeddings that it needs"]
+    if rope.get("truncate", True):
         return []
     return [
         f"YaRN's truncate is {rope['truncate']}; {target} export writes models whose ramp begins "

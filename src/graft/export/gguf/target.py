@@ -56,7 +56,7 @@ class GgufTarget(Target):
             loaded.tokenizer,
             path,
             unquantised=unquantised_type(loaded.source_dtype),
-            name=path.stem,
+            name=origin.name or path.stem,
             on_tensor=lambda done, total, _: on_tensor(done, total),
         )
         return report.notes
