@@ -17,9 +17,9 @@ import graft
 from graft.convert.gguf_source import gguf_source
 from graft.errors import GraftError
 from graft.model.gguf.file import read_gguf
-from graft.model.gguf.probe import probe_texts
 from graft.model.gguf.tokenizer import make_tokenizer
 from graft.model.gguf.tokens import read_tokens
+from graft.model.probe import probe_texts
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 

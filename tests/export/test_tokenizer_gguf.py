@@ -296,6 +296,20 @@ def test_a_tokenizer_that_names_no_end_is_told(byte_level, wrap):
     assert "eos" not in found.special_ids and "name eos_token" in note
 
 
+def test_a_name_that_llama_cpp_takes_for_phi3(byte_level, wrap):
+    plain = convert_tokenizer(wrap(byte_level), config())
+    names = {"phi3-like": "Phi_3-like", "My-Phi-3.5": "My-Phi_3.5", "Llama": "Llama"}
+    assert {name: plain.named(name) for name in names} == names
+    kept = ["<unk>", "<s>", "<|endoftext|>"]
+    byte_level.add_special_tokens(kept)
+    byte_level.add_special_tokens(
+        [AddedToken("</s>", rstrip=True), AddedToken("<|end|>", rstrip=True)]
+    )
+    stripping = convert_tokenizer(wrap(byte_level), config(330))
+    assert stripping.named("assistant") == "Phi-3 assistant" and stripping.notes == ()
+    assert stripping.named("phi3-tuned") == "phi3-tuned"
+
+
 def falcon_steps(**digits):
     return pre_tokenizers.Sequence(
         [

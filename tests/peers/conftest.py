@@ -13,6 +13,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
@@ -47,6 +49,10 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
+YARN |= {"original_max_position_embeddings": 32}
+GEMMAS = {"head_dim": 16, "hidden_activation": "gelu_pytorch_tanh", "sliding_window": 16}
+GEMMAS |= {"query_pre_attn_scalar": 16}
 LINEAR_HALF_ROPE = LINEAR_ROPE | {"partial_rotary_factor": 0.5}
 HALF_ROPE = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
 ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
@@ -64,6 +70,18 @@ ARCHITECTURES: dict[str, tuple[type, dict[str, Any]]] = {
     "phi": (PhiConfig, {"rope_parameters": HALF_ROPE}),
     "tied-phi": (PhiConfig, {"tie_word_embeddings": True, "rope_parameters": LINEAR_HALF_ROPE}),
     "phi3": (Phi3Config, {"sliding_window": 128}),
+    "gemma2": (Gemma2Config, GEMMAS),
+    "gemma3": (Gemma3TextConfig, GEMMAS | {"num_hidden_layers": 7}),
+    "yarn-llama": (LlamaConfig, {"rope_parameters": YARN}),
+    "yarn-mistral": (
+        MistralConfig,
+        {"sliding_window": None, "rope_parameters": YARN | {"attention_factor": 1.3}},
+    ),
+    "yarn-qwen2": (
+        Qwen2Config,
+        {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 0.5}},
+    ),
+    "yarn-qwen3": (Qwen3Config, {"head_dim": 32, "rope_parameters": YARN}),
     "gpt2": (GPT2Config, {"n_inner": 96}),
     "gpt2-erf": (GPT2Config, {"activation_function": "gelu"}),
     "falcon-7b": (FalconConfig, {"ffn_hidden_size": 96}),

@@ -20,9 +20,9 @@ from gguf import GGUFValueType as Value
 import graft
 from graft.convert.config import ConvertConfig
 from graft.model.gguf.file import GgufTensor, read_gguf
-from graft.model.gguf.probe import probe_texts
 from graft.model.gguf.tokenizer import make_tokenizer, pre_tokenizer
 from graft.model.gguf.tokens import read_tokens
+from graft.model.probe import probe_texts
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="needs llama-cpp-python: make test-peers installs it"

@@ -246,7 +246,18 @@ def test_unquantised_logits(shape, tmp_path):
 
 
 ARCHITECTURES = ["tied-llama", "mistral", "qwen2", "tied-qwen2", "qwen3", "gemma", "phi3"]
-GELU = ["gemma", "gpt2", "gpt2-erf", "falcon-7b", "falcon-11b", "falcon-40b", "falcon-many-keys"]
+ARCHITECTURES += ["yarn-llama", "yarn-mistral", "yarn-qwen2", "yarn-qwen3"]
+GELU = [
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "gpt2",
+    "gpt2-erf",
+    "falcon-7b",
+    "falcon-11b",
+    "falcon-40b",
+    "falcon-many-keys",
+]
 GELU += ["phi", "tied-phi"]
 """ggml looks GELU up in a table of float16 numbers."""
 
@@ -260,9 +271,34 @@ def test_architectures(name, bits, tiny_model, tmp_path):
     ours, theirs = both_logits(model, tmp_path / "t.gguf")
     if bits is None:
         bound = 1e-3 if name in GELU else 1e-5
+        bound *= model.config.num_hidden_layers / 2
         assert (ours - theirs).abs().max() <= bound * ours.abs().max()
     kl = ours.softmax(-1) * (ours.log_softmax(-1) - theirs.log_softmax(-1))
     assert kl.sum(-1).mean() <= 1e-3
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_later_gemmas_without_gelu(name, tiny_model, tmp_path):
+    """Their norms, windows, caps and rotary settings, to float32 rounding."""
+    model = tiny_model(name, vocab_size=400, initializer_range=0.1)
+    for layer in model.model.layers:
+        layer.mlp.down_proj.weight.data.zero_()
+    ours, theirs = both_logits(model, tmp_path / "t.gguf")
+    assert (ours - theirs).abs().max() <= 3e-5 * ours.abs().max()
+
+
+@pytest.mark.parametrize("tokens", [200, 400], ids=["short", "long"])
+def test_longrope(tokens, tiny_model, tmp_path):
+    """Within the original context, and in a longer text with the other factors."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 256}
+    rope["short_factor"] = [1.0 + 0.1 * i for i in range(8)]
+    rope["long_factor"] = [1.0 + 1.0 * i for i in range(8)]
+    sizes = {"max_position_embeddings": 1024, "original_max_position_embeddings": 256}
+    sizes |= {"sliding_window": None, "vocab_size": 400, "initializer_range": 0.1}
+    model = tiny_model("phi3", **sizes, rope_parameters=rope)
+    context = 256 if tokens <= 256 else 512
+    ours, theirs = both_logits(model, tmp_path / "t.gguf", tokens, context)
+    assert (ours - theirs).abs().max() <= 1e-5 * ours.abs().max()
 
 
 def freeze_all(model, weight_format) -> None:
@@ -272,14 +308,16 @@ def freeze_all(model, weight_format) -> None:
         replace_module(model, name, layer.replaced(weight_format, packed))
 
 
-def both_logits(model, path: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ours and llama.cpp's of 100 random tokens."""
+def both_logits(
+    model, path: Path, tokens: int = 100, context: int = 128
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ours and llama.cpp's of so many random tokens."""
     tokenizer = byte_level(pre_tokenizers.ByteLevel(add_prefix_space=False))
     export_gguf(model, tokenizer, path, unquantised="F32", name="tiny")
-    ids = torch.randint(0, 300, (100,)).tolist()
+    ids = torch.randint(0, 300, (tokens,)).tolist()
     with torch.no_grad():
         ours = model(torch.tensor([ids])).logits[0].double()
-    with running(path, 128) as engine:
+    with running(path, context) as engine:
         return ours, their_logits(engine, ids)
 
 

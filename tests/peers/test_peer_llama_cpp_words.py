@@ -15,7 +15,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from graft.export.gguf.tokenizer import add_tokenizer_metadata, convert_tokenizer
 from graft.model.gguf.pre_tokenizers import PRE_TOKENIZERS
-from graft.model.gguf.probe import probe_texts
+from graft.model.probe import probe_texts
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="needs llama-cpp-python: make test-peers installs it"
@@ -181,7 +181,7 @@ def test_ids_of_published_pre_tokenizers(name, tmp_path):
     assert same > len(texts) / 2
 
 
-def written(backend: Tokenizer, path: Path):
+def written(backend: Tokenizer, path: Path, name: str = "tiny"):
     size = backend.get_vocab_size()
     unknown = {} if backend.token_to_id("<unk>") is None else {"unk_token": "<unk>"}
     tokenizer = PreTrainedTokenizerFast(
@@ -189,6 +189,7 @@ def written(backend: Tokenizer, path: Path):
     )
     found = convert_tokenizer(tokenizer, LlamaConfig(vocab_size=size))
     writer = gguf.GGUFWriter(path, "llama")
+    writer.add_name(found.named(name))
     add_tokenizer_metadata(writer, found)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -223,4 +224,26 @@ def test_ids_of_gemmas_tokenizer(tmp_path):
     assert found.notes == () and not found.kind.add_space_prefix
     with opened(tmp_path / "t.gguf") as vocab:
         for text in [*probe_texts(), "a" + "\n" * 40 + " " * 40 + "the end", "▁▁ the<s> is</s>\n"]:
+            assert vocab.ids(text) == backend.encode(text).ids, text
+
+
+@pytest.mark.parametrize("name", ["tiny", "My Phi3 run"])
+@pytest.mark.parametrize("strips", [True, False])
+def test_spaces_behind_phi3s_tokens(name, strips, tmp_path):
+    """Which llama.cpp takes away by the model's name alone, and loads no other so named."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abc"]
+    vocabulary = {piece: index for index, piece in enumerate([*pieces, "▁a", "ab"])}
+    merges = [("▁", "a"), ("a", "b")]
+    backend = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True, unk_token="<unk>"))
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    backend.normalizer = normalizers.Sequence(steps)
+    kept = ["<unk>", "<s>", *(["<|endoftext|>"] if strips else [])]
+    backend.add_special_tokens(kept)
+    backend.add_special_tokens(
+        [AddedToken(each, rstrip=strips) for each in ("</s>", "<|user|>", "<|end|>")]
+    )
+    found = written(backend, tmp_path / "t.gguf", name)
+    assert found.strips_as_phi3 is strips and found.notes == ()
+    with opened(tmp_path / "t.gguf") as vocab:
+        for text in ["<|user|>  ab c<|end|>\n a</s> b", "a <s>  b<|user|> <|end|>"]:
             assert vocab.ids(text) == backend.encode(text).ids, text

@@ -17,8 +17,8 @@ from graft.api.merge import MergeReport, check_biases, merge_loaded
 from graft.api.run.card import weights_in_words, write_card
 from graft.api.run.folder import is_run, load_any, prompt_style, read_run_config
 from graft.api.run.layout import BASE
-from graft.data.shapes.registry import CHAT
-from graft.errors import GraftError, raise_problems
+from graft.data.shapes.registry import CHAT, PLAIN
+from graft.errors import raise_problems
 from graft.export.base import Origin
 from graft.export.card import GRAFT_TAG, front_matter
 from graft.export.config import ExportTarget
@@ -30,6 +30,7 @@ from graft.formats.int_group import IntGroupFormat
 from graft.model.folder import stored_formats
 from graft.model.load import LoadedModel
 from graft.model.running.memory import reuse_freed_memory
+from graft.model.tokenizer_itself import tokenizer_note
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ def export_model(
     _check_card(target.card_path(path))
     loaded = load_any(model, trust_remote_code=trust_remote_code)
     merged: MergeReport | None = None
+    read_otherwise = tokenizer_note(loaded.tokenizer)
+    if read_otherwise is not None:
+        events.note(read_otherwise)
     if not target.takes_adapter:
         if not target.holds_new_biases:
             check_biases(loaded)
@@ -129,13 +133,15 @@ def check_bias_exports(config: TrainConfig, skeleton: PreTrainedModel, targets: 
     """Raise GraftError when the adapter's biases have no place in what a run is to export."""
     if not config.adapter_bias:
         return
-    asked = [name for name in config.export if not TARGETS[name].holds_new_biases]
     bare = [name for name in targets if skeleton.get_submodule(name).bias is None]
-    if asked and bare:
-        raise GraftError(
-            f"--export {' '.join(asked)}: --adapter-bias trains a bias for {len(bare)} layers that "
-            f"have none in the model, such as {bare[0]}, and there is no place for it; drop either"
-        )
+    refused = {name: TARGETS[name].without_bias(skeleton.config, bare) for name in config.export}
+    problems = [
+        f"--export {name}: --adapter-bias trains a bias for {len(layers)} layers that have none in "
+        f"the model, such as {layers[0]}, and there is no place for it; drop either"
+        for name, layers in refused.items()
+        if layers
+    ]
+    raise_problems(problems, "exports")
 
 
 def next_export(run: Path) -> str:
@@ -181,9 +187,10 @@ def _requantize_dense(loaded: LoadedModel) -> None:
 def _origin(model: Path, loaded: LoadedModel) -> Origin:
     """Return how a run was trained; of another model, that it chats if it has a chat template."""
     if is_run(model):
-        style = prompt_style(model)
-        return Origin(style.kind, style.separator, read_run_config(model).init)
-    return Origin() if loaded.tokenizer.chat_template is None else Origin(CHAT)
+        style, config = prompt_style(model), read_run_config(model)
+        return Origin(style.kind, style.separator, config.init, Path(config.model).name)
+    kind = PLAIN if loaded.tokenizer.chat_template is None else CHAT
+    return Origin(kind, name=model.absolute().name)
 
 
 def bytes_on_disk(path: Path) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -36,6 +36,8 @@ class Origin:
     """Between the prompt and the answer of such a row."""
     init: Init = "default"
     """How its adapter started."""
+    name: str = ""
+    """Of the model that was trained, or is exported as it is; empty where nobody knows it."""
 
 
 class RuntimePackage(NamedTuple):
@@ -99,6 +101,10 @@ class Target(ABC):
     def problems(self, config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
         """Return every reason why a model in that format cannot be exported, before it exists."""
         return []
+
+    def without_bias(self, config: PretrainedConfig, layers: Sequence[str]) -> list[str]:
+        """Return those of the layers, by name, for whose new bias it has no place."""
+        return [] if self.holds_new_biases else list(layers)
 
     def adapter_problems(self, config: AdapterConfig) -> list[str]:
         """Return every reason why the adapter that a run is to train cannot be exported to it."""

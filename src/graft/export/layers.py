@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +51,7 @@ def config_problems(
             f"hidden_act is {activation(config)!r}; {target} export writes "
             f"{', '.join(computed.activations)}; {instead}"
         )
-    rope = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
+    rope = rotary(config)
     if rope["rope_type"] not in computed.rope_types:
         problems.append(
             f"rope_type is {rope['rope_type']!r}; {target} export writes "
@@ -70,6 +72,39 @@ def config_problems(
         if getattr(config, setting, False):
             problems.append(f"{setting} is set, which {target} export does not write; {instead}")
     return problems
+
+
+def rotary(config: PretrainedConfig) -> dict[str, Any]:
+    """Return the rotary settings, of the layers that see the whole text where others differ."""
+    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {"rope_type": "default"}
+    return rope.get("full_attention", rope)
+
+
+def yarn_problems(config: PretrainedConfig, target: str) -> list[str]:
+    """Return what a target that computes YaRN by itself does not compute of it."""
+    rope = rotary(config)
+    if rope["rope_type"] != "yarn":
+        return []
+    if not rope.get("original_max_position_embeddings"):
+        return ["rope_type is 'yarn', without the original_max_position_embeddings that it needs"]
+    if rope.get("truncate", True):
+        return []
+    return [
+        f"YaRN's truncate is {rope['truncate']}; {target} export writes models whose ramp begins "
+        "and ends at whole frequencies (true); export as a plain folder instead (--to hf)"
+    ]
+
+
+def yarn_factor(config: PretrainedConfig) -> float:
+    """Return by how much YaRN stretches the original context."""
+    rope = config.rope_parameters
+    original = rope["original_max_position_embeddings"]
+    return float(rope.get("factor") or config.max_position_embeddings / original)
+
+
+def yarn_scaling(factor: float) -> float:
+    """Return by what YaRN multiplies sines and cosines, where nothing else is said."""
+    return 1.0 if factor <= 1.0 else 0.1 * math.log(factor) + 1.0
 
 
 def activation(config: PretrainedConfig) -> str:

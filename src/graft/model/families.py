@@ -27,6 +27,10 @@ class Architecture:
     """What it computes a little differently, in words."""
 
 
+_QKV = ("attn_q", "attn_k", "attn_v")
+_EVERY_BIAS = (*_QKV, "attn_qkv", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+
+
 @dataclass(frozen=True, kw_only=True)
 class GgufLayout:
     """How a family's weights lie in a GGUF file, and what llama.cpp calls its settings."""
@@ -47,6 +51,15 @@ class GgufLayout:
     """Switches of its configuration, each by the layer whose bias says that it is on."""
     settings: Mapping[str, str] = field(default_factory=dict)
     """What its configuration holds and a file does not say."""
+    window_every: int = 0
+    """llama.cpp bounds attention by `sliding_window` in all layers but each so-manieth, if any."""
+    wide_at: int = 0
+    """The number of layers at which it scales scores by the width of a head as hidden_size gives
+    it; at any other by head_dim. None of its files say `query_pre_attn_scalar`."""
+    softcaps: bool = False
+    """It bounds scores and logits by tanh, and has numbers of its own where a file has none."""
+    biases: tuple[str, ...] = _QKV
+    """The linear layers that llama.cpp adds a bias to, where a file has one."""
     epsilon: str = "rms_norm_eps"
     """The setting with the norms' epsilon: of an RMSNorm, or of a LayerNorm."""
     feed_forward: str = "intermediate_size"
@@ -91,9 +104,16 @@ class Family:
 _TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
 """Names of GELU's approximation by tanh."""
 _GELU = (*_TANH, "gelu")
-_GRAPH = Architecture(("silu", "gelu_pytorch_tanh"))
 _UNSCALED = ("default", "linear")
-_ALL = {"gguf": Architecture(), "mlx": Architecture(), "graph": _GRAPH}
+_YARN = (*_UNSCALED, "yarn")
+_LLAMA3 = (*_YARN, "llama3")
+_GRAPH = Architecture(("silu", "gelu_pytorch_tanh"), _LLAMA3)
+_ALL = {
+    "gguf": Architecture(rope_types=_LLAMA3),
+    "mlx": Architecture(rope_types=_LLAMA3),
+    "graph": _GRAPH,
+}
+_GEMMA = Architecture(("gelu_pytorch_tanh",), _UNSCALED, settings={"attention_bias": False})
 
 _ROWS = (
     Family(
@@ -108,6 +128,7 @@ _ROWS = (
             read=True,
             paired_rotary=True,
             bias_settings={"attention_bias": "attn_q", "mlp_bias": "ffn_gate"},
+            biases=_EVERY_BIAS,
         ),
         exports=_ALL,
     ),
@@ -119,7 +140,7 @@ _ROWS = (
         decoder="MistralForCausalLM",
         windowed=True,
         in_mlx=True,
-        gguf=GgufLayout(architecture="llama", paired_rotary=True),
+        gguf=GgufLayout(architecture="llama", paired_rotary=True, biases=_EVERY_BIAS),
         exports=_ALL,
     ),
     Family(
@@ -130,7 +151,7 @@ _ROWS = (
         decoder="Qwen2ForCausalLM",
         in_mlx=True,
         gguf=GgufLayout(architecture="qwen2", read=True, optional_head_dim=True),
-        exports=_ALL | {"gguf": Architecture(rope_types=_UNSCALED)},
+        exports=_ALL | {"gguf": Architecture(rope_types=_YARN)},
     ),
     Family(
         model_type="qwen3",
@@ -141,7 +162,7 @@ _ROWS = (
         gguf=GgufLayout(
             architecture="qwen3", read=True, bias_settings={"attention_bias": "attn_q"}
         ),
-        exports=_ALL | {"gguf": Architecture(rope_types=_UNSCALED)},
+        exports=_ALL | {"gguf": Architecture(rope_types=_YARN, settings={"attention_bias": False})},
     ),
     Family(
         model_type="gemma",
@@ -153,7 +174,7 @@ _ROWS = (
             architecture="gemma", read=True, settings={"hidden_activation": "gelu_pytorch_tanh"}
         ),
         exports={
-            "gguf": Architecture(("gelu_pytorch_tanh",), _UNSCALED),
+            "gguf": Architecture(("gelu_pytorch_tanh",), _YARN, settings={"attention_bias": False}),
             "mlx": Architecture(
                 ("gelu_pytorch_tanh",),
                 ("default",),
@@ -163,10 +184,29 @@ _ROWS = (
         },
     ),
     Family(
+        model_type="gemma2",
+        norms_add_one=True,
+        scales_embeddings=True,
+        gguf=GgufLayout(architecture="gemma2", window_every=2, wide_at=46, softcaps=True),
+        exports={"gguf": _GEMMA},
+    ),
+    Family(
+        model_type="gemma3_text",
+        plain_attention=True,
+        norms_add_one=True,
+        scales_embeddings=True,
+        gguf=GgufLayout(architecture="gemma3", window_every=6, wide_at=62),
+        exports={"gguf": _GEMMA},
+    ),
+    Family(
         model_type="gpt2",
         plain_attention=True,
         gguf=GgufLayout(
-            architecture="gpt2", epsilon="layer_norm_epsilon", feed_forward="n_inner", rotary=False
+            architecture="gpt2",
+            epsilon="layer_norm_epsilon",
+            feed_forward="n_inner",
+            rotary=False,
+            biases=_EVERY_BIAS,
         ),
         exports={
             "gguf": Architecture(
@@ -188,6 +228,7 @@ _ROWS = (
             fused_rows="self_attention.query_key_value",
             epsilon="layer_norm_epsilon",
             feed_forward="ffn_hidden_size",
+            biases=(),
         ),
         exports={
             "gguf": Architecture(
@@ -200,7 +241,9 @@ _ROWS = (
     Family(
         model_type="phi",
         in_mlx=True,
-        gguf=GgufLayout(architecture="phi2", epsilon="layer_norm_eps"),
+        gguf=GgufLayout(
+            architecture="phi2", epsilon="layer_norm_eps", biases=(*_EVERY_BIAS, "output")
+        ),
         exports={
             "gguf": Architecture(_GELU, _UNSCALED, True, settings={"qk_layernorm": False}),
             "mlx": Architecture(
@@ -214,8 +257,8 @@ _ROWS = (
         norm="Phi3RMSNorm",
         windowed=True,
         in_mlx=True,
-        gguf=GgufLayout(architecture="phi3"),
-        exports={"gguf": Architecture(rope_types=("default",), partial_rotary=True)},
+        gguf=GgufLayout(architecture="phi3", biases=("attn_qkv",)),
+        exports={"gguf": Architecture(rope_types=("default", "longrope"), partial_rotary=True)},
     ),
     Family(
         model_type="granite",
@@ -237,7 +280,6 @@ _ROWS = (
     Family(model_type="olmo2", plain_attention=True, gate="Olmo2MLP"),
     Family(model_type="glm4", plain_attention=True, norm="Glm4RMSNorm"),
     Family(model_type="cohere", plain_attention=True),
-    Family(model_type="gemma3_text", plain_attention=True),
     Family(model_type="gpt_neox", plain_attention=True),
     Family(model_type="starcoder2", plain_attention=True),
 )

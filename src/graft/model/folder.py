@@ -25,6 +25,7 @@ from graft.formats.registry import parse_format
 from graft.model.foreign import check_counts, check_files
 from graft.model.hub import from_hub
 from graft.model.tokenizer_file import check_growth
+from graft.model.tokenizer_itself import as_the_file_says
 from graft.text import quoted
 from graft.understood import understood
 
@@ -125,9 +126,10 @@ def read_tokenizer(
     for file in folder.glob("tokenizer.*json"):  # there may be others, for older versions
         check_growth(file)
     with understood(folder, "has no tokenizer that can be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(
+        read = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, config=config
         )
+        tokenizer = as_the_file_says(read, folder)
         ids = tokenizer("a word")["input_ids"]
         tokenizer.decode(ids)
     return tokenizer

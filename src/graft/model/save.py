@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from graft.adapters.attach import adapted_layers, frozen_layers
 from graft.errors import GraftError
+from graft.files.read import read_json
 from graft.files.write import new_folder, write_json
 from graft.formats.registry import describe_format
 from graft.layers.frozen import FrozenLinear
@@ -26,6 +27,7 @@ from graft.model.folder import (
 )
 from graft.model.load import LoadedModel
 from graft.model.tensor_file import WRITABLE, FileTensor, OnTensor, write_tensor_file
+from graft.model.tokenizer_itself import PLAIN_CLASS, tokenizer_note
 from graft.model.weight_files import SINGLE_FILE
 
 
@@ -212,6 +214,10 @@ def write_tokenizer_files(loaded: LoadedModel, folder: Path) -> None:
         if type(error) is not Exception:
             raise
         raise OSError(errno.EIO, f"the tokenizer: {error}") from error
+    if tokenizer_note(loaded.tokenizer) is not None:
+        # Any version of Transformers then reads tokenizer.json as it is.
+        settings = read_json(folder / "tokenizer_config.json")
+        write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": PLAIN_CLASS})
     if loaded.model.generation_config is not None:
         # Not by save_pretrained, which refuses what many folders say, and Transformers takes.
         loaded.model.generation_config.to_json_file(folder / GENERATION_FILE)

@@ -31,6 +31,7 @@ from graft.model.pieces import one_line, pieces_of
 from graft.model.running.checkpointing import check_checkpointing
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import select_targets
+from graft.model.tokenizer_itself import tokenizer_note
 from graft.model.tokens import check_tokens
 from graft.objectives.registry import OBJECTIVES
 from graft.plan.memory import MemoryPlan, plan_memory
@@ -104,7 +105,7 @@ def prepare(
     problems.raise_all("nothing was started")
     for name, data in (("training", training), ("held out", held_out)):
         events.note(f"{name}: {data.summary()}")
-    for note in joint_notes(config, tokenizer):
+    for note in filter(None, [tokenizer_note(tokenizer), *joint_notes(config, tokenizer)]):
         events.note(note)
     first = training.examples[0]
     row = one_line(pieces_of(first, tokenizer))

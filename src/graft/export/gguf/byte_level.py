@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from tokenizers.pre_tokenizers import PreTokenizer as Steps
 
 from graft.model.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
-from graft.model.gguf.probe import probe_texts
+from graft.model.probe import probe_texts
 from graft.understood import tokenizing
 
 _LETTERS = decoders.ByteLevel()

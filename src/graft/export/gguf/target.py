@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -11,7 +12,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from graft.errors import GraftError
 from graft.export.base import OnTensor, Origin, RuntimePackage, Target, Usage
 from graft.export.gguf.runtime import LlamaCpp
-from graft.export.gguf.tensors import BITS, unquantised_type
+from graft.export.gguf.tensors import BITS, unquantised_type, without_bias
 from graft.export.gguf.tokenizer import convert_tokenizer
 from graft.export.gguf.write import check_gguf_plan, export_gguf
 from graft.export.runtimes import Runtime
@@ -30,6 +31,9 @@ class GgufTarget(Target):
 
     def problems(self, config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
         return check_gguf_plan(config, weight_format)
+
+    def without_bias(self, config: PretrainedConfig, layers: Sequence[str]) -> list[str]:
+        return without_bias(config, layers)
 
     def prompt_problems(
         self,
@@ -52,7 +56,7 @@ class GgufTarget(Target):
             loaded.tokenizer,
             path,
             unquantised=unquantised_type(loaded.source_dtype),
-            name=path.stem,
+            name=origin.name or path.stem,
             on_tensor=lambda done, total, _: on_tensor(done, total),
         )
         return report.notes

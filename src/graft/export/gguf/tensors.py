@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from gguf import GGMLQuantizationType, quant_shape_to_byte_shape
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from graft.adapters.adapted import AdaptedLinear
 from graft.errors import GraftError
-from graft.export.layers import int_format, require_finite
+from graft.export.layers import int_format, require_finite, rotary
 from graft.formats.base import WeightFormat
 from graft.layers.frozen import FrozenLinear
 from graft.layers.registry import find_kind
@@ -23,6 +23,7 @@ from graft.model.gguf.file import FLOATS
 from graft.model.gguf.layout import (
     Q4_1_BLOCK,
     encode_q4_1,
+    gguf_layout,
     gguf_names,
     rope_factors,
     row_order,
@@ -133,12 +134,38 @@ def plan_tensors(model: PreTrainedModel, unquantised: Unquantised, dense: bool) 
             continue
         _plan_weight(plan, name, f"{target}.weight", module, order, kind, dense)
         if parameters.get("bias") is not None:
+            if without_bias(model.config, [name]):
+                plan.problems.append(
+                    f"{name} has a bias, which llama.cpp does not add to that layer of a "
+                    f"{model.config.model_type}; export as a folder instead (--to hf)"
+                )
+                continue
             # llama.cpp adds biases in float32.
             _plan_float(plan, f"{target}.bias", parameters["bias"], order, GGMLQuantizationType.F32)
-    factors = rope_factors(model.config)
-    if factors is not None:
-        _plan_float(plan, "rope_freqs.weight", factors, None, GGMLQuantizationType.F32)
+    for name, factors in _rotary_tensors(model.config).items():
+        _plan_float(plan, f"{name}.weight", factors, None, GGMLQuantizationType.F32)
     return plan
+
+
+def without_bias(config: PretrainedConfig, layers: Iterable[str]) -> list[str]:
+    """Return those of the layers, by name, whose bias llama.cpp would not add."""
+    if family_of(config).gguf is None:
+        return []  # it is refused as a whole
+    gguf_name, biases = gguf_names(config), gguf_layout(config).biases
+    kinds = ((layer, (gguf_name(layer) or "").rpartition(".")[2]) for layer in layers)
+    return [layer for layer, kind in kinds if "norm" not in kind and kind not in biases]
+
+
+def _rotary_tensors(config: PretrainedConfig) -> dict[str, Tensor]:
+    """Return what llama.cpp divides the rotary frequencies by: LongRoPE has two sets."""
+    rope = rotary(config)
+    if rope["rope_type"] == "longrope":
+        return {
+            f"rope_factors_{kind}": torch.tensor(rope[f"{kind}_factor"], dtype=torch.float32)
+            for kind in ("long", "short")
+        }
+    factors = rope_factors(config) if rope["rope_type"] == "llama3" else None
+    return {} if factors is None else {"rope_freqs": factors}
 
 
 def _is_tied_head(model: PreTrainedModel, module: nn.Module) -> bool:

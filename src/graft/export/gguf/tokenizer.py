@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,9 @@ from graft.export.gguf.scores import scores_by_merge
 from graft.export.gguf.tokenizer_kind import SPACE, TokenizerKind, recognise
 from graft.understood import tokenizing
 
+_PHI3 = re.compile("phi-?3", re.IGNORECASE)
+_PHI3_KEEPING = frozenset({"<unk>", "<s>", "<|endoftext|>"})
+"""The tokens of Phi-3 behind which spaces stay."""
 _BYTE_TOKENS = frozenset(f"<0x{byte:02X}>" for byte in range(256))
 
 
@@ -35,6 +39,19 @@ class GgufTokenizer:
     chat_template: str | dict[str, str] | None
     notes: tuple[str, ...]
     """What llama.cpp does differently with rare texts."""
+    strips_as_phi3: bool = False
+    """Its added tokens swallow the spaces behind them, but for three, as Phi-3's do."""
+
+    def named(self, name: str) -> str:
+        """Return the name for a file, whose tokens llama.cpp treats as Phi-3's if that is in it.
+
+        Of a model without some of those tokens it does not load such a file.
+        """
+        name = name.encode("utf-8", "replace").decode()
+        said = _PHI3.search(name) is not None
+        if said is self.strips_as_phi3:
+            return name
+        return f"Phi-3 {name}" if self.strips_as_phi3 else _PHI3.sub("Phi_3", name)
 
 
 def convert_tokenizer(
@@ -84,6 +101,7 @@ def convert_tokenizer(
     raise_problems(problems + beyond_problems + affix_problems, "tokenizer")
     lowest = -float(len(merges))
     texts = {index: token for token, index in vocabulary.items()}
+    strips_as_phi3 = _strips_as_phi3(spec["added_tokens"])
     kept = [entry for entry in spec["added_tokens"] if entry["id"] < config.vocab_size]
     ids = range(config.vocab_size)
     return GgufTokenizer(
@@ -98,10 +116,11 @@ def convert_tokenizer(
         chat_template=tokenizer.chat_template,
         notes=(
             *kind.notes,
-            *_stripping_notes(kept),
+            *(() if strips_as_phi3 else _stripping_notes(kept)),
             *_beyond_notes(beyond, config.vocab_size),
             *_end_notes(special_ids),
         ),
+        strips_as_phi3=strips_as_phi3,
     )
 
 
@@ -234,6 +253,16 @@ def _affixes(
                 "the tokenizer's post-processor"
             )
     return bool(before), bool(after), problems
+
+
+def _strips_as_phi3(added: Iterable[dict[str, Any]]) -> bool:
+    """Return whether the tokens swallow spaces as llama.cpp has it for a model named Phi-3."""
+    found = {entry["content"]: entry for entry in added}
+    return {*_PHI3_KEEPING, "</s>"} <= found.keys() and all(
+        entry["rstrip"] is (token not in _PHI3_KEEPING)
+        and not (entry["lstrip"] or entry["single_word"])
+        for token, entry in found.items()
+    )
 
 
 def _stripping_notes(added: Iterable[dict[str, Any]]) -> tuple[str, ...]:

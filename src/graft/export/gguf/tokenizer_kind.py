@@ -8,7 +8,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from graft.export.gguf.byte_level import find_pre_tokenizer
-from graft.model.gguf.probe import probe_texts
+from graft.model.probe import probe_texts
 from graft.understood import tokenizing
 
 SPACE = "▁"

@@ -122,7 +122,7 @@ def _write(
     name: str,
     on_tensor: OnTensor | None,
 ) -> float:
-    add_model_metadata(writer, config, name)
+    add_model_metadata(writer, config, vocabulary.named(name))
     quantised = any(tensor.type is gguf.GGMLQuantizationType.Q4_1 for tensor in plan.tensors)
     file_type = gguf.LlamaFileType.MOSTLY_Q4_1 if quantised else _FILE_TYPES[unquantised]
     writer.add_file_type(file_type)

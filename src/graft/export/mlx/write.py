@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from graft.adapters.attach import frozen_layers
 from graft.errors import raise_problems
@@ -28,6 +29,9 @@ from graft.export.layers import (
     short_group_notes,
     side_by_side,
     whole_groups,
+    yarn_factor,
+    yarn_problems,
+    yarn_scaling,
 )
 from graft.files.write import new_folder, write_json
 from graft.formats.base import WeightFormat
@@ -43,14 +47,16 @@ GROUP_SIZES = (32, 64, 128)
 
 def check_mlx_plan(config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
     """Return every reason why a model in that format cannot be exported, before it exists."""
-    problems = config_problems(config, "MLX", exported("mlx"))
-    return problems + format_problems(weight_format, "MLX", BITS, GROUP_SIZES)
+    return _config_problems(config) + format_problems(weight_format, "MLX", BITS, GROUP_SIZES)
 
 
 def check_mlx(model: PreTrainedModel) -> list[str]:
     """Return every reason why this model cannot be exported; reads no weights."""
-    problems = config_problems(model.config, "MLX", exported("mlx"))
-    return problems + layer_problems(model, "MLX", BITS, GROUP_SIZES)
+    return _config_problems(model.config) + layer_problems(model, "MLX", BITS, GROUP_SIZES)
+
+
+def _config_problems(config: PretrainedConfig) -> list[str]:
+    return config_problems(config, "MLX", exported("mlx")) + yarn_problems(config, "MLX")
 
 
 def export_mlx(
@@ -132,6 +138,22 @@ def _plain(name: str, tensor: Tensor, dtype: torch.dtype) -> FileTensor:
     return FileTensor(name, tuple(tensor.shape), dtype, lambda: tensor.to(dtype))
 
 
+def _scaling(loaded: LoadedModel) -> dict[str, Any]:
+    """Return the rotary settings as mlx-lm takes them, which knows no attention_factor.
+
+    It multiplies by 1 + mscale / 10 log(factor), and Transformers by attention_factor.
+    """
+    config = loaded.model.config
+    rope: dict[str, Any] = dict(config.rope_parameters)
+    if rope["rope_type"] == "yarn":
+        factor = yarn_factor(config)
+        _, scaling = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+        stretched = yarn_scaling(factor) - 1.0
+        rope |= {"factor": factor, "attention_factor": scaling, "mscale_all_dim": 0}
+        rope["mscale"] = (scaling - 1.0) / stretched if stretched else 1.0
+    return rope
+
+
 def _config(
     loaded: LoadedModel, quantised: dict[str, FrozenLinear], dtype: torch.dtype
 ) -> dict[str, Any]:
@@ -143,7 +165,7 @@ def _config(
     rope = config.get("rope_parameters")
     if rope:
         config["rope_theta"] = rope["rope_theta"]
-        config["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+        config["rope_scaling"] = None if rope["rope_type"] == "default" else _scaling(loaded)
         if "partial_rotary_factor" in rope:
             config["partial_rotary_factor"] = rope["partial_rotary_factor"]
     settings = {

@@ -46,6 +46,7 @@ class OllamaTarget(GgufTarget):
             path,
             kind=origin.kind,
             separator=origin.separator,
+            name=origin.name,
             unquantised=unquantised_type(loaded.source_dtype),
             on_tensor=lambda done, total, _: on_tensor(done, total),
         )

@@ -98,6 +98,7 @@ def export_ollama(
     kind: str,
     separator: str,
     unquantised: Unquantised,
+    name: str = "",
     on_tensor: OnTensor | None = None,
 ) -> tuple[str, ...]:
     """Write the folder, and return notes on what Ollama does a little differently.
@@ -112,7 +113,7 @@ def export_ollama(
             loaded.tokenizer,
             part / GGUF_FILE,
             unquantised=unquantised,
-            name=Path(GGUF_FILE).stem,  # and not the folder's, which may be renamed
+            name=name or Path(GGUF_FILE).stem,  # and not the folder's, which may be renamed
             on_tensor=on_tensor,
         )
         (part / MODELFILE).write_text(text, encoding="utf-8")

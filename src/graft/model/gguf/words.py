@@ -8,9 +8,9 @@ from gguf import TokenType
 from transformers import PreTrainedTokenizerBase
 
 from graft.errors import GraftError, raise_problems
-from graft.model.gguf.probe import probe_texts
 from graft.model.gguf.tokenizer import make_tokenizer
 from graft.model.gguf.tokens import TokenList
+from graft.model.probe import probe_texts
 from graft.text import listed, quoted
 from graft.understood import tokenizing
 
