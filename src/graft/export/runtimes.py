@@ -14,8 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from graft.errors import GraftError
-from graft.model.folder import read_config, read_tokenizer
-from graft.model.gguf.layout import head_dim
+from graft.model.folder import read_tokenizer
 from graft.understood import tokenizing
 
 
@@ -69,24 +68,10 @@ class FolderRuntime:
         return {self._tokenizer.eos_token_id} - {None}
 
 
-class GraphRuntime(FolderRuntime):
-    """A folder with a graph whose inputs are those of `decoder_graph`."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._config = read_config(path)
-
-    def feeds(self, ids: Sequence[int]) -> dict[str, Any]:
-        """Return the graph's inputs for a text from its beginning."""
-        count, config = len(ids), self._config
-        empty = np.zeros((1, config.num_key_value_heads, 0, head_dim(config)), np.float32)
-        cache = {
-            f"past_key_values.{layer}.{kind}": empty
-            for layer in range(config.num_hidden_layers)
-            for kind in ("key", "value")
-        }
-        return cache | {
-            "input_ids": np.array([list(ids)], np.int64),
-            "attention_mask": np.ones((1, count), np.int64),
-            "position_ids": np.arange(count, dtype=np.int64)[None],
-        }
+def inputs(ids: Sequence[int]) -> dict[str, Any]:
+    """Return the inputs of a graph of `decoder_graph` for a text from its beginning."""
+    return {
+        "input_ids": np.array([list(ids)], np.int64),
+        "attention_mask": np.ones((1, len(ids)), np.int64),
+        "position_ids": np.arange(len(ids), dtype=np.int64)[None],
+    }

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from graft.export.onnx.write import GRAPH
-from graft.export.runtimes import GraphRuntime, loading
+from graft.export.runtimes import FolderRuntime, inputs, loading
+from graft.model.folder import read_config
+from graft.model.gguf.layout import head_dim
 
 
-class OnnxRuntime(GraphRuntime):
+class OnnxRuntime(FolderRuntime):
     """ONNX Runtime on the processor."""
 
     def __init__(self, path: Path) -> None:
@@ -24,7 +27,14 @@ class OnnxRuntime(GraphRuntime):
         refused = (errors.Fail, errors.InvalidProtobuf, errors.InvalidGraph)
         with loading(path, "onnxruntime", *refused, errors.InvalidArgument, errors.NoModel):
             self._session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        config = read_config(path)
+        empty = np.zeros((1, config.num_key_value_heads, 0, head_dim(config)), np.float32)
+        self._empty = {
+            f"past_key_values.{layer}.{kind}": empty
+            for layer in range(config.num_hidden_layers)
+            for kind in ("key", "value")
+        }
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """See `Runtime`."""
-        return torch.from_numpy(self._session.run(["logits"], self.feeds(ids))[0][0])
+        return torch.from_numpy(self._session.run(["logits"], self._empty | inputs(ids))[0][0])

@@ -33,10 +33,12 @@ class OpenVinoTarget(Target):
 
     def usage(self, file: str, base: str | None) -> Usage:
         return Usage(
-            "In this folder; the hint keeps OpenVINO from computing in bf16:",
+            "In this folder, with OpenVINO GenAI (`pip install openvino-genai`); the hint keeps "
+            "OpenVINO from computing in bf16:",
             "python",
-            'import openvino\n\ncompiled = openvino.Core().compile_model("openvino_model.xml", '
-            '"CPU", {"INFERENCE_PRECISION_HINT": "f32"})\nprint(compiled.inputs)',
+            "import openvino_genai\n\n"
+            'pipe = openvino_genai.LLMPipeline(".", "CPU", INFERENCE_PRECISION_HINT="f32")\n'
+            'print(pipe.generate("Hello", max_new_tokens=64))',
         )
 
     def matches(self, path: Path) -> bool:
