@@ -25,11 +25,17 @@ PROBE = (
 
 
 def other_ids(
-    texts: Sequence[str], ours: PreTrainedTokenizerBase, theirs: Callable[[str], Sequence[int]]
+    texts: Sequence[str],
+    ours: PreTrainedTokenizerBase,
+    theirs: Callable[[str], Sequence[int]],
+    special: bool = True,
 ) -> str | None:
-    """Return the first text that the other tokenizer cuts otherwise; None where there is none."""
+    """Return the first text that the other tokenizer cuts otherwise; None where there is none.
+
+    special: with the special tokens that ours puts around a text.
+    """
     with tokenizing():
         for text in texts:
-            if list(theirs(text)) != ours(text)["input_ids"]:
+            if list(theirs(text)) != ours(text, add_special_tokens=special)["input_ids"]:
                 return text
     return None

@@ -5,27 +5,47 @@ Each target's `runtime.py` is the only place that imports its runtime.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from graft.errors import GraftError
 from graft.model.folder import read_tokenizer
-from graft.understood import tokenizing
+
+
+class ItsTokenizer(NamedTuple):
+    """A tokenizer that a program cuts texts with, for a file."""
+
+    name: str
+    encode: Callable[[str], Sequence[int]]
+    """Text -> ids."""
+    special: bool = True
+    """It puts special tokens around a text, where the model's own does."""
+    bound: bool = True
+    """`verify` fails where it cuts a text otherwise; False for a program beside the runtime."""
 
 
 class Runtime(Protocol):
     """A model as its runtime computes it."""
 
+    @property
+    def program(self) -> str:
+        """The program, its version and what it computes in, in words."""
+
+    @property
+    def tokenizers(self) -> tuple[ItsTokenizer, ...]:
+        """What cuts texts for it."""
+
+    @property
+    def untried(self) -> tuple[str, ...]:
+        """What of it `verify` cannot compare here, or does not, in words."""
+
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Return float32 [tokens, vocabulary] of a text."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, special tokens around it included."""
 
     @property
     def chat_template(self) -> str | None:
@@ -51,10 +71,23 @@ class FolderRuntime:
     def __init__(self, path: Path) -> None:
         self._tokenizer = read_tokenizer(path)
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def program(self) -> str:
         """See `Runtime`."""
-        with tokenizing():
-            ids: list[int] = self._tokenizer(text)["input_ids"]
+        return type(self).__name__
+
+    @property
+    def tokenizers(self) -> tuple[ItsTokenizer, ...]:
+        """See `Runtime`."""
+        return (ItsTokenizer("Transformers, from the folder", self._ids),)
+
+    @property
+    def untried(self) -> tuple[str, ...]:
+        """See `Runtime`."""
+        return ()
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids
 
     @property

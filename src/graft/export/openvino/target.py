@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from graft.export.base import OnTensor, Origin, RuntimePackage, Target, Usage
 from graft.export.openvino.runtime import OpenVino
+from graft.export.openvino.tokenizers import DETOKENIZER, PACKAGE, TOKENIZER
 from graft.export.openvino.write import BITS, GRAPH, check_openvino_plan, export_openvino
 from graft.export.runtimes import Runtime
 from graft.formats.base import WeightFormat
@@ -43,6 +45,13 @@ class OpenVinoTarget(Target):
 
     def matches(self, path: Path) -> bool:
         return (path / GRAPH).is_file()
+
+    def optional_files(self) -> dict[str, str]:
+        if find_spec(PACKAGE) is not None:
+            return {}
+        graphs = (Path(TOKENIZER), Path(DETOKENIZER))
+        why = "openvino-tokenizers, which writes it, is not installed"
+        return {str(graph.with_suffix(end)): why for graph in graphs for end in (".xml", ".bin")}
 
     def load(self, path: Path, tokens: int) -> Runtime:
         return OpenVino(path)
