@@ -121,7 +121,7 @@ def test_it_says_what_was_compared_with_what(exported, monkeypatch):
     assert run in files and files.endswith(": equal") and found.files == 5
     for words in (
         "in a runtime of this test, with those of",
-        "in graft, in float32, on 2 held-out rows of the run",
+        f"{run}, its adapter not merged, in graft, in float32, on 2 held-out rows of the run",
         f"the largest difference is {found.fidelity.logit_difference:.1e} of the largest logit",
         "(bound 2e-03)",
         "(bound 1e-03)",
@@ -143,7 +143,7 @@ def test_it_says_what_was_compared_with_what(exported, monkeypatch):
 def test_a_runtime_that_rounds_activations_is_bound_by_perplexity():
     fidelity = Fidelity(5e-4, 0.99, 0.02, 2.0, 2.011, 100)
     found = Certificate(
-        **{"model": "m", "file": "f", "target": "gguf", "rounds_activations": True},
+        **{"model": "m", "file": "f", "target": "gguf", "trained": "m", "rounds_activations": True},
         **{"bytes": 1, "bits_per_weight": 5.0, "files": 1, "differing_files": ()},
         **{"runtime": "r", "text": "t", "fidelity": fidelity, "equal_texts": 0, "texts": 0},
         **{"new_tokens": 1, "largest_gap": 0.0, "tokenizers": ()},

@@ -64,8 +64,9 @@ def test_a_float32_tensor_in_a_bfloat16_model_keeps_its_digits(
 
 
 def test_a_float16_base_of_a_run_is_merged_and_exported_as_it_is(
-    half: Path, rows: Path, tmp_path: Path, machine: None
+    half: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(devices, "computes_bfloat16", lambda device: True)
     run = tmp_path / "run"
     settings: dict[str, Any] = {"method": "lora", "steps": 1, "batch_size": 2}
     settings["targets"] = ("q_proj",)

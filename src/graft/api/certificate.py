@@ -36,6 +36,8 @@ class Certificate:
     model: str
     file: str
     target: ExportTarget
+    trained: str
+    """The model that it was compared with."""
     runtime: str
     """The program that computed the file's logits, its version and what it computes in."""
     rounds_activations: bool
@@ -128,7 +130,7 @@ def problems_of(found: Certificate) -> list[str]:
 
 
 def _compared(found: Certificate) -> list[str]:
-    fidelity, model = found.fidelity, found.model
+    fidelity = found.fidelity
     differing = f"differ in {listed(found.differing_files)}" if found.differing_files else "equal"
     many = "the file" if found.files == 1 else f"the {found.files} files"
     difference = f"the largest difference is {fidelity.logit_difference:.1e} of the largest logit"
@@ -144,10 +146,10 @@ def _compared(found: Certificate) -> list[str]:
             f"{found.largest_gap:.2g} apart"
         )
     return [
-        f"files: every byte of {many} with what an export of {model} writes now: {differing}",
-        f"logits: of the file in {found.runtime}, with those of {model} in graft, in float32, on "
-        f"{found.text}: {difference}; KL is {fidelity.mean_kl:.2e} nats (bound {MAX_KL:.0e}); "
-        f"{perplexity}; the same next token at {fidelity.top1_agreement:.2%} of "
+        f"files: every byte of {many} with what an export of {found.model} writes now: {differing}",
+        f"logits: of the file in {found.runtime}, with those of {found.trained} in graft, in "
+        f"float32, on {found.text}: {difference}; KL is {fidelity.mean_kl:.2e} nats (bound "
+        f"{MAX_KL:.0e}); {perplexity}; the same next token at {fidelity.top1_agreement:.2%} of "
         f"{fidelity.positions:,} targets",
         f"greedy texts: {found.new_tokens} tokens after each of {found.texts} prompts of it, by "
         f"the same two: {greedy} (no bound)",

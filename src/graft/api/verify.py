@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from graft.adapters.attach import adapter_names
 from graft.api.certificate import CardState, Certificate, TokenizerResult, in_words
 from graft.api.events import Events
 from graft.api.export import bytes_on_disk, export_model, merge_for_export
@@ -63,7 +64,9 @@ def verify(
     loaded = load_any(model, dtype="float32", trust_remote_code=trust_remote_code)
     source, rows, texts = _held_out(Path(model), loaded, data)
     compared = _differing(model, path, target, requantize, trust_remote_code, events)
+    trained = f"{model}, its adapter not merged," if adapter_names(loaded.model) else str(model)
     if requantize:  # what was rounded is the model that the file is to be
+        trained = f"{model}, rounded to INT4 as its export,"
         merge_for_export(loaded, target.name, requantize, events)
     runtime = target.start(path, TOKENS + NEW_TOKENS)
     fidelity = _fidelity(loaded, runtime, rows, events)
@@ -76,6 +79,7 @@ def verify(
             model=str(model),
             file=str(path),
             target=target.name,
+            trained=trained,
             runtime=runtime.program,
             rounds_activations=target.rounds_activations(loaded),
             bytes=size,

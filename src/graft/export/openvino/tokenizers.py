@@ -19,7 +19,7 @@ from graft.understood import tokenizing, understood
 
 PACKAGE = "openvino_tokenizers"
 TOKENIZER, DETOKENIZER = "openvino_tokenizer.xml", "openvino_detokenizer.xml"
-_WITHOUT = "so OpenVINO GenAI's LLMPipeline does not open the folder"
+_WITHOUT = "without which OpenVINO GenAI's LLMPipeline does not open it"
 _OF_THE_MACHINE = re.compile(r"(?!openvino_tokenizers)\w+_version|original_tokenizer_class")
 """What it writes of the programs that converted. Its own version stays: OpenVINO GenAI asks for
 it, to tell files of before 2024.5."""
@@ -27,23 +27,31 @@ _RUNNING = re.compile(r"\b([A-Z]\w*)_\d+\b")
 """A name with OpenVINO's own running number, which goes on from whatever was made before."""
 
 
-def write_openvino_tokenizer(folder: Path) -> tuple[str, ...]:
+def write_openvino_tokenizer(folder: Path, rows: int) -> tuple[str, ...]:
     """Write both models of the tokenizer that lies in the folder, and return what is to be told.
+
+    rows: the tokens that the model has.
 
     They are written only where they cut the texts of the probe into the tokenizer's own ids, and
     put these together again to the same text.
     """
     if find_spec(PACKAGE) is None:
-        return (f"openvino-tokenizers is not installed, {_WITHOUT}: pip install it, export again",)
+        return (
+            f"the folder has no {TOKENIZER}, {_WITHOUT}: pip install openvino-tokenizers, and "
+            "export again",
+        )
     tokenizer = read_tokenizer(folder)
+    tokenizer.padding_side = "left"  # what an answer is to follow stands at the end
+    if (tokenizer.pad_token_id or 0) >= rows:
+        tokenizer.pad_token = tokenizer.eos_token
     try:
-        with understood("openvino-tokenizers", "does not take this tokenizer"):
+        with understood("openvino-tokenizers", "has no form of this tokenizer"):
             models = _converted(tokenizer)
         differing = _differing(tokenizer, *models)
     except GraftError as error:
-        return (f"{reason(error)}, {_WITHOUT}",)
+        differing = reason(error)
     if differing is not None:
-        return (f"openvino-tokenizers' form of the tokenizer {differing}, {_WITHOUT}",)
+        return (f"the folder has no {TOKENIZER}, {_WITHOUT}: {differing}",)
     for model, name in zip(models, (TOKENIZER, DETOKENIZER), strict=True):
         with saved_graph(model, folder / name) as tree:
             _tidy(tree)
@@ -53,7 +61,6 @@ def write_openvino_tokenizer(folder: Path) -> tuple[str, ...]:
 def _converted(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, Any]:
     import openvino_tokenizers
 
-    tokenizer.padding_side = "left"  # what an answer is to follow stands at the end
     models: tuple[Any, Any] = openvino_tokenizers.convert_tokenizer(
         tokenizer, with_detokenizer=True
     )
@@ -65,12 +72,12 @@ def _differing(tokenizer: PreTrainedTokenizerBase, *models: Any) -> str | None:
     theirs = OpenVinoTokenizer(*models)
     text = other_ids(PROBE, tokenizer, theirs.encode)
     if text is not None:
-        return f"gives other tokens for {quoted(text, 40)}"
+        return f"openvino-tokenizers' form of it gives other tokens for {quoted(text, 40)}"
     with tokenizing():
         for text in PROBE:
             ids = tokenizer(text)["input_ids"]
             if theirs.decode(ids) != tokenizer.decode(ids, skip_special_tokens=True):
-                return f"decodes the tokens of {quoted(text, 40)} otherwise"
+                return f"openvino-tokenizers' form of it decodes {quoted(text, 40)} otherwise"
     return None
 
 

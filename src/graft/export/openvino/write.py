@@ -96,7 +96,7 @@ def export_openvino(
             )
             _place_constants(tree, ops.stored, len(small))
         write_model_files(loaded, part, torch.float32)
-        told = write_openvino_tokenizer(part)
+        told = write_openvino_tokenizer(part, int(loaded.model.config.vocab_size))
     short = tuple(ops.float32_layers)
     notes = (*short_group_notes("OpenVINO", short), *surplus_notes(loaded), *told)
     return FolderReport(short, (_HINT, *notes))
