@@ -95,8 +95,14 @@ def _onnx(path: Path, config: Any) -> Iterator[tuple[str, Tensor]]:
 
     graph = onnx.load(path / "model.onnx").graph  # with its data
     constants = {one.name: onnx.numpy_helper.to_array(one) for one in graph.initializer}
+    stored: dict[str, str] = {}
     for node in graph.node:
-        name, _, _ = node.input[1].rpartition(".") if len(node.input) > 1 else ("", "", "")
+        if node.op_type == "Cast" and node.input[0] in constants:  # of 16 bits
+            constants[node.output[0]] = constants[node.input[0]].astype(np.float32)
+            stored[node.output[0]] = node.input[0]
+    for node in graph.node:
+        name = node.input[1] if len(node.input) > 1 else ""
+        name = stored.get(name, name).rpartition(".")[0]
         if node.op_type == "MatMulNBits":
             sizes = {one.name: one.i for one in node.attribute}
             packed, scales, zeros = (constants[key] for key in node.input[1:])
@@ -104,7 +110,8 @@ def _onnx(path: Path, config: Any) -> Iterator[tuple[str, Tensor]]:
         elif node.op_type == "MatMul" and node.input[1] in constants:
             yield name, torch.from_numpy(constants[node.input[1]].T.copy())
         elif node.op_type == "Gather" and node.input[0] == "model.embed_tokens.weight":
-            yield "model.embed_tokens", torch.from_numpy(constants[node.input[0]].copy())
+            table = constants[node.input[0]].astype(np.float32)
+            yield "model.embed_tokens", torch.from_numpy(table)
 
 
 def _openvino(path: Path, config: Any) -> Iterator[tuple[str, Tensor]]:
@@ -123,8 +130,11 @@ def _openvino(path: Path, config: Any) -> Iterator[tuple[str, Tensor]]:
             scales, zeros = (constants[f"{name}.{key}"].data for key in ("scales", "zero_points"))
             bits = {"u4": 4, "u8": 8}[kind]
             yield name, _grouped(packed, scales, zeros, shape[0], shape[1] * shape[2], bits)
-        elif kind == "f32" and len(shape) == 2:
-            yield name, torch.from_numpy(np.array(node.data))
+        elif kind == "bf16" and len(shape) == 2:
+            bits = torch.from_numpy(node.data.view(np.int16).copy())
+            yield name, bits.view(torch.bfloat16).float().reshape(shape)
+        elif kind in ("f16", "f32") and len(shape) == 2:
+            yield name, torch.from_numpy(node.data.astype(np.float32))
 
 
 def _grouped(packed: Any, scales: Any, zeros: Any, rows: int, columns: int, bits: int) -> Tensor:

@@ -25,8 +25,8 @@ from _timing import print_table
 
 import graft
 from graft.adapters.attach import frozen_layers
+from graft.api.certificate import MAX_KL, MAX_LOGIT, MAX_PERPLEXITY, Certificate
 from graft.api.run.layout import REPORT
-from graft.api.verify import MAX_KL, MAX_LOGIT, MAX_PERPLEXITY, Certificate
 from graft.export import registry
 from graft.files.read import read_json
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 import graft
-import graft.api.verify as verifying
+import graft.api.verify
+from graft.api.certificate import Certificate, in_words, problems_of
+from graft.evaluate.fidelity import Fidelity
 from graft.export.registry import TARGETS, target_of
-from graft.export.runtimes import Runtime
+from graft.export.runtimes import ItsTokenizer, Runtime
 
 
 @dataclasses.dataclass
@@ -28,8 +31,19 @@ class Altered:
     def logits(self, ids: Sequence[int]) -> torch.Tensor:
         return self.change(self.real.logits(ids))
 
-    def encode(self, text: str) -> list[int]:
-        return self.ids(self.real.encode(text))
+    @property
+    def program(self) -> str:
+        return "a runtime of this test"
+
+    @property
+    def tokenizers(self) -> tuple[ItsTokenizer, ...]:
+        (real,) = self.real.tokenizers
+        beside = ItsTokenizer("a program beside it", lambda text: [], bound=False)
+        return (real._replace(encode=lambda text: self.ids(real.encode(text))), beside)
+
+    @property
+    def untried(self) -> tuple[str, ...]:
+        return ("what this test leaves out",)
 
     @property
     def chat_template(self) -> str | None:
@@ -61,7 +75,7 @@ CHANGES = {
     "KL is": {"change": lambda logits: 1.5 * logits},
     "KL is nan": {"change": spoilt},
     "a logit differs": {"change": one_off},
-    "cut into other tokens": {"ids": lambda ids: ids[1:]},
+    "into other tokens": {"ids": lambda ids: ids[1:]},
     "chat template": {"template": "another"},
     "ends an answer": {"stop_ids": {7}},
 }
@@ -99,17 +113,46 @@ def test_what_is_wrong_is_named(problem, exported, monkeypatch):
         assert len(found.problems) == 1, "only what is wrong"
 
 
+def test_it_says_what_was_compared_with_what(exported, monkeypatch):
+    found = verified(exported, monkeypatch)
+    files, logits, greedy, tokens, beside, template, stop = found.compared
+    run = str(exported[0])
+    assert files.startswith(f"files: every byte of the {found.files} files with what an export of")
+    assert run in files and files.endswith(": equal") and found.files == 5
+    for words in (
+        "in a runtime of this test, with those of",
+        f"{run}, its adapter not merged, in graft, in float32, on 2 held-out rows of the run",
+        f"the largest difference is {found.fidelity.logit_difference:.1e} of the largest logit",
+        "(bound 2e-03)",
+        "(bound 1e-03)",
+        f"of {found.fidelity.positions} targets",
+    ):
+        assert words in logits
+    assert f"{found.texts} of {found.texts} equal (no bound)" in greedy
+    assert "by Transformers, from the folder with those by the model's own" in tokens
+    assert tokens.endswith(": equal")
+    assert "by a program beside it" in beside and beside.endswith("(no bound)")
+    assert found.passed, "what has no bound is told alone"
+    assert template.endswith("equal") and stop.endswith("equal")
+    assert found.not_compared[0] == "what this test leaves out"
+    assert "the model card" in found.not_compared[-1]
+    assert "it is as exported" in found.not_compared[-1]
+    assert json.loads(exported[1].with_name("hf.verify.json").read_text("utf-8"))["compared"]
+
+
 def test_a_runtime_that_rounds_activations_is_bound_by_perplexity():
-    fidelity = verifying.Fidelity(5e-4, 0.99, 0.02, 2.0, 2.011, 100)
-    found = verifying.Certificate(
-        **{"model": "m", "file": "f", "target": "gguf", "rounds_activations": True},
-        **{"bytes": 1, "bits_per_weight": 5.0, "differing_files": (), "fidelity": fidelity},
-        **{"equal_texts": 0, "texts": 0, "largest_gap": 0.0, "problems": ()},
-        **{"same_tokens": True, "same_template": True, "same_stop_tokens": True},
+    fidelity = Fidelity(5e-4, 0.99, 0.02, 2.0, 2.011, 100)
+    found = Certificate(
+        **{"model": "m", "file": "f", "target": "gguf", "trained": "m", "rounds_activations": True},
+        **{"bytes": 1, "bits_per_weight": 5.0, "files": 1, "differing_files": ()},
+        **{"runtime": "r", "text": "t", "fidelity": fidelity, "equal_texts": 0, "texts": 0},
+        **{"new_tokens": 1, "largest_gap": 0.0, "tokenizers": ()},
+        **{"same_template": True, "same_stop_tokens": True},
     )
-    assert verifying._problems(found) == ["perplexity changes by 0.55%; the bound is 0.5%"]
+    assert problems_of(found) == ["perplexity changes by 0.55%; the bound is 0.5%"]
+    assert "(bound: a change of 0.5%)" in in_words(found).compared[1]
     better = dataclasses.replace(fidelity, other_perplexity=2.009)
-    assert verifying._problems(dataclasses.replace(found, fidelity=better)) == []
+    assert problems_of(dataclasses.replace(found, fidelity=better)) == []
 
 
 def test_a_file_that_is_no_export_is_refused(exported, tmp_path):

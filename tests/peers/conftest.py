@@ -122,9 +122,9 @@ def tiny_loaded(
 ) -> Callable[..., LoadedModel]:
     """Return a function to such a model as graft loads it, quantised to so many bits."""
 
-    def make(name: str, bits: int | None) -> LoadedModel:
+    def make(name: str, bits: int | None, vocab_size: int = 160) -> LoadedModel:
         source = tmp_path / "source"
-        tiny_model(name, vocab_size=160).save_pretrained(source)
+        tiny_model(name, vocab_size=vocab_size).save_pretrained(source)
         for file in tiny_base.glob("*token*"):
             (source / file.name).write_bytes(file.read_bytes())
         weight_format = None if bits is None else IntGroupFormat(bits, 32)

@@ -69,7 +69,9 @@ def export_model(
     source, path = Path(model), Path(out)
     check_new(path)
     _check_card(target.card_path(path))
-    loaded = load_any(model, trust_remote_code=trust_remote_code)
+    # No weight may be rounded on its way, whatever this machine computes in.
+    dtype = "exact" if is_run(source) else "stored"
+    loaded = load_any(model, dtype, trust_remote_code=trust_remote_code)
     merged: MergeReport | None = None
     read_otherwise = tokenizer_note(loaded.tokenizer)
     if read_otherwise is not None:

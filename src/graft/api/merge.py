@@ -91,7 +91,7 @@ def merge(
         raise GraftError(f"{run} is no run folder; give the --out of a graft train")
     if (run / MODEL).is_dir():
         raise GraftError(f"{run} trained the whole model; it lies merged in {run / MODEL}")
-    loaded = load_any(run, device=device, trust_remote_code=trust_remote_code)
+    loaded = load_any(run, "exact", device, trust_remote_code=trust_remote_code)
     check_biases(loaded)
     merged_dtype = loaded.source_dtype if dtype == "auto" else getattr(torch, dtype)
     original, start = None, None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Literal
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from graft.adapters.attach import adapter_names
+from graft.api.certificate import CardState, Certificate, TokenizerResult, in_words
 from graft.api.events import Events
 from graft.api.export import bytes_on_disk, export_model, merge_for_export
 from graft.api.run.folder import is_run, load_any, read_run_config
@@ -21,7 +22,7 @@ from graft.data.load import load_examples, load_train_and_eval, resolve_max_leng
 from graft.errors import GraftError
 from graft.evaluate.fidelity import Fidelity, FidelitySum
 from graft.export.base import Target
-from graft.export.config import ExportTarget
+from graft.export.probe import PROBE, other_ids
 from graft.export.registry import target_of
 from graft.export.runtimes import Runtime
 from graft.files.write import scratch_folder, write_json
@@ -34,48 +35,7 @@ ROWS, TOKENS = 40, 128
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 20, 16, 64
 """Golden prompts: held-out rows up to their first target, of so many tokens at least, continued
 greedily."""
-MAX_KL, MAX_PERPLEXITY, MAX_LOGIT = 1e-3, 0.005, 2e-3
-"""The bounds: nats per position; change of the perplexity, where the runtime rounds activations;
-largest difference of a logit as a share of the largest logit, where it does not."""
 _CHUNK = 1 << 20
-CardState = Literal["as exported", "changed", "missing"]
-
-
-@dataclass(frozen=True)
-class Certificate:
-    """What a file was found to be."""
-
-    model: str
-    file: str
-    target: ExportTarget
-    rounds_activations: bool
-    """llama.cpp does, to 8 bits, and MLX to the 16 bits of a checkpoint that has no more."""
-    bytes: int
-    bits_per_weight: float
-    """Of the whole file, tokenizer included, per parameter of the model."""
-    differing_files: tuple[str, ...]
-    """Files that are not, byte for byte, what the export writes now; of a .gguf file itself.
-    People edit model cards and add to them, so *.md files are not among these."""
-    fidelity: Fidelity
-    """Of the runtime's logits to those of the trained model, on held-out text."""
-    equal_texts: int
-    """Golden prompts whose greedy continuation is the same to the last token."""
-    texts: int
-    largest_gap: float
-    """Of our two best logits, where a greedy continuation first goes another way; 0.0: nowhere."""
-    same_tokens: bool
-    """Every held-out text is cut into the same ids."""
-    same_template: bool
-    same_stop_tokens: bool
-    problems: tuple[str, ...]
-    """The bounds that are missed, in words; none: the file is the trained model."""
-    card: CardState = "as exported"
-    """Of the model card, which is told and is no bound."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether every bound is met."""
-        return not self.problems
 
 
 def verify(
@@ -102,46 +62,55 @@ def verify(
     path = Path(file).resolve()
     target = target_of(path)
     loaded = load_any(model, dtype="float32", trust_remote_code=trust_remote_code)
-    rows, texts = _held_out(Path(model), loaded, data)
-    differing, card = _differing(model, path, target, requantize, trust_remote_code, events)
+    source, rows, texts = _held_out(Path(model), loaded, data)
+    compared = _differing(model, path, target, requantize, trust_remote_code, events)
+    trained = f"{model}, its adapter not merged," if adapter_names(loaded.model) else str(model)
     if requantize:  # what was rounded is the model that the file is to be
+        trained = f"{model}, rounded to INT4 as its export,"
         merge_for_export(loaded, target.name, requantize, events)
     runtime = target.start(path, TOKENS + NEW_TOKENS)
     fidelity = _fidelity(loaded, runtime, rows, events)
     gaps = _gaps(loaded, runtime, rows, events)
     tokenizer, size = loaded.tokenizer, bytes_on_disk(path)
     parameters = build_skeleton(loaded.model.config, trust_remote_code).num_parameters()
-    with tokenizing():
-        same_tokens = all(runtime.encode(text) == tokenizer(text)["input_ids"] for text in texts)
-    found = Certificate(
-        model=str(model),
-        file=str(path),
-        target=target.name,
-        rounds_activations=target.rounds_activations(loaded),
-        bytes=size,
-        bits_per_weight=round(8 * size / parameters, 3),
-        differing_files=tuple(differing),
-        fidelity=fidelity,
-        equal_texts=sum(gap is None for gap in gaps),
-        texts=len(gaps),
-        largest_gap=max((gap for gap in gaps if gap is not None), default=0.0),
-        same_tokens=same_tokens,
-        same_template=runtime.chat_template == tokenizer.chat_template,
-        same_stop_tokens=tokenizer.eos_token_id is None
-        or tokenizer.eos_token_id in runtime.stop_ids,
-        problems=(),
-        card=card,
+    total = sum(len(row.input_ids) for row in rows)
+    found = in_words(
+        Certificate(
+            model=str(model),
+            file=str(path),
+            target=target.name,
+            trained=trained,
+            runtime=runtime.program,
+            rounds_activations=target.rounds_activations(loaded),
+            bytes=size,
+            bits_per_weight=round(8 * size / parameters, 3),
+            files=compared.files,
+            differing_files=tuple(compared.differing),
+            text=f"{len(rows)} {source}, {total:,} tokens, {TOKENS} of a row at most",
+            fidelity=fidelity,
+            equal_texts=sum(gap is None for gap in gaps),
+            texts=len(gaps),
+            new_tokens=NEW_TOKENS,
+            largest_gap=max((gap for gap in gaps if gap is not None), default=0.0),
+            tokenizers=_tokenizers(loaded, runtime, texts),
+            same_template=runtime.chat_template == tokenizer.chat_template,
+            same_stop_tokens=tokenizer.eos_token_id is None
+            or tokenizer.eos_token_id in runtime.stop_ids,
+            card=compared.card,
+            untried=(*compared.untried, *runtime.untried),
+        )
     )
-    found = dataclasses.replace(found, problems=tuple(_problems(found)))
-    write_json(path.with_name(path.name + ".verify.json"), asdict(found) | {"passed": found.passed})
+    write_json(path.with_name(path.name + ".verify.json"), found.as_json())
     return found
 
 
 def _held_out(
     model: Path, loaded: LoadedModel, data: str | None
-) -> tuple[list[Example], list[str]]:
-    """Return held-out rows with their targets, cut, and the texts that those decode to."""
+) -> tuple[str, list[Example], list[str]]:
+    """Return what they are, held-out rows with their targets, cut, and the texts that those decode
+    to."""
     limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    source = "held-out rows of the run" if data is None else f"rows of {Path(data).name}"
     if data is not None:
         config = DataConfig(data=data, eos=False)
         encoded = load_examples(data, loaded.tokenizer, config, resolve_max_length(config, limit))
@@ -165,11 +134,35 @@ def _held_out(
     decode = loaded.tokenizer.decode
     with tokenizing():
         texts = [str(decode(row.input_ids, skip_special_tokens=True)) for row in rows]
-    return rows, texts
+    return source, rows, texts
+
+
+def _tokenizers(
+    loaded: LoadedModel, runtime: Runtime, texts: Sequence[str]
+) -> tuple[TokenizerResult, ...]:
+    """Compare each of the runtime's tokenizers with the model's own."""
+    return tuple(
+        TokenizerResult(
+            one.name,
+            other_ids((*texts, *PROBE), loaded.tokenizer, one.encode, one.special),
+            one.special,
+            one.bound,
+        )
+        for one in runtime.tokenizers
+    )
 
 
 def _prompt(row: Example) -> list[int]:
     return row.input_ids[: max(row.targets.index(True), PROMPT_TOKENS)]
+
+
+class _Compared(NamedTuple):
+    """How files compare with those of a fresh export."""
+
+    files: int
+    differing: list[str]
+    card: CardState
+    untried: tuple[str, ...]
 
 
 def _differing(
@@ -179,11 +172,8 @@ def _differing(
     requantize: bool,
     trust_remote_code: bool,
     events: Events,
-) -> tuple[list[str], CardState]:
-    """Return the files that differ from those of a fresh export, which is written beside them.
-
-    And how the model card compares.
-    """
+) -> _Compared:
+    """Compare the files with those of a fresh export, which is written beside them."""
     with scratch_folder(path.with_name(f"{path.name}.verify")) as folder:
         fresh = folder / path.name  # the file's name stands in a GGUF file
         export_model(
@@ -199,14 +189,19 @@ def _differing(
             same = _equal(target.card_path(fresh), target.card_path(path))
             card = "as exported" if same else "changed"
         if fresh.is_file():
-            return [] if _equal(fresh, path) else [path.name], card
+            return _Compared(1, [] if _equal(fresh, path) else [path.name], card, ())
         names = {
             str(file.relative_to(top))
             for top in (fresh, path)
             for file in top.rglob("*")
             if file.is_file() and file.suffix != ".md"
         }
-        return sorted(name for name in names if not _equal(fresh / name, path / name)), card
+        optional = target.optional_files()
+        untried = sorted(name for name in names if name in optional)
+        names -= optional.keys()
+        differing = sorted(name for name in names if not _equal(fresh / name, path / name))
+        told = tuple(f"{name}: {optional[name]}" for name in untried)
+        return _Compared(len(names), differing, card, told)
 
 
 def _equal(one: Path, other: Path) -> bool:
@@ -271,27 +266,3 @@ def _first_gap(loaded: LoadedModel, runtime: Runtime, prompt: list[int]) -> floa
 def _logits(loaded: LoadedModel, ids: list[int]) -> Tensor:
     batch = torch.tensor([ids], device=loaded.model.device)
     return loaded.model(batch, use_cache=False).logits[0].float().cpu()
-
-
-def _problems(found: Certificate) -> list[str]:
-    problems = [f"{name} is not what the export writes now" for name in found.differing_files]
-    fidelity = found.fidelity
-    if not fidelity.mean_kl <= MAX_KL:
-        problems.append(f"KL is {fidelity.mean_kl:.2e} nats; the bound is {MAX_KL:.0e}")
-    if found.rounds_activations:
-        change = abs(fidelity.other_perplexity / fidelity.perplexity - 1)
-        if not change <= MAX_PERPLEXITY:
-            problems.append(
-                f"perplexity changes by {change:.2%}; the bound is {MAX_PERPLEXITY:.1%}"
-            )
-    elif not fidelity.logit_difference <= MAX_LOGIT:
-        problems.append(
-            f"a logit differs by {fidelity.logit_difference:.1e} of the largest; the bound is "
-            f"{MAX_LOGIT:.0e}"
-        )
-    same = {
-        "some held-out text is cut into other tokens": found.same_tokens,
-        "the chat template is another one": found.same_template,
-        "the token that ends an answer is another one": found.same_stop_tokens,
-    }
-    return problems + [problem for problem, holds in same.items() if not holds]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from graft.cli.command import Command
@@ -12,7 +13,7 @@ from graft.errors import raise_problems
 from graft.model.config import TrustConfig
 
 if TYPE_CHECKING:
-    from graft.api.verify import Certificate
+    from graft.api.certificate import Certificate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,33 +50,22 @@ def verify(arguments: VerifyArguments) -> None:
             events=events,
         )
     if arguments.json:
-        show_json(asdict(found) | {"passed": found.passed})
+        show_json(found.as_json())
     else:
-        for name, value in _lines(found).items():
-            show(f"{name:<24}{value}")
+        for name, value in _lines(found):
+            show(f"{name:<16}{value}")
     raise_problems(found.problems, f"{found.file} is not verified")
 
 
-def _lines(found: Certificate) -> dict[str, str]:
-    fidelity = found.fidelity
-    differing = ", ".join(found.differing_files)
-    gap = f", the first other token where our two best logits are {found.largest_gap:.2g} apart"
-    return {
-        "file": f"{found.file} ({found.target})",
-        "size": f"{found.bytes:,} bytes, {found.bits_per_weight:.2f} bits per weight in all",
-        "weights, tokenizer": f"differ: {differing}" if differing else "equal, byte for byte",
-        "model card": found.card,
-        "KL": f"{fidelity.mean_kl:.2e} nats over {fidelity.positions:,} targets",
-        "same next token": f"{fidelity.top1_agreement:.2%}",
-        "largest difference": f"{fidelity.logit_difference:.1e} of the largest logit",
-        "perplexity": f"{fidelity.other_perplexity:.4f}, trained {fidelity.perplexity:.4f}",
-        "greedy texts": f"{found.equal_texts} of {found.texts} equal"
-        + (gap if found.equal_texts < found.texts else ""),
-        "tokens of texts": "equal" if found.same_tokens else "differ",
-        "chat template": "equal" if found.same_template else "differs",
-        "stop token": "equal" if found.same_stop_tokens else "differs",
-        "verdict": "the file is the trained model" if found.passed else "not verified",
-    }
+def _lines(found: Certificate) -> Iterator[tuple[str, str]]:
+    yield "file", f"{found.file} ({found.target})"
+    yield "size", f"{found.bytes:,} bytes, {found.bits_per_weight:.2f} bits per weight in all"
+    for sentence in found.compared:
+        what, _, rest = sentence.partition(": ")
+        yield what, rest
+    for name in found.not_compared:
+        yield "not compared", name
+    yield "verdict", "the file is the trained model" if found.passed else "not verified"
 
 
 COMMAND = Command(arguments=VerifyArguments, run=verify)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -141,6 +141,10 @@ class Target(ABC):
     def matches(self, path: Path) -> bool:
         """Return whether `path` was exported to this target, or to one that it is a case of."""
         return False
+
+    def optional_files(self) -> Mapping[str, str]:
+        """Return the files that cannot be written on this machine, and why; see `verify`."""
+        return {}
 
     def rounds_activations(self, loaded: LoadedModel) -> bool:
         """Return whether its runtime computes a model's activations in fewer digits than float32's.

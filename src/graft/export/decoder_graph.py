@@ -1,9 +1,8 @@
 """A decoder of the Llama family as a graph of plain operations, written once for every runtime.
 
 `DecoderGraph.build` walks the model and calls the operations of a `GraphOps`, which a runtime's
-file implements (`onnx_export`, `openvino_export`). Inputs: input_ids, attention_mask, position_ids
-and the cache past_key_values.N.key and .value; outputs: logits and the longer cache
-present.N.key and .value.
+file implements (`onnx/write.py`, `openvino/write.py`). Inputs are input_ids, attention_mask and
+position_ids, the output is logits; where the cache of keys and values lies is the runtime's affair.
 """
 
 from __future__ import annotations
@@ -31,11 +30,13 @@ class GraphOps(Protocol):
     def ids(self, name: str, sizes: tuple[str, str]) -> Node:
         """Return an int64 input [sizes]."""
 
-    def cache(self, name: str, heads: int, width: int) -> Node:
-        """Return a float32 input [batch, heads, past, width]."""
+    def cached(self, layer: int, kind: str, new: Node, heads: int, width: int) -> Node:
+        """Return a layer's past keys or values (`kind`), float32 [batch, heads, past, width], with
+        the new ones behind them, and keep them for the next tokens.
+        """
 
-    def output(self, name: str, value: Node) -> None:
-        """Make a value an output."""
+    def logits(self, value: Node) -> None:
+        """Make a value the output."""
 
     def constant(self, name: str, value: Tensor) -> Node:
         """Return a small constant."""
@@ -125,7 +126,7 @@ class DecoderGraph:
         hidden = self._norm(hidden, decoder.get_submodule("norm"), "model.norm")
         head = self._model.get_output_embeddings()
         assert head is not None
-        ops.output("logits", self._linear(hidden, head, "lm_head"))
+        ops.logits(self._linear(hidden, head, "lm_head"))
 
     def _embedding(self) -> Tensor:
         return self._model.get_input_embeddings().get_parameter("weight")
@@ -163,12 +164,10 @@ class DecoderGraph:
             for part, heads in (("q_proj", self._heads), ("k_proj", groups), ("v_proj", groups))
         )
         query, key = self._rotated(query), self._rotated(key)
-        cache = []
-        for kind, new in (("key", key), ("value", value)):
-            past = ops.cache(f"past_key_values.{index}.{kind}", groups, width)
-            cache.append(ops.concat([past, new], 2))
-            ops.output(f"present.{index}.{kind}", cache[-1])
-        key, value = cache
+        key, value = (
+            ops.cached(index, kind, new, groups, width)
+            for kind, new in (("key", key), ("value", value))
+        )
         query = ops.reshape(query, (0, groups, -1, width))
         scale = ops.constant(f"{name}.scale", torch.tensor(float(module.scaling)))  # type: ignore[arg-type]
         scores = ops.multiply(ops.matmul(query, key, transposed=True), scale)

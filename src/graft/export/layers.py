@@ -19,6 +19,9 @@ from graft.formats.int_group import IntGroupFormat
 from graft.kernels.packed.planes import PLANES, unpack_codes
 from graft.layers.frozen import FrozenLinear
 from graft.model.families import Architecture
+from graft.model.load import LoadedModel
+from graft.model.save import narrowed
+from graft.text import quoted
 
 _CACHED = 1 << 18
 """Bytes of codes that are moved at a time, with room for a few temporaries in a core's cache."""
@@ -153,6 +156,51 @@ def format_problems(
     return problems
 
 
+@dataclass(frozen=True)
+class ModelIds:
+    """The tokens that a program which generates must know, of those that the model has rows for."""
+
+    ends: list[int]
+    """Those that end an answer, as in `graft chat`; empty: none does."""
+    begin: int | None
+    pad: int
+    """What shorter rows of a batch are filled up with; a mask hides it."""
+
+
+def model_ids(loaded: LoadedModel) -> ModelIds:
+    """Return them as generation_config.json has them, else as the tokenizer does."""
+    generation, tokenizer = loaded.model.generation_config, loaded.tokenizer
+    rows = int(loaded.model.config.vocab_size)
+
+    def found(name: str) -> list[int]:
+        for value in (getattr(generation, name, None), getattr(tokenizer, name)):
+            ids = value if isinstance(value, list) else [value]
+            known = [index for index in ids if index is not None and 0 <= index < rows]
+            if known:
+                return known
+        return []
+
+    ends, begins = found("eos_token_id"), found("bos_token_id")
+    pads = [*found("pad_token_id"), *ends, 0]
+    return ModelIds(ends, begins[0] if begins else None, pads[0])
+
+
+def surplus_notes(loaded: LoadedModel) -> tuple[str, ...]:
+    """Return what to tell where the tokenizer has tokens that the model has no rows for."""
+    rows = int(loaded.model.config.vocab_size)
+    surplus = sorted(
+        (index, token) for token, index in loaded.tokenizer.get_vocab().items() if index >= rows
+    )
+    if not surplus:
+        return ()
+    index, token = surplus[0]
+    many = f"{len(surplus)} tokens" if len(surplus) > 1 else "a token"
+    return (
+        f"the tokenizer has {many} that the model has no row for ({quoted(token)} is {index}, the "
+        f"model has {rows} rows); a text that holds one cannot be computed",
+    )
+
+
 def layer_problems(
     model: PreTrainedModel, target: str, bits: Sequence[int], group_sizes: Sequence[int]
 ) -> list[str]:
@@ -234,6 +282,20 @@ def zero_points(layer: FrozenLinear) -> Tensor:
     """
     offsets = layer.packed["offsets"].detach().cpu().double()
     return (-offsets / layer.packed["scales"].detach().cpu().double()).float()
+
+
+def stored_dtype(weight: Tensor | FrozenLinear, source: torch.dtype) -> torch.dtype:
+    """Return the dtype that an unquantised weight is written in, for what computes in float32.
+
+    That is the 16 bits of the source where they hold every value, else float32.
+    """
+    if isinstance(weight, FrozenLinear):
+        if weight.weight_format.quantised:
+            return torch.float32
+        weight = weight.packed["weight"]
+    if source.itemsize != 2:
+        return torch.float32
+    return narrowed(weight, source).dtype
 
 
 def require_finite(target: str, tensor: Tensor) -> None:

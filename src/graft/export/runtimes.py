@@ -5,28 +5,47 @@ Each target's `runtime.py` is the only place that imports its runtime.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from torch import Tensor
 
 from graft.errors import GraftError
-from graft.model.folder import read_config, read_tokenizer
-from graft.model.gguf.layout import head_dim
-from graft.understood import tokenizing
+from graft.model.folder import read_tokenizer
+
+
+class ItsTokenizer(NamedTuple):
+    """A tokenizer that a program cuts texts with, for a file."""
+
+    name: str
+    encode: Callable[[str], Sequence[int]]
+    """Text -> ids."""
+    special: bool = True
+    """It puts special tokens around a text, where the model's own does."""
+    bound: bool = True
+    """`verify` fails where it cuts a text otherwise; False for a program beside the runtime."""
 
 
 class Runtime(Protocol):
     """A model as its runtime computes it."""
 
+    @property
+    def program(self) -> str:
+        """The program, its version and what it computes in, in words."""
+
+    @property
+    def tokenizers(self) -> tuple[ItsTokenizer, ...]:
+        """What cuts texts for it."""
+
+    @property
+    def untried(self) -> tuple[str, ...]:
+        """What of it `verify` cannot compare here, or does not, in words."""
+
     def logits(self, ids: Sequence[int]) -> Tensor:
         """Return float32 [tokens, vocabulary] of a text."""
-
-    def encode(self, text: str) -> list[int]:
-        """Return the ids of a text, special tokens around it included."""
 
     @property
     def chat_template(self) -> str | None:
@@ -52,10 +71,23 @@ class FolderRuntime:
     def __init__(self, path: Path) -> None:
         self._tokenizer = read_tokenizer(path)
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def program(self) -> str:
         """See `Runtime`."""
-        with tokenizing():
-            ids: list[int] = self._tokenizer(text)["input_ids"]
+        return type(self).__name__
+
+    @property
+    def tokenizers(self) -> tuple[ItsTokenizer, ...]:
+        """See `Runtime`."""
+        return (ItsTokenizer("Transformers, from the folder", self._ids),)
+
+    @property
+    def untried(self) -> tuple[str, ...]:
+        """See `Runtime`."""
+        return ()
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(text)["input_ids"]
         return ids
 
     @property
@@ -69,24 +101,10 @@ class FolderRuntime:
         return {self._tokenizer.eos_token_id} - {None}
 
 
-class GraphRuntime(FolderRuntime):
-    """A folder with a graph whose inputs are those of `decoder_graph`."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self._config = read_config(path)
-
-    def feeds(self, ids: Sequence[int]) -> dict[str, Any]:
-        """Return the graph's inputs for a text from its beginning."""
-        count, config = len(ids), self._config
-        empty = np.zeros((1, config.num_key_value_heads, 0, head_dim(config)), np.float32)
-        cache = {
-            f"past_key_values.{layer}.{kind}": empty
-            for layer in range(config.num_hidden_layers)
-            for kind in ("key", "value")
-        }
-        return cache | {
-            "input_ids": np.array([list(ids)], np.int64),
-            "attention_mask": np.ones((1, count), np.int64),
-            "position_ids": np.arange(count, dtype=np.int64)[None],
-        }
+def inputs(ids: Sequence[int]) -> dict[str, Any]:
+    """Return the inputs of a graph of `decoder_graph` for a text from its beginning."""
+    return {
+        "input_ids": np.array([list(ids)], np.int64),
+        "attention_mask": np.ones((1, len(ids)), np.int64),
+        "position_ids": np.arange(len(ids), dtype=np.int64)[None],
+    }

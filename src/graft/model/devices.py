@@ -26,11 +26,18 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, source: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the compute dtype for 'auto', 'float32' or 'bfloat16'.
+    """Return the compute dtype for 'auto', 'exact', 'stored', 'float32' or 'bfloat16'.
 
     auto keeps a float32 checkpoint in float32; a 16-bit one computes in bfloat16 where the machine
-    has instructions for it, else in float32.
+    has instructions for it, else in float32. exact is auto, except that a float16 checkpoint, whose
+    weights bfloat16 does not hold, computes in float32. stored is for a model that computes
+    nothing: the source's own dtype.
     """
+    narrow = (torch.float16, torch.bfloat16)
+    if name == "stored":
+        return source if source in narrow else torch.float32
+    if name == "exact":
+        name = "float32" if source is torch.float16 else "auto"
     if name != "auto":
         return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
     if source in (torch.float32, torch.float64):

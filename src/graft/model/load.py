@@ -56,7 +56,8 @@ def load_model(
     The peak is the quantised model plus its largest tensor and what rounding that takes. `pack`
     rounds a layer's weight (default: the format's own `pack`, to nearest). A folder that
     graft quantised is memory-mapped as it is, and then weight_format must be None. With no
-    weight_format every layer stays as it is. Nothing in the result requires a gradient.
+    weight_format every layer stays as it is. Nothing in the result requires a gradient. dtype: see
+    `resolve_dtype`; 'stored' leaves every tensor as it is in the files.
 
     Raises GraftError with everything that does not fit, before any weight is read.
     """
@@ -79,7 +80,8 @@ def load_model(
             else:
                 formats = dict.fromkeys(select_targets(built, targets), weight_format)
         pack = pack or (lambda _, weight, chosen: chosen.pack(weight))
-        loader = _Loader(built, files, formats, stored, compute_dtype, target_device, pack)
+        kept = None if dtype == "stored" else compute_dtype
+        loader = _Loader(built, files, formats, stored, kept, target_device, pack)
         loader.run(on_tensor)
     if generation_config is not None:
         built.generation_config = generation_config
@@ -96,10 +98,11 @@ class _Loader:
         files: WeightFiles,
         formats: dict[str, WeightFormat],
         stored: bool,
-        dtype: torch.dtype,
+        dtype: torch.dtype | None,
         device: torch.device,
         pack: PackLayer,
     ) -> None:
+        """dtype: what floats become; None: nothing else."""
         self.model, self.files, self.formats, self.pack = model, files, formats, pack
         self.stored, self.dtype, self.device = stored, dtype, device
         self.tied = set(model.all_tied_weights_keys)
@@ -207,7 +210,8 @@ class _Loader:
     def _assign(self, name: str, tensor: torch.Tensor) -> None:
         parent_name, _, child = name.rpartition(".")
         parent = self.model.get_submodule(parent_name)
-        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        keeps = self.dtype is None or not tensor.is_floating_point()
+        dtype = tensor.dtype if keeps else self.dtype
         value: Any = tensor.to(self.device, dtype)
         if isinstance(getattr(parent, child), nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graft.export.runtimes import loading
+from graft.export.runtimes import ItsTokenizer, loading
 
 
 class LlamaCpp:
@@ -35,8 +35,27 @@ class LlamaCpp:
         self._engine.eval(list(ids))
         return torch.from_numpy(np.array(self._engine.scores[: len(ids)])).float()
 
-    def encode(self, text: str) -> list[int]:
+    @property
+    def program(self) -> str:
         """See `Runtime`."""
+        import llama_cpp
+
+        return (
+            f"llama.cpp by llama-cpp-python {llama_cpp.__version__}, which rounds activations to 8 "
+            "bits where weights are integers, its cache of keys and values in float32"
+        )
+
+    @property
+    def tokenizers(self) -> tuple[ItsTokenizer, ...]:
+        """See `Runtime`."""
+        return (ItsTokenizer("llama.cpp, from the file", self._ids),)
+
+    @property
+    def untried(self) -> tuple[str, ...]:
+        """See `Runtime`."""
+        return ("llama.cpp with another cache (float16 by default) or on a GPU",)
+
+    def _ids(self, text: str) -> list[int]:
         return list(self._engine.tokenize(text.encode(), add_bos=True, special=False))
 
     @property

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 
 from graft.export.runtimes import FolderRuntime
@@ -18,6 +19,11 @@ class Transformers(FolderRuntime):
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self._model = load_model(str(path), dtype="float32", device="cpu").model
+
+    @property
+    def program(self) -> str:
+        """See `Runtime`."""
+        return f"Transformers {transformers.__version__}, loaded by graft, in float32"
 
     @torch.no_grad()
     def logits(self, ids: Sequence[int]) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graft.export.runtimes import FolderRuntime, loading
+from graft.export.runtimes import FolderRuntime, ItsTokenizer, loading
 
 
 class MlxLm(FolderRuntime):
@@ -20,7 +20,19 @@ class MlxLm(FolderRuntime):
         import mlx_lm
 
         with loading(path, "mlx_lm", ValueError, RuntimeError, KeyError):
-            self._model = mlx_lm.load(str(path))[0]
+            self._model, self._words = mlx_lm.load(str(path))[:2]
+
+    @property
+    def program(self) -> str:
+        """See `Runtime`."""
+        import mlx_lm
+
+        return f"mlx-lm {mlx_lm.__version__}, in the dtype of the file"
+
+    @property
+    def tokenizers(self) -> tuple[ItsTokenizer, ...]:
+        """See `Runtime`."""
+        return (ItsTokenizer("mlx-lm, from the folder", self._words.encode),)
 
     def logits(self, ids: Sequence[int]) -> Tensor:
         """See `Runtime`."""

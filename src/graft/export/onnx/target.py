@@ -29,17 +29,25 @@ class OnnxTarget(Target):
     def write(
         self, loaded: LoadedModel, path: Path, origin: Origin, on_tensor: OnTensor
     ) -> tuple[str, ...]:
-        export_onnx(loaded, path, on_tensor)
-        return ()
+        return export_onnx(loaded, path, on_tensor)
 
     def usage(self, file: str, base: str | None) -> Usage:
         return Usage(
-            "In this folder; `input_ids`, `attention_mask`, `position_ids` and an empty cache go "
-            "in, `logits` and the longer cache come out:",
+            "In this folder, with ONNX Runtime GenAI (`pip install onnxruntime-genai`). In plain "
+            "ONNX Runtime `input_ids`, `attention_mask`, `position_ids` and an empty cache go into "
+            "`model.onnx`, `logits` and the longer cache come out.",
             "python",
-            'import onnxruntime\n\nsession = onnxruntime.InferenceSession("model.onnx", '
-            'providers=["CPUExecutionProvider"])\n'
-            "print([(one.name, one.type, one.shape) for one in session.get_inputs()])",
+            "import onnxruntime_genai as og\n\n"
+            'model = og.Model(".")\n'
+            "tokenizer = og.Tokenizer(model)\n"
+            'tokenizer.update_options(add_special_tokens="true")\n'
+            "options = og.GeneratorParams(model)\n"
+            "options.set_search_options(max_length=64)\n"
+            "generator = og.Generator(model, options)\n"
+            'generator.append_tokens(tokenizer.encode("Hello"))\n'
+            "while not generator.is_done():\n"
+            "    generator.generate_next_token()\n"
+            "print(tokenizer.decode(generator.get_sequence(0)))",
         )
 
     def matches(self, path: Path) -> bool:

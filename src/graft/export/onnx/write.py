@@ -25,9 +25,12 @@ from graft.export.layers import (
     package_problems,
     scales,
     side_by_side,
+    stored_dtype,
+    surplus_notes,
     zero_points,
 )
-from graft.files.write import new_folder
+from graft.export.onnx.genai import CONFIG, genai_config, genai_notes
+from graft.files.write import new_folder, write_json
 from graft.formats.base import WeightFormat
 from graft.layers.frozen import FrozenLinear
 from graft.model.families import exported
@@ -56,30 +59,36 @@ def check_onnx(model: PreTrainedModel) -> list[str]:
     return problems + layer_problems(model, "ONNX", BITS, GROUP_SIZES)
 
 
-def export_onnx(loaded: LoadedModel, folder: Path, on_tensor: OnTensor | None = None) -> None:
-    """Write model.onnx, its data, the configuration and the tokenizer as a folder.
+def export_onnx(
+    loaded: LoadedModel, folder: Path, on_tensor: OnTensor | None = None
+) -> tuple[str, ...]:
+    """Write model.onnx, its data, the configurations and the tokenizer as a folder.
 
-    Everything but the integers is float32, and computed so. One weight at a time is in memory; the
-    folder appears under its name only when it is complete. Raises GraftError, with every reason,
-    before anything is written.
+    Everything is computed in float32; an unquantised weight is stored in the source's 16 bits where
+    they hold it, which widen without loss. One weight at a time is in memory; the folder appears
+    under its name only when it is complete. Returns what is worth telling. Raises GraftError, with
+    every reason, before anything is written.
     """
     raise_problems(check_onnx(loaded.model), "cannot export to ONNX")
     import onnx
 
-    ops = _OnnxOps()
+    ops = _OnnxOps(loaded.source_dtype)
     DecoderGraph(loaded.model, ops).build()
     with new_folder(folder) as part:
         write_tensors(part / DATA, ops.stored, alignment=_ALIGNED, on_tensor=on_tensor)
         onnx.save(ops.model(), part / GRAPH)
         write_model_files(loaded, part, torch.float32)
+        write_json(part / CONFIG, genai_config(loaded, GRAPH))
+    return (*surplus_notes(loaded), *genai_notes(loaded))
 
 
 class _OnnxOps:
     """`GraphOps` as ONNX nodes."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: torch.dtype) -> None:
         import onnx
 
+        self._source = source
         self.stored: list[FileTensor] = []
         """The weights, whose data lie in the file beside the graph."""
         self._make, self._from_numpy = onnx.helper, onnx.numpy_helper.from_array
@@ -88,7 +97,8 @@ class _OnnxOps:
         self._inputs: list[Any] = []
         self._outputs: list[Any] = []
         self._small: list[Any] = []
-        self._tables: dict[int, str] = {}
+        self._tables: dict[int, tuple[str, torch.dtype]] = {}
+        self._wholes: dict[tuple[int, ...], Node] = {}
         self._count = 0
 
     def _node(self, kind: str, inputs: Sequence[Node], domain: str = "", **attributes: Any) -> Node:
@@ -106,7 +116,10 @@ class _OnnxOps:
         return name
 
     def _whole(self, *values: int) -> Node:
-        return self.constant("sizes", torch.tensor(values, dtype=torch.int64))
+        if values not in self._wholes:
+            numbers = torch.tensor(values, dtype=torch.int64)
+            self._wholes[values] = self.constant("sizes", numbers)
+        return self._wholes[values]
 
     def _stored(
         self, name: str, shape: Sequence[int], dtype: torch.dtype, make: Callable[[], Tensor]
@@ -133,6 +146,8 @@ class _OnnxOps:
         """Return what the graph says of each weight: where its data lie."""
         kinds = {
             torch.float32: self._proto.FLOAT,
+            torch.float16: self._proto.FLOAT16,
+            torch.bfloat16: self._proto.BFLOAT16,
             torch.uint8: self._proto.UINT8,
         }
         found = []
@@ -145,7 +160,7 @@ class _OnnxOps:
             found.append(proto)
         return found
 
-    def _value(self, name: str, integers: bool, sizes: Sequence[int | str]) -> Any:
+    def _value(self, name: str, integers: bool, sizes: Sequence[int | str | None]) -> Any:
         kind = self._proto.INT64 if integers else self._proto.FLOAT
         return self._make.make_tensor_value_info(name, kind, list(sizes))
 
@@ -153,41 +168,50 @@ class _OnnxOps:
         self._inputs.append(self._value(name, True, sizes))
         return name
 
-    def cache(self, name: str, heads: int, width: int) -> Node:
-        self._inputs.append(self._value(name, False, ("batch", heads, "past", width)))
-        return name
+    def cached(self, layer: int, kind: str, new: Node, heads: int, width: int) -> Node:
+        past = f"past_key_values.{layer}.{kind}"
+        self._inputs.append(self._value(past, False, ("batch", heads, "past", width)))
+        together = self.concat([past, new], 2)
+        self._output(f"present.{layer}.{kind}", together, ("batch", heads, "total", width))
+        return together
 
-    def output(self, name: str, value: Node) -> None:
-        sizes: tuple[int | str | None, ...] = ("batch", "tokens", None)
-        if name != "logits":
-            sizes = ("batch", None, "total", None)
+    def logits(self, value: Node) -> None:
+        self._output("logits", value, ("batch", "tokens", None))
+
+    def _output(self, name: str, value: Node, sizes: Sequence[int | str | None]) -> None:
         self._nodes.append(self._make.make_node("Identity", [value], [name], name=name))
-        self._outputs.append(self._value(name, False, sizes))  # type: ignore[arg-type]
+        self._outputs.append(self._value(name, False, sizes))
+
+    def _widened(self, stored: Node, dtype: torch.dtype) -> Node:
+        """Return float32 of what is stored; ONNX Runtime widens a constant once, as it loads."""
+        return stored if dtype is torch.float32 else self._node("Cast", [stored], to=1)
 
     def rows(self, name: str, table: Tensor, ids: Node) -> Node:
-        stored = self._stored(f"{name}.weight", table.shape, torch.float32, lambda: table.float())
-        self._tables[table.data_ptr()] = stored
-        return self._node("Gather", [stored, ids], axis=0)
+        dtype = stored_dtype(table, self._source)
+        stored = self._stored(f"{name}.weight", table.shape, dtype, lambda: table.to(dtype))
+        self._tables[table.data_ptr()] = stored, dtype
+        return self._widened(self._node("Gather", [stored, ids], axis=0), dtype)
 
     def dense(self, name: str, x: Node, weight: Tensor | FrozenLinear) -> Node:
         if isinstance(weight, Tensor) and weight.data_ptr() in self._tables:
             rows, columns = weight.shape
             flat = self.reshape(x, (-1, columns))
-            y = self._node("Gemm", [flat, self._tables[weight.data_ptr()]], transB=1)
+            table = self._widened(*self._tables[weight.data_ptr()])
+            y = self._node("Gemm", [flat, table], transB=1)
             sizes = self.concat([self._part_of_sizes(x), self._whole(rows)], 0)
             return self._node("Reshape", [y, sizes])
-        layer = weight
+        layer, dtype = weight, stored_dtype(weight, self._source)
 
         def make() -> Tensor:
-            dense = layer if isinstance(layer, Tensor) else layer.dense_weight(torch.float32)
-            return dense.float().T
+            dense = layer if isinstance(layer, Tensor) else layer.dense_weight(dtype)
+            return dense.to(dtype).T
 
         if isinstance(weight, Tensor):
             rows, columns = weight.shape
         else:
             rows, columns = weight.out_features, weight.in_features
-        stored = self._stored(f"{name}.weight", (columns, rows), torch.float32, make)
-        return self._node("MatMul", [x, stored])
+        stored = self._stored(f"{name}.weight", (columns, rows), dtype, make)
+        return self._node("MatMul", [x, self._widened(stored, dtype)])
 
     def _part_of_sizes(self, x: Node) -> Node:
         return self._node("Slice", [self._node("Shape", [x]), self._whole(0), self._whole(2)])

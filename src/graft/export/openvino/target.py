@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
 from graft.export.base import OnTensor, Origin, RuntimePackage, Target, Usage
 from graft.export.openvino.runtime import OpenVino
+from graft.export.openvino.tokenizers import DETOKENIZER, PACKAGE, TOKENIZER
 from graft.export.openvino.write import BITS, GRAPH, check_openvino_plan, export_openvino
 from graft.export.runtimes import Runtime
 from graft.formats.base import WeightFormat
@@ -33,14 +35,23 @@ class OpenVinoTarget(Target):
 
     def usage(self, file: str, base: str | None) -> Usage:
         return Usage(
-            "In this folder; the hint keeps OpenVINO from computing in bf16:",
+            "In this folder, with OpenVINO GenAI (`pip install openvino-genai`); the hint keeps "
+            "OpenVINO from computing in bf16:",
             "python",
-            'import openvino\n\ncompiled = openvino.Core().compile_model("openvino_model.xml", '
-            '"CPU", {"INFERENCE_PRECISION_HINT": "f32"})\nprint(compiled.inputs)',
+            "import openvino_genai\n\n"
+            'pipe = openvino_genai.LLMPipeline(".", "CPU", INFERENCE_PRECISION_HINT="f32")\n'
+            'print(pipe.generate("Hello", max_new_tokens=64))',
         )
 
     def matches(self, path: Path) -> bool:
         return (path / GRAPH).is_file()
+
+    def optional_files(self) -> dict[str, str]:
+        if find_spec(PACKAGE) is not None:
+            return {}
+        graphs = (Path(TOKENIZER), Path(DETOKENIZER))
+        why = "openvino-tokenizers, which writes it, is not installed"
+        return {str(graph.with_suffix(end)): why for graph in graphs for end in (".xml", ".bin")}
 
     def load(self, path: Path, tokens: int) -> Runtime:
         return OpenVino(path)

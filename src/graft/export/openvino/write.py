@@ -10,7 +10,6 @@ in openvino_model.bin, and the parameters in openvino_model.xml become constants
 
 from __future__ import annotations
 
-import errno
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,10 +33,14 @@ from graft.export.layers import (
     scales,
     short_group_notes,
     side_by_side,
+    stored_dtype,
+    surplus_notes,
     whole_groups,
     zero_points,
 )
-from graft.files.write import new_folder, replacing
+from graft.export.openvino.graph_file import saved_graph
+from graft.export.openvino.tokenizers import write_openvino_tokenizer
+from graft.files.write import new_folder
 from graft.formats.base import WeightFormat
 from graft.formats.int_group import GROUP_SIZES
 from graft.layers.frozen import FrozenLinear
@@ -73,38 +76,38 @@ def check_openvino(model: PreTrainedModel) -> list[str]:
 def export_openvino(
     loaded: LoadedModel, folder: Path, on_tensor: OnTensor | None = None
 ) -> FolderReport:
-    """Write openvino_model.xml and .bin, the configuration and the tokenizer as a folder.
+    """Write openvino_model.xml and .bin, the configurations and the tokenizer as a folder.
 
-    Everything but the integers is float32. One weight at a time is in memory; the folder appears
-    under its name only when it is complete. Raises GraftError, with every reason, before anything
-    is written.
+    Everything is computed in float32; an unquantised weight is stored in the source's 16 bits where
+    they hold it, which widen without loss. The tokenizer is there as Transformers reads it, and as
+    OpenVINO's own models where openvino-tokenizers is installed and has a form of it. One weight at
+    a time is in memory; the folder appears under its name only when it is complete. Raises
+    GraftError, with every reason, before anything is written.
     """
     raise_problems(check_openvino(loaded.model), "cannot export to OpenVINO")
-    import openvino
-
-    ops = _OpenVinoOps()
+    ops = _OpenVinoOps(loaded.source_dtype)
     DecoderGraph(loaded.model, ops).build()
     with new_folder(folder) as part:
-        try:
-            openvino.save_model(ops.model(), part / GRAPH, compress_to_fp16=False)
-        except RuntimeError as error:  # also of a full disk
-            raise OSError(errno.EIO, f"the graph: {str(error)[:300]}") from error
-        small = (part / DATA).read_bytes()
-        small += bytes(-len(small) % _ALIGNED)
-        write_tensors(
-            part / DATA, ops.stored, header=small, alignment=_ALIGNED, on_tensor=on_tensor
-        )
-        _place_constants(part / GRAPH, ops.stored, len(small))
+        with saved_graph(ops.model(), part / GRAPH) as tree:
+            small = (part / DATA).read_bytes()
+            small += bytes(-len(small) % _ALIGNED)
+            write_tensors(
+                part / DATA, ops.stored, header=small, alignment=_ALIGNED, on_tensor=on_tensor
+            )
+            _place_constants(tree, ops.stored, len(small))
         write_model_files(loaded, part, torch.float32)
+        told = write_openvino_tokenizer(part, int(loaded.model.config.vocab_size))
     short = tuple(ops.float32_layers)
-    return FolderReport(short, (_HINT, *short_group_notes("OpenVINO", short)))
+    notes = (*short_group_notes("OpenVINO", short), *surplus_notes(loaded), *told)
+    return FolderReport(short, (_HINT, *notes))
 
 
-def _place_constants(graph: Path, stored: Sequence[FileTensor], begin: int) -> None:
+def _place_constants(
+    tree: ElementTree.ElementTree[Any], stored: Sequence[FileTensor], begin: int
+) -> None:
     """Make constants of the parameters that stand for the stored tensors, which begin there."""
     places = dict(zip((tensor.name for tensor in stored), starts(stored, _ALIGNED), strict=True))
     sizes = {tensor.name: tensor.bytes for tensor in stored}
-    tree = ElementTree.parse(graph)
     for layer in tree.iterfind("./layers/layer[@type='Parameter']"):
         name, data = layer.attrib["name"], layer.find("data")
         if name in places:
@@ -115,17 +118,16 @@ def _place_constants(graph: Path, stored: Sequence[FileTensor], begin: int) -> N
     assert not places, "every stored tensor has its place in the graph"
     for written_by in tree.findall("./rt_info"):  # which version of OpenVINO
         tree.getroot().remove(written_by)
-    with replacing(graph) as temporary:
-        tree.write(temporary, encoding="utf-8", xml_declaration=True)
 
 
 class _OpenVinoOps:
     """`GraphOps` as nodes of OpenVINO's operation set 13."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: torch.dtype) -> None:
         import openvino
         from openvino import opset13
 
+        self._source = source
         self.stored: list[FileTensor] = []
         """The weights, in the order in which they lie in the file."""
         self.float32_layers: list[str] = []
@@ -133,11 +135,15 @@ class _OpenVinoOps:
         self._parameters: list[Any] = []
         self._weights: list[Any] = []
         self._results: list[Any] = []
+        self._kept: list[Any] = []
+        self._empty: dict[tuple[int, int], Node] = {}
         self._tables: dict[int, Node] = {}
+        self._wholes: dict[tuple[int, ...], Node] = {}
 
     def model(self) -> Any:
         """Return the finished model, its nodes named by their place: equal models, equal files."""
-        model = self._ov.Model(self._results, self._parameters + self._weights, "decoder")
+        inputs = self._parameters + self._weights
+        model = self._ov.Model(self._results, self._kept, inputs, "decoder")
         for index, node in enumerate(model.get_ordered_ops()):
             if re.fullmatch(r"\w+_\d+", node.get_friendly_name()):  # OpenVINO's own running number
                 node.set_friendly_name(f"{node.get_type_name()}_{index}")
@@ -150,22 +156,45 @@ class _OpenVinoOps:
         return parameter
 
     def ids(self, name: str, sizes: tuple[str, str]) -> Node:
-        return self._input(name, self._ov.Type.i64, (-1, -1))
+        ids = self._input(name, self._ov.Type.i64, (-1, -1))
+        if name == "input_ids":
+            self._batch = self.size(ids, 0)
+        return ids
 
-    def cache(self, name: str, heads: int, width: int) -> Node:
-        return self._input(name, self._ov.Type.f32, (-1, heads, -1, width))
+    def cached(self, layer: int, kind: str, new: Node, heads: int, width: int) -> Node:
+        """A variable, whose rows `beam_idx` orders anew, as OpenVINO GenAI expects."""
+        if not self._empty:
+            self._beams = self._input("beam_idx", self._ov.Type.i32, (-1,))
+        if (heads, width) not in self._empty:
+            sizes = [self._batch, self._whole(heads, 0, width)]
+            zero = self.constant("zero", torch.tensor(0.0))
+            self._empty[heads, width] = self._set.broadcast(zero, self.concat(sizes, 0))
+        name = f"past_key_values.{layer}.{kind}present.{layer}.{kind}"
+        shape = self._ov.PartialShape([-1, heads, -1, width])
+        info = self._ov.op.util.VariableInfo()
+        info.data_shape, info.data_type, info.variable_id = shape, self._ov.Type.f32, name
+        variable = self._ov.op.util.Variable(info)
+        past = self._ov.op.read_value(self._empty[heads, width], variable)
+        past.set_friendly_name(f"past_key_values.{layer}.{kind}")
+        together = self.concat([self._set.gather(past, self._beams, self._whole(0)), new], 2)
+        keeping = self._ov.op.assign(together, variable)
+        keeping.set_friendly_name(f"present.{layer}.{kind}")
+        self._kept.append(keeping)
+        return together
 
-    def output(self, name: str, value: Node) -> None:
+    def logits(self, value: Node) -> None:
         result = self._set.result(value)
-        value.output(0).get_tensor().add_names({name})
-        result.set_friendly_name(name)
+        value.output(0).get_tensor().add_names({"logits"})
+        result.set_friendly_name("logits")
         self._results.append(result)
 
     def constant(self, name: str, value: Tensor) -> Node:
         return self._set.constant(value.detach().cpu().numpy(), name=name)
 
     def _whole(self, *values: int) -> Node:
-        return self._set.constant(np.array(values, np.int64))
+        if values not in self._wholes:
+            self._wholes[values] = self._set.constant(np.array(values, np.int64))
+        return self._wholes[values]
 
     def _stored(
         self, name: str, shape: Sequence[int], tensor: FileTensor, kind: Any = None
@@ -176,22 +205,32 @@ class _OpenVinoOps:
         self.stored.append(tensor)
         return parameter
 
-    def _float32(self, name: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Node:
-        return self._stored(name, shape, FileTensor(name, shape, torch.float32, make))
+    def _float(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, make: Callable[[], Tensor]
+    ) -> Node:
+        """Return float32 of a weight that is stored in `dtype`."""
+        types = self._ov.Type
+        kinds = {torch.bfloat16: types.bf16, torch.float16: types.f16}
+        kind = kinds.get(dtype, types.f32)
+        stored = self._stored(name, shape, FileTensor(name, shape, dtype, make), kind)
+        return stored if dtype is torch.float32 else self._set.convert(stored, "f32")
+
+    def _dense(self, name: str, weight: Tensor | FrozenLinear) -> Node:
+        dtype = stored_dtype(weight, self._source)
+        if isinstance(weight, Tensor):
+            return self._float(name, tuple(weight.shape), dtype, lambda: weight.to(dtype))
+        shape = weight.out_features, weight.in_features
+        return self._float(name, shape, dtype, lambda: weight.dense_weight(dtype))
 
     def rows(self, name: str, table: Tensor, ids: Node) -> Node:
-        stored = self._float32(name, tuple(table.shape), lambda: table.float())
+        stored = self._dense(name, table)
         self._tables[table.data_ptr()] = stored
         return self._set.gather(stored, ids, self._whole(0))
 
     def dense(self, name: str, x: Node, weight: Tensor | FrozenLinear) -> Node:
-        if isinstance(weight, Tensor):
-            stored = self._tables.get(weight.data_ptr())
-            if stored is None:
-                stored = self._float32(name, tuple(weight.shape), lambda: weight.float())
-        else:
-            shape = weight.out_features, weight.in_features
-            stored = self._float32(name, shape, lambda: weight.dense_weight(torch.float32))
+        stored = None if isinstance(weight, FrozenLinear) else self._tables.get(weight.data_ptr())
+        if stored is None:
+            stored = self._dense(name, weight)
         return self._set.matmul(x, stored, False, True)
 
     def quantised(self, name: str, x: Node, layer: FrozenLinear) -> Node:
@@ -211,9 +250,10 @@ class _OpenVinoOps:
         kind = self._ov.Type.u8 if bits == 8 else self._ov.Type.u4
         codes = self._stored(name, (rows, groups, size), packed, kind)
         factor, zeros = (
-            self._float32(
+            self._float(
                 f"{name}.{part}",
                 (rows, groups, 1),
+                torch.float32,
                 lambda make=make: make(layer),  # type: ignore[misc]
             )
             for part, make in (("scales", scales), ("zero_points", zero_points))
