@@ -26,21 +26,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from graft.convert.affine import Grid, affine_layer, neighbours, unpack_stream
 from graft.convert.base import Reader
 from graft.convert.folder import FLOATS, WORDS, ForeignFolder, check_parts, plain_tensors, size
 from graft.convert.integer_settings import check_settings
-from graft.convert.integers import (
-    Rounding,
-    fitting_group_size,
-    held_bits,
-    pack_integers,
-    unpack_words,
-    width_of,
-)
+from graft.convert.integers import Rounding, width_of
 from graft.convert.source import DenseLayer, QuantisedLayer, Source
 from graft.errors import GraftError, raise_problems
-from graft.formats.base import Packed
-from graft.formats.int_group import IntGroupFormat
 from graft.model.weight_files import WeightFiles
 from graft.text import quoted
 
@@ -49,9 +41,6 @@ _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in its word each of eight neighbouring outputs lies."""
 _BITS = (4, 5, 6, 7)
 _IN_GEMM_ORDER = ("gemm", "exllama", "ipex")
-
-_Parts = tuple[Tensor, Tensor, Tensor]
-"""Codes uint8 [out, in], and zero points uint8 and scales [out, groups]."""
 
 
 class AwqReader(Reader):
@@ -119,14 +108,15 @@ class _Layers:
                 "parts; the checkpoint is damaged: download it again"
             )
 
-        def parts() -> _Parts:
+        def read() -> Grid:
             codes, zeros = (
-                _in_order(unpack_words(files.read_once(f"{name}.{part}"), bits)).T
+                _in_order(unpack_stream(files.read_once(f"{name}.{part}"), bits, out_features)).T
                 for part in ("qweight", "qzeros")
             )
-            return codes, zeros, files.read_once(scales).T
+            scale = files.read_once(scales).T.double()
+            return Grid(codes, scale, -scale * zeros)
 
-        return self._layer(bits, in_features // groups, groups, parts)
+        return self._layer(read, bits, in_features, in_features // groups)
 
     def read_gemv(
         self, name: str, out_features: int, in_features: int
@@ -152,37 +142,22 @@ class _Layers:
                 f"{name}.scales holds {words * 8} a row, and groups of {group_size} are {groups}"
             )
 
-        def parts() -> _Parts:
+        def read() -> Grid:
             codes, zeros = (
-                unpack_words(files.read_once(f"{name}.{part}"), 4) for part in ("qweight", "qzeros")
+                unpack_stream(files.read_once(f"{name}.{part}"), 4, count)
+                for part, count in (("qweight", in_features), ("qzeros", groups))
             )
-            return codes, zeros[:, :groups], files.read_once(scales)[:, :groups]
+            scale = files.read_once(scales)[:, :groups].double()
+            return Grid(codes, scale, -scale * zeros)
 
-        return self._layer(4, group_size, groups, parts)
+        return self._layer(read, 4, in_features, group_size)
 
     def _layer(
-        self, bits: int, group_size: int, groups: int, parts: Callable[[], _Parts]
+        self, read: Callable[[], Grid], bits: int, in_features: int, group_size: int
     ) -> QuantisedLayer | DenseLayer:
-        held = fitting_group_size(group_size, groups)
-        if held is None:
-
-            def dense() -> Tensor:
-                codes, zeros, scales = parts()
-                of_input = torch.arange(codes.shape[1]) // group_size
-                return scales.float()[:, of_input] * (codes.short() - zeros[:, of_input].short())
-
-            return DenseLayer(f"AWQ of {bits} bits in groups of {group_size}", dense)
-        statistics = "float32" if self.folder.asked.dequantise else "float16"
-        weight_format = IntGroupFormat(held_bits(bits), held, statistics)
-
-        def make() -> Packed:
-            codes, zeros, scales = parts()
-            scale = scales.double()
-            return pack_integers(
-                weight_format, codes, scale, -scale * zeros, group_size, self.rounding
-            )
-
-        return QuantisedLayer(weight_format, make)
+        words = f"AWQ of {bits} bits in groups of {group_size}"
+        group_of = neighbours(in_features, group_size)
+        return affine_layer(read, words, bits, group_of, self.folder.asked, self.rounding)
 
 
 def _in_order(codes: Tensor) -> Tensor:

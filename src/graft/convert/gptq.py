@@ -16,29 +16,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
 
-from torch import Tensor
-
+from graft.convert.affine import Grid, affine_layer, unpack_stream
 from graft.convert.base import Reader
 from graft.convert.folder import FLOATS, WORDS, ForeignFolder, check_parts, plain_tensors, size
-from graft.convert.gptq_groups import Groups, read_groups
+from graft.convert.gptq_groups import read_groups
 from graft.convert.gptq_zeros import Zeros, decide_zeros
 from graft.convert.integer_settings import check_settings, separate_settings
-from graft.convert.integers import (
-    STREAMED_BITS,
-    Rounding,
-    fitting_group_size,
-    held_bits,
-    pack_integers,
-    unpack_words,
-    width_of,
-)
+from graft.convert.integers import Rounding, width_of
 from graft.convert.source import DenseLayer, QuantisedLayer, Source
-from graft.convert.zero_points import Version, read_zeros
+from graft.convert.zero_points import WIDTHS, Version, read_zeros
 from graft.errors import GraftError
-from graft.formats.base import Packed
-from graft.formats.int_group import IntGroupFormat
 from graft.model.weight_files import WeightFiles
 from graft.text import quoted
 
@@ -111,8 +99,8 @@ class _Layers:
         """Return a layer; raises GraftError where its tensors do not fit the model."""
         files = self.files
         qweight, scales = f"{name}.qweight", f"{name}.scales"
-        words = size(files, qweight, 0)
-        bits = width_of(words, in_features, qweight, self.tool, STREAMED_BITS)
+        rows = size(files, qweight, 0)
+        bits = width_of(rows, in_features, qweight, self.tool, WIDTHS)
         group_count = size(files, scales, 0)
         if out_features * bits % 32:
             raise GraftError(
@@ -128,42 +116,16 @@ class _Layers:
         groups = read_groups(files, name, self.folder.settings, group_count, in_features)
         if groups.note and groups.note not in self.notes:
             self.notes.append(groups.note)
-        what = f"{self.tool} of {bits} bits"
-        if groups.size is None:
-            dense = partial(self._dense, name, bits, groups)
-            return DenseLayer(f"{what} in activation order", dense)
-        held = fitting_group_size(groups.size, group_count)
-        if held is None:
-            dense = partial(self._dense, name, bits, groups)
-            return DenseLayer(f"{what} in groups of {groups.size}", dense)
+
+        def read() -> Grid:
+            codes = unpack_stream(files.read_once(qweight).T, bits, in_features)
+            zeros = read_zeros(files.read_once(f"{name}.qzeros"), bits, self.zeros.way).T
+            scale = files.read_once(scales).T.double()
+            return Grid(codes, scale, -scale * zeros)
+
+        words = f"{self.tool} of {bits} bits {groups.words}"
         asked = self.folder.asked
-        statistics = "float32" if asked.dequantise else "float16"
-        weight_format = IntGroupFormat(held_bits(bits), held, statistics)
-        return QuantisedLayer(
-            weight_format, partial(self._packed, name, bits, groups, weight_format)
-        )
-
-    def _parts(self, name: str, bits: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return codes [out, in], and zero points and scales [out, groups]."""
-        codes = unpack_words(self.files.read_once(f"{name}.qweight").T, bits)
-        zeros = read_zeros(self.files.read_once(f"{name}.qzeros"), bits, self.zeros.way).T
-        return codes, zeros, self.files.read_once(f"{name}.scales").T
-
-    def _packed(
-        self, name: str, bits: int, groups: Groups, weight_format: IntGroupFormat
-    ) -> Packed:
-        codes, zeros, scales = self._parts(name, bits)
-        size = cast(int, groups.size)
-        if not groups.ordered:
-            of_block = groups.of_input[::size]
-            zeros, scales = zeros[:, of_block], scales[:, of_block]
-        scale = scales.double()
-        return pack_integers(weight_format, codes, scale, -scale * zeros, size, self.rounding)
-
-    def _dense(self, name: str, bits: int, groups: Groups) -> Tensor:
-        codes, zeros, scales = self._parts(name, bits)
-        steps = codes.short() - zeros[:, groups.of_input]
-        return scales.float()[:, groups.of_input] * steps
+        return affine_layer(read, words, bits, groups.of_input, asked, self.rounding)
 
 
 GPTQ = GptqReader()

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graft.convert.affine import neighbours
 from graft.convert.folder import check_parts
 from graft.errors import GraftError
-from graft.formats.int_group import GROUP_SIZES
 from graft.model.weight_files import WeightFiles
 from graft.text import quoted
 
@@ -26,10 +26,8 @@ class Groups:
 
     of_input: Tensor
     """int64 [inputs]: the group of each."""
-    size: int | None
-    """Inputs of which each `size` neighbours share a group; None where groups are scattered."""
-    ordered: bool = True
-    """Whether the groups follow each other as their statistics do."""
+    words: str
+    """What they are, for the report."""
     note: str = ""
 
 
@@ -51,15 +49,12 @@ def read_groups(
                 "with desc_act false"
             )
         size = _size(name, settings, groups, inputs)
-        return Groups(torch.arange(inputs) // size, size, note=note)
+        return Groups(neighbours(inputs, size), f"in groups of {size}", note)
     # The first group's size is that of all but the last where they follow each other.
     size = max(int((stored == 0).sum()), 1)
-    if torch.equal(stored, torch.arange(inputs) // size):
-        return Groups(stored, size)
-    for size in sorted(GROUP_SIZES, reverse=True):
-        if inputs % size == 0 and bool((stored.view(-1, size) == stored[::size, None]).all()):
-            return Groups(stored, size, ordered=False)
-    return Groups(stored, None, ordered=False)
+    if torch.equal(stored, neighbours(inputs, size)):
+        return Groups(stored, f"in groups of {size}")
+    return Groups(stored, "in activation order")
 
 
 def _stored(files: WeightFiles, key: str, groups: int, inputs: int) -> Tensor | None:

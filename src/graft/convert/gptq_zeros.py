@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from graft.convert.affine import unpack_stream
 from graft.convert.folder import WORDS, ForeignFolder
 from graft.convert.gptq_groups import read_groups
-from graft.convert.integers import STREAMED_BITS, unpack_words
 from graft.convert.zero_points import (
     OTHER,
+    WIDTHS,
     Finding,
     LayerSample,
     Version,
@@ -135,7 +136,7 @@ def _shape(files: WeightFiles, name: str) -> _Shape | None:
     if not outputs or outputs % 32 or words * 32 % outputs or statistics != (groups, outputs):
         return None
     bits = words * 32 // outputs
-    if bits not in STREAMED_BITS or rows * 32 % bits or not rows or not groups:
+    if bits not in WIDTHS or rows * 32 % bits or not rows or not groups:
         return None
     return _Shape(bits, groups, rows * 32 // bits, outputs)
 
@@ -164,5 +165,6 @@ def _sample(
     chosen = torch.tensor([blocks[place * len(blocks) // count] for place in range(count)])
     outputs = (chosen.unsqueeze(-1) * 32 + torch.arange(32)).flatten()
     zeros = (chosen.unsqueeze(-1) * shape.bits + torch.arange(shape.bits)).flatten()
-    codes = unpack_words(files.read_once(f"{name}.qweight")[:, outputs].T, shape.bits).T
+    words = files.read_once(f"{name}.qweight")[:, outputs].T
+    codes = unpack_stream(words, shape.bits, shape.inputs).T
     return group_sample(shape.bits, qzeros[:, zeros], codes, groups.of_input)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,13 +11,11 @@ from torch import Tensor
 
 from graft.errors import GraftError
 from graft.formats.base import Packed
-from graft.formats.int_group import GROUP_SIZES, SMALLEST_SCALE, IntGroupFormat
+from graft.formats.int_group import SMALLEST_SCALE, IntGroupFormat
 from graft.kernels.moves.reference import round_once
 from graft.kernels.packed.planes import PLANES
 
 BITS = tuple(PLANES)
-STREAMED_BITS = (2, 3, 4, 5, 6, 7, 8)
-"""Widths that `unpack_words` reads; codes of 5, 6 and 7 bits are held in 8 (`held_bits`)."""
 
 
 @dataclass
@@ -33,25 +32,20 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     """Return the codes of rows of 32-bit words, uint8 [rows, words * 32 / bits].
 
     words: int32 or uint32 [rows, words]; a row is one stream of bits, the first code lowest. With
-    3, 5, 6 or 7 bits the number of words must make whole bytes of eight codes.
+    3 bits the number of words is a multiple of 3.
     """
     stream = words.contiguous().view(torch.uint8)
     if bits == 8:
         return stream
-    if 8 % bits == 0:
-        shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
-        return (stream.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2)
-    # Eight codes fill `bits` bytes, which are at most seven and so fit into one number.
-    whole = torch.zeros(*stream.shape[:-1], stream.shape[-1] // bits, dtype=torch.int64)
-    for place, byte in enumerate(stream.unflatten(-1, (-1, bits)).unbind(-1)):
-        whole |= byte.long() << 8 * place
-    codes = torch.empty(*whole.shape, 8, dtype=torch.uint8)
-    for place in range(8):
-        codes[..., place] = whole >> bits * place & (1 << bits) - 1
-    return codes.flatten(-2)
+    if bits == 3:
+        first, second, third = stream.unflatten(-1, (-1, 3)).int().unbind(-1)
+        whole = (first | second << 8 | third << 16).unsqueeze(-1)
+        return (whole >> torch.arange(0, 24, 3, dtype=torch.int32) & 7).byte().flatten(-2)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)
+    return (stream.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2)
 
 
-def width_of(words: int, codes: int, name: str, tool: str, read: tuple[int, ...] = BITS) -> int:
+def width_of(words: int, codes: int, name: str, tool: str, read: Sequence[int] = BITS) -> int:
     """Return the bits of a code, of which `codes` lie in `words` 32-bit words.
 
     Raises GraftError for a width that is not among those that are read.
@@ -63,34 +57,6 @@ def width_of(words: int, codes: int, name: str, tool: str, read: tuple[int, ...]
             f"{tool} of {', '.join(map(str, read))} bits: start from the unquantised model"
         )
     return int(bits)
-
-
-def held_bits(bits: int) -> int:
-    """Return the narrowest width of the int format that holds codes of `bits` bits."""
-    return min(width for width in PLANES if width >= bits)
-
-
-def fitting_group_size(group_size: int, groups: int) -> int | None:
-    """Return the largest group of the int format into which groups of `group_size` can be cut.
-
-    None where there is none; a row that is one group can always be cut, into groups of which the
-    last is short.
-    """
-    fitting = [size for size in GROUP_SIZES if group_size % size == 0]
-    if not fitting and groups > 1:
-        return None
-    return max(fitting, default=GROUP_SIZES[-1])
-
-
-def held_group_size(name: str, group_size: int, groups: int) -> int:
-    """Return `fitting_group_size`; raises GraftError where there is none."""
-    fitting = fitting_group_size(group_size, groups)
-    if fitting is None:
-        raise GraftError(
-            f"{name}: its groups are of {group_size} inputs; graft holds multiples of "
-            f"{GROUP_SIZES[0]}: start from the unquantised model"
-        )
-    return fitting
 
 
 def pack_integers(
@@ -108,13 +74,11 @@ def pack_integers(
     a positive one with codes of zero, which is the same weight, so that no reader divides by zero.
     Raises GraftError when float16 cannot hold the statistics.
     """
-    dtype: torch.dtype = getattr(torch, weight_format.statistics)
-    stored = [round_once(values, dtype) for values in (scales, offsets)]
+    stored = [round_once(values, torch.float16) for values in (scales, offsets)]
     if not all(bool(values.isfinite().all()) for values in stored):
         raise GraftError(
-            f"its scales or offsets are not finite in {weight_format.statistics}, which ends at "
-            f"{torch.finfo(dtype).max:,.6g}: the checkpoint is damaged, or its statistics need a "
-            "wider range; start from the unquantised model"
+            "its scales or offsets are not finite in float16, which ends at 65,504: the checkpoint "
+            "is damaged, or its statistics need a wider range; start from the unquantised model"
         )
     constant = stored[0] == 0
     kept = torch.where(constant, 0.0, stored[0].double())

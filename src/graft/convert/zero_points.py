@@ -22,8 +22,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graft.convert.integers import unpack_words
+from graft.convert.affine import unpack_stream
 
+WIDTHS = (2, 3, 4, 5, 6, 7, 8)
+"""Bits of GPTQ's codes; graft holds those of 5, 6 and 7 in 8."""
 Version = Literal["v1", "v2"]
 Way = Literal["v1", "v2", "words", "unwrapped"]
 """How zero points come out of their words: v1 is code by code; see `read_zeros`."""
@@ -106,12 +108,13 @@ def read_zeros(qzeros: Tensor, bits: int, way: Way) -> Tensor:
 
     qzeros: int32 [groups, words]. "unwrapped" is v1 in which the largest code is 2^bits, not 0.
     """
+    outputs = qzeros.shape[-1] * 32 // bits
     if way == "words":
         ones = _ones(bits).repeat(qzeros.shape[-1] // len(_ones(bits)))
         added = qzeros.view(torch.int32).long() + ones & 0xFFFFFFFF
         words = torch.where(added >= 1 << 31, added - (1 << 32), added).int()
-        return unpack_words(words, bits).short()
-    stored = unpack_words(qzeros, bits).short()
+        return unpack_stream(words, bits, outputs).short()
+    stored = unpack_stream(qzeros, bits, outputs).short()
     if way == "v2":
         return stored
     return stored + 1 if way == "unwrapped" else stored + 1 & (1 << bits) - 1
