@@ -57,6 +57,8 @@ class GptqReader(Reader):
                     "from the unquantised model"
                 )
         labels = set(named.values())
+        if not labels and folder.settings.get("provider") == "auto-round":
+            labels = {"v1"}  # which has no word for it
         return open_gptq(folder, "GPTQ", labels.pop() if len(labels) == 1 else None)
 
 
