@@ -12,14 +12,14 @@ from graft.convert.zero_points import (
     LayerSample,
     Version,
     Way,
-    by_words,
     find_version,
+    find_way,
     group_sample,
     read_zeros,
 )
 
 WAYS: tuple[Way, ...] = ("v1", "words", "v2")
-VERSIONS: dict[Way, Version] = {"v1": "v1", "words": "v1", "v2": "v2"}
+VERSIONS: dict[Way, Version] = {"v1": "v1", "words": "v1", "v2": "v2", "turned": "v1"}
 
 
 def packed(codes: Tensor, bits: int) -> Tensor:
@@ -36,6 +36,8 @@ def stored(zeros: Tensor, bits: int, way: Way) -> Tensor:
     if way == "v1":
         return packed((zeros - 1) % 2**bits, bits)
     ones = packed(torch.ones_like(zeros), bits).numpy().view(np.uint32)
+    if way == "turned":
+        ones = ones.reshape(len(ones), -1, 3)[..., ::-1].reshape(ones.shape)
     return torch.from_numpy((packed(zeros, bits).numpy().view(np.uint32) - ones).view(np.int32))
 
 
@@ -122,7 +124,7 @@ def test_who_took_one_away_shows_in_the_neighbours_of_zero(bits, way):
     layer = sample(weight, bits, 32, False, way)
     assert not torch.equal(layer.zeros("v1"), layer.zeros("words"))
     if bits < 8:
-        assert by_words([layer] * 2, default=way == "v1") == (way == "words")
+        assert find_way([layer] * 2, "v1" if way == "words" else "words") == way
     assert find_version([layer] * 2).version in (("v1",) if bits < 8 else ("v1", None))
 
 
@@ -131,6 +133,16 @@ def test_who_took_one_away_shows_in_the_neighbours_of_zero(bits, way):
 def test_zero_points_come_back_as_they_were_stored(bits, way):
     zeros = torch.randint(2**bits, (3, 64), generator=torch.Generator().manual_seed(bits))
     assert torch.equal(read_zeros(stored(zeros, bits, way), bits, way).long(), zeros)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_words_of_3_bits_may_be_taken_in_another_order(symmetric):
+    generator = torch.Generator().manual_seed(13)
+    layers = [sample(gaussian(generator), 3, 32, symmetric, "turned") for _ in range(2)]
+    assert find_way(layers, "v1") == "turned"
+    assert find_version(layers).version == ("v1" if symmetric else None)
+    straight = [sample(gaussian(generator), 3, 32, symmetric, "v1") for _ in range(2)]
+    assert find_way(straight, "words") == "v1"
 
 
 def test_codes_that_lie_nowhere_near_show_nothing():

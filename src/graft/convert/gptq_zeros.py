@@ -6,19 +6,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from graft.convert.affine import unpack_stream
 from graft.convert.folder import WORDS, ForeignFolder
 from graft.convert.gptq_groups import read_groups
 from graft.convert.zero_points import (
+    BY_WORDS,
     OTHER,
     WIDTHS,
     Finding,
     LayerSample,
     Version,
     Way,
-    by_words,
     find_version,
+    find_way,
     group_sample,
     read_zeros,
 )
@@ -77,11 +79,13 @@ def decide_zeros(
         for name in _spaced([name for name in names if _borrows(files, name)])
         if (sample := _sample(files, name, folder, borrowing=True)) is not None
     ]
-    whole = bool(borrowing) and by_words(borrowing, wholly)
+    way = find_way(borrowing, "words" if wholly else "v1") if borrowing else "v1"
     if borrowing:
-        how = "to whole words, as GPTQModel does" if whole else "code by code, as AutoGPTQ does"
+        how = (
+            "code by code, as AutoGPTQ does" if way == "v1" else "to whole words, as GPTQModel does"
+        )
         notes.append(f"where a zero point of 0 may have borrowed from the next, one is added {how}")
-    return Zeros(version, "words" if whole else "v1", notes)
+    return Zeros(version, way, notes)
 
 
 def _words(version: Version, label: Version | None, asked: Version | None, finding: Finding) -> str:
@@ -113,8 +117,14 @@ def _borrows(files: WeightFiles, name: str) -> bool:
     shape = _shape(files, name)
     if shape is None:
         return False
-    qzeros = files.read_once(f"{name}.qzeros")
-    return not torch.equal(*(read_zeros(qzeros, shape.bits, way) for way in ("v1", "words")))
+    return bool(_differing(files.read_once(f"{name}.qzeros"), shape.bits).any())
+
+
+def _differing(qzeros: Tensor, bits: int) -> Tensor:
+    """Return which zero points depend on how one was taken away, bool [groups, outputs]."""
+    codes = read_zeros(qzeros, bits, "v1")
+    ways = [read_zeros(qzeros, bits, way) != codes for way in BY_WORDS]
+    return torch.stack(ways).any(0)
 
 
 @dataclass(frozen=True)
@@ -158,8 +168,7 @@ def _sample(
     qzeros = files.read_once(f"{name}.qzeros").view(torch.int32)
     blocks = list(range(shape.outputs // 32))
     if borrowing:
-        codes, words = (read_zeros(qzeros, shape.bits, way) for way in ("v1", "words"))
-        differ = (codes != words).unflatten(-1, (-1, 32)).any(-1).any(0)
+        differ = _differing(qzeros, shape.bits).unflatten(-1, (-1, 32)).any(-1).any(0)
         blocks = differ.nonzero()[:, 0].tolist()
     count = min(len(blocks), _BLOCKS)
     chosen = torch.tensor([blocks[place * len(blocks) // count] for place in range(count)])

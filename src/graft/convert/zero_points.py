@@ -9,7 +9,8 @@ Read the wrong way, every weight is off by one step of its grid. Two things tell
   real weights are off their centre; at 8 bits a step is so small that it takes all layers together.
 
 Minus one is taken code by code modulo 2^bits (AutoGPTQ), or from the whole word (GPTQModel), where
-a zero point of 0 borrows from the next. Which of the two is asked of the codes that differ.
+a zero point of 0 borrows from the next; of 3 bits, whose codes lie across words, the three words in
+turn may have been taken in the wrong order. Which it was is asked of the codes that differ.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ from graft.convert.affine import unpack_stream
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 """Bits of GPTQ's codes; graft holds those of 5, 6 and 7 in 8."""
 Version = Literal["v1", "v2"]
-Way = Literal["v1", "v2", "words", "unwrapped"]
+Way = Literal["v1", "v2", "words", "turned", "unwrapped"]
 """How zero points come out of their words: v1 is code by code; see `read_zeros`."""
+BY_WORDS: tuple[Way, ...] = ("words", "turned")
 OTHER: dict[Version, Version] = {"v1": "v2", "v2": "v1"}
 
 _DRIFT = 0.01
@@ -87,12 +89,12 @@ class LayerSample:
         chance = deviation / math.sqrt(len(by_output)) if len(by_output) > 1 else 1.0
         return found, math.hypot(chance, _DRIFT * spread, 0.02)
 
-    def prefers_words(self) -> float:
-        """Return the evidence for minus one from whole words, of the zero points that differ.
+    def prefers(self, way: Way) -> float:
+        """Return the evidence for a way to take one away, of the zero points that differ from v1.
 
-        Positive for words, negative for codes, near zero where neither reading is plausible.
+        Positive for it, negative for v1, near zero where neither reading is plausible.
         """
-        words, codes = self.zeros("words"), self.zeros("v1")
+        words, codes = self.zeros(way), self.zeros("v1")
         differ = words != codes
         error = self._error[differ]
         by_words, by_codes = (
@@ -106,11 +108,13 @@ class LayerSample:
 def read_zeros(qzeros: Tensor, bits: int, way: Way) -> Tensor:
     """Return zero points, int16 [groups, outputs], stored as v2, v1 (by codes) or v1 by words.
 
-    qzeros: int32 [groups, words]. "unwrapped" is v1 in which the largest code is 2^bits, not 0.
+    qzeros: int32 [groups, words]. "turned" is by words of which the first and the last that hold
+    whole codes have changed places, "unwrapped" v1 in which the largest code is 2^bits, not 0.
     """
     outputs = qzeros.shape[-1] * 32 // bits
-    if way == "words":
-        ones = _ones(bits).repeat(qzeros.shape[-1] // len(_ones(bits)))
+    if way in ("words", "turned"):
+        ones = _ones(bits)
+        ones = (ones.flip(0) if way == "turned" else ones).repeat(qzeros.shape[-1] // len(ones))
         added = qzeros.view(torch.int32).long() + ones & 0xFFFFFFFF
         words = torch.where(added >= 1 << 31, added - (1 << 32), added).int()
         return unpack_stream(words, bits, outputs).short()
@@ -171,7 +175,7 @@ def _by_half(samples: Sequence[LayerSample]) -> Version | None:
     for sample in samples:
         if sample.is_half("v2"):
             found.add("v2")
-        elif sample.is_half("v1") or sample.is_half("words"):
+        elif any(sample.is_half(way) for way in ("v1", *BY_WORDS)):
             found.add("v1")
     return found.pop() if len(found) == 1 else None
 
@@ -190,7 +194,10 @@ def _by_centre(samples: Sequence[LayerSample]) -> tuple[Version | None, float]:
     return ("v1" if mean > 0 else "v2"), off
 
 
-def by_words(samples: Sequence[LayerSample], default: bool) -> bool:
-    """Return whether minus one was taken from whole words; `default` where it does not show."""
-    evidence = sum(sample.prefers_words() for sample in samples)
-    return evidence > 0 if abs(evidence) >= _CLEAR else default
+def find_way(samples: Sequence[LayerSample], default: Way) -> Way:
+    """Return how minus one was taken from zero points of v1; `default` where it does not show."""
+    shown = {way: sum(sample.prefers(way) for sample in samples) for way in BY_WORDS}
+    best = max(BY_WORDS, key=lambda way: shown[way])
+    if shown[best] >= _CLEAR:
+        return best
+    return "v1" if shown["words"] <= -_CLEAR else default
