@@ -65,6 +65,8 @@ EXCUSED = {
     ("convert/hqq.py", "hqq"): "what HQQ calls itself in config.json",
     ("convert/compressed.py", "dense"): "compressed-tensors' word for weights without sparsity",
     ("convert/gptq.py", "gptq"): "what a checkpoint of GPTQModel calls itself",
+    ("convert/autoround.py", "gptq"): "a packing of auto-round's",
+    ("convert/integer_settings.py", "int"): "a data type of auto-round's",
     ("convert/mlx.py", "affine"): "MLX's word for scale q + offset",
     ("demo/corpus.py", "text"): "the key of a row of plain text, written to a file",
     ("demo/grammar.py", "prompt"): "the key of a row, written to a file",

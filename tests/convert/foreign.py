@@ -100,17 +100,29 @@ def codes_of(words: Any, bits: int, count: int) -> Iterator[list[int]]:
 # GPTQ ---------------------------------------------------------------------------------------------
 
 
+def words_minus_one(words: Any, bits: int) -> Any:
+    """Take one from each code as GPTQModel does, from whole words: a zero borrows from the next."""
+    codes = 32 * words.shape[1] // bits
+    return words - stream(np.ones((len(words), codes), int), bits)
+
+
 def gptq_layer(
-    bits: int, group_size: int, symmetric: bool = False, minus_one: bool = True
+    bits: int,
+    group_size: int,
+    symmetric: bool = False,
+    minus_one: bool = True,
+    by_words: bool = False,
 ) -> Callable[[str, Tensor], Tensors]:
     def quantise(_: str, weight: Tensor) -> Tensors:
         columns = weight.shape[1]
         size = columns if group_size == -1 else group_size
         codes, scales, zeros = rounded(weight, bits, size, symmetric)
-        stored = (zeros - minus_one) % 2**bits
+        stored = stream(((zeros - (minus_one and not by_words)) % 2**bits).T, bits)
+        if by_words:
+            stored = words_minus_one(stored, bits)
         return {
             "qweight": torch.from_numpy(stream(codes, bits).view(np.int32)).T,
-            "qzeros": torch.from_numpy(stream(stored.T, bits).view(np.int32)),
+            "qzeros": torch.from_numpy(stored.view(np.int32)),
             "scales": torch.from_numpy(scales.T).half(),
             "g_idx": torch.arange(columns, dtype=torch.int32) // size,
         }
@@ -159,6 +171,38 @@ def awq_layer(group_size: int) -> Callable[[str, Tensor], Tensors]:
         }
 
     return quantise
+
+
+def gemv_layer(group_size: int) -> Callable[[str, Tensor], Tensors]:
+    """Return AWQ's version gemv: neighbouring inputs in a word, rows filled up with zeros."""
+
+    def quantise(_: str, weight: Tensor) -> Tensors:
+        codes, scales, zeros = rounded(weight, 4, group_size, False)
+        rows, groups = scales.shape
+        filled = -(-groups // 32) * 32  # a multiple of four words, as for groups of 32
+        wide = np.zeros((2, rows, filled))
+        wide[:, :, :groups] = scales, zeros
+        return {
+            "qweight": torch.from_numpy(stream(codes, 4).view(np.int32)),
+            "qzeros": torch.from_numpy(stream(wide[1].astype(int), 4).view(np.int32)),
+            "scales": torch.from_numpy(wide[0]).half(),
+        }
+
+    return quantise
+
+
+def gemv_weight(tensors: Tensors, name: str, group_size: int) -> Tensor:
+    """Return w = scale (q - zero), float64 [out, in]."""
+    qweight, qzeros, scales = (
+        tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales")
+    )
+    columns, zeros = qweight.shape[1] * 8, list(codes_of(qzeros, 4, scales.shape[1]))
+    weight = torch.zeros(len(qweight), columns, dtype=torch.float64)
+    for out, codes in enumerate(codes_of(qweight, 4, columns)):
+        for column, code in enumerate(codes):
+            group = column // group_size
+            weight[out, column] = float(scales[out, group]) * (code - zeros[out][group])
+    return weight
 
 
 def awq_weight(tensors: Tensors, name: str) -> Tensor:

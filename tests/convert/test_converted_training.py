@@ -15,7 +15,7 @@ from graft.adapters.attach import frozen_layers
 from graft.errors import GraftError
 from graft.kernels.packed.planes import unpack_codes
 
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "format": "gptq"}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 WRITERS = {"gptq": (GPTQ, gptq_layer(4, 32)), "awq": (AWQ, awq_layer(32)), "nf4": (NF4, nf4_layer)}

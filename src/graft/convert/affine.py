@@ -42,7 +42,7 @@ def affine_layer(
     asked: ConvertConfig,
     rounding: Rounding,
 ) -> QuantisedLayer | DenseLayer:
-    """Return the layer in the int format where its groups are of neighbours that this can hold.
+    """Return the layer in the int format where neighbours share groups that this can hold.
 
     words: what the file holds, for the report. group_of: the group of each input. With
     `dequantise`, and where the int format has no such groups, it is the floats themselves.
@@ -50,13 +50,12 @@ def affine_layer(
     chosen = _int_format(bits, group_of)
     if chosen is None or asked.dequantise:
         return DenseLayer(words, lambda: _dequantised(read(), group_of))
-    weight_format, group_size = chosen
+    weight_format, group_size, order = chosen
 
     def make() -> Packed:
         grid = read()
-        return pack_integers(
-            weight_format, grid.codes, grid.scales, grid.offsets, group_size, rounding
-        )
+        scales, offsets = (part[:, order] for part in (grid.scales, grid.offsets))
+        return pack_integers(weight_format, grid.codes, scales, offsets, group_size, rounding)
 
     return QuantisedLayer(weight_format, make)
 
@@ -85,17 +84,25 @@ def neighbours(in_features: int, group_size: int) -> Tensor:
     return torch.arange(in_features) // group_size
 
 
-def _int_format(bits: int, group_of: Tensor) -> tuple[IntGroupFormat, int] | None:
-    """Return the format and the size of the groups that are cut to it; None where none fits."""
+def _int_format(bits: int, group_of: Tensor) -> tuple[IntGroupFormat, int, Tensor] | None:
+    """Return the format, the size of the groups that are cut to it, and which those are, in order.
+
+    None where the format has no such groups.
+    """
     in_features, groups = len(group_of), int(group_of.max()) + 1
-    group_size = in_features if groups == 1 else int((group_of == 0).sum())
-    if not torch.equal(group_of, neighbours(in_features, group_size)):
-        return None
-    fitting = [size for size in GROUP_SIZES if group_size % size == 0]
-    if not fitting and groups > 1:
-        return None
     held = min(width for width in BITS if width >= bits)
-    return IntGroupFormat(held, max(fitting, default=GROUP_SIZES[-1])), group_size
+    group_size = in_features if groups == 1 else max(int((group_of == 0).sum()), 1)
+    if torch.equal(group_of, neighbours(in_features, group_size)):
+        fitting = [size for size in GROUP_SIZES if group_size % size == 0]
+        if not fitting and groups > 1:
+            return None
+        size = max(fitting, default=GROUP_SIZES[-1])
+        return IntGroupFormat(held, size), group_size, torch.arange(groups)
+    for size in sorted(GROUP_SIZES, reverse=True):  # whole groups in another order
+        first = group_of[::size]
+        if in_features % size == 0 and torch.equal(group_of, first.repeat_interleave(size)):
+            return IntGroupFormat(held, size), size, first
+    return None
 
 
 def _dequantised(grid: Grid, group_of: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from graft.convert.config import ConvertConfig
+from graft.convert.integer_settings import separate_settings, settings_by_tensors
 from graft.convert.source import PlainTensor
 from graft.errors import GraftError
 from graft.files.read import read_json
@@ -33,6 +34,8 @@ class ForeignFolder:
     folder: Path
     config: dict[str, Any]
     asked: ConvertConfig = ConvertConfig()
+    notes: tuple[str, ...] = ()
+    """Where its settings were found, if not in config.json."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -63,7 +66,7 @@ class ForeignFolder:
 
 
 def open_folder(folder: Path, asked: ConvertConfig) -> ForeignFolder:
-    """Read config.json; the settings of an older GPTQ folder are in quantize_config.json.
+    """Read config.json; the settings of an older folder are in a file of their own.
 
     Raises GraftError when either is damaged.
     """
@@ -75,10 +78,17 @@ def open_folder(folder: Path, asked: ConvertConfig) -> ForeignFolder:
                 f"{folder / 'config.json'}: {key} is {quoted(config[key])}; expected settings by "
                 "name"
             )
-    separate = folder / "quantize_config.json"
-    if "quantization_config" not in config and separate.is_file():
-        config["quantization_config"] = {"quant_method": "gptq"} | read_json(separate)
-    return ForeignFolder(folder, config, asked)
+    found = ForeignFolder(folder, config, asked)
+    if found.settings or found.is_pickled or not any(folder.glob("*.safetensors")):
+        return found
+    settings, where = separate_settings(folder)
+    note = f"its settings are those of {where}; config.json says nothing of a quantisation"
+    if not settings:
+        settings = settings_by_tensors(found.weights())
+        note = "its quantisation is known by its tensors alone; config.json says nothing of one"
+    if not settings:
+        return found
+    return ForeignFolder(folder, config | {"quantization_config": settings}, asked, (note,))
 
 
 def plain_tensors(files: WeightFiles, but: Iterable[str]) -> dict[str, PlainTensor]:

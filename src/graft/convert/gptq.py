@@ -1,40 +1,36 @@
-"""GPTQ folders, as AutoGPTQ and GPTQModel write them.
+"""GPTQ folders, as AutoGPTQ, GPTQModel and auto-round write them.
 
 A layer holds, in 32-bit words whose bits are one stream, the first code lowest:
 
 - qweight [in_features * bits / 32, out_features]: the codes, packed along the inputs;
 - qzeros [groups, out_features * bits / 32]: the zero points, packed along the outputs, minus one
-  modulo 2^bits in checkpoint_format "gptq", as they are in "gptq_v2";
+  (v1, checkpoint_format "gptq") or as they are (v2, "gptq_v2"); `zero_points` finds out which;
 - scales float [groups, out_features];
-- g_idx [in_features]: the group of each input.
+- g_idx [in_features]: the group of each input; neighbours share one where it is missing, or zero.
 
 w = scale (q - zero) (GPTQ, arXiv 2210.17323), which the int format holds as scale q + offset.
 """
 
 from __future__ import annotations
 
-import math
+import json
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
-import torch
-
+from graft.convert.affine import Grid, affine_layer, unpack_stream
 from graft.convert.base import Reader
 from graft.convert.folder import FLOATS, WORDS, ForeignFolder, check_parts, plain_tensors, size
-from graft.convert.integers import (
-    Rounding,
-    held_group_size,
-    pack_integers,
-    unpack_words,
-    width_of,
-)
-from graft.convert.source import QuantisedLayer, Source
+from graft.convert.gptq_groups import read_groups
+from graft.convert.gptq_zeros import Zeros, decide_zeros
+from graft.convert.integer_settings import check_settings, separate_settings
+from graft.convert.integers import Rounding, width_of
+from graft.convert.source import DenseLayer, QuantisedLayer, Source
+from graft.convert.zero_points import WIDTHS, Version, read_zeros
 from graft.errors import GraftError
-from graft.formats.base import Packed
-from graft.formats.int_group import IntGroupFormat
 from graft.model.weight_files import WeightFiles
+from graft.text import quoted
 
-_LAYOUTS = ("gptq", "gptq_v2")
+_LAYOUTS: dict[str, Version] = {"gptq": "v1", "gptq_v2": "v2"}
 _PARTS = ("qweight", "qzeros", "scales", "g_idx")
 
 
@@ -45,103 +41,93 @@ class GptqReader(Reader):
 
     def open_folder(self, folder: ForeignFolder) -> Source:
         """Return what is in a GPTQ folder; raises GraftError for layouts other than the above."""
-        settings = folder.settings
-        layout = settings.get("checkpoint_format") or settings.get("format") or "gptq"
-        if layout not in _LAYOUTS:
+        separate, _ = separate_settings(folder.folder)
+        both = [folder.settings, separate]
+        named = {
+            quoted(settings[key]): _LAYOUTS.get(str(settings[key]).lower())
+            for settings in both
+            for key in ("checkpoint_format", "format")
+            if settings.get(key)
+        }
+        for name, version in named.items():
+            if version is None:
+                raise GraftError(
+                    f"{folder.folder}: checkpoint_format is {name}; graft reads "
+                    f"{' and '.join(_LAYOUTS)}: save the checkpoint anew in one of them, or start "
+                    "from the unquantised model"
+                )
+        labels = set(named.values())
+        if not labels and folder.settings.get("provider") == "auto-round":
+            labels = {"v1"}  # which has no word for it
+        return open_gptq(folder, "GPTQ", labels.pop() if len(labels) == 1 else None)
+
+
+def open_gptq(
+    folder: ForeignFolder, tool: str, label: Version | None, unwrapped: bool = False
+) -> Source:
+    """Return what is in a folder of such layers.
+
+    label: how its settings say that zero points are stored. unwrapped: whether the tool takes the
+    largest code of v1 for 2^bits, not for 0. Raises GraftError where that is neither said nor seen.
+    """
+    notes = [*folder.notes, *check_settings(str(folder.folder), folder.settings)]
+    files = folder.weights()
+    names = [key.removesuffix(".qweight") for key in files if key.endswith(".qweight")]
+    by_words = "gptqmodel" in json.dumps(folder.settings).lower()
+    zeros = decide_zeros(files, names, folder, label, by_words, unwrapped)
+    layers = _Layers(files, folder, zeros, tool, notes + zeros.notes)
+    return Source(
+        kind=f"{tool} ({zeros.version})",
+        model=folder.skeleton(len(files)),
+        layers={name: partial(layers.read, name) for name in names},
+        tensors=plain_tensors(files, (f"{name}.{part}" for name in names for part in _PARTS)),
+        rounding=layers.rounding,
+        notes=layers.notes,
+    )
+
+
+@dataclass(frozen=True)
+class _Layers:
+    """What is known of every layer of a folder."""
+
+    files: WeightFiles
+    folder: ForeignFolder
+    zeros: Zeros
+    tool: str
+    notes: list[str]
+    rounding: Rounding = field(default_factory=Rounding)
+
+    def read(self, name: str, out_features: int, in_features: int) -> QuantisedLayer | DenseLayer:
+        """Return a layer; raises GraftError where its tensors do not fit the model."""
+        files = self.files
+        qweight, scales = f"{name}.qweight", f"{name}.scales"
+        rows = size(files, qweight, 0)
+        bits = width_of(rows, in_features, qweight, self.tool, WIDTHS)
+        group_count = size(files, scales, 0)
+        if out_features * bits % 32:
             raise GraftError(
-                f"{folder.folder}: checkpoint_format is {layout!r}; graft reads "
-                f"{' and '.join(_LAYOUTS)}: save the checkpoint anew in one of them, or start from "
-                "the unquantised model"
+                f"{name} has {out_features} outputs, whose zero points fill no whole 32-bit words; "
+                "start from the unquantised model"
             )
-        files, rounding = folder.weights(), Rounding()
-        names = [key.removesuffix(".qweight") for key in files if key.endswith(".qweight")]
-        return Source(
-            kind=f"GPTQ ({layout})",
-            model=folder.skeleton(len(files)),
-            layers={
-                name: partial(_layer, files, name, settings, layout == "gptq", rounding)
-                for name in names
-            },
-            tensors=plain_tensors(files, (f"{name}.{part}" for name in names for part in _PARTS)),
-            rounding=rounding,
-        )
+        expected = {
+            "qweight": ((in_features * bits // 32, out_features), WORDS),
+            "qzeros": ((group_count, out_features * bits // 32), WORDS),
+            "scales": ((group_count, out_features), FLOATS),
+        }
+        check_parts(files, name, expected)
+        groups = read_groups(files, name, self.folder.settings, group_count, in_features)
+        if groups.note and groups.note not in self.notes:
+            self.notes.append(groups.note)
 
+        def read() -> Grid:
+            codes = unpack_stream(files.read_once(qweight).T, bits, in_features)
+            zeros = read_zeros(files.read_once(f"{name}.qzeros"), bits, self.zeros.way).T
+            scale = files.read_once(scales).T.double()
+            return Grid(codes, scale, -scale * zeros)
 
-def _layer(
-    files: WeightFiles,
-    name: str,
-    settings: dict[str, Any],
-    minus_one: bool,
-    rounding: Rounding,
-    out_features: int,
-    in_features: int,
-) -> QuantisedLayer:
-    qweight, scales = f"{name}.qweight", f"{name}.scales"
-    bits = width_of(size(files, qweight, 0), in_features, qweight, "GPTQ")
-    groups = size(files, scales, 0)
-    if out_features * bits % 32:
-        raise GraftError(
-            f"{name} has {out_features} outputs, whose zero points fill no whole 32-bit words; "
-            "start from the unquantised model"
-        )
-    expected = {
-        "qweight": ((in_features * bits // 32, out_features), WORDS),
-        "qzeros": ((groups, out_features * bits // 32), WORDS),
-        "scales": ((groups, out_features), FLOATS),
-    }
-    check_parts(files, name, expected)
-    group_size = _group_size(name, settings.get("group_size"), groups, in_features)
-    _check_order(files, name, settings, groups, group_size, in_features)
-    weight_format = IntGroupFormat(bits, held_group_size(name, group_size, groups))
-
-    def make() -> Packed:
-        codes = unpack_words(files.read_once(qweight).T, bits)
-        zeros = unpack_words(files.read_once(f"{name}.qzeros"), bits).T
-        if minus_one:
-            zeros = zeros + 1 & weight_format.levels
-        scale = files.read_once(scales).T.double()
-        return pack_integers(weight_format, codes, scale, -scale * zeros, group_size, rounding)
-
-    return QuantisedLayer(weight_format, make)
-
-
-def _group_size(name: str, configured: object, groups: int, in_features: int) -> int:
-    """Return the inputs of a group: as config.json says, unless this layer has its own."""
-    if groups == 1:
-        return in_features
-    given = configured if isinstance(configured, int) else 0
-    if given > 0 and math.ceil(in_features / given) == groups:
-        return given
-    if in_features % groups == 0:
-        return in_features // groups
-    raise GraftError(
-        f"{name} has {groups} groups of its {in_features} inputs, which are not equal parts and "
-        f"not of group_size {configured!r}; the checkpoint is damaged: download it again"
-    )
-
-
-def _check_order(
-    files: WeightFiles,
-    name: str,
-    settings: dict[str, Any],
-    groups: int,
-    group_size: int,
-    in_features: int,
-) -> None:
-    """Raise GraftError unless the groups are of neighbouring inputs."""
-    key = f"{name}.g_idx"
-    if key in files:
-        check_parts(files, name, {"g_idx": ((in_features,), WORDS)})
-        ordered = torch.arange(in_features, dtype=torch.int32) // group_size
-        if torch.equal(files.read_once(key).view(torch.int32), ordered):
-            return
-    elif groups == 1 or not settings.get("desc_act") or settings.get("static_groups"):
-        return
-    raise GraftError(
-        f"{name}: its inputs are grouped by activation order (desc_act), and graft's groups are of "
-        "neighbouring inputs; quantise again with desc_act false or static_groups true, or start "
-        "from the unquantised model"
-    )
+        words = f"{self.tool} of {bits} bits {groups.words}"
+        asked = self.folder.asked
+        return affine_layer(read, words, bits, groups.of_input, asked, self.rounding)
 
 
 GPTQ = GptqReader()

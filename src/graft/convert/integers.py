@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from graft.errors import GraftError
 from graft.formats.base import Packed
-from graft.formats.int_group import GROUP_SIZES, SMALLEST_SCALE, IntGroupFormat
+from graft.formats.int_group import SMALLEST_SCALE, IntGroupFormat
 from graft.kernels.moves.reference import round_once
 from graft.kernels.packed.planes import PLANES
 
@@ -44,33 +45,18 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     return (stream.unsqueeze(-1) >> shifts & (1 << bits) - 1).flatten(-2)
 
 
-def width_of(words: int, codes: int, name: str, tool: str) -> int:
+def width_of(words: int, codes: int, name: str, tool: str, read: Sequence[int] = BITS) -> int:
     """Return the bits of a code, of which `codes` lie in `words` 32-bit words.
 
-    Raises GraftError for a width that the int format has not.
+    Raises GraftError for a width that is not among those that are read.
     """
     bits = words * 32 / codes if codes else 0
-    if bits not in BITS:
+    if bits not in read:
         raise GraftError(
             f"{name} holds {codes} codes in {words} 32-bit words, {bits:g} bits each; graft reads "
-            f"{tool} of {', '.join(map(str, BITS))} bits: start from the unquantised model"
+            f"{tool} of {', '.join(map(str, read))} bits: start from the unquantised model"
         )
     return int(bits)
-
-
-def held_group_size(name: str, group_size: int, groups: int) -> int:
-    """Return the largest group of the int format into which groups of `group_size` can be cut.
-
-    Raises GraftError where there is none; a row that is one group can always be cut, into groups of
-    which the last is short.
-    """
-    fitting = [size for size in GROUP_SIZES if group_size % size == 0]
-    if not fitting and groups > 1:
-        raise GraftError(
-            f"{name}: its groups are of {group_size} inputs; graft holds multiples of "
-            f"{GROUP_SIZES[0]}: start from the unquantised model"
-        )
-    return max(fitting, default=GROUP_SIZES[-1])
 
 
 def pack_integers(

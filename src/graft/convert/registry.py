@@ -14,6 +14,7 @@ READERS: Entries[Reader] = Entries(
     {
         "gptq": Listed("graft.convert.gptq:GPTQ", "GPTQ"),
         "awq": Listed("graft.convert.awq:AWQ", "AWQ"),
+        "auto-round": Listed("graft.convert.autoround:AUTO_ROUND", "auto-round"),
         "bitsandbytes": Listed("graft.convert.bitsandbytes:BITSANDBYTES", "bitsandbytes"),
         "mlx": Listed("graft.convert.mlx:MLX", "MLX"),
         "gguf": Listed("graft.convert.gguf_source:GGUF", "GGUF"),
