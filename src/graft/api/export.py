@@ -69,6 +69,8 @@ def export_model(
     check_new(path)
     _check_card(target.card_path(path))
     loaded = load_any(model, trust_remote_code=trust_remote_code)
+    for note in loaded.notes:
+        events.note(note)
     merged: MergeReport | None = None
     if not target.takes_adapter:
         if not target.holds_new_biases:
