@@ -70,12 +70,11 @@ class ForeignFolder:
             return names_in(self.skeleton(len(keys)), keys)
         part = self._text_part(len(keys))
         names = part.names(keys)
-        if len(names) < len(keys):
-            self.notes.append(
-                f"the text part of a {part.whole.config.model_type}, as a "
-                f"{part.text.config.model_type}; {len(keys) - len(names)} tensors of its other "
-                "parts stay behind"
-            )
+        self.notes.append(
+            f"the text part of a {part.whole.config.model_type}, as a "
+            f"{part.text.config.model_type}; {len(keys) - len(names)} tensors of its other parts "
+            "stay behind"
+        )
         return names
 
     def weights(self) -> WeightFiles:

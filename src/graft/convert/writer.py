@@ -97,11 +97,12 @@ def plan_conversion(source: Source, asked: ConvertConfig) -> ConversionPlan:
     model = source.model
     linear, tied = linear_layers(model), set(model.all_tied_weights_keys)
     used: set[str] = set()
+    held = {*source.tensors, *(f"{name}.weight" for name in source.layers)}
 
     def find(entries: Mapping[str, Value], name: str, part: str = "") -> Value | None:
         """Return the entry of a tensor or, without that part, of its layer: of another that is tied
         to it, where that one is held alone."""
-        for key in (name, *same.get(name, ())):
+        for key in (name,) if name in held else same.get(name, ()):
             if (entry := key.removesuffix(part)) in entries and key.endswith(part):
                 used.add(entry)
                 return entries[entry]

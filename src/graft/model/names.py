@@ -117,4 +117,5 @@ def check_unplaced(
 def left_note(names: Collection[str]) -> str:
     """Return what is told of the tensors that `check_unplaced` returns."""
     some = ", ".join(sorted(names)[:_LISTED]) + (" ..." if len(names) > _LISTED else "")
-    return f"{len(names)} tensors of the files have no place in the model and are left out: {some}"
+    number = "1 tensor has" if len(names) == 1 else f"{len(names)} tensors have"
+    return f"left out, because {number} no place in the model: {some}"

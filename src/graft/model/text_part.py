@@ -31,7 +31,7 @@ TAKEN = frozenset(
     {
         *("aria", "deepseek_vl", "exaone4_5", "fuyu", "gemma3", "gemma4", "gemma4_unified"),
         *("got_ocr2", "idefics2", "idefics3", "internvl", "lfm2_vl", "llama4", "llava"),
-        *("llava_next", "llava_next_video", "llava_onevision", "mistral3", "ovis2", "qwen2_5_vl"),
+        *("llava_next", "llava_next_video", "llava_onevision", "mistral3", "qwen2_5_vl"),
         *("qwen2_audio", "qwen2_vl", "qwen3_5", "qwen3_vl", "smolvlm", "video_llava", "vipllava"),
         "voxtral",
     }
