@@ -109,7 +109,7 @@ def adopt(
     with new_folder(run) as part:
         if weight_format is None:
             freeze_layers(loaded.model, targets)
-            write_base_reference(part, subject.folder)
+            write_base_reference(part, subject.folder, bool(subject.parted))
         else:
             save_model(loaded, part / BASE)
         load_adapter(loaded.model, source)

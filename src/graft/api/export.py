@@ -72,6 +72,8 @@ def export_model(
     # No weight may be rounded on its way, whatever this machine computes in.
     dtype = "exact" if is_run(source) else "stored"
     loaded = load_any(model, dtype, trust_remote_code=trust_remote_code)
+    for note in loaded.notes:
+        events.note(note)
     merged: MergeReport | None = None
     read_otherwise = tokenizer_note(loaded.tokenizer)
     if read_otherwise is not None:

@@ -181,6 +181,8 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
         trust_remote_code=config.trust_remote_code,
         events=events,
     )
+    for note in loaded.notes:
+        events.note(note)
     save_model(loaded, out)
     return out
 

@@ -32,6 +32,8 @@ def chat(arguments: ChatArguments) -> None:
     from graft.data.shapes.registry import SHAPES
 
     loaded = load_any(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    for note in loaded.notes:
+        show(note, error=True)
     style = prompt_style(Path(arguments.model))
     remembers = SHAPES[style.kind].is_conversation or loaded.tokenizer.chat_template is not None
     if not remembers:

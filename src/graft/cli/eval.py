@@ -52,6 +52,8 @@ def evaluate(arguments: EvalArguments) -> None:
         arguments.tokenizer,
         arguments.trust_remote_code,
     )
+    for note in loaded.notes:
+        show(note, error=True)
     result = evaluate_model(
         loaded,
         arguments.data,

@@ -41,6 +41,8 @@ def generate(arguments: GenerateArguments) -> None:
         tokenizer=arguments.tokenizer,
         trust_remote_code=arguments.trust_remote_code,
     )
+    for note in loaded.notes:
+        show(note, error=True)
     run(
         loaded,
         arguments.prompt,

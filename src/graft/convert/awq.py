@@ -77,7 +77,7 @@ def open_awq(folder: ForeignFolder, tool: str, version: str) -> Source:
         layers={name: partial(read, name) for name in names},
         tensors=plain_tensors(files, (f"{name}.{part}" for name in names for part in _PARTS)),
         rounding=layers.rounding,
-        notes=[*folder.notes, *check_settings(str(folder.folder), folder.settings)],
+        notes=check_settings(str(folder.folder), folder.settings),
     )
 
 

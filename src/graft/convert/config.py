@@ -18,6 +18,9 @@ class ConvertConfig:
     dequantised_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What --dequantise writes; float32 holds every quantised weight exactly, the others halve the
     size and round."""
+    text_part: bool = False
+    """Take the text part of a model that takes pictures or sound too, as a model by itself: graft
+    trains and exports text."""
     gptq_zeros: Literal["v1", "v2"] | None = None
     """How GPTQ's zero points are stored, whatever the folder says: minus one (v1) or as they are
     (v2)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from graft.convert.config import ConvertConfig
 from graft.convert.experts import with_experts
-from graft.convert.folder import ForeignFolder, open_folder
+from graft.convert.folder import ForeignFolder, open_folder, plain_source
 from graft.convert.registry import READERS
 from graft.convert.source import Source
 from graft.convert.unread import unread_tool
@@ -33,7 +33,7 @@ def open_source(path: str, asked: ConvertConfig) -> tuple[Source, Path]:
     found = open_folder(folder, asked)
     for reader in READERS.values():
         if reader.reads_folder(found):
-            source = with_experts(reader.open_folder(found))
+            source = _told(with_experts(reader.open_folder(found)), found)
             _tell_label(found, source)
             return source, folder
     tool = unread_tool(found)
@@ -49,6 +49,8 @@ def open_source(path: str, asked: ConvertConfig) -> tuple[Source, Path]:
         )
     if not any(folder.glob("*.safetensors")):
         raise GraftError(f"{folder} holds no weights; {_what_is_read()}")
+    if asked.text_part:
+        return _told(plain_source(found), found), folder
     raise GraftError(
         f"{folder} holds nothing to convert: its weights are not quantised, and graft takes "
         "them as they are (graft train --model, graft quantize --model)"
@@ -66,6 +68,11 @@ def _tell_label(folder: ForeignFolder, source: Source) -> None:
         source.notes.append(
             f"config.json says {named}, and no tensor is quantised: the weights are as they are"
         )
+
+
+def _told(source: Source, found: ForeignFolder) -> Source:
+    source.notes.extend(found.notes)
+    return source
 
 
 def _what_is_read() -> str:

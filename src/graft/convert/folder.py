@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from graft.convert.config import ConvertConfig
 from graft.convert.integer_settings import separate_settings, settings_by_tensors
-from graft.convert.source import PlainTensor
+from graft.convert.source import PlainTensor, Source
 from graft.errors import GraftError
 from graft.files.read import read_json
 from graft.model.folder import parse_config
 from graft.model.foreign import check_files
+from graft.model.names import names_in
 from graft.model.subject import build_skeleton
-from graft.model.weight_files import INDEX_FILE, PICKLES, SINGLE_FILE, WeightFiles
+from graft.model.text_part import TextPart, check_text_only, open_text_part
+from graft.model.weight_files import WeightFiles
+from graft.model.weight_sets import INDEX_FILE, SINGLE_FILE, pickled_weights
 from graft.text import quoted
 
 WORDS = (torch.int32, torch.uint32)
@@ -34,8 +37,8 @@ class ForeignFolder:
     folder: Path
     config: dict[str, Any]
     asked: ConvertConfig = ConvertConfig()
-    notes: tuple[str, ...] = ()
-    """Where its settings were found, if not in config.json."""
+    notes: list[str] = field(default_factory=list)
+    """What is to be told of its files and settings, in words."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -45,24 +48,52 @@ class ForeignFolder:
     @property
     def is_pickled(self) -> bool:
         """Whether it holds pickled weights and no others."""
-        if any(self.folder.glob("*.safetensors")):
-            return False
-        return any(path for pattern in PICKLES for path in self.folder.glob(pattern))
+        return not any(self.folder.glob("*.safetensors")) and bool(pickled_weights(self.folder))
 
     def skeleton(self, tensors: int = 0) -> PreTrainedModel:
         """Return the modules on the meta device, as they are without the quantisation.
 
         tensors: how many its files hold; see `build_skeleton`.
         """
-        plain = {key: value for key, value in self.config.items() if key not in _SETTINGS}
-        return build_skeleton(parse_config(plain, self.folder), tensors=tensors)
+        if self.asked.text_part:
+            return self._text_part(tensors).text
+        config = self._plain_config
+        check_text_only(config, self.folder)
+        return build_skeleton(config, tensors=tensors)
+
+    def names(self, keys: Iterable[str]) -> dict[str, str]:
+        """Return the name in the model of each tensor of its files, by its name there.
+
+        Tensors of other parts than the text are left out where that is asked for.
+        """
+        keys = list(keys)
+        if not self.asked.text_part:
+            return names_in(self.skeleton(len(keys)), keys)
+        part = self._text_part(len(keys))
+        names = part.names(keys)
+        self.notes.append(
+            f"the text part of a {part.whole.config.model_type}, as a "
+            f"{part.text.config.model_type}; {len(keys) - len(names)} tensors of its other parts "
+            "stay behind"
+        )
+        return names
 
     def weights(self) -> WeightFiles:
-        """Return the safetensors files; raises GraftError when there are none."""
+        """Return the safetensors files under the model's names; raises GraftError for none."""
         standard = (self.folder / INDEX_FILE).is_file() or (self.folder / SINGLE_FILE).is_file()
         others = sorted(path.name for path in self.folder.glob("*.safetensors"))
         single = others[0] if len(others) == 1 and not standard else None
-        return WeightFiles(self.folder, single, narrow=True)
+        files = WeightFiles(self.folder, single, narrow=True)
+        self.notes.extend(files.notes)
+        return files.named(self.names(files))
+
+    @cached_property
+    def _plain_config(self) -> PreTrainedConfig:
+        plain = {key: value for key, value in self.config.items() if key not in _SETTINGS}
+        return parse_config(plain, self.folder)
+
+    def _text_part(self, tensors: int) -> TextPart:
+        return open_text_part(self._plain_config, self.config, self.folder, tensors)
 
 
 def open_folder(folder: Path, asked: ConvertConfig) -> ForeignFolder:
@@ -88,7 +119,13 @@ def open_folder(folder: Path, asked: ConvertConfig) -> ForeignFolder:
         note = "its quantisation is known by its tensors alone; config.json says nothing of one"
     if not settings:
         return found
-    return ForeignFolder(folder, config | {"quantization_config": settings}, asked, (note,))
+    return ForeignFolder(folder, config | {"quantization_config": settings}, asked, [note])
+
+
+def plain_source(folder: ForeignFolder) -> Source:
+    """Return what is in a folder of safetensors that is not quantised."""
+    files = folder.weights()
+    return Source("Transformers", folder.skeleton(len(files)), {}, plain_tensors(files, ()))
 
 
 def plain_tensors(files: WeightFiles, but: Iterable[str]) -> dict[str, PlainTensor]:

@@ -35,7 +35,7 @@ from graft.model.gguf.tokens import TokenList, read_tokens
 from graft.model.gguf.words import compare_tokenizer
 from graft.model.subject import build_skeleton
 from graft.model.targets import linear_layers
-from graft.model.weight_files import PICKLES
+from graft.model.weight_sets import PICKLES
 from graft.text import listed, quoted
 
 

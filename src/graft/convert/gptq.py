@@ -70,7 +70,7 @@ def open_gptq(
     label: how its settings say that zero points are stored. unwrapped: whether the tool takes the
     largest code of v1 for 2^bits, not for 0. Raises GraftError where that is neither said nor seen.
     """
-    notes = [*folder.notes, *check_settings(str(folder.folder), folder.settings)]
+    notes = check_settings(str(folder.folder), folder.settings)
     files = folder.weights()
     names = [key.removesuffix(".qweight") for key in files if key.endswith(".qweight")]
     by_words = "gptqmodel" in json.dumps(folder.settings).lower()

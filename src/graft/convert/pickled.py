@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,21 @@ from graft.convert.source import PlainTensor, Source
 from graft.errors import GraftError
 from graft.files.read import open_regular
 from graft.model.folder import find_folder
-from graft.model.weight_files import PICKLES, indexed_files
+from graft.model.weight_sets import (
+    PICKLED_FILE,
+    PICKLED_INDEX,
+    PICKLES,
+    WeightSet,
+    find_pickles,
+    pickled_weights,
+)
 from graft.text import quoted
 from graft.understood import understood
 
-_SINGLE = "pytorch_model.bin"
-_INDEX = "pytorch_model.bin.index.json"
 _INSIDE = ("state_dict", "model", "module")
 """Keys under which training programs keep the weights beside other things."""
 _ZIP = b"PK\x03\x04"
 """Begins every file that torch takes for an archive."""
-_OTHER_STATES = ("optimizer.", "scheduler.", "training_args.", "rng_state")
 
 
 class PickledReader(Reader):
@@ -45,7 +50,10 @@ class PickledReader(Reader):
     def open_file(self, file: Path, asked: ConvertConfig) -> tuple[Source, Path]:
         """Return what is in the file; config.json and the tokenizer lie beside it."""
         folder = find_folder(str(file.parent))
-        return pickled_source(open_folder(folder, asked), file.name), folder
+        found = open_folder(folder, asked)
+        source = pickled_source(found, file.name)
+        source.notes.extend(found.notes)
+        return source, folder
 
     def reads_folder(self, folder: ForeignFolder) -> bool:
         """Return whether its weights are pickled, quantised or not."""
@@ -66,32 +74,69 @@ def pickled_source(folder: ForeignFolder, file: str | None = None) -> Source:
             f"{folder.folder} is quantised by another tool and pickled; graft reads such weights "
             "from safetensors only: look for the folder in that form"
         )
-    shards = _Shards(folder.folder)
-    tensors: dict[str, PlainTensor] = {}
-    for name in [file] if file else _files(folder.folder):
-        for key, tensor in shards.read(name).items():
-            make = partial(shards.tensor, name, key)
-            tensors[key] = PlainTensor(tuple(tensor.shape), tensor.dtype, make)
-    return Source("PyTorch, pickled", folder.skeleton(len(tensors)), {}, tensors)
+    chosen = WeightSet((file,)) if file else _files(folder.folder)
+    folder.notes.extend(chosen.notes)
+    found = _read(folder.folder, chosen.files)
+    if chosen.rival:
+        _check_rival(folder.folder, chosen, found)
+    tensors, keys = dict[str, PlainTensor](), dict[str, str]()
+    for key, name in folder.names(found).items():
+        if name in tensors and not _equal(tensors[name], found[key]):
+            raise GraftError(
+                f"{folder.folder} holds different tensors for one place: {quoted(keys[name])} and "
+                f"{quoted(key)} are both {quoted(name)}"
+            )
+        tensors.setdefault(name, found[key])
+        keys.setdefault(name, key)
+    return Source("PyTorch, pickled", folder.skeleton(len(found)), {}, tensors)
 
 
-def _files(folder: Path) -> list[str]:
-    if (folder / _INDEX).is_file():
-        return indexed_files(folder / _INDEX)
-    if (folder / _SINGLE).is_file():
-        return [_SINGLE]
-    found = sorted(
-        path.name
-        for pattern in PICKLES
-        for path in folder.glob(pattern)
-        if not path.name.startswith(_OTHER_STATES)
-    )
+def _files(folder: Path) -> WeightSet:
+    chosen = find_pickles(folder)
+    if chosen is not None:
+        return chosen
+    found = pickled_weights(folder)
     if len(found) != 1:
         raise GraftError(
-            f"{folder} holds {len(found)} pickled files ({', '.join(found[:4])}) and no {_INDEX}; "
-            "name the one with the weights instead of the folder"
+            f"{folder} holds {len(found)} pickled files ({', '.join(found[:4])}) and no "
+            f"{PICKLED_INDEX}; name the one with the weights instead of the folder"
         )
-    return found
+    return WeightSet((found[0],))
+
+
+def _read(folder: Path, files: Iterable[str]) -> dict[str, PlainTensor]:
+    """Return the tensors of the files; raises GraftError where two of them differ in one."""
+    shards, tensors, places = _Shards(folder), dict[str, PlainTensor](), dict[str, str]()
+    for file in files:
+        for key, tensor in shards.read(file).items():
+            make = partial(shards.tensor, file, key)
+            plain = PlainTensor(tuple(tensor.shape), tensor.dtype, make)
+            if key in tensors and not _equal(tensors[key], plain):
+                raise GraftError(
+                    f"{folder}: two files hold different tensors; download it again: {quoted(key)} "
+                    f"is in {places[key]} and in {file}"
+                )
+            tensors.setdefault(key, plain)
+            places.setdefault(key, file)
+    return tensors
+
+
+def _check_rival(folder: Path, chosen: WeightSet, found: Mapping[str, PlainTensor]) -> None:
+    rival = _read(folder, chosen.rival)
+    for key in {**found, **rival}:
+        if key not in found or key not in rival or not _equal(found[key], rival[key]):
+            raise GraftError(
+                f"{folder} holds two models: {chosen.named}, which Transformers reads, and what "
+                f"{PICKLED_INDEX} names: {chosen.rival_named}. They differ, in {quoted(key)} for "
+                f"one, and nothing says which is the newer; move {PICKLED_FILE} or {PICKLED_INDEX} "
+                "out of the folder"
+            )
+
+
+def _equal(one: PlainTensor, other: PlainTensor) -> bool:
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and torch.equal(
+        one.make(), other.make()
+    )
 
 
 class _Shards:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -16,16 +15,18 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from graft.convert.config import ConvertConfig
 from graft.convert.source import DenseLayer, PlainTensor, QuantisedLayer, Source
+from graft.convert.ties import with_own_heads
 from graft.errors import GraftError, Problems, raise_problems
 from graft.files.write import new_folder
 from graft.formats.base import WeightFormat, storage_bytes
 from graft.formats.registry import describe_format, settings_of
 from graft.layers.registry import kind_of
 from graft.model.load import LoadedModel
+from graft.model.names import check_unplaced, partners
 from graft.model.save import write_model_files, write_quantisation
 from graft.model.targets import linear_layers, linear_shape
 from graft.model.tensor_file import WRITABLE, FileTensor, OnTensor, write_tensor_file
-from graft.model.weight_files import SINGLE_FILE
+from graft.model.weight_sets import SINGLE_FILE
 
 _ADVICE = 20
 """Problems that are listed; thousands of layers may share one."""
@@ -91,17 +92,20 @@ def plan_conversion(source: Source, asked: ConvertConfig) -> ConversionPlan:
     """
     plan = ConversionPlan(source, dequantised=list(source.dequantised), asked=asked)
     problems, unheld = Problems(), dict[str, list[str]]()
+    same = partners(source.model)
+    plan.source = source = with_own_heads(source)
     model = source.model
     linear, tied = linear_layers(model), set(model.all_tied_weights_keys)
-    prefix = model.base_model_prefix + "."
     used: set[str] = set()
+    held = {*source.tensors, *(f"{name}.weight" for name in source.layers)}
 
-    def find(entries: Mapping[str, Value], name: str) -> Value | None:
-        """Return the entry of that name: with or without the model's prefix."""
-        for key in (name, name.removeprefix(prefix), prefix + name):
-            if key in entries:
-                used.add(key)
-                return entries[key]
+    def find(entries: Mapping[str, Value], name: str, part: str = "") -> Value | None:
+        """Return the entry of a tensor or, without that part, of its layer: of another that is tied
+        to it, where that one is held alone."""
+        for key in (name,) if name in held else same.get(name, ()):
+            if (entry := key.removesuffix(part)) in entries and key.endswith(part):
+                used.add(entry)
+                return entries[entry]
         return None
 
     for name, tensor in model.state_dict().items():
@@ -109,7 +113,7 @@ def plan_conversion(source: Source, asked: ConvertConfig) -> ConversionPlan:
         if name in tied:
             used |= {name, owner}
             continue
-        read_layer = find(source.layers, owner) if part == "weight" else None
+        read_layer = find(source.layers, name, ".weight") if part == "weight" else None
         plain = None if read_layer else find(source.tensors, name)
         with problems.collecting():
             if read_layer is not None:
@@ -255,22 +259,18 @@ def _plain(name: str, tensor: PlainTensor, place: Tensor) -> FileTensor:
     return FileTensor(name, shape, tensor.dtype, tensor.make)
 
 
-_COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(masked_)?bias)")
-"""Tensors that older checkpoints hold and the model computes: rotary frequencies, GPT-2's masks."""
-
-
 def _check_left_out(source: Source, names: list[str]) -> None:
     """Raise GraftError where what has no place in the model may change what it computes."""
-    tied = set(source.model.all_tied_weights_keys)
-    problems = []
-    for name in names:
-        if name in source.layers:
-            problems.append(f"{name} is quantised, and the model of config.json has no such layer")
-        elif name in tied or _COMPUTED.fullmatch(name):
-            continue
-        elif bool(source.tensors[name].make().any()):
-            problems.append(f"{name} is not zero, and the model of config.json has no such tensor")
-    raise_problems(problems[:20], "tensors without a place, which change what is computed")
+    raise_problems(
+        [
+            f"{name} is quantised, and the model of config.json has no such layer"
+            for name in names
+            if name in source.layers
+        ][:20],
+        "tensors without a place, which change what is computed",
+    )
+    plain = {name: source.tensors[name].make for name in names if name in source.tensors}
+    check_unplaced(source.model, plain)
 
 
 def write_conversion(

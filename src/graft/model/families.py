@@ -174,10 +174,15 @@ _ROWS = (
             architecture="gemma", read=True, settings={"hidden_activation": "gelu_pytorch_tanh"}
         ),
         exports={
-            "gguf": Architecture(("gelu_pytorch_tanh",), _YARN, settings={"attention_bias": False}),
+            "gguf": Architecture(
+                ("gelu_pytorch_tanh",),
+                _YARN,
+                settings={"attention_bias": False, "tie_word_embeddings": True},
+            ),
             "mlx": Architecture(
                 ("gelu_pytorch_tanh",),
                 ("default",),
+                settings={"tie_word_embeddings": True},
                 note="mlx-lm computes GELU itself where the model has its approximation by tanh",
             ),
             "graph": _GRAPH,

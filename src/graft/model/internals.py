@@ -6,19 +6,24 @@ Nothing else under graft.model does; a new version of either is checked against 
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 from torch import nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 
 __all__ = [
     "OpOverload",
     "arguments_of",
     "attention_of",
+    "ignored_patterns",
     "initialise",
     "name_of",
+    "names_of_today",
     "tree_leaves",
     "with_child",
 ]
@@ -66,3 +71,45 @@ def with_child(model: Model, name: str, child: nn.Module) -> Model:
     changed = copy.copy(model)
     changed._modules = {**model._modules, name: child}
     return changed
+
+
+def names_of_today(
+    model: PreTrainedModel, keys: Iterable[str], known: Collection[str]
+) -> dict[str, str]:
+    """Return what Transformers calls each key of a checkpoint while it loads a model.
+
+    known: the model's own names. Which names a family had before is a list of Transformers' own,
+    which only from_pretrained applies. Where tensors are merged while they are read (experts), the
+    keys stay as they are.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    prefix = f"{model.base_model_prefix}."
+
+    def placed(key: str) -> str:
+        if key.startswith(prefix) and key.removeprefix(prefix) in known:
+            return key.removeprefix(prefix)
+        return prefix + key if prefix + key in known else key
+
+    names = {}
+    for key in sorted(keys):
+        name = key
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        name = placed(name)
+        names[key] = placed(key) if name not in known and key in known else name
+    return names
+
+
+def ignored_patterns(model: PreTrainedModel) -> list[str]:
+    """Return expressions of the names that Transformers leaves out when it loads a model.
+
+    What a family's old checkpoints hold and its model computes is known there alone.
+    """
+    found = list(model._keys_to_ignore_on_load_unexpected or ())
+    buffers = [name for name, _ in model.named_buffers()]
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        found.append(r"rotary_emb\.inv_freq")
+    if any(name.endswith("position_ids") for name in buffers):
+        found.append(r"(^|\.)position_ids$")
+    return found

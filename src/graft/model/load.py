@@ -20,7 +20,6 @@ from graft.model.folder import read_generation_config
 from graft.model.internals import initialise
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import linear_shape, select_targets
-from graft.model.weight_files import WeightFiles
 
 OnTensor = Callable[[int, int], None]
 """Called with (tensors done, tensors in all)."""
@@ -38,6 +37,8 @@ class LoadedModel:
     source_dtype: torch.dtype
     dtype: torch.dtype
     """The dtype it computes in."""
+    notes: tuple[str, ...] = ()
+    """What is to be told of the folder's weights, in words."""
 
 
 def load_model(
@@ -65,7 +66,7 @@ def load_model(
     folder, tokenizer = subject.folder, subject.tokenizer
     target_device = resolve_device(device)
     generation_config = read_generation_config(folder)
-    with subject.weight_files as files:
+    with subject.weight_files:
         compute_dtype = resolve_dtype(dtype, subject.source_dtype, target_device)
         built = subject.new_model(compute_dtype)
         formats = dict(subject.formats)
@@ -81,12 +82,12 @@ def load_model(
                 formats = dict.fromkeys(select_targets(built, targets), weight_format)
         pack = pack or (lambda _, weight, chosen: chosen.pack(weight))
         kept = None if dtype == "stored" else compute_dtype
-        loader = _Loader(built, files, formats, stored, kept, target_device, pack)
+        loader = _Loader(built, subject, formats, stored, kept, target_device, pack)
         loader.run(on_tensor)
     if generation_config is not None:
         built.generation_config = generation_config
     built.requires_grad_(False)
-    return LoadedModel(built, tokenizer, folder, subject.source_dtype, compute_dtype)
+    return LoadedModel(built, tokenizer, folder, subject.source_dtype, compute_dtype, subject.notes)
 
 
 class _Loader:
@@ -95,7 +96,7 @@ class _Loader:
     def __init__(
         self,
         model: PreTrainedModel,
-        files: WeightFiles,
+        subject: Subject,
         formats: dict[str, WeightFormat],
         stored: bool,
         dtype: torch.dtype | None,
@@ -103,12 +104,13 @@ class _Loader:
         pack: PackLayer,
     ) -> None:
         """dtype: what floats become; None: nothing else."""
-        self.model, self.files, self.formats, self.pack = model, files, formats, pack
+        self.model, self.formats, self.pack = model, formats, pack
+        self.subject, self.files = subject, subject.tensors
         self.stored, self.dtype, self.device = stored, dtype, device
-        self.tied = set(model.all_tied_weights_keys)
 
     def run(self, on_tensor: OnTensor | None) -> None:
         plan = self._plan()
+        self.subject.left_out  # noqa: B018  (raises where a tensor more changes the model)
         # All room is taken first: lasting tensors that are allocated between the temporaries of the
         # rounding would scatter over the heap and leave holes that nothing fits in.
         room = {} if self.stored else {layer: self._room(layer) for layer in self.formats}
@@ -129,15 +131,17 @@ class _Loader:
         """Return {layer or tensor name: key in the files}; raises with every misfit."""
         plan, problems = {}, []
         inside = {self._weight_name(layer): layer for layer in self.formats}
+        tied = self.model.all_tied_weights_keys
         for name, tensor in self.model.state_dict().items():
+            if name in tied:
+                continue  # it becomes the very tensor that it is tied to
             if name in inside and self.stored:
                 problems += self._check_packed(inside[name])
                 plan[inside[name]] = inside[name]
                 continue
             key = self._key(name)
             if key is None:
-                if name not in self.tied:
-                    problems.append(f"tensor {name} is missing")
+                problems.append(f"tensor {name} is missing" + self._placed(name))
             elif self.files.shape(key) != tuple(tensor.shape):
                 problems.append(
                     f"{key} has shape {list(self.files.shape(key))}; config.json makes it "
@@ -153,12 +157,14 @@ class _Loader:
         return plan
 
     def _key(self, name: str) -> str | None:
-        """Return the key that the files have for a tensor: with or without the model's prefix."""
-        prefix = self.model.base_model_prefix + "."
-        for key in (name, name.removeprefix(prefix), prefix + name):
-            if key in self.files:
-                return key
-        return None
+        """Return what the files call a tensor: its name, or that of another that is the same."""
+        same = (name, *self.subject.partners.get(name, ()))
+        return next((key for key in same if key in self.files), None)
+
+    def _placed(self, name: str) -> str:
+        """Return in words where the folder's index has a tensor that is in no file."""
+        place = self.files.place(name)
+        return f"; the index has it in {place}: download that again" if place else ""
 
     def _weight_name(self, layer: str) -> str:
         return f"{layer}.{kind_of(self.model.get_submodule(layer)).weight}"

@@ -28,7 +28,7 @@ from graft.model.folder import (
 from graft.model.load import LoadedModel
 from graft.model.tensor_file import WRITABLE, FileTensor, OnTensor, write_tensor_file
 from graft.model.tokenizer_itself import PLAIN_CLASS, tokenizer_note
-from graft.model.weight_files import SINGLE_FILE
+from graft.model.weight_sets import SINGLE_FILE
 
 
 def save_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -24,8 +24,18 @@ from graft.model.folder import (
     stored_formats,
 )
 from graft.model.foreign import modules_within
-from graft.model.targets import linear_layers
+from graft.model.names import (
+    check_unplaced,
+    left_note,
+    parted,
+    parted_note,
+    partners,
+    under_own_names,
+)
+from graft.model.targets import linear_layers, linear_shape
+from graft.model.text_part import check_text_only
 from graft.model.weight_files import WeightFiles
+from graft.model.weight_sets import whole_set
 from graft.understood import understood
 
 _MARK = torch.bfloat16
@@ -41,15 +51,39 @@ class Subject:
     """
 
     folder: Path
-    config: PreTrainedConfig
+    stated: PreTrainedConfig
+    """What config.json says."""
     trust_remote_code: bool = False
     config_alone: bool = False
     """The folder may hold config.json and nothing else."""
+    ties_as_stated: bool = False
+    """Tensors that config.json ties stay so, whatever the files hold: earlier versions of graft
+    did that, and trained on it."""
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The configuration, which ties nothing that the files hold as two tensors."""
+        if not self.parted:
+            return self.stated
+        config = copy.deepcopy(self.stated)
+        config.tie_word_embeddings = False
+        return config
+
+    @cached_property
+    def parted(self) -> list[str]:
+        """The tensors that config.json ties to others, and the files hold as others: a trained head
+        in a folder that was saved with the settings of its base."""
+        if self.ties_as_stated or not self._as_stated[0].all_tied_weights_keys:
+            return []
+        if self.config_alone and not whole_set(self.folder):
+            return []
+        files = under_own_names(self._as_stated[0], self.weight_files)
+        return parted(self._as_stated[0], set(files), files.equal)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; raises GraftError when the folder has none."""
-        return read_tokenizer(self.folder, self.trust_remote_code, self.config)
+        return read_tokenizer(self.folder, self.trust_remote_code, self.stated)
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
@@ -75,6 +109,41 @@ class Subject:
         return WeightFiles(self.folder)
 
     @cached_property
+    def tensors(self) -> WeightFiles:
+        """The tensors of the folder under the model's names; raises GraftError as `weight_files`,
+        and where two that are different have one place."""
+        return under_own_names(self.skeleton, self.weight_files)
+
+    @cached_property
+    def left_out(self) -> list[str]:
+        """The tensors without a place in the model, all of which it does without.
+
+        Raises GraftError for those that would change what it computes.
+        """
+        known = set(self.skeleton.state_dict())
+        for name, weight_format in self.formats.items():
+            in_features, out_features = linear_shape(self.skeleton.get_submodule(name))
+            known.discard(f"{name}.weight")
+            known |= {f"{name}.{key}" for key in weight_format.storage(out_features, in_features)}
+        files = self.tensors
+        left = {name: partial(files.read_once, name) for name in files if name not in known}
+        return check_unplaced(self.skeleton, left)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be told of the folder's weights, in words; raises as `left_out`."""
+        return (
+            *self.weight_files.notes,
+            *([parted_note(self.parted)] if self.parted else []),
+            *([left_note(self.left_out)] if self.left_out else []),
+        )
+
+    @cached_property
+    def partners(self) -> dict[str, list[str]]:
+        """For each tensor that config.json ties, the names of all that are the same one."""
+        return partners(self._as_stated[0])
+
+    @cached_property
     def source_dtype(self) -> torch.dtype:
         """The dtype of the weights: what most of them have in the files, before graft packed them.
 
@@ -86,23 +155,23 @@ class Subject:
             return halves.get(str(name), torch.float32)
         if not self.config_alone:
             return self.weight_files.source_dtype()
-        return self.config.dtype if isinstance(self.config.dtype, torch.dtype) else torch.float32
+        return self.stated.dtype if isinstance(self.stated.dtype, torch.dtype) else torch.float32
 
     @property
     def position_limit(self) -> int | None:
         """The longest text in tokens, where the configuration has a limit."""
-        limit: int | None = getattr(self.config, "max_position_embeddings", None)
+        limit: int | None = getattr(self.stated, "max_position_embeddings", None)
         return limit
 
     @property
     def hidden_size(self) -> int:
         """Features between two decoder layers."""
-        return int(self.config.get_text_config().hidden_size)
+        return int(self.stated.get_text_config().hidden_size)
 
     @property
     def family(self) -> Family:
         """What is known of the model's family."""
-        return family_of(self.config)
+        return family_of(self.stated)
 
     def new_model(self, dtype: torch.dtype | None = None) -> PreTrainedModel:
         """Return a copy of the skeleton to change, as it is built to compute in `dtype`.
@@ -118,29 +187,41 @@ class Subject:
     @cached_property
     def _built(self) -> tuple[PreTrainedModel, frozenset[str]]:
         """The skeleton, and the names of its tensors that have the dtype of the model."""
-        config = copy.deepcopy(self.config)
-        config.dtype = _MARK
+        return self._build(self.config) if self.parted else self._as_stated
+
+    @cached_property
+    def _as_stated(self) -> tuple[PreTrainedModel, frozenset[str]]:
+        """The same of config.json as it is."""
+        return self._build(self.stated)
+
+    def _build(self, config: PreTrainedConfig) -> tuple[PreTrainedModel, frozenset[str]]:
+        marked = copy.deepcopy(config)
+        marked.dtype = _MARK
         tensors = 0 if self.config_alone else len(self.weight_files)
-        model = build_skeleton(config, self.trust_remote_code, tensors)
+        model = build_skeleton(marked, self.trust_remote_code, tensors)
         typed = frozenset(name for name, tensor in _tensors(model) if tensor.dtype == _MARK)
-        stated = self.config.dtype
-        _set_dtype(model, typed, stated if isinstance(stated, torch.dtype) else None)
+        _set_dtype(model, typed, config.dtype if isinstance(config.dtype, torch.dtype) else None)
         return model, typed
 
 
 def open_subject(
-    model: str | Path | Subject, trust_remote_code: bool = False, config_alone: bool = False
+    model: str | Path | Subject,
+    trust_remote_code: bool = False,
+    config_alone: bool = False,
+    ties_as_stated: bool = False,
 ) -> Subject:
     """Open a model folder or hub id; a subject that is open already is returned as it is.
 
-    With `config_alone` a hub id's config.json is fetched and nothing else. Raises GraftError when
-    there is no such model, or when its configuration is damaged or unknown.
+    With `config_alone` a hub id's config.json is fetched and nothing else; see `Subject` for
+    `ties_as_stated`. Raises GraftError when there is no such model, or when its configuration is
+    damaged or unknown.
     """
     if isinstance(model, Subject):
         return model
     folder = find_folder(str(model), config_alone)
     config = read_config(folder, trust_remote_code)
-    return Subject(folder, config, trust_remote_code, config_alone)
+    check_text_only(config, folder)
+    return Subject(folder, config, trust_remote_code, config_alone, ties_as_stated)
 
 
 def build_skeleton(

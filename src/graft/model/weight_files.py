@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import mmap
-import os
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -15,14 +15,20 @@ import torch
 from safetensors import safe_open
 
 from graft.errors import GraftError, raise_problems
-from graft.files.read import LARGE_JSON_BYTES, open_regular, read_typed
+from graft.files.read import open_regular
+from graft.model.weight_sets import (
+    INDEX_FILE,
+    SINGLE_FILE,
+    WeightSet,
+    find_weights,
+    other_names,
+    pickled_weights,
+)
 from graft.text import quoted
 from graft.understood import understood
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-
+_PIECE = 16 * 2**20
+"""Bytes of two tensors that are compared at once."""
 _LENGTH_BYTES = 8
 """A safetensors file begins with the length of its header, a little-endian integer of 64 bits."""
 
@@ -51,8 +57,9 @@ class WeightFiles:
     """The safetensors files of a folder as one mapping from tensor name to tensor.
 
     narrow: whether floats of 8 bits and fewer are read, which are nothing without their scales.
-    Raises GraftError when there are none, when a file is damaged, or when only pickled weights are
-    there (those can run code when they are loaded, so graft never does).
+    Raises GraftError when there are none, when a file is damaged, when two of them hold different
+    tensors under one name, or when only pickled weights are there (those can run code when they
+    are loaded, so graft never does).
     """
 
     def __init__(
@@ -63,9 +70,10 @@ class WeightFiles:
         """What the files say beside their tensors."""
         self._narrow = narrow
         self._mapped: dict[str, mmap.mmap] = {}
-        self._entries: dict[str, _Entry] = {}
-        for file in [single_file] if single_file else _weight_files(folder):
-            self._entries |= self._read_header(file)
+        self._set = WeightSet((single_file,)) if single_file else _weight_set(folder)
+        self._entries = self._read_headers(self._set.files)
+        if self._set.rival:
+            self._check_rival()
 
     def __enter__(self) -> WeightFiles:
         return self
@@ -126,6 +134,41 @@ class WeightFiles:
         mapped = self._map(entry.file, entry.begin - before, before + entry.bytes)
         return self._view(name, mapped, before)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What lies in the folder beside these weights and is not read, in words."""
+        return self._set.notes
+
+    def place(self, name: str) -> str | None:
+        """Return the file in which the folder's index places a tensor."""
+        return self._set.places.get(name)
+
+    def named(self, names: Mapping[str, str]) -> WeightFiles:
+        """Return the same tensors under other names, without those that get none.
+
+        Raises GraftError where several of one name differ.
+        """
+        renamed, problems = copy.copy(self), []
+        renamed._entries, keys = {}, dict[str, str]()
+        for key, name in names.items():
+            entry, first = self._entries[key], renamed._entries.setdefault(name, self._entries[key])
+            if first is not entry and not self._equal(first, entry):
+                problems.append(f"{quoted(keys[name])} and {quoted(key)} are both {quoted(name)}")
+            keys.setdefault(name, key)
+        raise_problems(problems[:20], f"{self.folder} holds different tensors for one place")
+        return renamed
+
+    def equal(self, one: str, other: str) -> bool:
+        """Return whether two tensors have the same values, in whichever floating dtypes."""
+        first, second = self._entries[one], self._entries[other]
+        if first.shape != second.shape:
+            return False
+        if first.dtype == second.dtype:
+            return self._equal(first, second)
+        wide = torch.promote_types(self.dtype(one), self.dtype(other))
+        rows = zip(self.read_once(one), self.read_once(other), strict=True)
+        return all(torch.equal(a.to(wide), b.to(wide)) for a, b in rows)
+
     def source_dtype(self) -> torch.dtype:
         """Return the dtype that most of the floating tensors have."""
         counts: dict[torch.dtype, int] = {}
@@ -142,6 +185,50 @@ class WeightFiles:
             return torch.empty(shape, dtype=dtype)
         tensor = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin).view(shape)
         return tensor.clone() if begin % dtype.itemsize else tensor
+
+    def _read_headers(self, files: tuple[str, ...]) -> dict[str, _Entry]:
+        entries, problems = dict[str, _Entry](), []
+        for file in files:
+            for name, entry in self._read_header(file).items():
+                first = entries.setdefault(name, entry)
+                if first is not entry and not self._equal(first, entry):
+                    problems.append(f"{quoted(name)} is in {first.file} and in {file}")
+        raise_problems(
+            problems[:20], f"{self.folder}: two files hold different tensors; download it again"
+        )
+        return entries
+
+    def _check_rival(self) -> None:
+        """Raise GraftError unless the second set of the folder holds what the first one does."""
+        rival = self._read_headers(self._set.rival)
+        differing = [
+            name
+            for name in {**self._entries, **rival}
+            if name not in rival or name not in self._entries
+        ]
+        if not differing:
+            differing = [
+                name for name, entry in self._entries.items() if not self._equal(entry, rival[name])
+            ][:1]
+        if differing:
+            raise GraftError(
+                f"{self.folder} holds two models: {self._set.named}, which Transformers reads, and "
+                f"what {INDEX_FILE} names: {self._set.rival_named}. They differ, in "
+                f"{quoted(differing[0])} for one, and nothing says which is the newer; move "
+                f"{SINGLE_FILE} or {INDEX_FILE} out of the folder"
+            )
+
+    def _equal(self, one: _Entry, other: _Entry) -> bool:
+        """Return whether two tensors are the same, bit for bit."""
+        if (one.dtype, one.shape, one.bytes) != (other.dtype, other.shape, other.bytes):
+            return False
+        first, second = self._map(one.file), self._map(other.file)
+        return all(
+            first[one.begin + place : one.begin + place + length]
+            == second[other.begin + place : other.begin + place + length]
+            for place in range(0, one.bytes, _PIECE)
+            for length in [min(_PIECE, one.bytes - place)]
+        )
 
     def _read_header(self, file: str) -> dict[str, _Entry]:
         path = self.folder / file
@@ -193,41 +280,14 @@ _NARROW = {
 }
 
 
-def _weight_files(folder: Path) -> list[str]:
-    if (folder / INDEX_FILE).is_file():
-        return indexed_files(folder / INDEX_FILE)
-    if (folder / SINGLE_FILE).is_file():
-        return [SINGLE_FILE]
-    pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
+def _weight_set(folder: Path) -> WeightSet:
+    found = find_weights(folder)
+    if found is not None:
+        return found
+    pickles = pickled_weights(folder)
     if pickles:
         raise GraftError(
             f"{folder} holds only pickled weights ({', '.join(pickles[:3])}), which can run code "
             f"when loaded; bring them in safely with: graft convert {folder} --out NEW_FOLDER"
         )
-    raise GraftError(f"{folder} has no {SINGLE_FILE} (and no {INDEX_FILE})")
-
-
-@dataclass(frozen=True)
-class _Index:
-    """What an index file says."""
-
-    weight_map: Mapping[str, str] = field(default_factory=dict)
-    """The file of each tensor."""
-
-
-def indexed_files(index: Path) -> list[str]:
-    """Return the names of the weight files that an index lists, all of them in its folder.
-
-    Raises GraftError when it lists none, or one that is not there.
-    """
-    weight_map = read_typed(index, _Index, LARGE_JSON_BYTES).weight_map
-    if not weight_map:
-        raise GraftError(f"{index} has no weight_map; download it again")
-    files = sorted(set(weight_map.values()))
-    problems = [
-        f"{quoted(file)} is named there but not in the folder; download it again"
-        for file in files
-        if Path(file).name != file or not os.path.isfile(index.parent / file)
-    ]
-    raise_problems(problems, str(index))
-    return files
+    raise GraftError(f"{folder} has no {SINGLE_FILE} (and no {INDEX_FILE}){other_names(folder)}")

@@ -57,7 +57,7 @@ def load_base(prepared: Prepared, run: Path, packer: Packer | None, events: Even
         events=events,
     )
     if unquantised:
-        write_base_reference(run, prepared.subject.folder)
+        write_base_reference(run, prepared.subject.folder, bool(prepared.subject.parted))
         if method.trains_adapter:
             freeze_layers(loaded.model, prepared.targets)
     elif not prepared.dense_steps:

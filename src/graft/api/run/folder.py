@@ -28,6 +28,7 @@ from graft.model.gguf.load import load_gguf_model
 from graft.model.gguf.tokens import read_tokens
 from graft.model.gguf.words import check_tokens
 from graft.model.load import LoadedModel, load_model
+from graft.model.subject import open_subject
 from graft.model.targets import freeze_layers, select_targets
 from graft.text import quoted
 
@@ -114,7 +115,11 @@ def load_any(
 
 
 def _with_template(loaded: LoadedModel, run: Path) -> LoadedModel:
-    """Give a model's tokenizer the chat template that the run was trained with."""
+    """Give a model's tokenizer the chat template that the run was trained with.
+
+    What there is to tell of its base was told when it was trained.
+    """
+    loaded = dataclasses.replace(loaded, notes=())
     style = prompt_style(run)
     if style.chat_template is not None:
         loaded.tokenizer.chat_template = style.chat_template
@@ -148,16 +153,15 @@ def load_run_base(
             str(run / BASE), dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
         )
         return _with_template(loaded, run)
-    reference = read_typed(run / BASE_REFERENCE, BaseReference)
+    reference = read_base_reference(run)
     base = Path(reference.path)
     if not base.is_dir():
         raise GraftError(f"the base of {run} is gone: there is no folder {base}")
     found = _sampled(base) if reference.sha256 is None else fingerprint_weights(base)
     if found != (reference.sha256 or reference.fingerprint):
         raise GraftError(f"the base of {run} has changed since: {base} has other weights now")
-    loaded = load_model(
-        str(base), dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
-    )
+    subject = open_subject(str(base), config.trust_remote_code, ties_as_stated=not reference.parted)
+    loaded = load_model(subject, dtype=dtype, device=device)
     if method_of(config).trains_adapter:
         freeze_layers(loaded.model, select_targets(loaded.model, config.targets))
     return _with_template(loaded, run)
@@ -172,12 +176,20 @@ class BaseReference:
     """Of earlier versions; see `_sampled`."""
     sha256: str | None = None
     """See `fingerprint_weights`."""
+    parted: bool = False
+    """It was trained with a head of its own that config.json ties to the embedding; earlier
+    versions tied it then."""
 
 
-def write_base_reference(run: Path, folder: Path) -> None:
-    """Write base.json: where the base lies, and its fingerprint."""
+def write_base_reference(run: Path, folder: Path, parted: bool) -> None:
+    """Write base.json: where the base lies, its fingerprint, and whether its head is its own."""
     reference = {"path": str(folder.resolve()), "sha256": fingerprint_weights(folder)}
-    write_json(run / BASE_REFERENCE, reference)
+    write_json(run / BASE_REFERENCE, reference | ({"parted": True} if parted else {}))
+
+
+def read_base_reference(run: Path) -> BaseReference:
+    """Return what base.json says; raises GraftError when it is damaged."""
+    return read_typed(run / BASE_REFERENCE, BaseReference)
 
 
 def fingerprint_weights(folder: Path) -> str:

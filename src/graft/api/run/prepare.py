@@ -103,6 +103,8 @@ def prepare(
         exported = exported_formats(config, subject, weight_format, targets)
         check_exports(config, subject.config, exported, tokenizer, kind)
     problems.raise_all("nothing was started")
+    for note in subject.notes:
+        events.note(note)
     for name, data in (("training", training), ("held out", held_out)):
         events.note(f"{name}: {data.summary()}")
     for note in filter(None, [tokenizer_note(tokenizer), *joint_notes(config, tokenizer)]):

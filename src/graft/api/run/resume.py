@@ -20,6 +20,7 @@ from graft.api.run.folder import (
     fingerprint_tokenizer,
     fingerprint_weights,
     is_run,
+    read_base_reference,
     read_run_config,
     write_base_reference,
     write_prompt_style,
@@ -277,7 +278,8 @@ def settle(run: Path, prepared: Prepared, resumed: Resumed, events: Events) -> N
     base = prepared.subject.folder
     stays = (run / BASE_REFERENCE).is_file() and not (run / BASE).is_dir()
     if _read_inputs(run) and stays:
-        write_base_reference(run, base)  # the same weights, perhaps in another place
+        # The same weights, perhaps in another place.
+        write_base_reference(run, base, read_base_reference(run).parted)
     _write_beginning(run, prepared)
 
 

@@ -208,12 +208,12 @@ _SPECIAL_KEYS = {
 
 
 def _special_ids(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> dict[str, int]:
-    eos = config.eos_token_id
+    eos = getattr(config, "eos_token_id", None)
     found = {
-        "bos": _first(tokenizer.bos_token_id, config.bos_token_id),
+        "bos": _first(tokenizer.bos_token_id, getattr(config, "bos_token_id", None)),
         "eos": _first(tokenizer.eos_token_id, eos[0] if isinstance(eos, list) else eos),
         "unk": tokenizer.unk_token_id,
-        "pad": _first(tokenizer.pad_token_id, config.pad_token_id),
+        "pad": _first(tokenizer.pad_token_id, getattr(config, "pad_token_id", None)),
     }
     return {name: index for name, index in found.items() if index is not None and index >= 0}
 
