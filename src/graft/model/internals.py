@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from typing import Any, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ __all__ = [
     "name_of",
     "tree_leaves",
     "with_child",
+    "writes_to",
 ]
 # OpOverload is what a checkpointing policy is called with, and has no public name. tree_leaves
 # finds the tensors in whatever an operation returns.
@@ -49,13 +50,19 @@ def attention_of(model: PreTrainedModel) -> str | None:
     return model.config._attn_implementation
 
 
-def initialise(model: PreTrainedModel, module: nn.Module) -> None:
-    """Compute a module's tensors as Transformers does when it builds the model.
+def initialise(model: PreTrainedModel) -> None:
+    """Compute every tensor of a model as Transformers does when a file does not hold it.
 
-    No file holds rotary frequencies and their like, and each family knows its own; the public way
-    draws all modules of the model anew.
+    Each module is marked once that is done, and a model that was built is marked as a whole.
     """
-    model._init_weights(module)
+    for module in model.modules():
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    model.initialize_weights()
+
+
+def writes_to(tensor: Tensor) -> int:
+    """Return how often a tensor was written in place; nothing public tells that it was at all."""
+    return tensor._version
 
 
 def with_child(model: Model, name: str, child: nn.Module) -> Model:

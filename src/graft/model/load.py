@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from graft.adapters.attach import replace_module
 from graft.errors import GraftError, raise_problems
 from graft.formats.base import Packed, WeightFormat
 from graft.layers.registry import kind_of
+from graft.model.buffers import initialise_buffers
 from graft.model.devices import resolve_device, resolve_dtype
 from graft.model.folder import read_generation_config
-from graft.model.internals import initialise
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import linear_shape, select_targets
 from graft.model.weight_files import WeightFiles
@@ -79,7 +80,9 @@ def load_model(
             else:
                 formats = dict.fromkeys(select_targets(built, targets), weight_format)
         pack = pack or (lambda _, weight, chosen: chosen.pack(weight))
-        loader = _Loader(built, files, formats, stored, compute_dtype, target_device, pack)
+        build = partial(subject.built_buffers, compute_dtype)
+        place = (compute_dtype, target_device)
+        loader = _Loader(built, files, formats, stored, place, pack, build)
         loader.run(on_tensor)
     if generation_config is not None:
         built.generation_config = generation_config
@@ -96,16 +99,18 @@ class _Loader:
         files: WeightFiles,
         formats: dict[str, WeightFormat],
         stored: bool,
-        dtype: torch.dtype,
-        device: torch.device,
+        place: tuple[torch.dtype, torch.device],
         pack: PackLayer,
+        build: Callable[[], Mapping[str, torch.Tensor]],
     ) -> None:
         self.model, self.files, self.formats, self.pack = model, files, formats, pack
-        self.stored, self.dtype, self.device = stored, dtype, device
+        self.stored, self.build = stored, build
+        self.dtype, self.device = place
         self.tied = set(model.all_tied_weights_keys)
 
     def run(self, on_tensor: OnTensor | None) -> None:
         plan = self._plan()
+        initialise_buffers(self.model, self.device, self.build)
         # All room is taken first: lasting tensors that are allocated between the temporaries of the
         # rounding would scatter over the heap and leave holes that nothing fits in.
         room = {} if self.stored else {layer: self._room(layer) for layer in self.formats}
@@ -117,7 +122,6 @@ class _Loader:
                 self._assign(name, tensor)
             if on_tensor is not None:
                 on_tensor(done, len(plan))
-        self._initialise_buffers()
         self.model.tie_weights()
         left = [name for name, tensor in self.model.state_dict().items() if tensor.is_meta]
         raise_problems([f"{name} was not loaded" for name in left], str(self.files.folder))
@@ -212,24 +216,3 @@ class _Loader:
         if isinstance(getattr(parent, child), nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
         setattr(parent, child, value)
-
-    def _initialise_buffers(self) -> None:
-        """Compute the buffers that no file holds (rotary frequencies), as transformers does."""
-        for module in self.model.modules():
-            missing = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
-            if not missing:
-                continue
-            # transformers draws every tensor of a module anew. Those that are loaded already
-            # (Gemma's scaled embedding has both kinds) wait aside meanwhile.
-            aside = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-            loaded = {n: b for n, b in module.named_buffers(recurse=False) if n not in missing}
-            for name, parameter in aside.items():
-                empty = torch.empty_like(parameter, device="meta")
-                setattr(module, name, nn.Parameter(empty, requires_grad=False))
-            for name, buffer in loaded.items():
-                setattr(module, name, torch.empty_like(buffer, device="meta"))
-            for name, buffer in missing.items():
-                setattr(module, name, torch.empty_like(buffer, device=self.device))
-            initialise(self.model, module)
-            for name, tensor in (aside | loaded).items():
-                setattr(module, name, tensor)

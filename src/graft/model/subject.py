@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from graft.formats.base import WeightFormat
+from graft.model.causal import check_attention, check_config
 from graft.model.families import Family, family_of
 from graft.model.folder import (
     QUANTISATION_FILE,
@@ -23,14 +24,17 @@ from graft.model.folder import (
     read_tokenizer,
     stored_formats,
 )
-from graft.model.foreign import modules_within
+from graft.model.foreign import modules_within, parameters_on_meta
 from graft.model.targets import linear_layers
 from graft.model.weight_files import WeightFiles
 from graft.understood import understood
 
-_MARK = torch.bfloat16
+_MARK = torch.float16
 """The dtype that a skeleton is built in. What has it then has the model's dtype: no module asks for
 it by name, as rotary frequencies ask for float32."""
+
+
+_META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,19 @@ class Subject:
             _set_dtype(model, typed, dtype)
         return model
 
+    def built_buffers(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the buffers of the model as its code builds it in `dtype`, on the CPU.
+
+        Parameters take no memory meanwhile, though each is allocated for a moment.
+        """
+        config = copy.deepcopy(self.config)
+        config.dtype = dtype
+        with parameters_on_meta():
+            model = build_skeleton(
+                config, self.trust_remote_code, len(self.weight_files), torch.device("cpu")
+            )
+        return dict(model.named_buffers(remove_duplicate=False))
+
     @cached_property
     def _built(self) -> tuple[PreTrainedModel, frozenset[str]]:
         """The skeleton, and the names of its tensors that have the dtype of the model."""
@@ -144,20 +161,25 @@ def open_subject(
 
 
 def build_skeleton(
-    config: PreTrainedConfig, trust_remote_code: bool = False, tensors: int = 0
+    config: PreTrainedConfig,
+    trust_remote_code: bool = False,
+    tensors: int = 0,
+    device: torch.device = _META,
 ) -> PreTrainedModel:
     """Return the modules of a configuration on the meta device: shapes and names without data.
 
     tensors: how many the folder's files hold, which bounds how many modules may be built. Raises
     GraftError when it makes no causal language model, or one of more modules.
     """
+    check_config(config)
     with (
         understood("config.json", "makes no causal language model that can be built"),
         modules_within(tensors),
-        torch.device("meta"),
+        device,
     ):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     assert isinstance(model, PreTrainedModel)
+    check_attention(model)
     return model.eval()
 
 
