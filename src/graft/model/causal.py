@@ -7,6 +7,7 @@ encoder-decoders too, and loads their weights into it. Such a model trains, and 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -29,33 +30,36 @@ _OTHER_HEADS = {
     "marks answers in a text": MODEL_FOR_QUESTION_ANSWERING_MAPPING,
     "chooses among answers": MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
 }
-_BOTH_WAYS = {
+_OTHERWISE = {
     "xlnet": "predicts tokens in any order, so that each sees later ones",
     "cpmant": "sees the whole prompt from each of its tokens",
+    "trocr": "reads an image through layers that no text reaches",
 }
-"""Families that attend both ways and have no module that says so."""
+"""What families do whose modules do not say so."""
 _CHOOSE = "choose a model whose architecture in config.json ends in ForCausalLM or LMHeadModel"
 
 
 def check_config(config: PreTrainedConfig) -> None:
     """Raise GraftError when a configuration describes no decoder of texts, or one of more parts."""
-    what = _described(config)
-    if config.is_encoder_decoder:
+    file, what = _file(config), _described(config)
+    # A decoder that was saved by itself has layers that wait for an encoder, and says no more what
+    # its class does.
+    if config.is_encoder_decoder or getattr(type(config), "is_encoder_decoder", False):
         raise GraftError(
-            f"config.json describes an encoder-decoder ({what}): its decoder alone, which is what "
+            f"{file} describes an encoder-decoder ({what}): its decoder alone, which is what "
             f"graft would train, is not the model\n{_CHOOSE}"
         )
     for does, mapping in _OTHER_HEADS.items():
         kind: Any = mapping.get(type(config), None)
         if kind is not None and kind.__name__ in (config.architectures or ()):
             raise GraftError(
-                f"config.json describes a model that {does} ({what}), not one that writes them\n"
+                f"{file} describes a model that {does} ({what}), not one that writes them\n"
                 f"{_CHOOSE}, such as the base of this one"
             )
     own_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         raise GraftError(
-            f"config.json describes a model that is no causal language model of Transformers "
+            f"{file} describes a model that is no causal language model of Transformers "
             f"({what})\n{_CHOOSE}"
         )
 
@@ -63,7 +67,7 @@ def check_config(config: PreTrainedConfig) -> None:
 def check_attention(model: PreTrainedModel) -> None:
     """Raise GraftError when a token's prediction would see the tokens that come after it."""
     config = model.config.get_text_config()
-    does = _BOTH_WAYS.get(config.model_type)
+    does = _OTHERWISE.get(config.model_type)
     if does is None:
         # What says of itself that it decodes is right; the attention inside may be of either kind.
         decodes = _said(model, "is_decoder") or _said(model, "is_causal")
@@ -75,9 +79,9 @@ def check_attention(model: PreTrainedModel) -> None:
         if getattr(config, "is_decoder", None) is False
         else ""
     )
+    file, what = _file(model.config), _described(model.config)
     raise GraftError(
-        f"config.json makes no causal language model: this one ({_described(model.config)}) "
-        f"{does}\n{_CHOOSE}{decoder}"
+        f"{file} makes no causal language model: this one ({what}) {does}\n{_CHOOSE}{decoder}"
     )
 
 
@@ -100,6 +104,11 @@ def _text_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
             yield from below(child, inside)
 
     return below(model, True)
+
+
+def _file(config: PreTrainedConfig) -> str:
+    folder = config.name_or_path
+    return str(Path(folder) / "config.json") if folder else "config.json"
 
 
 def _described(config: PreTrainedConfig) -> str:
