@@ -161,10 +161,36 @@ def tiny_model(family: str) -> PreTrainedModel:
     return model.eval()
 
 
-def write_tiny(family: str, folder: Path, tokenizer: Path) -> PreTrainedModel:
-    """Write a tiny model of a family as Transformers does, with a tokenizer; return the model."""
+def write_tiny(
+    family: str, folder: Path, tokenizer: Path, *, published: bool = False
+) -> PreTrainedModel:
+    """Write a tiny model of a family as Transformers does, with a tokenizer; return the model.
+
+    published: with the tensors that the family's files have on the hub, where those are others.
+    """
     model = tiny_model(family)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, save_original_format=published)
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tokenizer / file, folder / file)
     return model
+
+
+_BOTH = "attends both ways, as masked language models do"
+_DECODER = "describes an encoder-decoder"
+ATTEND_BOTH_WAYS = {
+    **dict.fromkeys(("bert", "bert-generation", "big_bird", "camembert", "data2vec-text"), _BOTH),
+    **dict.fromkeys(("electra", "ernie", "megatron-bert", "rembert", "roberta"), _BOTH),
+    **dict.fromkeys(("roberta-prelayernorm", "roc_bert", "roformer", "xlm", "xmod"), _BOTH),
+    **dict.fromkeys(("xlm-roberta", "xlm-roberta-xl"), _BOTH),
+    "cpmant": "sees the whole prompt",
+    "xlnet": "predicts tokens in any order",
+}
+"""Families whose "causal" class, as it is built by itself, is none, and what is said of them."""
+REFUSED = {
+    **ATTEND_BOTH_WAYS,
+    **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small"), _DECODER),
+    **dict.fromkeys(("marian", "mbart", "mvp", "pegasus", "plbart", "prophetnet"), _DECODER),
+    "trocr": "reads an image",
+    "whisper": _DECODER,
+}
+"""Families that are not loaded at all."""

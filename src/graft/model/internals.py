@@ -6,8 +6,10 @@ Nothing else under graft.model does; a new version of either is checked against 
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
@@ -19,6 +21,7 @@ __all__ = [
     "attention_of",
     "initialise",
     "name_of",
+    "stays_float32",
     "tree_leaves",
     "with_child",
     "writes_to",
@@ -58,6 +61,19 @@ def initialise(model: PreTrainedModel) -> None:
     for module in model.modules():
         module._is_hf_initialized = False  # type: ignore[assignment]
     model.initialize_weights()
+
+
+def stays_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
+    """Return whether a model that computes in `dtype` has this tensor in float32 nevertheless.
+
+    The biases by which some models choose experts are so, where rounding would change the choice.
+    """
+    kept: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        kept |= set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in kept)
 
 
 def writes_to(tensor: Tensor) -> int:

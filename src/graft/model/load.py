@@ -17,6 +17,7 @@ from graft.errors import GraftError, raise_problems
 from graft.formats.base import Packed, WeightFormat
 from graft.layers.registry import kind_of
 from graft.model.buffers import initialise_buffers
+from graft.model.conversions import check_names
 from graft.model.devices import resolve_device, resolve_dtype
 from graft.model.folder import read_generation_config
 from graft.model.subject import Subject, open_subject
@@ -128,7 +129,8 @@ class _Loader:
 
     def _plan(self) -> dict[str, str]:
         """Return {layer or tensor name: key in the files}; raises with every misfit."""
-        plan, problems = {}, []
+        plan: dict[str, str] = {}
+        missing, problems = [], []
         inside = {self._weight_name(layer): layer for layer in self.formats}
         for name, tensor in self.model.state_dict().items():
             if name in inside and self.stored:
@@ -138,7 +140,7 @@ class _Loader:
             key = self._key(name)
             if key is None:
                 if name not in self.tied:
-                    problems.append(f"tensor {name} is missing")
+                    missing.append(name)
             elif self.files.shape(key) != tuple(tensor.shape):
                 problems.append(
                     f"{key} has shape {list(self.files.shape(key))}; config.json makes it "
@@ -150,6 +152,8 @@ class _Loader:
                 plan[inside[name]] = key
             elif name.removesuffix(".bias") not in self.formats:
                 plan[name] = key
+        check_names(self.model, missing, self.files, self.files.folder)
+        problems = [*(f"tensor {name} is missing" for name in missing), *problems]
         raise_problems(problems[:20], f"the weights in {self.files.folder} do not fit config.json")
         return plan
 
@@ -211,8 +215,9 @@ class _Loader:
     def _assign(self, name: str, tensor: torch.Tensor) -> None:
         parent_name, _, child = name.rpartition(".")
         parent = self.model.get_submodule(parent_name)
-        dtype = self.dtype if tensor.is_floating_point() else tensor.dtype
+        place = getattr(parent, child)
+        dtype = place.dtype if tensor.is_floating_point() else tensor.dtype
         value: Any = tensor.to(self.device, dtype)
-        if isinstance(getattr(parent, child), nn.Parameter):
+        if isinstance(place, nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
         setattr(parent, child, value)

@@ -43,10 +43,10 @@ def read_past(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     ends: dict[str, str] = {}
     for name, module in model.named_modules():
-        kind = type(module)
+        kind: type[nn.Module] = type(module)
         if kind.__name__ in _SWITCHED and not getattr(module, _SWITCHED[kind.__name__], True):
             continue
-        reads = _reads(kind)
+        reads = _reads(kind)  # type: ignore[arg-type]
         found |= {f"{name}.{path}": kind.__name__ for path in reads.own}
         ends |= {f".{path}": kind.__name__ for path in reads.any}
     for name, _ in model.named_modules() if ends else ():

@@ -25,6 +25,7 @@ from graft.model.folder import (
     stored_formats,
 )
 from graft.model.foreign import modules_within, parameters_on_meta
+from graft.model.internals import stays_float32
 from graft.model.targets import linear_layers
 from graft.model.weight_files import WeightFiles
 from graft.understood import understood
@@ -192,13 +193,18 @@ def _set_dtype(model: PreTrainedModel, names: frozenset[str], dtype: torch.dtype
     """Give the named tensors, and the configuration, the dtype of the model."""
     for config in (model.config, *_parts(model.config)):
         config.dtype = dtype
+
+    def of(name: str) -> torch.dtype:
+        kept = dtype is None or stays_float32(model, name, dtype)
+        return torch.float32 if kept or dtype is None else dtype
+
     for name, parameter in model.named_parameters():
         if name in names:
-            parameter.data = parameter.data.to(dtype or torch.float32)
+            parameter.data = parameter.data.to(of(name))
     for name, buffer in list(model.named_buffers()):
         if name in names:
             owner, _, last = name.rpartition(".")
-            setattr(model.get_submodule(owner), last, buffer.to(dtype or torch.float32))
+            setattr(model.get_submodule(owner), last, buffer.to(of(name)))
 
 
 def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:
