@@ -9,14 +9,22 @@ import pytest
 import torch
 
 import graft.model
-from graft.model.internals import arguments_of, attention_of, initialise, name_of, with_child
+from graft.model.internals import (
+    arguments_of,
+    attention_of,
+    initialise,
+    name_of,
+    with_child,
+    writes_to,
+)
 
 PRIVATE = {
     "_modules",
     "_parameters",
     "_buffers",
     "_schema",
-    "_init_weights",
+    "_is_hf_initialized",
+    "_version",
     "_attn_implementation",
 }
 
@@ -41,15 +49,11 @@ def test_another_child_leaves_the_model_as_it_is(load) -> None:
 def test_rotary_frequencies_are_computed_anew(family, load) -> None:
     model = load(family).model
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    for module in model.modules():
-        if any(True for _ in module.named_buffers(recurse=False)) and not any(
-            True for _ in module.named_parameters(recurse=False)
-        ):
-            for buffer in module.buffers(recurse=False):
-                buffer.zero_()
-            initialise(model, module)
+    writes = {name: writes_to(buffer.zero_()) for name, buffer in model.named_buffers()}
+    initialise(model)
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, before[name]), name
+        assert writes_to(buffer) > writes[name], name
 
 
 def test_the_attention_of_a_model_has_a_name(load) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graft.api.run.folder import load_any
+from graft.model.saving import saved_whole
 
 
 def load(
@@ -21,6 +22,9 @@ def load(
     The model is called like any Transformers model; a RUN's has its adapter active. A GGUF file
     that graft wrote loads too, given the folder of its `tokenizer`. trust_remote_code runs Python
     code that a model's folder brings along.
+
+    `save_pretrained` writes what `from_pretrained` reads as the same model: adapters are merged,
+    and packed weights become float32. `graft.merge` keeps them packed.
     """
     loaded = load_any(path, dtype, device, tokenizer, trust_remote_code)
-    return loaded.model, loaded.tokenizer
+    return saved_whole(loaded.model), loaded.tokenizer

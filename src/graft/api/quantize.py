@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from graft.adapters.attach import frozen_layers
 from graft.api.checks import check_solver, chosen_solver, format_description
 from graft.api.config import QuantizeConfig
 from graft.api.events import Events
@@ -23,6 +24,7 @@ from graft.files.write import check_new
 from graft.formats.base import Packed, WeightFormat
 from graft.formats.config import WIDTHS
 from graft.formats.registry import describe_format, parse_format
+from graft.model.left_out import left_out
 from graft.model.load import LoadedModel, PackLayer, load_model
 from graft.model.save import save_model
 from graft.model.subject import Subject, open_subject
@@ -184,6 +186,9 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
     for note in loaded.notes:
         events.note(note)
     save_model(loaded, out)
+    names = [name for name, layer in frozen_layers(loaded.model) if layer.weight_format.quantised]
+    if rest := left_out(subject.skeleton, names, "quantises"):
+        events.note(rest)
     return out
 
 

@@ -28,6 +28,8 @@ def plan(config: PlanConfig) -> None:
         table.add_row(*map(printable, row))
     Console().print(table, markup=False)
     show(f"checkpointing: {memory.checkpointing_reason}")
+    if memory.left_out is not None:
+        show(memory.left_out)
 
 
 COMMAND = Command(arguments=PlanConfig, run=plan, takes_file=True)

@@ -12,9 +12,12 @@ from graft.layers.frozen import FrozenLinear
 
 
 class _Linear(LayerKind):
-    """nn.Linear, which stores its weight as [out_features, in_features]."""
+    """nn.Linear, which stores its weight as [out_features, in_features]; Falcon's is the same."""
 
-    classes = ("torch.nn.modules.linear.Linear",)
+    classes = (
+        "torch.nn.modules.linear.Linear",
+        "transformers.models.falcon.modeling_falcon.FalconLinear",
+    )
 
     def shape(self, module: Any) -> tuple[int, int]:
         return module.in_features, module.out_features

@@ -18,10 +18,16 @@ LAYER_KINDS: Entries[LayerKind] = Entries(
 
 
 def find_kind(module: nn.Module) -> LayerKind | None:
-    """Return the kind of a module's nearest class that is listed; None when none is."""
+    """Return the kind of a module's nearest class that is listed; None when none is.
+
+    Nor is a module of any kind whose class inherits from one and computes something else.
+    """
     kinds = {name: kind for kind in LAYER_KINDS.values() for name in kind.classes}
-    names = (f"{base.__module__}.{base.__qualname__}" for base in type(module).__mro__)
-    return next((kinds[name] for name in names if name in kinds), None)
+    for base in type(module).__mro__:
+        kind = kinds.get(f"{base.__module__}.{base.__qualname__}")
+        if kind is not None or "forward" in vars(base):
+            return kind
+    return None
 
 
 def kind_of(module: nn.Module) -> LayerKind:

@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from graft.errors import GraftError
 from graft.files.bounds import bound, raise_beyond
@@ -87,6 +90,22 @@ def modules_within(tensors: int) -> Iterator[None]:
             raise_beyond("config.json", found, f"{most:,} modules")
 
     hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Let the modules that the block builds have real buffers, and parameters without data."""
+
+    def emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> Any:
+        if parameter is None or parameter.is_meta:
+            return None  # which leaves it as it is
+        return nn.Parameter(parameter.data.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(emptied)
     try:
         yield
     finally:

@@ -6,10 +6,12 @@ Nothing else under graft.model does; a new version of either is checked against 
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -24,8 +26,10 @@ __all__ = [
     "initialise",
     "name_of",
     "names_of_today",
+    "stays_float32",
     "tree_leaves",
     "with_child",
+    "writes_to",
 ]
 # OpOverload is what a checkpointing policy is called with, and has no public name. tree_leaves
 # finds the tensors in whatever an operation returns.
@@ -54,13 +58,32 @@ def attention_of(model: PreTrainedModel) -> str | None:
     return model.config._attn_implementation
 
 
-def initialise(model: PreTrainedModel, module: nn.Module) -> None:
-    """Compute a module's tensors as Transformers does when it builds the model.
+def initialise(model: PreTrainedModel) -> None:
+    """Compute every tensor of a model as Transformers does when a file does not hold it.
 
-    No file holds rotary frequencies and their like, and each family knows its own; the public way
-    draws all modules of the model anew.
+    Each module is marked once that is done, and a model that was built is marked as a whole.
     """
-    model._init_weights(module)
+    for module in model.modules():
+        module._is_hf_initialized = False  # type: ignore[assignment]
+    model.initialize_weights()
+
+
+def stays_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool:
+    """Return whether a model that computes in `dtype` has this tensor in float32 nevertheless.
+
+    The biases by which some models choose experts are so, where rounding would change the choice.
+    """
+    kept: set[str] = set()
+    if dtype in (torch.float16, torch.bfloat16):
+        kept |= set(model._keep_in_fp32_modules_strict or ())
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in kept)
+
+
+def writes_to(tensor: Tensor) -> int:
+    """Return how often a tensor was written in place; nothing public tells that it was at all."""
+    return tensor._version
 
 
 def with_child(model: Model, name: str, child: nn.Module) -> Model:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from graft.adapters.attach import replace_module
 from graft.errors import GraftError, raise_problems
 from graft.formats.base import Packed, WeightFormat
 from graft.layers.registry import kind_of
+from graft.model.buffers import initialise_buffers
+from graft.model.conversions import check_names
 from graft.model.devices import resolve_device, resolve_dtype
 from graft.model.folder import read_generation_config
-from graft.model.internals import initialise
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import linear_shape, select_targets
 
@@ -82,7 +84,8 @@ def load_model(
                 formats = dict.fromkeys(select_targets(built, targets), weight_format)
         pack = pack or (lambda _, weight, chosen: chosen.pack(weight))
         kept = None if dtype == "stored" else compute_dtype
-        loader = _Loader(built, subject, formats, stored, kept, target_device, pack)
+        build = partial(subject.built_buffers, compute_dtype)
+        loader = _Loader(built, subject, formats, stored, (kept, target_device), pack, build)
         loader.run(on_tensor)
     if generation_config is not None:
         built.generation_config = generation_config
@@ -99,18 +102,20 @@ class _Loader:
         subject: Subject,
         formats: dict[str, WeightFormat],
         stored: bool,
-        dtype: torch.dtype | None,
-        device: torch.device,
+        place: tuple[torch.dtype | None, torch.device],
         pack: PackLayer,
+        build: Callable[[], Mapping[str, torch.Tensor]],
     ) -> None:
-        """dtype: what floats become; None: nothing else."""
+        """place: what floats become (None: nothing else), and where."""
         self.model, self.formats, self.pack = model, formats, pack
         self.subject, self.files = subject, subject.tensors
-        self.stored, self.dtype, self.device = stored, dtype, device
+        self.stored, self.build = stored, build
+        self.dtype, self.device = place
 
     def run(self, on_tensor: OnTensor | None) -> None:
         plan = self._plan()
         self.subject.left_out  # noqa: B018  (raises where a tensor more changes the model)
+        initialise_buffers(self.model, self.device, self.build)
         # All room is taken first: lasting tensors that are allocated between the temporaries of the
         # rounding would scatter over the heap and leave holes that nothing fits in.
         room = {} if self.stored else {layer: self._room(layer) for layer in self.formats}
@@ -122,14 +127,14 @@ class _Loader:
                 self._assign(name, tensor)
             if on_tensor is not None:
                 on_tensor(done, len(plan))
-        self._initialise_buffers()
         self.model.tie_weights()
         left = [name for name, tensor in self.model.state_dict().items() if tensor.is_meta]
         raise_problems([f"{name} was not loaded" for name in left], str(self.files.folder))
 
     def _plan(self) -> dict[str, str]:
         """Return {layer or tensor name: key in the files}; raises with every misfit."""
-        plan, problems = {}, []
+        plan: dict[str, str] = {}
+        missing, problems = [], []
         inside = {self._weight_name(layer): layer for layer in self.formats}
         tied = self.model.all_tied_weights_keys
         for name, tensor in self.model.state_dict().items():
@@ -141,7 +146,7 @@ class _Loader:
                 continue
             key = self._key(name)
             if key is None:
-                problems.append(f"tensor {name} is missing" + self._placed(name))
+                missing.append(name)
             elif self.files.shape(key) != tuple(tensor.shape):
                 problems.append(
                     f"{key} has shape {list(self.files.shape(key))}; config.json makes it "
@@ -153,6 +158,9 @@ class _Loader:
                 plan[inside[name]] = key
             elif name.removesuffix(".bias") not in self.formats:
                 plan[name] = key
+        check_names(self.model, missing, self.files, self.files.folder)
+        lost = [f"tensor {name} is missing" + self._placed(name) for name in missing]
+        problems = [*lost, *problems]
         raise_problems(problems[:20], f"the weights in {self.files.folder} do not fit config.json")
         return plan
 
@@ -216,30 +224,10 @@ class _Loader:
     def _assign(self, name: str, tensor: torch.Tensor) -> None:
         parent_name, _, child = name.rpartition(".")
         parent = self.model.get_submodule(parent_name)
+        place = getattr(parent, child)
         keeps = self.dtype is None or not tensor.is_floating_point()
-        dtype = tensor.dtype if keeps else self.dtype
+        dtype = tensor.dtype if keeps else place.dtype
         value: Any = tensor.to(self.device, dtype)
-        if isinstance(getattr(parent, child), nn.Parameter):
+        if isinstance(place, nn.Parameter):
             value = nn.Parameter(value, requires_grad=False)
         setattr(parent, child, value)
-
-    def _initialise_buffers(self) -> None:
-        """Compute the buffers that no file holds (rotary frequencies), as transformers does."""
-        for module in self.model.modules():
-            missing = {name: b for name, b in module.named_buffers(recurse=False) if b.is_meta}
-            if not missing:
-                continue
-            # transformers draws every tensor of a module anew. Those that are loaded already
-            # (Gemma's scaled embedding has both kinds) wait aside meanwhile.
-            aside = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-            loaded = {n: b for n, b in module.named_buffers(recurse=False) if n not in missing}
-            for name, parameter in aside.items():
-                empty = torch.empty_like(parameter, device="meta")
-                setattr(module, name, nn.Parameter(empty, requires_grad=False))
-            for name, buffer in loaded.items():
-                setattr(module, name, torch.empty_like(buffer, device="meta"))
-            for name, buffer in missing.items():
-                setattr(module, name, torch.empty_like(buffer, device=self.device))
-            initialise(self.model, module)
-            for name, tensor in (aside | loaded).items():
-                setattr(module, name, tensor)

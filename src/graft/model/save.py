@@ -25,6 +25,7 @@ from graft.model.folder import (
     GENERATION_FILE,
     QUANTISATION_FILE,
 )
+from graft.model.internals import stays_float32
 from graft.model.load import LoadedModel
 from graft.model.tensor_file import WRITABLE, FileTensor, OnTensor, write_tensor_file
 from graft.model.tokenizer_itself import PLAIN_CLASS, tokenizer_note
@@ -103,7 +104,8 @@ def _plain_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[FileT
         layer_name, _, part = name.rpartition(".")
         layer = layers.get(layer_name)
         if layer is None or part == "bias" or not layer.weight_format.quantised:
-            target = dtype if tensor.is_floating_point() else tensor.dtype
+            kept = not tensor.is_floating_point()
+            target = tensor.dtype if kept or stays_float32(model, name, dtype) else dtype
             yield FileTensor(name, tuple(tensor.shape), target, partial(tensor.to, target))
         elif layer_name not in seen:  # once, for all of its packed tensors
             seen.add(layer_name)

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from graft.formats.base import WeightFormat
+from graft.model.causal import check_attention, check_config
 from graft.model.families import Family, family_of
 from graft.model.folder import (
     QUANTISATION_FILE,
@@ -23,7 +24,8 @@ from graft.model.folder import (
     read_tokenizer,
     stored_formats,
 )
-from graft.model.foreign import modules_within
+from graft.model.foreign import modules_within, parameters_on_meta
+from graft.model.internals import stays_float32
 from graft.model.names import (
     check_unplaced,
     left_note,
@@ -38,9 +40,12 @@ from graft.model.weight_files import WeightFiles
 from graft.model.weight_sets import whole_set
 from graft.understood import understood
 
-_MARK = torch.bfloat16
+_MARK = torch.float16
 """The dtype that a skeleton is built in. What has it then has the model's dtype: no module asks for
 it by name, as rotary frequencies ask for float32."""
+
+
+_META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -184,6 +189,19 @@ class Subject:
             _set_dtype(model, typed, dtype)
         return model
 
+    def built_buffers(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Return the buffers of the model as its code builds it in `dtype`, on the CPU.
+
+        Parameters take no memory meanwhile, though each is allocated for a moment.
+        """
+        config = copy.deepcopy(self.config)
+        config.dtype = dtype
+        with parameters_on_meta():
+            model = build_skeleton(
+                config, self.trust_remote_code, len(self.weight_files), torch.device("cpu")
+            )
+        return dict(model.named_buffers(remove_duplicate=False))
+
     @cached_property
     def _built(self) -> tuple[PreTrainedModel, frozenset[str]]:
         """The skeleton, and the names of its tensors that have the dtype of the model."""
@@ -225,20 +243,25 @@ def open_subject(
 
 
 def build_skeleton(
-    config: PreTrainedConfig, trust_remote_code: bool = False, tensors: int = 0
+    config: PreTrainedConfig,
+    trust_remote_code: bool = False,
+    tensors: int = 0,
+    device: torch.device = _META,
 ) -> PreTrainedModel:
     """Return the modules of a configuration on the meta device: shapes and names without data.
 
     tensors: how many the folder's files hold, which bounds how many modules may be built. Raises
     GraftError when it makes no causal language model, or one of more modules.
     """
+    check_config(config)
     with (
         understood("config.json", "makes no causal language model that can be built"),
         modules_within(tensors),
-        torch.device("meta"),
+        device,
     ):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     assert isinstance(model, PreTrainedModel)
+    check_attention(model)
     return model.eval()
 
 
@@ -251,13 +274,18 @@ def _set_dtype(model: PreTrainedModel, names: frozenset[str], dtype: torch.dtype
     """Give the named tensors, and the configuration, the dtype of the model."""
     for config in (model.config, *_parts(model.config)):
         config.dtype = dtype
+
+    def of(name: str) -> torch.dtype:
+        kept = dtype is None or stays_float32(model, name, dtype)
+        return torch.float32 if kept or dtype is None else dtype
+
     for name, parameter in model.named_parameters():
         if name in names:
-            parameter.data = parameter.data.to(dtype or torch.float32)
+            parameter.data = parameter.data.to(of(name))
     for name, buffer in list(model.named_buffers()):
         if name in names:
             owner, _, last = name.rpartition(".")
-            setattr(model.get_submodule(owner), last, buffer.to(dtype or torch.float32))
+            setattr(model.get_submodule(owner), last, buffer.to(of(name)))
 
 
 def _parts(config: PreTrainedConfig) -> list[PreTrainedConfig]:

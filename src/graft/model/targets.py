@@ -11,12 +11,36 @@ from graft.adapters.attach import adapted_layers, frozen_layers, replace_module
 from graft.errors import raise_problems
 from graft.formats.dense import DenseFormat
 from graft.layers.registry import find_kind, kind_of
+from graft.model.read_past import read_past
 from graft.patterns import match_names
 from graft.text import quoted
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Return every linear layer but the output head by name, in the model's order."""
+    """Return every linear layer that graft packs and adapts by name, in the model's order.
+
+    They are all but the output head and those of `kept_layers`.
+    """
+    kept = kept_layers(model)
+    return {name: module for name, module in _linear(model).items() if name not in kept}
+
+
+def kept_layers(model: PreTrainedModel) -> dict[str, str]:
+    """Return the linear layers that stay as they are, each with the reason, in a few words."""
+    tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
+    shared = {*tied, *tied.values()}
+    read = read_past(model)
+    kept = {}
+    for name, module in _linear(model).items():
+        kind = find_kind(module)
+        if kind is not None and f"{name}.{kind.weight}" in shared:
+            kept[name] = "several layers share its weight"
+        elif name in read and kind is not None:
+            kept[name] = f"{read[name]} reads its weight itself"
+    return kept
+
+
+def _linear(model: PreTrainedModel) -> dict[str, nn.Module]:
     head = model.get_output_embeddings()
     adapted = dict(adapted_layers(model))
     inside = tuple(f"{name}." for name in adapted)
@@ -38,7 +62,10 @@ def select_targets(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]
     """
     names = list(linear_layers(model))
     if not patterns:
-        raise_problems([] if names else ["the model has no linear layers"], "targets")
+        kept = list(kept_layers(model).items())
+        none = "the model has no linear layers that graft adapts"
+        why = "".join(f"; {name}: {reason}" for name, reason in kept[:3])
+        raise_problems([] if names else [none + why], "targets")
         return names
     problems = []
     chosen: set[str] = set()
@@ -48,6 +75,8 @@ def select_targets(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]
         chosen |= matched
         if expression.problem and not matched:
             problems.append(f"{quoted(pattern)} {expression.problem}")
+        elif not matched and (reason := _reason(model, pattern)):
+            problems.append(f"{quoted(pattern)} stays as it is: {reason}")
         elif not matched:
             kinds = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names}))
             problems.append(
@@ -56,6 +85,14 @@ def select_targets(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]
             )
     raise_problems(problems, "targets")
     return [name for name in names if name in chosen]
+
+
+def _reason(model: PreTrainedModel, pattern: str) -> str | None:
+    """Return why the layers that a pattern names stay as they are, if it names any of those."""
+    kept = kept_layers(model)
+    named = match_names([pattern], list(kept))[0].names
+    ends = (name for name in kept if name == pattern or name.endswith("." + pattern))
+    return next((kept[name] for name in (*named, *ends)), None)
 
 
 def linear_shape(module: nn.Module) -> tuple[int, int]:

@@ -81,6 +81,8 @@ class MemoryPlan:
     checkpointing: Checkpointing
     checkpointing_reason: str
     """Why 'auto' picked it, in words; that it was asked for, if it was."""
+    left_out: str | None = None
+    """What stays as it is besides embeddings, head and norms, in words; None where nothing does."""
 
     @property
     def peak_bytes(self) -> int:
@@ -270,6 +272,7 @@ def _plan(
         dtype=dtype,
         checkpointing=checkpointing,
         checkpointing_reason=f"{checkpointing}, as asked for",
+        left_out=planned.left_out,
     )
 
 

@@ -17,6 +17,7 @@ from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.layers.registry import kind_of
 from graft.model.devices import resolve_device, resolve_dtype
+from graft.model.left_out import left_out
 from graft.model.save import named_tensors
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import linear_shape, select_targets
@@ -35,6 +36,8 @@ class PlannedModel:
     """Where it will train."""
     file_bytes: int
     """Tensors in the file that `save_model` writes of the base, without the header."""
+    left_out: str | None = None
+    """See `graft.model.left_out`; None too for a method that trains the whole model."""
 
     @cached_property
     def counts(self) -> WeightCounts:
@@ -69,6 +72,7 @@ def plan_model(
     compute = _compute_dtype(method.compute_dtype(dtype), source_dtype, place)
     skeleton = subject.new_model().requires_grad_(False)
     targets = select_targets(skeleton, adapter.targets)
+    rest = left_out(skeleton, targets, "adapts") if method.trains_adapter else None
     formats = dict(stored)
     if weight_format is not None:
         formats |= dict.fromkeys(targets, weight_format)
@@ -78,7 +82,7 @@ def plan_model(
         dense = DenseFormat(str(compute).removeprefix("torch."))
         freeze_on_meta(skeleton, {name: dense for name in targets if name not in formats})
     method.make_trainable(skeleton, targets, adapter)
-    return PlannedModel(skeleton, compute, source_dtype, place, file_bytes)
+    return PlannedModel(skeleton, compute, source_dtype, place, file_bytes, rest)
 
 
 def keeps_float32(config: PreTrainedConfig, dtype: str) -> bool:

@@ -167,6 +167,8 @@ def _resolved(
         optimizer=config.optimizer,
         calibration_rows=calibrating_rows(config),
     )
+    if plan.left_out is not None:
+        events.note(plan.left_out)
     if config.checkpointing == "auto":
         events.note(f"checkpointing: {plan.checkpointing_reason}")
     planned = method.dense_steps(config, steps)

@@ -103,6 +103,8 @@ class RunReport:
     """Held-out rows whose text a training row has; None likewise."""
     held_out_prompts_trained: int | None = None
     """Held-out rows whose prompt a training row has; None likewise."""
+    left_out: str | None = None
+    """What stays as it is besides embeddings, head and norms; None where nothing does."""
     batching: str = "padded"
     """How rows became tensors, and what that saved."""
 
@@ -194,6 +196,7 @@ def make_report(
         data_fingerprint=fingerprint(config.data),
         held_out_fingerprint=None if config.eval_data is None else fingerprint(config.eval_data),
         versions=versions(),
+        left_out=plan.left_out,
         batching=batching,
     )
 
@@ -298,6 +301,7 @@ def _markdown(report: RunReport) -> str:
         "held-out rows that are trained too": overlap_words(report),
         "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,}",
         "bits per weight of the adapted layers": bits,
+        **({"left as it is": report.left_out} if report.left_out else {}),
         "time": f"{report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s",
         "peak memory (planned)": f"{report.peak_memory_bytes / 2**20:,.0f} MiB "
         f"({report.planned_memory_bytes / 2**20:,.0f} MiB)",
