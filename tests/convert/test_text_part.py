@@ -93,6 +93,7 @@ def test_what_ends_a_text_comes_from_the_whole_model(folder_of, tmp_path) -> Non
 COMMANDS = [
     "train --model {} --data {rows} --out {out} --export gguf",
     "plan --model {}",
+    "data {} {rows}",
     "eval {} --data {rows}",
     "export {} --to gguf --out {out}",
     "quantize --model {} --format nf4 --out {out}",

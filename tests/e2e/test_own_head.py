@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import graft
 from graft.api.events import Events
+from graft.api.run.folder import read_run_config
 
 IDS = torch.arange(40).reshape(2, 20) + 1
 
@@ -74,3 +76,19 @@ def test_a_run_of_an_earlier_version_stays_as_it_was_trained(base, rows, tmp_pat
     (run / "base.json").write_text(json.dumps(reference))
     model, _ = graft.load(run)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    graft.finetune(dataclasses.replace(read_run_config(run), resume=True, steps=3))
+    assert json.loads((run / "base.json").read_text()) == reference
+    model, _ = graft.load(run)
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+
+
+def test_a_run_goes_on_and_comes_back_as_an_adapter(base, rows, tmp_path) -> None:
+    run = tmp_path / "run"
+    trained(base, rows, run, "lora")
+    graft.finetune(dataclasses.replace(read_run_config(run), resume=True, steps=3))
+    assert json.loads((run / "base.json").read_text())["parted"] is True
+    graft.export_model(run, "peft", tmp_path / "peft")
+    graft.adopt(tmp_path / "peft", tmp_path / "adopted", model=str(base))
+    assert json.loads((tmp_path / "adopted" / "base.json").read_text())["parted"] is True
+    expected = logits(graft.load(run)[0])
+    assert torch.equal(logits(graft.load(tmp_path / "adopted")[0]), expected)

@@ -24,6 +24,7 @@ from graft.errors import GraftError
 from graft.model.folder import CONFIG_FILE, find_text_folder, read_config, read_tokenizer
 from graft.model.pieces import Piece, pieces_of
 from graft.model.subject import Subject
+from graft.model.text_part import check_text_only
 from graft.model.tokens import check_tokens
 from graft.text import listed
 from graft.train.gates import data_notes
@@ -134,6 +135,7 @@ def look_at_data(
     subject = None
     if (folder / CONFIG_FILE).is_file():
         settings = read_config(folder, trust_remote_code)
+        check_text_only(settings, folder)
         subject = Subject(folder, settings, trust_remote_code, config_alone=True)
     tokenizer = subject.tokenizer if subject else read_tokenizer(folder, trust_remote_code)
     choose_template(tokenizer, config.chat_template)

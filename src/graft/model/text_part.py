@@ -42,7 +42,7 @@ whole model, bit for bit. Some others scale them, or look ahead in what was aske
 _AS = {"qwen2_vl_text": "qwen2", "qwen2_5_vl_text": "qwen2", "qwen3_vl_text": "qwen3"}
 """Text parts that are no causal model of Transformers, by one that computes the same on text, where
 the three rotary positions of a token are one."""
-_THREE_POSITIONS = ("mrope_section", "mrope_interleaved")
+_THREE_POSITIONS = ("type", "mrope_section", "mrope_interleaved")
 
 _SENSES = ("vision", "audio", "image", "video", "speech")
 """Words in the names that configurations give their parts, where those are not text."""
