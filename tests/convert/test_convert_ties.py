@@ -99,6 +99,16 @@ def test_two_pickled_sets(own_head, logits, tmp_path) -> None:
     assert any(f"{INDEX} in {folder} names files that are not there" in note for note in notes)
 
 
+def test_pickled_weights_beside_a_variant_and_an_adapter(own_head, logits, tmp_path) -> None:
+    folder, model = own_head
+    for name in ("model.fp16.safetensors", "adapter_model.safetensors"):
+        shutil.copy(folder / WEIGHTS, folder / name)
+    pickled(folder)
+    with pytest.raises(GraftError, match="holds only pickled weights"):
+        graft.load(folder)
+    assert torch.equal(converted(folder, tmp_path / "out", logits)[0], logits(model))
+
+
 def test_a_tensor_in_two_pickled_shards(own_head, tmp_path) -> None:
     folder, _ = own_head
     tensors = pickled(folder)

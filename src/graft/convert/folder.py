@@ -22,7 +22,7 @@ from graft.model.names import names_in
 from graft.model.subject import build_skeleton
 from graft.model.text_part import TextPart, check_text_only, open_text_part
 from graft.model.weight_files import WeightFiles
-from graft.model.weight_sets import INDEX_FILE, SINGLE_FILE, pickled_weights
+from graft.model.weight_sets import INDEX_FILE, SINGLE_FILE, other_safetensors, pickled_weights
 from graft.text import quoted
 
 WORDS = (torch.int32, torch.uint32)
@@ -47,8 +47,12 @@ class ForeignFolder:
 
     @property
     def is_pickled(self) -> bool:
-        """Whether it holds pickled weights and no others."""
-        return not any(self.folder.glob("*.safetensors")) and bool(pickled_weights(self.folder))
+        """Whether it holds pickled weights and no others that are the model's."""
+        if (self.folder / INDEX_FILE).is_file() or (self.folder / SINGLE_FILE).is_file():
+            return False
+        # A variant or an adapter beside them; a quantised model may have a name of its own.
+        others = other_safetensors(self.folder) if self.settings else []
+        return bool(pickled_weights(self.folder)) and not others
 
     def skeleton(self, tensors: int = 0) -> PreTrainedModel:
         """Return the modules on the meta device, as they are without the quantisation.
@@ -81,7 +85,7 @@ class ForeignFolder:
     def weights(self) -> WeightFiles:
         """Return the safetensors files under the model's names; raises GraftError for none."""
         standard = (self.folder / INDEX_FILE).is_file() or (self.folder / SINGLE_FILE).is_file()
-        others = sorted(path.name for path in self.folder.glob("*.safetensors"))
+        others = other_safetensors(self.folder)
         single = others[0] if len(others) == 1 and not standard else None
         files = WeightFiles(self.folder, single, narrow=True)
         self.notes.extend(files.notes)

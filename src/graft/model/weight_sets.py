@@ -54,13 +54,12 @@ def find_weights(folder: Path) -> WeightSet | None:
     if found is None:
         return None
     read = {*found.files, *found.rival}
-    beside = [path.name for path in folder.glob("*.safetensors") if path.name not in read]
-    beside = [name for name in beside if not name.startswith("adapter_")]
+    beside = [name for name in other_safetensors(folder) if name not in read]
     return WeightSet(
         found.files,
         found.rival,
         found.places,
-        (*found.notes, *_beside([*sorted(beside), *pickled_weights(folder)], folder)),
+        (*found.notes, *_beside([*beside, *pickled_weights(folder)], folder)),
     )
 
 
@@ -89,9 +88,15 @@ def pickled_weights(folder: Path) -> list[str]:
     )
 
 
+def other_safetensors(folder: Path) -> list[str]:
+    """Return the names of the safetensors files of a folder that are no adapter's."""
+    found = (path.name for path in folder.glob("*.safetensors"))
+    return sorted(name for name in found if not name.startswith("adapter_"))
+
+
 def other_names(folder: Path) -> str:
     """Return in words which safetensors files a folder holds that are no set, or an empty text."""
-    found = sorted(path.name for path in folder.glob("*.safetensors"))
+    found = other_safetensors(folder)
     return f"; it holds {_in_words(found)}, which no index names" if found else ""
 
 
