@@ -71,7 +71,7 @@ def _tell_label(folder: ForeignFolder, source: Source) -> None:
 
 
 def _told(source: Source, found: ForeignFolder) -> Source:
-    source.notes.extend(found.notes)
+    source.notes[:0] = found.notes
     return source
 
 
