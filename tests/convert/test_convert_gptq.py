@@ -115,9 +115,10 @@ def test_layers_may_have_widths_of_their_own(tiny_base, make, tmp_path):
             {f"{LAYER}.{part}": tensor.contiguous() for part, tensor in parts.items()}
         ),
     )
-    graft.convert_model(folder, tmp_path / "out")
+    report = graft.convert_model(folder, tmp_path / "out")
     layers = dict(frozen_layers(graft.load(tmp_path / "out")[0]))
     assert layers[LAYER].weight_format == IntGroupFormat(2, 16)
+    assert "settings say 4 bits, and there are tensors of 2, as read" in report.notes
 
 
 def without(key):
