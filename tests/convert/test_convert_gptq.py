@@ -91,7 +91,7 @@ def test_settings_of_an_older_folder_lie_in_a_file_of_their_own(make, tmp_path):
     (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
     report = graft.convert_model(folder, tmp_path / "out")
     assert report.kind == "GPTQ (v1)"
-    assert report.notes[0].startswith("its settings are those of quantize_config.json")
+    assert any("its settings are those of quantize_config.json" in note for note in report.notes)
 
 
 def test_a_zero_scale_becomes_a_positive_one_with_the_same_weights(make, tmp_path):
@@ -281,7 +281,8 @@ def test_a_folder_of_which_nothing_is_said_is_known_by_its_tensors(made_as, tmp_
     config.pop("quantization_config")
     (folder / "config.json").write_text(json.dumps(config))
     report = graft.convert_model(folder, tmp_path / "out")
-    assert report.kind == "GPTQ (v2)" and "known by its tensors alone" in report.notes[0]
+    assert report.kind == "GPTQ (v2)"
+    assert any("known by its tensors alone" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
