@@ -91,7 +91,7 @@ def test_settings_of_an_older_folder_lie_in_a_file_of_their_own(make, tmp_path):
     (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
     report = graft.convert_model(folder, tmp_path / "out")
     assert report.kind == "GPTQ (v1)"
-    assert report.notes[0].startswith("its settings are those of quantize_config.json")
+    assert any("its settings are those of quantize_config.json" in note for note in report.notes)
 
 
 def test_a_zero_scale_becomes_a_positive_one_with_the_same_weights(make, tmp_path):
@@ -115,9 +115,10 @@ def test_layers_may_have_widths_of_their_own(tiny_base, make, tmp_path):
             {f"{LAYER}.{part}": tensor.contiguous() for part, tensor in parts.items()}
         ),
     )
-    graft.convert_model(folder, tmp_path / "out")
+    report = graft.convert_model(folder, tmp_path / "out")
     layers = dict(frozen_layers(graft.load(tmp_path / "out")[0]))
     assert layers[LAYER].weight_format == IntGroupFormat(2, 16)
+    assert "settings say 4 bits, and there are tensors of 2, as read" in report.notes
 
 
 def without(key):
@@ -280,7 +281,8 @@ def test_a_folder_of_which_nothing_is_said_is_known_by_its_tensors(made_as, tmp_
     config.pop("quantization_config")
     (folder / "config.json").write_text(json.dumps(config))
     report = graft.convert_model(folder, tmp_path / "out")
-    assert report.kind == "GPTQ (v2)" and "known by its tensors alone" in report.notes[0]
+    assert report.kind == "GPTQ (v2)"
+    assert any("known by its tensors alone" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(

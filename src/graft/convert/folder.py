@@ -84,12 +84,16 @@ class ForeignFolder:
 
     def weights(self) -> WeightFiles:
         """Return the safetensors files under the model's names; raises GraftError for none."""
+        files = self.files()
+        self.notes.extend(files.notes)
+        return files.named(self.names(files))
+
+    def files(self) -> WeightFiles:
+        """Return the safetensors files under their own names; raises GraftError for none."""
         standard = (self.folder / INDEX_FILE).is_file() or (self.folder / SINGLE_FILE).is_file()
         others = other_safetensors(self.folder)
         single = others[0] if len(others) == 1 and not standard else None
-        files = WeightFiles(self.folder, single, narrow=True)
-        self.notes.extend(files.notes)
-        return files.named(self.names(files))
+        return WeightFiles(self.folder, single, narrow=True)
 
     @cached_property
     def _plain_config(self) -> PreTrainedConfig:
@@ -119,7 +123,7 @@ def open_folder(folder: Path, asked: ConvertConfig) -> ForeignFolder:
     settings, where = separate_settings(folder)
     note = f"its settings are those of {where}; config.json says nothing of a quantisation"
     if not settings:
-        settings = settings_by_tensors(found.weights())
+        settings = settings_by_tensors(found.files())
         note = "its quantisation is known by its tensors alone; config.json says nothing of one"
     if not settings:
         return found

@@ -116,8 +116,11 @@ class _Layers:
         }
         check_parts(files, name, expected)
         groups = read_groups(files, name, self.folder.settings, group_count, in_features)
-        if groups.note and groups.note not in self.notes:
-            self.notes.append(groups.note)
+        settings, notes = self.folder.settings, [groups.note]
+        by_layer = settings.get("dynamic") or settings.get("extra_config")
+        if isinstance(given := settings.get("bits"), int) and given != bits and not by_layer:
+            notes.append(f"settings say {given} bits, and there are tensors of {bits}, as read")
+        self.notes.extend(note for note in notes if note and note not in self.notes)
 
         def read() -> Grid:
             codes = unpack_stream(files.read_once(qweight).T, bits, in_features)

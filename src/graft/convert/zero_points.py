@@ -37,8 +37,8 @@ _DRIFT = 0.01
 """How far the mean of a layer's weights is taken to lie off zero, in their standard deviations."""
 _SURE = 5.0
 """Standard errors that the finding must lie away from undecided."""
-_NEAR = 0.35
-"""How far from centred the right reading may lie, in steps."""
+_NEAR = 0.25
+"""How far from centred the right reading may lie, in steps; trained weights lie within 0.1."""
 _CONSTANT = 32
 """Zero points of a layer that must all be half of the range to show symmetric quantisation."""
 _PLAUSIBLE = 3.5
