@@ -11,7 +11,12 @@ from foreign import (
     change_tensors,
     foreign_folder,
     linear_names,
-    rounded,
+)
+from foreign_kinds import (
+    compressed_settings,
+    packed_layer,
+    packed_settings,
+    packed_words,
 )
 from safetensors.torch import load_file
 
@@ -21,34 +26,6 @@ from graft.errors import GraftError
 
 LAYER = "model.layers.0.mlp.gate_proj"
 ASKED = ConvertConfig(dequantise=True)
-
-
-def settings(form, weights, **changes):
-    group = {"targets": ["Linear"], "weights": weights, "input_activations": None}
-    return {
-        "quant_method": "compressed-tensors",
-        "format": form,
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-    } | changes
-
-
-def packed(bits, group_size=32, symmetric=True, **changes):
-    strategy = "channel" if group_size == -1 else "group"
-    size = None if group_size == -1 else group_size
-    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric}
-    return settings(
-        "pack-quantized", weights | {"strategy": strategy, "group_size": size}, **changes
-    )
-
-
-def words(codes, bits):
-    """Return rows of codes as one stream of bits each, filled up to whole words."""
-    single = np.asarray(codes)[..., None] >> np.arange(bits) & 1
-    row = single.reshape(len(single), -1)
-    filled = np.pad(row, ((0, 0), (0, -row.shape[1] % 32))).astype(np.uint8)
-    return torch.from_numpy(np.packbits(filled, axis=1, bitorder="little").view(np.int32).copy())
 
 
 def codes_of(packed, bits, count):
@@ -65,28 +42,6 @@ def in_whole_words(codes, bits):
     lots = filled.reshape(len(filled), -1, each)
     whole = sum(lots[..., place].astype(np.int64) << bits * place for place in range(each))
     return torch.from_numpy(whole.astype(np.uint32).view(np.int32))
-
-
-def pack_layer(bits, group_size=32, symmetric=True, order=None, pack=words):
-    def quantise(_, weight):
-        size = weight.shape[1] if group_size == -1 else group_size
-        taken = weight if order is None else weight[:, order(weight.shape[1])]
-        codes, scales, zeros = rounded(taken, bits, size, symmetric)
-        parts = {}
-        if order is not None:
-            places = order(weight.shape[1])
-            inverse = torch.argsort(places)
-            codes = codes[:, inverse.numpy()]
-            parts["weight_g_idx"] = (torch.arange(len(places)) // size)[inverse].int()
-        if not symmetric:
-            parts["weight_zero_point"] = pack(zeros.T, bits).T.contiguous()
-        return parts | {
-            "weight_packed": pack(codes, bits),
-            "weight_scale": torch.from_numpy(scales).half(),
-            "weight_shape": torch.tensor(weight.shape),
-        }
-
-    return quantise
 
 
 def pack_weight(tensors, name, bits, group_size=32):
@@ -106,8 +61,8 @@ def pack_weight(tensors, name, bits, group_size=32):
 @pytest.mark.parametrize("group_size", [32, -1])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_packed_integers(bits, group_size, symmetric, tiny_base, tmp_path, assert_converted):
-    layer = pack_layer(bits, group_size, symmetric)
-    described = packed(bits, group_size, symmetric)
+    layer = packed_layer(bits, group_size, symmetric)
+    described = packed_settings(bits, group_size, symmetric)
     folder = foreign_folder(tiny_base, tmp_path / "theirs", described, layer)
     steps = 0.0 if symmetric else 2.0 ** (bits - 11)
     report = assert_converted(folder, lambda t, n: pack_weight(t, n, bits, group_size), steps)
@@ -118,15 +73,29 @@ def test_packed_integers(bits, group_size, symmetric, tiny_base, tmp_path, asser
 
 @pytest.mark.parametrize(("bits", "held"), [(1, 2), (3, 3), (6, 8)])
 def test_every_width_has_a_place(bits, held, tiny_base, tmp_path, assert_converted):
-    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed(bits), pack_layer(bits))
+    folder = foreign_folder(
+        tiny_base, tmp_path / "theirs", packed_settings(bits), packed_layer(bits)
+    )
     report = assert_converted(folder, lambda t, n: pack_weight(t, n, bits), 0.0)
     assert report.layers == {f"int, {held} bits, groups of 32": 14}
 
 
+def test_the_settings_of_older_releases_have_another_name(tiny_base, tmp_path):
+    layer, described = packed_layer(4), packed_settings(4)
+    folder = foreign_folder(
+        tiny_base, tmp_path / "theirs", described, layer, key="compression_config"
+    )
+    report = graft.convert_model(folder, tmp_path / "out")
+    assert report.layers == {"int, 4 bits, groups of 32": 14}
+    assert "compression_config" not in (tmp_path / "out" / "config.json").read_text()
+
+
 def test_codes_of_older_releases_do_not_cross_words(tiny_base, tmp_path):
-    for name, pack in (("new", words), ("old", in_whole_words)):
-        layer = pack_layer(3, symmetric=False, pack=pack)
-        folder = foreign_folder(tiny_base, tmp_path / name, packed(3, symmetric=False), layer)
+    for name, pack in (("new", packed_words), ("old", in_whole_words)):
+        layer = packed_layer(3, symmetric=False, pack=pack)
+        folder = foreign_folder(
+            tiny_base, tmp_path / name, packed_settings(3, symmetric=False), layer
+        )
         graft.convert_model(folder, tmp_path / f"{name}-out")
     new, old = (load_file(tmp_path / f"{name}-out" / WEIGHTS) for name in ("new", "old"))
     assert all(torch.equal(new[key], old[key]) for key in new)
@@ -136,8 +105,8 @@ def test_groups_in_activation_order_are_dequantised(tiny_base, tmp_path, assert_
     def order(columns):
         return torch.randperm(columns, generator=torch.Generator().manual_seed(columns))
 
-    layer = pack_layer(4, order=order)
-    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed(4), layer)
+    layer = packed_layer(4, order=order)
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed_settings(4), layer)
     tensors = load_file(folder / WEIGHTS)
     names = linear_names(load_file(tiny_base / WEIGHTS))
     weights = {name: pack_weight(tensors, name, 4) for name in names}
@@ -149,8 +118,8 @@ def in_order(columns):
 
 
 def test_an_order_that_is_none_is_no_order(tiny_base, tmp_path, assert_converted):
-    layer = pack_layer(4, order=in_order)
-    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed(4), layer)
+    layer = packed_layer(4, order=in_order)
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed_settings(4), layer)
     report = assert_converted(folder, lambda t, n: pack_weight(t, n, 4), 0.0)
     assert report.layers == {"int, 4 bits, groups of 32": 14}
 
@@ -172,7 +141,7 @@ BYTES = {
 @pytest.mark.parametrize("strategy", BYTES)
 def test_eight_bits_a_row_are_int8(strategy, tiny_base, tmp_path, assert_converted):
     weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": strategy}
-    described = settings("int-quantized", weights)
+    described = compressed_settings("int-quantized", weights)
     described["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": True}
     layer = bytes_layer(BYTES[strategy])
     folder = foreign_folder(tiny_base, tmp_path / "theirs", described, layer)
@@ -191,7 +160,7 @@ def float_layer(_, weight):
     return parts | {"input_scale": torch.ones(1)}
 
 
-FLOAT = settings(
+FLOAT = compressed_settings(
     "float-quantized", {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel"}
 )
 
@@ -222,7 +191,7 @@ def test_four_bit_floats(kind, tiny_base, tmp_path, assert_dequantised):
         return parts | {"weight_scale": scale, "weight_global_scale": torch.tensor([2000.0])}
 
     weights = {"num_bits": 4, "type": "float", "symmetric": True, "group_size": size}
-    described = settings(f"{kind.lower()}-pack-quantized", weights)
+    described = compressed_settings(f"{kind.lower()}-pack-quantized", weights)
     folder = foreign_folder(tiny_base, tmp_path / "theirs", described, quantise)
     tensors, meant = load_file(folder / WEIGHTS), {}
     for name in linear_names(load_file(tiny_base / WEIGHTS)):
@@ -248,7 +217,7 @@ def test_four_bit_floats(kind, tiny_base, tmp_path, assert_dequantised):
     ],
 )
 def test_settings_that_change_the_weights_are_refused(change, words, tiny_base, tmp_path):
-    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed(4), pack_layer(4))
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed_settings(4), packed_layer(4))
     change_settings(folder, **change)
     with pytest.raises(GraftError, match=words):
         graft.convert_model(folder, tmp_path / "out", config=ASKED)
@@ -265,8 +234,8 @@ def test_settings_that_change_the_weights_are_refused(change, words, tiny_base, 
     ],
 )
 def test_labels_that_lie_are_found(change, words, tiny_base, tmp_path):
-    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed(4), pack_layer(4))
-    weights = packed(4)["config_groups"]["group_0"]["weights"] | change
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed_settings(4), packed_layer(4))
+    weights = packed_settings(4)["config_groups"]["group_0"]["weights"] | change
     change_settings(folder, config_groups={"group_0": {"weights": weights}})
     with pytest.raises(GraftError, match=words):
         graft.convert_model(folder, tmp_path / "out")
@@ -295,7 +264,7 @@ def test_labels_that_lie_are_found(change, words, tiny_base, tmp_path):
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(change, words, tiny_base, tmp_path):
-    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed(4), pack_layer(4))
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed_settings(4), packed_layer(4))
     change_tensors(folder, change)
     with pytest.raises(GraftError, match=words):
         graft.convert_model(folder, tmp_path / "out")
@@ -305,6 +274,6 @@ def test_weights_that_were_not_compressed_are_refused(tiny_base, tmp_path):
     def quantise(_, weight):
         return {"weight": weight, "weight_scale": torch.ones(len(weight), 1)}
 
-    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed(4), quantise)
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", packed_settings(4), quantise)
     with pytest.raises(GraftError, match="float32 with scales: it was not compressed"):
         graft.convert_model(folder, tmp_path / "out")

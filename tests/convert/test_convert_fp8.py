@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from foreign import WEIGHTS, change_tensors, foreign_folder, linear_names
+from foreign_kinds import DEEPSEEK, blocks, fp8_layer
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
 
@@ -16,37 +17,7 @@ from graft.convert.config import ConvertConfig
 from graft.errors import GraftError
 
 LAYER = "model.layers.0.mlp.gate_proj"
-DEEPSEEK = {
-    "quant_method": "fp8",
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "weight_block_size": [48, 40],
-}
 ASKED = ConvertConfig(dequantise=True)
-
-
-def blocks(rows, columns):
-    """Return the row and the column of the block of each element."""
-    return lambda shape: (
-        torch.arange(shape[0])[:, None] // rows,
-        torch.arange(shape[1])[None] // columns,
-    )
-
-
-def fp8_layer(block_of, scale_name, dtype=torch.float8_e4m3fn, grid=lambda scales: scales):
-    """Quantise with a scale for each block, the last one short, as DeepSeek's kernel does."""
-
-    def quantise(_, weight):
-        row, column = block_of(weight.shape)
-        scales = torch.zeros(int(row.max()) + 1, int(column.max()) + 1)
-        for i in range(scales.shape[0]):
-            for j in range(scales.shape[1]):
-                part = weight[(row == i).squeeze(1)][:, (column == j).squeeze(0)]
-                scales[i, j] = part.abs().max() / 448
-        stored = (weight / scales[row, column]).to(dtype)
-        return {"weight": stored, scale_name: grid(scales)}
-
-    return quantise
 
 
 def fp8_weight(tensors, name, block_of, scale_name):

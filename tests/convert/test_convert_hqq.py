@@ -8,80 +8,25 @@ import shutil
 import pytest
 import torch
 from foreign import WEIGHTS, change_tensors, foreign_folder, linear_names
+from foreign_kinds import HQQ, hqq_described, hqq_encoded
 from safetensors.torch import load_file
 
 import graft
 from graft.errors import GraftError
 
 LAYER = "model.layers.0.mlp.gate_proj"
-SETTINGS = {"quant_method": "hqq", "quant_config": {}, "skip_modules": ["lm_head"]}
-PACKINGS = {8: "8bit_u8", 4: "4bit_u8", 3: "3bit_32", 2: "2bit_u8", 1: "1bit_u8"}
-
-
-def pack(codes, bits):
-    """Lay parts of the rows over each other, the first one in the highest bits."""
-    parts = 10 if bits == 3 else 8 // bits
-    filled = torch.nn.functional.pad(codes, (0, 0, 0, -len(codes) % parts)).int()
-    rows = len(filled) // parts
-    packed = torch.zeros(rows, codes.shape[1], dtype=torch.int32)
-    for place in range(parts):
-        packed |= filled[place * rows : (place + 1) * rows] << bits * (parts - 1 - place)
-    return packed if bits == 3 else packed.byte()
-
-
-def described(weight, bits, size=32, axis=1):
-    """Return W_q and its description as Python has it, and what the weight means."""
-    groups = weight.reshape(-1, size) if axis == 1 else weight.reshape(size, -1)
-    low, high = groups.amin(axis, keepdim=True), groups.amax(axis, keepdim=True)
-    scale = ((high - low) / (2**bits - 1)).half().float()
-    zero = (-low / scale).half().float()
-    codes = (groups / scale + zero).round().clamp(0, 2**bits - 1)
-    state = {
-        "W_q": pack(codes, bits),
-        "nbits": bits,
-        "group_size": size,
-        "shape": weight.shape,
-        "scale": scale.half(),
-        "zero": zero.half(),
-        "axis": axis,
-        "packing": PACKINGS[bits],
-        "unpack_view_dtype": torch.int32 if bits == 3 else torch.uint8,
-        "view_as_float": False,
-        "quant_scale": False,
-        "quant_zero": False,
-        "compute_dtype": torch.float16,
-        "offload_meta": False,
-        "stores_quant_config": True,
-        "channel_wise": True,
-        "optimize": True,
-        "round_zero": False,
-    }
-    return state, ((codes.double() - zero.double()) * scale.double()).reshape(weight.shape)
-
-
-def encoded(value):
-    """Return a value as a tensor, as hqq writes it to safetensors."""
-    if isinstance(value, torch.Tensor):
-        return value
-    if isinstance(value, torch.Size):
-        return torch.tensor(value)
-    if isinstance(value, bool):
-        return torch.tensor(int(value), dtype=torch.uint8)
-    if isinstance(value, int):
-        return torch.tensor(value, dtype=torch.int32)
-    return torch.tensor([ord(letter) for letter in str(value)], dtype=torch.uint8)
 
 
 @pytest.fixture
 def make(tiny_base, tmp_path):
-    def write(bits=4, size=32, axis=1, settings=SETTINGS):
+    def write(bits=4, size=32, axis=1, settings=HQQ):
         """Return a folder of safetensors, and what each of its weights means."""
         weights = {}
 
         def quantise(name, weight):
-            state, weights[name] = described(weight, bits, size, axis)
+            state, weights[name] = hqq_described(weight, bits, size, axis)
             state["encoded_state_dict"] = True
-            return {part: encoded(value) for part, value in state.items()}
+            return {part: hqq_encoded(value) for part, value in state.items()}
 
         folder = foreign_folder(tiny_base, tmp_path / "theirs", settings, quantise)
         return folder, weights
@@ -114,7 +59,7 @@ def pickle(base, folder, change=lambda found: None):
     shutil.copytree(base, folder, ignore=shutil.ignore_patterns(WEIGHTS))
     tensors, found, weights = load_file(base / WEIGHTS), {}, {}
     for name in linear_names(tensors):
-        found[name], weights[name] = described(tensors.pop(f"{name}.weight"), 4)
+        found[name], weights[name] = hqq_described(tensors.pop(f"{name}.weight"), 4)
     for key, tensor in tensors.items():
         found.setdefault(key.rpartition(".")[0], {})[key.rpartition(".")[2]] = tensor
     change(found)
@@ -158,7 +103,7 @@ def test_a_pickle_that_would_run_code_is_refused(tiny_base, tmp_path, capsys):
 )
 def test_what_does_not_fit_is_refused(change, words, make, tmp_path):
     folder, _ = make()
-    parts = {f"{LAYER}.{part}": encoded(value) for part, value in change.items()}
+    parts = {f"{LAYER}.{part}": hqq_encoded(value) for part, value in change.items()}
     change_tensors(folder, lambda tensors: tensors.update(parts))
     with pytest.raises(GraftError, match=words):
         graft.convert_model(folder, tmp_path / "out")

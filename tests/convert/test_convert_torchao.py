@@ -6,42 +6,25 @@ import json
 
 import pytest
 import torch
-from foreign import WEIGHTS, foreign_folder, linear_names
-from safetensors.torch import load_file, save_file
+from foreign_kinds import TORCHAO_DTYPE, torchao_folder, torchao_intx
 
 import graft
 from graft.errors import GraftError
 
 LAYER = "model.layers.0.mlp.gate_proj"
-SETTINGS = {"quant_method": "torchao", "quant_type": {"default": {"_type": "Int4WeightOnlyConfig"}}}
-DTYPE = {"_type": "torch.dtype", "_data": "bfloat16"}
 
 
 def int8(weight):
     scale = weight.abs().amax(1, keepdim=True) / 127
     zero = torch.zeros_like(scale).to(torch.int8)
     codes = (weight / scale).round().to(torch.int8)
-    attributes = {"block_size": [1, weight.shape[1]], "dtype": DTYPE, "act_quant_kwargs": None}
+    attributes = {
+        "block_size": [1, weight.shape[1]],
+        "dtype": TORCHAO_DTYPE,
+        "act_quant_kwargs": None,
+    }
     parts = {"qdata": codes, "scale": scale, "zero_point": zero}
     return "Int8Tensor", attributes, parts, codes.double() * scale.double()
-
-
-def intx(weight):
-    groups = weight.unflatten(1, (-1, 32))
-    low = groups.amin(-1).clamp(max=0)
-    scale = ((groups.amax(-1).clamp(min=0) - low) / 15).half().float()
-    zero = (-8 - low / scale).round()
-    codes = (groups / scale.unsqueeze(-1)).round() + zero.unsqueeze(-1)
-    codes = codes.clamp(-8, 7)
-    attributes = {
-        "target_dtype": {"_type": "torch.dtype", "_data": "int4"},
-        "block_size": [1, 32],
-        "dtype": DTYPE,
-        "activation_quantization": "int8_asym_per_token",
-    }
-    parts = {"qdata": codes.flatten(1).to(torch.int8), "scale": scale, "zero_point": zero.char()}
-    meant = (codes - zero.unsqueeze(-1)).double() * scale.double().unsqueeze(-1)
-    return "IntxUnpackedToInt8Tensor", attributes, parts, meant.flatten(1)
 
 
 def int4(weight):
@@ -61,7 +44,7 @@ def int4(weight):
 def float8(weight):
     scale = weight.abs().amax(1, keepdim=True) / 448
     stored = (weight / scale).to(torch.float8_e4m3fn)
-    attributes = {"block_size": [1, weight.shape[1]], "mm_config": None, "dtype": DTYPE}
+    attributes = {"block_size": [1, weight.shape[1]], "mm_config": None, "dtype": TORCHAO_DTYPE}
     meant = stored.double() * scale.double()
     return "Float8Tensor", attributes, {"qdata": stored, "scale": scale}, meant
 
@@ -80,7 +63,7 @@ def nvfp4(weight):
         for column in range(columns // 16):
             place = row // 128, column // 4, row % 32, row % 128 // 32, column % 4
             tiles[place] = scale.view(torch.uint8)[row, column]
-    attributes = {"block_size": 16, "orig_dtype": DTYPE, "is_swizzled_scales": True}
+    attributes = {"block_size": 16, "orig_dtype": TORCHAO_DTYPE, "is_swizzled_scales": True}
     parts = {"qdata": packed, "scale": tiles.reshape(tall, wide).view(torch.float8_e4m3fn)}
     values = VALUES[torch.stack((packed & 15, packed >> 4), -1).flatten(1).int()]
     factors = (overall * scale.float()).double().repeat_interleave(16, 1)
@@ -90,19 +73,7 @@ def nvfp4(weight):
 @pytest.fixture
 def make(tiny_base, tmp_path):
     def write(quantise, change=lambda metadata, tensors: None):
-        """Return the folder, and what each of its weights means."""
-        folder = foreign_folder(tiny_base, tmp_path / "theirs", SETTINGS, None, names=[])
-        tensors, weights = load_file(folder / WEIGHTS), {}
-        metadata = {name: json.dumps({"_type": "Tensor"}) for name in tensors}
-        for name in linear_names(tensors):
-            kind, attributes, parts, weights[name] = quantise(tensors.pop(f"{name}.weight"))
-            described = {"_type": kind, "_data": attributes, "_tensor_data_names": list(parts)}
-            metadata[f"{name}.weight"] = json.dumps(described)
-            tensors |= {f"{name}._weight_{part}": tensor for part, tensor in parts.items()}
-        change(metadata, tensors)
-        metadata["tensor_names"] = json.dumps([name for name in metadata if "." in name])
-        save_file(tensors, folder / WEIGHTS, metadata=metadata | {"format": "pt"})
-        return folder, weights
+        return torchao_folder(tiny_base, tmp_path / "theirs", quantise, change)
 
     return write
 
@@ -111,7 +82,7 @@ def make(tiny_base, tmp_path):
     ("quantise", "held", "steps"),
     [
         (int8, "int8", 0.0),
-        (intx, "int, 4 bits, groups of 32", 2.0**-7),
+        (torchao_intx, "int, 4 bits, groups of 32", 2.0**-7),
         (int4, "int, 4 bits, groups of 32", 2.0**-7),
     ],
 )
@@ -120,7 +91,7 @@ def test_integers_are_kept(quantise, held, steps, make, assert_converted):
     report = assert_converted(folder, lambda _, name: weights[name], steps)
     assert report.layers == {held: 14} and not report.left_out
     inputs = any("torchao rounds the inputs" in note for note in report.notes)
-    assert inputs == (quantise is intx)
+    assert inputs == (quantise is torchao_intx)
 
 
 @pytest.mark.parametrize(("quantise", "words"), [(float8, "FP8"), (nvfp4, "NVFP4")])
@@ -165,7 +136,7 @@ def described(**changes):
     ],
 )
 def test_what_is_not_read_is_refused_by_name(change, words, make, tmp_path):
-    folder, _ = make(intx, change)
+    folder, _ = make(torchao_intx, change)
     with pytest.raises(GraftError, match=words):
         graft.convert_model(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()

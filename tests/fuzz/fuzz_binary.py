@@ -66,6 +66,14 @@ def _entry(tensors: dict[str, Entry], rng: Random) -> str:
     return rng.choice(list(tensors))
 
 
+_WITHOUT_EFFECT = {
+    "g_idx",
+    *("view_as_float", "unpack_view_dtype", "compute_dtype", "offload_meta", "optimize"),
+    *("stores_quant_config", "channel_wise", "round_zero", "encoded_state_dict"),
+}
+"""What a layer may leave out: GPTQ's order of inputs, and how HQQ made it and where it kept it."""
+
+
 def tensor_entry(data: bytes, rng: Random) -> Mutation:
     """Another shape, dtype, name or number of tensors, in a file that is sound itself."""
     tensors, metadata = open_tensors(data)
@@ -74,8 +82,8 @@ def tensor_entry(data: bytes, rng: Random) -> Mutation:
     count = len(one.data) // _SIZES[one.dtype]
     if kind == 0:
         del tensors[name]
-        # A layer of GPTQ may leave out the order of its inputs.
-        expect = Expect.SAME_IF_READ if name.endswith(".g_idx") else Expect.REFUSED
+        unused = name.rpartition(".")[2] in _WITHOUT_EFFECT
+        expect = Expect.SAME_IF_READ if unused else Expect.REFUSED
         return Mutation(tensor_file(tensors, metadata), f"without {name}", expect)
     if kind == 1:
         shapes = ([count], [1, count], [count, 1], one.shape[::-1], [*one.shape, 1], [1, 1, count])

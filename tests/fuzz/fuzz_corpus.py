@@ -231,6 +231,18 @@ def _run(folder: Path, method: str) -> None:
 def _foreign(folder: Path) -> None:
     sys.path.insert(0, str(Path(__file__).parents[1] / "convert"))
     from foreign import awq_layer, foreign_folder, gptq_layer, mlx_layer, nf4_layer
+    from foreign_kinds import (
+        DEEPSEEK,
+        HQQ,
+        blocks,
+        fp8_layer,
+        hqq_described,
+        hqq_encoded,
+        packed_layer,
+        packed_settings,
+        torchao_folder,
+        torchao_intx,
+    )
 
     base = folder / "base"
     shape: dict[str, Any] = {"bits": 4, "group_size": 32}
@@ -242,6 +254,24 @@ def _foreign(folder: Path) -> None:
     layer = mlx_layer(4, 32, torch.float16)
     foreign_folder(base, folder / "mlx", shape, layer, key="quantization")
     foreign_folder(base, folder / "bnb", nf4, nf4_layer)
+    deepseek = fp8_layer(blocks(48, 40), "weight_scale_inv")
+    foreign_folder(base, folder / "fp8", DEEPSEEK, deepseek)
+    packed = packed_settings(4, symmetric=False)
+    foreign_folder(base, folder / "compressed", packed, packed_layer(4, symmetric=False))
+    torchao_folder(base, folder / "torchao", torchao_intx, lambda metadata, tensors: None)
+    hqq: dict[str, Any] = {}
+
+    def described(name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        hqq[name], _ = hqq_described(weight, 4)
+        return {part: hqq_encoded(value) for part, value in hqq[name].items()}
+
+    foreign_folder(base, folder / "hqq", HQQ, described)
+    shutil.copytree(base, folder / "qmodel", ignore=shutil.ignore_patterns("*.safetensors"))
+    for key, tensor in load_file(base / "model.safetensors").items():
+        module, _, part = key.rpartition(".")
+        if module not in hqq or part != "weight":
+            hqq.setdefault(module, {})[part] = tensor
+    torch.save(hqq, folder / "qmodel" / "qmodel.pt")
 
 
 def _pickled(folder: Path) -> None:

@@ -37,7 +37,7 @@ BYTES = 2 * 2**30
 LONGEST_MESSAGE = 2000
 _SOURCE = str(Path(graft.__file__).parent)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-_CHANGING = re.compile(r"second|memory|path|date|model|fingerprint|reason|^bytes$")
+_CHANGING = re.compile(r"second|memory|path|date|model|fingerprint|reason|^bytes$|^notes$")
 
 
 @dataclass(frozen=True)

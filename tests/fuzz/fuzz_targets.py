@@ -133,6 +133,10 @@ def convert(place: Place) -> tuple[str, ...]:
     return ("convert", str(place.copy), "--out", str(place.out), "--json")
 
 
+def dequantise(place: Place) -> tuple[str, ...]:
+    return (*convert(place), "--dequantise")
+
+
 def convert_gguf(place: Place) -> tuple[str, ...]:
     tokenizer = ("--tokenizer", str(place.corpus / "base"))
     return ("convert", str(place.file), "--out", str(place.out), *tokenizer, "--json")
@@ -248,6 +252,13 @@ TARGETS: dict[str, Target] = {
     "mlx-weights": Target("mlx", "model.safetensors", SAFETENSORS, (convert,)),
     "bnb-config": Target("bnb", "config.json", JSON, (convert,)),
     "bnb-weights": Target("bnb", "model.safetensors", SAFETENSORS, (convert,)),
+    "fp8-config": Target("fp8", "config.json", JSON, (dequantise,)),
+    "fp8-weights": Target("fp8", "model.safetensors", SAFETENSORS, (dequantise,)),
+    "compressed-config": Target("compressed", "config.json", JSON, (convert,)),
+    "compressed-weights": Target("compressed", "model.safetensors", SAFETENSORS, (convert,)),
+    "torchao-weights": Target("torchao", "model.safetensors", SAFETENSORS, (convert, dequantise)),
+    "hqq-weights": Target("hqq", "model.safetensors", SAFETENSORS, (convert, dequantise)),
+    "hqq-pickled": Target("qmodel", "qmodel.pt", PICKLE, (convert,)),
     "pickled": Target("pickled", "pytorch_model.bin", PICKLE, (convert,)),
     "pickled-legacy": Target("legacy", "pytorch_model.bin", PICKLE, (convert,)),
     "compare-settings": Target("compared", "out/settings.json", JSON, (compare,)),

@@ -80,7 +80,9 @@ class Layer:
         shape = out_features, in_features
         packed = self._has("weight_packed")
         dtype = self.files.dtype(self._key("weight_packed" if packed else "weight"))
-        if self._has("weight_shape"):
+        if self._has("weight_shape") or (packed and dtype in WORDS):
+            expected = {"weight_shape": ((2,), (torch.int64, torch.int32))}
+            check_parts(self.files, self.name, expected)
             stated = tuple(self.files.read_once(self._key("weight_shape")).tolist())
             if stated != shape:
                 raise GraftError(f"{self._key('weight_shape')} is {list(stated)}; expected {shape}")

@@ -27,7 +27,7 @@ from graft.text import quoted
 
 WORDS = (torch.int32, torch.uint32)
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-_SETTINGS = ("quantization_config", "quantization")
+_SETTINGS = ("quantization_config", "quantization", "compression_config")
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,8 @@ def hqq_layer(
         raise GraftError(f"{name} has {listed(strange)}, which graft does not read of HQQ")
     if tuple(_part(name, described, "shape")) != shape:
         raise GraftError(f"{name}.shape is {quoted(described['shape'])}; expected {list(shape)}")
+    for part in ("quant_scale", "quant_zero"):
+        _part(name, described, part)
     axis, size = _whole(name, described, "axis"), described.get("group_size")
     if axis not in (0, 1):
         raise GraftError(f"{name}.axis is {axis}; expected 0 or 1")
