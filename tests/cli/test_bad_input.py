@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -307,7 +308,9 @@ def export_of_an_adapter_that_is_not_there(place: Place) -> list[str]:
 
 @case("--tokenizer")
 def gguf_without_its_tokenizer(place: Place) -> list[str]:
-    return ["eval", str(place.folder / "x.gguf"), "--data", str(place.data)]
+    file = place.folder / "x.gguf"
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
+    return ["eval", str(file), "--data", str(place.data)]
 
 
 @case("--data", "gptq")

@@ -70,6 +70,10 @@ YARN = {
             {"scaling.type": ("yarn", TEXT), "scaling.factor": (4.0, FLOAT)},
             YARN | {"original_max_position_embeddings": 64},
         ),
+        (
+            {"scaling.type": ("yarn", TEXT), "scaling.attn_factor": (2.0, FLOAT)},
+            YARN | {"factor": 1.0, "original_max_position_embeddings": 64, "attention_factor": 2.0},
+        ),
     ],
 )
 def test_rotary_keys_old_and_new(keys, rope, source_of):

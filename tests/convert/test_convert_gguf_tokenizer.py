@@ -131,6 +131,12 @@ def test_a_file_that_is_loaded_as_it_is_compares_too(exported, given):
         graft.load(exported, tokenizer=str(folder))
 
 
+def test_a_file_that_is_loaded_as_it_is_needs_no_folder(exported, tiny_base):
+    _, found = graft.load(exported)
+    expected = AutoTokenizer.from_pretrained(tiny_base)
+    assert found("some words")["input_ids"] == expected("some words")["input_ids"]
+
+
 def note_of(file, folder):
     return gguf_source(file).check_tokenizer(AutoTokenizer.from_pretrained(folder))
 

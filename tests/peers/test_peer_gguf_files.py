@@ -200,6 +200,10 @@ SCALINGS = {
     "yarn": [YARN, FACTOR, ("rope.scaling.original_context_length", 32, Value.UINT32)],
     "yarn from the context": [YARN, FACTOR],
     "yarn without a factor": [YARN],
+    "yarn with another scale": [YARN, FACTOR, ("rope.scaling.attn_factor", 1.5, Value.FLOAT32)],
+    "yarn with a scale alone": [YARN, ("rope.scaling.attn_factor", 1.5, Value.FLOAT32)],
+    "yarn of less than 1": [YARN, ("rope.scaling.factor", 0.5, Value.FLOAT32)],
+    "linear of less than 1": [("rope.scaling.factor", 0.5, Value.FLOAT32)],
 }
 
 

@@ -25,6 +25,7 @@ from graft.model.adapter_files import check_adapter_file, load_adapter
 from graft.model.folder import CONFIG_FILE, QUANTISATION_FILE, check_weights, read_tokenizer
 from graft.model.gguf.file import read_gguf
 from graft.model.gguf.load import load_gguf_model
+from graft.model.gguf.tokenizer import make_tokenizer
 from graft.model.gguf.tokens import read_tokens
 from graft.model.gguf.words import check_tokens
 from graft.model.load import LoadedModel, load_model
@@ -129,14 +130,17 @@ def _with_template(loaded: LoadedModel, run: Path) -> LoadedModel:
 
 
 def _load_gguf(path: Path, dtype: str, tokenizer: str | None) -> LoadedModel:
-    if tokenizer is None:
+    tokens, notes = read_tokens(read_gguf(path)), list[str]()
+    if tokenizer is not None:
+        words = read_tokenizer(Path(tokenizer))
+        notes = [] if tokens is None else check_tokens(tokens, words, path)
+    elif tokens is not None:
+        words = make_tokenizer(tokens, path)
+    else:
         raise GraftError(f"{path}: give the folder of its tokenizer too (--tokenizer)")
     compute = torch.bfloat16 if dtype == "bfloat16" else torch.float32
-    model, words = load_gguf_model(path, compute), read_tokenizer(Path(tokenizer))
-    tokens = read_tokens(read_gguf(path))
-    if tokens is not None:
-        check_tokens(tokens, words, path)
-    return LoadedModel(model, words, path, torch.float32, compute)
+    model = load_gguf_model(path, compute)
+    return LoadedModel(model, words, path, torch.float32, compute, notes=tuple(notes))
 
 
 def load_run_base(

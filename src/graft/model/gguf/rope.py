@@ -7,6 +7,7 @@ all of them by 1 / rope.scaling.factor, or mixes the two as YaRN does.
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import torch
@@ -68,15 +69,16 @@ def _from_keys(file: GgufFile, config: PretrainedConfig) -> dict[str, Any]:
     keys = _Keys(file)
     theta, kind, factor = keys.number("freq_base", 10000.0), keys.kind(), keys.factor()
     keys.check_rest(kind)
+    scaled = kind != "none" and (factor, keys.number("scaling.attn_factor", 1.0)) != (1.0, 1.0)
     factors = file.tensors.get(ROPE_FACTORS) if gguf_layout(config).paired_rotary else None
     if factors is not None:
-        if factor != 1.0 and kind != "none":
+        if scaled:
             raise GraftError(
                 f"{file.path}: has both {ROPE_FACTORS} and a rope scaling of {factor:g}, which no "
                 "settings of Transformers stand for"
             )
         return _from_factors(file, factors.dense().float(), config, theta)
-    if kind == "none" or factor == 1.0:
+    if not scaled:
         return {"rope_type": "default", "rope_theta": theta}
     if kind == "linear":
         return {"rope_type": "linear", "rope_theta": theta, "factor": factor}
@@ -112,12 +114,13 @@ class _Keys:
         """Raise GraftError where more is scaled than the kind of scaling does by itself."""
         yarn = kind == "yarn"
         usual: dict[str, tuple[float, ...]] = {
-            "attn_factor": (1.0,),
             "yarn_attn_factor": (1.0,),
             "yarn_ext_factor": (-1.0, 1.0) if yarn else (-1.0, 0.0),
         }
         if yarn:  # llama.cpp's own programs read these two, its Python binding does not
             usual |= {"yarn_beta_fast": (-1.0, 32.0), "yarn_beta_slow": (-1.0, 1.0)}
+        else:
+            usual["attn_factor"] = (1.0,)
         for name, taken in usual.items():
             key = f"scaling.{name}"
             if (found := self.number(key, taken[0])) not in taken:
@@ -129,12 +132,16 @@ class _Keys:
     def yarn(self, theta: float, factor: float) -> dict[str, Any]:
         trained = self.file.value(f"{self.file.architecture}.context_length", int)
         original = self.file.value(f"{self.prefix}scaling.original_context_length", int, trained)
-        return {
+        rope = {
             "rope_type": "yarn",
             "rope_theta": theta,
             "factor": factor,
             "original_max_position_embeddings": original,
         }
+        # It multiplies what YaRN makes of the factor by itself.
+        if (more := self.number("scaling.attn_factor", 1.0)) != 1.0:
+            rope["attention_factor"] = more * (0.1 * math.log(max(factor, 1.0)) + 1.0)
+        return rope
 
 
 def _from_factors(

@@ -26,11 +26,11 @@ def check_tokens(tokens: TokenList, tokenizer: PreTrainedTokenizerBase, where: o
     with other ids than the tokenizer makes. where: the file, for messages.
     """
     ours = {index: token for token, index in tokenizer.get_vocab().items()}
-    unused = set(tokens.of_type(TokenType.UNUSED))
+    unused, added = set(tokens.of_type(TokenType.UNUSED)), tokenizer.added_tokens_decoder
     differing = [
         f"id {index} is {quoted(text)} in the file and {quoted(ours[index])} in the tokenizer"
         for index, text in enumerate(tokens.texts)
-        if index in ours and index not in unused and not _alike(text, ours[index])
+        if index in ours and index not in unused and not _alike(text, ours[index], index in added)
     ]
     problems = differing[:_SHOWN]
     if len(differing) > _SHOWN:
@@ -46,9 +46,10 @@ def _heading(where: object) -> str:
     )
 
 
-def _alike(theirs: str, ours: str) -> bool:
-    # llama.cpp's converter writes added tokens with spaces.
-    return theirs == ours or theirs == ours.replace(_SPACE, " ")
+def _alike(theirs: str, ours: str, added: bool) -> bool:
+    # llama.cpp's converter writes added tokens with spaces, and some of them without those around.
+    spaced = ours.replace(_SPACE, " ")
+    return theirs in (ours, spaced) or (added and theirs.strip() == spaced.strip() != "")
 
 
 def _merge_problems(tokens: TokenList, tokenizer: PreTrainedTokenizerBase) -> list[str]:
