@@ -155,7 +155,10 @@ def test_weights_to_float32_rounding(exported, runtime, readers):
 @pytest.mark.parametrize("bits", [None, 4])
 @pytest.mark.parametrize(
     "name",
-    ["llama3-rope", "tied-llama", "mistral", "mistral-window", "qwen2", "qwen3", "gemma"],
+    [
+        *("llama3-rope", "tied-llama", "mistral", "mistral-window", "qwen2", "qwen3", "gemma"),
+        *("yarn-mistral", "yarn-qwen2"),
+    ],
 )
 def test_architectures(name, bits, runtime, tiny_loaded, tmp_path):
     loaded = tiny_loaded(name, bits)

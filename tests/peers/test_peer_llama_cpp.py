@@ -247,18 +247,9 @@ def test_unquantised_logits(shape, tmp_path):
 
 ARCHITECTURES = ["tied-llama", "mistral", "qwen2", "tied-qwen2", "qwen3", "gemma", "phi3"]
 ARCHITECTURES += ["yarn-llama", "yarn-mistral", "yarn-qwen2", "yarn-qwen3"]
-GELU = [
-    "gemma",
-    "gemma2",
-    "gemma3",
-    "gpt2",
-    "gpt2-erf",
-    "falcon-7b",
-    "falcon-11b",
-    "falcon-40b",
-    "falcon-many-keys",
-]
-GELU += ["phi", "tied-phi"]
+LATER = ["gemma2", "gemma3"]
+GELU = ["gemma", "gpt2", "gpt2-erf", "falcon-7b", "falcon-11b", "falcon-40b", "falcon-many-keys"]
+GELU += ["phi", "tied-phi", *LATER]
 """ggml looks GELU up in a table of float16 numbers."""
 
 
@@ -274,10 +265,11 @@ def test_architectures(name, bits, tiny_model, tmp_path):
         bound *= model.config.num_hidden_layers / 2
         assert (ours - theirs).abs().max() <= bound * ours.abs().max()
     kl = ours.softmax(-1) * (ours.log_softmax(-1) - theirs.log_softmax(-1))
-    assert kl.sum(-1).mean() <= 1e-3
+    # Their random norms of 2 in place of 1 make more of the roundings to 8 bits.
+    assert kl.sum(-1).mean() <= (0.1 if name in LATER and bits else 1e-3)
 
 
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("name", LATER)
 def test_later_gemmas_without_gelu(name, tiny_model, tmp_path):
     """Their norms, windows, caps and rotary settings, to float32 rounding."""
     model = tiny_model(name, vocab_size=400, initializer_range=0.1)

@@ -102,7 +102,10 @@ def test_text_is_cut_into_the_same_tokens(exported, stories):
         assert tokenizer.encode(text) == loaded.tokenizer(text)["input_ids"]
 
 
-@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma", "phi"])
+YARN = ["yarn-llama", "yarn-mistral", "yarn-qwen2", "yarn-qwen3"]
+
+
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "qwen3", "gemma", "phi", *YARN])
 def test_architectures(name, tiny_loaded, tmp_path):
     loaded = tiny_loaded(name, 4)
     export_mlx(loaded, tmp_path / "mlx", dtype=torch.float32)
