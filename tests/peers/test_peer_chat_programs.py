@@ -258,5 +258,8 @@ def test_without_openvino_tokenizers_it_is_said_how_to_get_them(
 ) -> None:
     pytest.importorskip("openvino", reason="needs openvino: make test-peers installs it")
     monkeypatch.setattr(tokenizers, "PACKAGE", "openvino_tokenizers_of_nobody")
-    told = export_openvino(chatting("qwen2", None), tmp_path / "out").notes
+    loaded = chatting("llama3-rope", None)
+    loaded.model.generation_config.eos_token_id = loaded.tokenizer.eos_token = None
+    told = export_openvino(loaded, tmp_path / "out").notes
+    assert "no token ends an answer" in told[2]
     assert "has no openvino_tokenizer.xml" in told[1] and "pip install" in told[1]

@@ -29,6 +29,7 @@ from graft.export.layers import (
     format_problems,
     int_format,
     layer_problems,
+    model_ids,
     package_problems,
     scales,
     short_group_notes,
@@ -57,6 +58,11 @@ _ALIGNED = 64
 _HINT = (
     "OpenVINO computes in bf16 on processors that have it; for the same answers compile the model "
     "with INFERENCE_PRECISION_HINT=f32"
+)
+
+_ENDLESS = (
+    "no token ends an answer; OpenVINO GenAI generates only where generation_config.json names one "
+    "(eos_token_id)"
 )
 
 
@@ -98,6 +104,8 @@ def export_openvino(
         write_model_files(loaded, part, torch.float32)
         told = write_openvino_tokenizer(part, int(loaded.model.config.vocab_size))
     short = tuple(ops.float32_layers)
+    if not model_ids(loaded).ends:
+        told = (*told, _ENDLESS)
     notes = (*short_group_notes("OpenVINO", short), *surplus_notes(loaded), *told)
     return FolderReport(short, (_HINT, *notes))
 
