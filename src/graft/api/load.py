@@ -19,8 +19,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return (model, tokenizer) of a base folder or hub id, a quantised or merged folder, or a RUN.
 
-        The model is called like any Transformers model; a RUN's has its adapter active. A GGUF file
-        that graft wrote loads too, with its own tokenizer or that of a folder. trust_remote_code runs
+    The model is called like any Transformers model; a RUN's has its adapter active. A GGUF file
+    that graft wrote loads too, with its own tokenizer or that of a folder. trust_remote_code runs
     Python code that a model's folder brings along.
 
     `save_pretrained` writes what `from_pretrained` reads as the same model: adapters are merged,
