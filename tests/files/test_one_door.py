@@ -17,7 +17,7 @@ EXCUSED = {
     "model/tensor_file.py": "open: the temporary file that `replacing` made",
     "export/ollama/write.py": "write_text: in the temporary folder that `new_folder` made",
     "export/openvino/write.py": "read_bytes: what OpenVINO wrote there just before",
-    "api/adopt.py": "write_text: in the temporary folder that `new_folder` made",
+    "api/run/adopted.py": "write_text: in the temporary folder that `new_folder` made",
     "api/verify.py": "open: two files of which graft wrote one just before",
     "train/loop.py": "open: metrics grow by lines, and are flushed before each checkpoint",
     "model/weight_files.py": "open: a file whose header was read by `open_regular`, to be mapped",

@@ -55,6 +55,7 @@ def build_corpus(folder: Path, small: bool = False) -> None:
     _graft("export", run, "--to", "hf", "--out", str(folder / "hf"))
     _graft("export", str(folder / "runs" / "lora"), "--to", "peft", "--out", str(folder / "peft"))
     _foreign(folder)
+    _adapters(folder)
     _pickled(folder)
     _settings(folder)
     if not small:
@@ -306,3 +307,36 @@ def compare_flags(corpus: Path) -> tuple[str, ...]:
     """Return the flags of the comparison whose folder is in the corpus."""
     model = ("--model", str(corpus / "base"), "--data", str(corpus / "data" / "rows.jsonl"))
     return (*model, "--contenders", "base", "lora", *SHORT)
+
+
+def _adapters(folder: Path) -> None:
+    """Write an adapter with embeddings and a tokenizer, the same pickled, and one of mlx-lm."""
+    whole, config = folder / "adapter", "adapter_config.json"
+    shutil.copytree(folder / "peft", whole)
+    (whole / "graft_adapter.json").unlink()
+    settings = json.loads((whole / config).read_text())
+    more = {"trainable_token_indices": {"embed_tokens": [3, 5]}, "modules_to_save": ["norm"]}
+    (whole / config).write_text(json.dumps(settings | more))
+    low_rank = load_file(whole / "adapter_model.safetensors")
+    tokens = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+    beside = {tokens: torch.randn(2, 64), "base_model.model.model.norm.weight": torch.rand(64)}
+    save_file(low_rank | beside, whole / "adapter_model.safetensors")
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        shutil.copy(folder / "base" / name, whole / name)
+    (whole / "chat_template.jinja").write_text(_TEMPLATE + "\n")
+    shutil.copytree(whole, folder / "adapter-bin")
+    (folder / "adapter-bin" / "adapter_model.safetensors").unlink()
+    torch.save(low_rank | beside, folder / "adapter-bin" / "adapter_model.bin")
+    other = folder / "adapter-mlx"
+    other.mkdir()
+    names = {".lora_A.weight": ".lora_a", ".lora_B.weight": ".lora_b"}
+    turned = {
+        key.removeprefix("base_model.model.").removesuffix(part) + name: tensor.T.contiguous()
+        for key, tensor in low_rank.items()
+        for part, name in names.items()
+        if key.endswith(part)
+    }
+    save_file(turned, other / "adapters.safetensors")
+    update = {"rank": settings["r"], "scale": 2.0, "dropout": 0.0}
+    own = {"fine_tune_type": "lora", "num_layers": -1, "lora_parameters": update}
+    (other / config).write_text(json.dumps(own))

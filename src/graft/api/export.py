@@ -14,6 +14,7 @@ from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.merge import MergeReport, check_biases, merge_loaded
+from graft.api.run.adopted import base_changes, changes_in_words
 from graft.api.run.card import weights_in_words, write_card
 from graft.api.run.folder import is_run, load_any, prompt_style, read_run_config
 from graft.api.run.layout import BASE
@@ -28,6 +29,7 @@ from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.model.folder import stored_formats
+from graft.model.hub import base_name
 from graft.model.load import LoadedModel
 from graft.model.running.memory import reuse_freed_memory
 from graft.model.tokenizer_itself import tokenizer_note
@@ -192,7 +194,10 @@ def _origin(model: Path, loaded: LoadedModel) -> Origin:
     """Return how a run was trained; of another model, that it chats if it has a chat template."""
     if is_run(model):
         style, config = prompt_style(model), read_run_config(model)
-        return Origin(style.kind, style.separator, config.init, Path(config.model).name)
+        changes, base = base_changes(model), base_name(config.model)
+        words = changes_in_words(changes) if changes else None
+        name = Path(base).name
+        return Origin(style.kind, style.separator, config.init, name, base, words)
     kind = PLAIN if loaded.tokenizer.chat_template is None else CHAT
     return Origin(kind, name=model.absolute().name)
 

@@ -52,6 +52,7 @@ from graft.evaluate.loss import evaluate_loss
 from graft.export.registry import TARGETS
 from graft.files.write import remove_folder
 from graft.model.adapter_files import check_adapter, save_adapter
+from graft.model.hub import base_name
 from graft.model.load import LoadedModel
 from graft.model.running.attention import use_own_attention
 from graft.model.running.checkpointing import enable_checkpointing
@@ -295,8 +296,10 @@ def _save_result(loaded: LoadedModel, prepared: Prepared, run: Path) -> None:
     for name in (REPORT, REPORT_TEXT, PLOTS, ADAPTER, MODEL, FAILED_BATCH):
         remove_folder(run / name)
     if prepared.method.trains_adapter:
-        base = run / BASE if (run / BASE).is_dir() else Path(prepared.config.model)
-        save_adapter(loaded.model, run / ADAPTER, base=str(base), init=prepared.config.init)
+        init = prepared.config.init
+        own = STARTS[init].changes_base
+        base = str(run / BASE) if own else base_name(prepared.config.model)
+        save_adapter(loaded.model, run / ADAPTER, base=base, init=init)
         check_adapter(loaded.model, run / ADAPTER)
     else:
         loaded.model.requires_grad_(False)

@@ -19,6 +19,8 @@ from graft.adapters.attach import (
 )
 from graft.adapters.merge import merge_adapters
 from graft.api.events import Events
+from graft.api.original import Original, original_layers, take_the_rest
+from graft.api.run.adopted import base_changes
 from graft.api.run.folder import is_run, load_any, read_run_config
 from graft.api.run.layout import MODEL, START
 from graft.errors import GraftError
@@ -27,9 +29,10 @@ from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.layers.frozen import FrozenLinear
 from graft.model.adapter_files import check_adapter_file, load_adapter
+from graft.model.hub import base_name
 from graft.model.load import LoadedModel, load_model
 from graft.model.save import save_model
-from graft.model.targets import freeze_layers
+from graft.model.subject import open_subject
 
 Into = Literal["trained", "original"]
 MERGE_REPORT = "merge-report.json"
@@ -40,8 +43,8 @@ class MergeReport:
     """How far a merged model is from the model that was trained."""
 
     into: str
-    """What was merged into: 'int' keeps the trained codes, 'dense' is the dequantised base,
-    'original' the base before it was quantised."""
+    """What was merged into, in words: weights of a format (int keeps the trained codes), or the
+    original base, which, and what it is to the weights that were trained on."""
     layers: int
     exact: bool
     """Every merged weight equals the weight that training computed with."""
@@ -69,6 +72,7 @@ def merge(
     out: str | Path,
     *,
     into: Into = "trained",
+    original: str | None = None,
     dtype: Literal["auto", "float32", "bfloat16"] = "auto",
     device: str = "auto",
     trust_remote_code: bool = False,
@@ -80,8 +84,10 @@ def merge(
     as. lora and qlora merge into the weights that they were trained on, dequantised
     (into='trained'), or into the original base (into='original'; of an adapter that started as
     LoftQ only what was trained since, as its start makes up for a rounding that the original has
-    not), stored in `dtype` (auto: the source's dtype). Whatever was rounded is in the report.
-    Raises GraftError when the run is not finished or when `out` exists.
+    not), stored in `dtype` (auto: the source's dtype). The original is the base that the run names;
+    where that was quantised already it is `original`, a folder or hub id of the unquantised model.
+    Whatever was rounded is in the report. Raises GraftError when the run is not finished, when the
+    original is none, or when `out` exists.
     """
     events = events or Events()
     target = Path(out)
@@ -94,15 +100,19 @@ def merge(
     loaded = load_any(run, "exact", device, trust_remote_code=trust_remote_code)
     check_biases(loaded)
     merged_dtype = loaded.source_dtype if dtype == "auto" else getattr(torch, dtype)
-    original, start = None, None
+    unquantised, start = None, None
+    if original is not None and into != "original":
+        raise GraftError("--original names what --into original merges into; give both")
     if into == "original":
-        original = _original_base(run, device, trust_remote_code)
+        unquantised = _original_base(run, original, loaded, device, trust_remote_code)
         if (run / START).is_dir():
             start, active = START, adapter_names(loaded.model)
             check_adapter_file(run / START)
             load_adapter(loaded.model, run / START, start)
             activate_adapters(loaded.model, active)
-    report = merge_loaded(loaded, original=original, start=start, dtype=merged_dtype, events=events)
+    report = merge_loaded(
+        loaded, original=unquantised, start=start, dtype=merged_dtype, events=events
+    )
     save_model(loaded, target, merged_dtype, beside={MERGE_REPORT: asdict(report)})
     return report
 
@@ -129,7 +139,7 @@ def check_biases(loaded: LoadedModel) -> None:
 def merge_loaded(
     loaded: LoadedModel,
     *,
-    original: LoadedModel | None = None,
+    original: Original | None = None,
     start: str | None = None,
     dtype: torch.dtype = torch.float32,
     target: WeightFormat | None = None,
@@ -158,14 +168,17 @@ def merge_loaded(
     base_format = next(iter(layers.values())).base.weight_format.deployed
     bases = None
     if original is not None:
-        freeze_layers(original.model, [name for name, _ in frozen_layers(model)])
-        bases = dict(frozen_layers(original.model))
+        bases = original_layers(model, original)
     errors = merge_adapters(
         model, target, bases, start, lambda done, total: events.progress("merging", done, total)
     )
     if target is not None:
         _follow(model, target, bases or {})
-    into = "the original base" if bases is not None else f"{(target or base_format).name} weights"
+    into = f"{(target or base_format).name} weights"
+    if original is not None:
+        into = f"the original base, {original.name}"
+        if original.given:
+            take_the_rest(model, original.loaded.model, original.kept)
     merged = _probe(loaded)
     return MergeReport(
         into=into,
@@ -197,8 +210,28 @@ def _probe(loaded: LoadedModel) -> torch.Tensor:
     return logits
 
 
-def _original_base(run: Path, device: str, trust_remote_code: bool) -> LoadedModel:
+def _original_base(
+    run: Path, given: str | None, loaded: LoadedModel, device: str, trust_remote_code: bool
+) -> Original:
+    """Return the unquantised model that a run's base was made of; raises GraftError for none."""
     config = read_run_config(run)
-    return load_model(
-        config.model, dtype="float32", device=device, trust_remote_code=trust_remote_code
+    name = given or config.model
+    subject = open_subject(name, trust_remote_code)
+    if subject.formats:
+        raise GraftError(
+            f"--into original: {name} is quantised itself, so there is no original to merge into"
+            + (
+                "; give the unquantised model that it was made of: --original FOLDER"
+                if given is None
+                else "; give the unquantised model"
+            )
+        )
+    words = base_name(name)
+    if not any(layer.weight_format.quantised for _, layer in frozen_layers(loaded.model)):
+        words += " (unquantised, as the run was trained on it)"
+    else:
+        words += " (unquantised)"
+    original = load_model(
+        subject, dtype="float32", device=device, trust_remote_code=trust_remote_code
     )
+    return Original(original, words, given is not None, frozenset(base_changes(run)))

@@ -18,7 +18,8 @@ class AdoptArguments(TrustConfig):
     """The adapter, its base, and the run to make."""
 
     adapter: Positional
-    """Folder with PEFT's adapter_config.json and adapter_model.safetensors."""
+    """Folder with adapter_config.json and the weights, of PEFT or mlx-lm; its tokenizer, embeddings
+    and head are taken too."""
     out: str
     """Folder of the run, made new."""
     model: str | None = None
@@ -33,7 +34,7 @@ class AdoptArguments(TrustConfig):
 
 
 def adopt(arguments: AdoptArguments) -> None:
-    """Make a run of an adapter that PEFT trained; nothing is trained."""
+    """Make a run of an adapter that PEFT or mlx-lm trained; nothing is trained."""
     from graft.api.adopt import adopt as run
     from graft.api.export import next_export
     from graft.cli.progress import progress
@@ -44,6 +45,8 @@ def adopt(arguments: AdoptArguments) -> None:
         f"{arguments.out}: {report.title}, {report.parameters:,} parameters in "
         f"{report.layers} layers, on {report.model}"
     )
+    for line in report.lines():
+        show(line)
     show(f"next: {next_export(Path(arguments.out))}")
 
 

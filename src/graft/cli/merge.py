@@ -21,6 +21,9 @@ class MergeArguments(TrustConfig):
     """Folder to write."""
     into: Literal["trained", "original"] = "trained"
     """The base that was trained on (dequantised for qlora), or the original one."""
+    original: str | None = None
+    """The unquantised model that --into original merges into, a folder or hub id, where the run's
+    base was quantised before it came; default: the base that the run names."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Stored dtype of weights that become dense; auto is the source's."""
 
@@ -35,6 +38,7 @@ def merge(arguments: MergeArguments) -> None:
             arguments.run,
             arguments.out,
             into=arguments.into,
+            original=arguments.original,
             dtype=arguments.dtype,
             trust_remote_code=arguments.trust_remote_code,
             events=events,

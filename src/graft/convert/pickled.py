@@ -152,7 +152,7 @@ class _Shards:
     def read(self, file: str) -> dict[str, Tensor]:
         if self._last[0] != file:
             self._last = ("", {})  # leaves memory before the next one comes
-            self._last = (file, _tensors(self._folder / file))
+            self._last = (file, pickled_tensors(self._folder / file))
         return self._last[1]
 
 
@@ -171,7 +171,8 @@ def unpickled(path: Path) -> Any:
             ) from error
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def pickled_tensors(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a pickled file by name; raises GraftError where there are none."""
     found = unpickled(path)
     for key in _INSIDE:
         if isinstance(found, dict) and isinstance(found.get(key), dict):

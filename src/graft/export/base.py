@@ -38,6 +38,10 @@ class Origin:
     """How its adapter started."""
     name: str = ""
     """Of the model that was trained, or is exported as it is; empty where nobody knows it."""
+    base: str | None = None
+    """The base that it was trained on, by its hub id, else as it was given."""
+    base_changes: str | None = None
+    """In what a run's base differs from that, in words; None: in nothing but its rounding."""
 
 
 class RuntimePackage(NamedTuple):

@@ -34,6 +34,7 @@ from graft.model.peft_files import (
     peft_key,
     peft_problems,
     peft_scaling,
+    rank_problems,
     read_peft_config,
     split_peft_key,
 )
@@ -158,6 +159,18 @@ def check_adapter_file(folder: Path) -> None:
         check_digest(folder / PEFT_WEIGHTS, own.sha256)
 
 
+@dataclass(frozen=True)
+class AdapterFiles:
+    """What the folder of an adapter holds."""
+
+    where: str
+    own: OwnConfig | None
+    config: Mapping[str, Any]
+    """PEFT's; empty in our own form."""
+    tensors: Mapping[str, Tensor]
+    """By the names that the file has for them, or PEFT's."""
+
+
 def load_adapter(
     model: nn.Module, folder: Path, name: str = "default", trainable: bool = False
 ) -> Method:
@@ -167,12 +180,20 @@ def load_adapter(
     the model is changed.
     """
     own, config = _read_configs(folder)
-    tensors = _read_tensors(folder)
+    files = AdapterFiles(f"adapter {folder}", own, config, read_adapter_tensors(folder))
+    return attach_stored(model, files, name, trainable)
+
+
+def attach_stored(
+    model: nn.Module, files: AdapterFiles, name: str = "default", trainable: bool = False
+) -> Method:
+    """Attach an adapter that was read and activate it; see `load_adapter`."""
+    own, config = files.own, files.config
     layers = dict(frozen_layers(model))
     method = method_of_files(None if own is None else own.method, config)
     problems = peft_problems(config)
     by_layer: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
+    for key, tensor in files.tensors.items():
         layer_name, parameter = _split_key(key, config, method)
         if parameter is None or layer_name not in layers:
             problems.append(foreign_tensor(key))
@@ -187,6 +208,10 @@ def load_adapter(
         ]
     alphas, found = peft_alphas(config, by_layer)
     problems += found
+    if own is None:
+        problems += rank_problems(
+            config, {layer: part["A"] for layer, part in by_layer.items() if "A" in part}
+        )
     made = {}
     for layer_name, parts in by_layer.items():
         try:
@@ -201,7 +226,7 @@ def load_adapter(
         problems.append("it holds no tensors")
     if name in adapter_names(model):
         problems.append(f"the model already has an adapter named {name!r}; remove it first")
-    raise_problems(problems[:20], f"adapter {folder}")
+    raise_problems(problems[:20], files.where)
     for layer_name, adapter in made.items():
         adapter.requires_grad_(trainable).to(next(layers[layer_name].parameters()).device)
         adapter.train(layers[layer_name].training)
@@ -240,16 +265,14 @@ def _sizes(
     return None if found is None else list(found)
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    if not (folder / PEFT_WEIGHTS).is_file():
-        raise GraftError(
-            f"{folder} has no {PEFT_WEIGHTS}; a pickled adapter_model.bin is not read: save it "
-            "with safetensors"
-        )
-    with WeightFiles(folder, single_file=PEFT_WEIGHTS) as files:
+def read_adapter_tensors(folder: Path, file: str = PEFT_WEIGHTS) -> dict[str, Tensor]:
+    """Return the tensors of an adapter, float32; raises GraftError for no readable ones."""
+    if not (folder / file).is_file():
+        raise GraftError(f"{folder} has no {file} (an adapter_model.bin is read by `graft adopt`)")
+    with WeightFiles(folder, single_file=file) as files:
         whole = [quoted(key) for key in files if not files.dtype(key).is_floating_point]
         if whole:
-            raise GraftError(f"{folder / PEFT_WEIGHTS}: {', '.join(whole[:5])} hold integers")
+            raise GraftError(f"{folder / file}: {', '.join(whole[:5])} hold integers")
         return {key: files.read(key).float().clone() for key in files}
 
 

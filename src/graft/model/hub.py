@@ -24,6 +24,26 @@ _FILES = (".safetensors", ".gguf", ".bin", ".json", ".pt", ".pth")
 """Endings of names that are files and no models on the hub."""
 
 
+def hub_id_of(model: str) -> str | None:
+    """Return the hub id of a model that is given by one, or by its folder in a hub's cache.
+
+    None for any other folder.
+    """
+    path = Path(model)
+    if not path.is_dir():
+        return model
+    parts = path.resolve().parts
+    for kept, within in zip(parts, parts[1:], strict=False):
+        if kept.startswith("models--") and within == "snapshots":
+            return kept.removeprefix("models--").replace("--", "/")
+    return None
+
+
+def base_name(model: str) -> str:
+    """Return how an adapter names its base: by its hub id, else as it was given."""
+    return hub_id_of(model) or model
+
+
 def from_hub(model: str, fetched: Sequence[str]) -> Path:
     """Return the folder that holds the files of a hub id whose names match some pattern.
 

@@ -67,7 +67,7 @@ def load_model(
     subject = open_subject(model, trust_remote_code)
     folder, tokenizer = subject.folder, subject.tokenizer
     target_device = resolve_device(device)
-    generation_config = read_generation_config(folder)
+    generation_config = read_generation_config(subject.tokenizer_folder or folder)
     with subject.weight_files:
         compute_dtype = resolve_dtype(dtype, subject.source_dtype, target_device)
         built = subject.new_model(compute_dtype)
@@ -89,6 +89,8 @@ def load_model(
         loader.run(on_tensor)
     if generation_config is not None:
         built.generation_config = generation_config
+        if subject.tokenizer_folder is not None:  # whose texts end elsewhere
+            built.config.eos_token_id = generation_config.eos_token_id
     built.requires_grad_(False)
     return LoadedModel(built, tokenizer, folder, subject.source_dtype, compute_dtype, subject.notes)
 

@@ -1,7 +1,7 @@
 """PEFT's files of a LoRA: its names of tensors, its configuration, and what of it is not read.
 
-What is read goes by the tensors that there are. Options that only say which layers PEFT adapted
-(target_modules, exclude_modules, layers_to_transform) or how a training began need nothing here.
+What is read goes by the tensors that there are; `peft_targets` says which there should be. Options
+that only say how a training began need nothing here.
 """
 
 from __future__ import annotations
@@ -13,27 +13,48 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field
+from torch import Tensor
 
 from graft.adapters.base import Adapter
 from graft.errors import GraftError, raise_problems
 from graft.files.read import read_json, typed
 from graft.layers.frozen import FrozenLinear
+from graft.model.adapter_names import PEFT_PREFIX
 from graft.patterns import match_names
 from graft.text import quoted
 
 PEFT_CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_UNREAD_OPTIONS = (
-    "use_bdlora",
-    "alora_invocation_tokens",
-    "arrow_config",
-    "kasa_config",
-    "target_parameters",
-    "modules_to_save",
-    "trainable_token_indices",
-    "layer_replication",
+_PREFIX = PEFT_PREFIX
+_READ = frozenset(
+    {
+        *("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "lora_bias"),
+        *("bias", "use_rslora", "use_dora", "use_qalora", "qalora_group_size", "rank_pattern"),
+        *("alpha_pattern", "init_lora_weights", "target_modules", "exclude_modules"),
+        *("layers_to_transform", "layers_pattern", "modules_to_save", "task_type"),
+        *("trainable_token_indices", "ensure_weight_tying", "fan_in_fan_out"),
+    }
 )
+_WITHOUT_EFFECT = frozenset(
+    {
+        *("peft_version", "auto_mapping", "revision", "inference_mode", "runtime_config"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "velora_config"),
+        *("megatron_core", "merge_weights", "qalora_group_size", "mica_config"),
+    }
+)
+"""Options of PEFT, some of them of earlier versions, that change nothing of what a trained adapter
+computes: where it came from, how it began, how its gradients were formed."""
+_UNREAD = frozenset(
+    {
+        *("alora_invocation_tokens", "target_parameters", "layer_replication", "enable_lora"),
+        "model_key_mapping",
+    }
+)
+"""Options that change what an adapter computes; so do all that begin with `use_` or end in
+`_config` and are not read."""
+BESIDE = ("modules_to_save", "trainable_token_indices", "bias")
+"""Options that train what is no low-rank update of a linear layer."""
+_OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM")
 _VARIANTS = ("use_dora", "use_qalora")
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -129,6 +150,15 @@ class _PeftFields:
     qalora_group_size: int | None = None
     alpha_pattern: Mapping[str, Finite] | None = None
     init_lora_weights: bool | str | None = None
+    task_type: str | None = None
+    rank_pattern: Mapping[str, int] | None = None
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool | None = None
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
@@ -154,17 +184,26 @@ def peft_problems(config: Mapping[str, Any]) -> list[str]:
     problems = []
     if config and config.get("peft_type") != "LORA":
         problems.append(f"peft_type is {quoted(config.get('peft_type'))}; only LORA is read")
-    for option in _UNREAD_OPTIONS:
-        if config.get(option):
-            problems.append(f"{option} is set, which is not read")
+    for option in BESIDE:
+        if (config.get(option) or "none") != "none":
+            problems.append(
+                f"{option} is {quoted(config[option])}: what it trained beside low-rank updates "
+                "belongs into the base, as `graft adopt` does it"
+            )
+    for option in _set_but_unread(config):
+        if option in _UNREAD or option.startswith("use_") or option.endswith("_config"):
+            problems.append(f"{quoted(option)} is set, which is not read")
+    if config.get("task_type") in _OTHER_TASKS:
+        problems.append(
+            f"task_type is {quoted(config['task_type'])}: such an adapter ends in another head; "
+            "graft brings in those of causal language models"
+        )
     initialisation = str(config.get("init_lora_weights"))
     if initialisation.lower().startswith(_BASE_CHANGING):
         problems.append(
             f"init_lora_weights is {quoted(initialisation)}, which changed the base it was trained "
             "on; save it again with PEFT's path_initial_model_for_weight_conversion"
         )
-    if (config.get("bias") or "none") != "none":
-        problems.append(f"bias is {quoted(config['bias'])}; only 'none' (and lora_bias) is read")
     if not 0 <= (config.get("lora_dropout") or 0.0) < 1:
         problems.append(
             f"lora_dropout is {config['lora_dropout']!r}; expected 0 up to, but not including, 1"
@@ -175,21 +214,67 @@ def peft_problems(config: Mapping[str, Any]) -> list[str]:
     return problems
 
 
+def peft_remarks(config: Mapping[str, Any]) -> list[str]:
+    """Return what of a configuration PEFT itself has not, in one line."""
+    others = [
+        quoted(option)
+        for option in _set_but_unread(config)
+        if not (option in _UNREAD or option.startswith("use_") or option.endswith("_config"))
+    ]
+    if not others:
+        return []
+    return [f"{PEFT_CONFIG} has {', '.join(others[:5])}, which PEFT has not: not read"]
+
+
+def _set_but_unread(config: Mapping[str, Any]) -> list[str]:
+    return [
+        option
+        for option, value in config.items()
+        if option not in _READ | _WITHOUT_EFFECT
+        and (any(value) if isinstance(value, list) else value)
+    ]
+
+
 def peft_alphas(
     config: Mapping[str, Any], layers: Collection[str]
 ) -> tuple[dict[str, float], list[str]]:
     """Return alpha of each layer by the first of PEFT's patterns that fits it, and problems."""
-    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    alphas = dict.fromkeys(layers, float(config.get("lora_alpha") or 0.0))
+    return _by_pattern(config, "alpha_pattern", float(config.get("lora_alpha") or 0.0), layers)
+
+
+def peft_ranks(
+    config: Mapping[str, Any], layers: Collection[str]
+) -> tuple[dict[str, float], list[str]]:
+    """Return the rank that the configuration gives each layer, and problems."""
+    return _by_pattern(config, "rank_pattern", float(config.get("r") or 0), layers)
+
+
+def rank_problems(config: Mapping[str, Any], downs: Mapping[str, Tensor]) -> list[str]:
+    """Return where the configuration gives a layer another rank than its A [rank, ...] has."""
+    if not config:
+        return []
+    ranks, problems = peft_ranks(config, downs)
+    return problems + [
+        f"{layer} has rank {len(down)}; {PEFT_CONFIG} gives it {ranks[layer]:g}"
+        for layer, down in downs.items()
+        if down.ndim and len(down) != ranks[layer]
+    ]
+
+
+def _by_pattern(
+    config: Mapping[str, Any], key: str, usual: float, layers: Collection[str]
+) -> tuple[dict[str, float], list[str]]:
+    patterns: Mapping[str, float] = config.get(key) or {}
+    values = dict.fromkeys(layers, usual)
     matched = match_names(list(patterns), list(layers), suffixes=True)
     problems = [
-        f"alpha_pattern has {quoted(pattern)}, which {found.problem}"
+        f"{key} has {quoted(pattern)}, which {found.problem}"
         for pattern, found in zip(patterns, matched, strict=True)
         if found.problem
     ]
-    for alpha, found in reversed(list(zip(patterns.values(), matched, strict=True))):
-        alphas.update(dict.fromkeys(found.names, float(alpha)))
-    return alphas, problems
+    for value, found in reversed(list(zip(patterns.values(), matched, strict=True))):
+        values.update(dict.fromkeys(found.names, float(value)))
+    return values, problems
 
 
 def peft_scaling(config: Mapping[str, Any], alpha: float, rank: int) -> float:

@@ -6,11 +6,11 @@ import errno
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from graft.adapters.attach import adapted_layers, frozen_layers
 from graft.errors import GraftError
@@ -35,13 +35,14 @@ from graft.model.weight_sets import SINGLE_FILE
 def save_model(
     loaded: LoadedModel,
     folder: Path,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | Literal["exact"] | None = None,
     beside: Mapping[str, object] | None = None,
 ) -> None:
     """Write model and tokenizer to a new folder; raises GraftError when that fails.
 
     Without quantised layers the folder is a plain Hugging Face one, in `dtype` (default: the
-    dtype that the model computes in), which AutoModelForCausalLM loads. With quantised layers it
+    dtype that the model computes in; `exact`: each tensor in the source's where that loses
+    nothing), which AutoModelForCausalLM loads. With quantised layers it
     holds the packed tensors as they are, `graft.json` with each layer's format, and the other
     tensors in the dtype that the source had where that loses nothing. `beside` are values of JSON
     files that belong into it, by their names.
@@ -83,7 +84,7 @@ def _write_beside(folder: Path, beside: Mapping[str, object]) -> None:
 def save_plain_model(
     loaded: LoadedModel,
     folder: Path,
-    dtype: torch.dtype,
+    dtype: torch.dtype | Literal["exact"],
     on_tensor: OnTensor | None = None,
     beside: Mapping[str, object] | None = None,
 ) -> None:
@@ -93,19 +94,25 @@ def save_plain_model(
     Raises GraftError when the folder cannot be written.
     """
     with new_folder(folder) as part:
-        write_tensor_file(part / SINGLE_FILE, list(_plain_tensors(loaded.model, dtype)), on_tensor)
-        write_model_files(loaded, part, dtype)
+        write_tensor_file(part / SINGLE_FILE, list(_plain_tensors(loaded, dtype)), on_tensor)
+        write_model_files(loaded, part, loaded.source_dtype if dtype == "exact" else dtype)
         _write_beside(part, beside or {})
 
 
-def _plain_tensors(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[FileTensor]:
-    layers, seen = dict(frozen_layers(model)), set()
-    for name, tensor in named_tensors(model):
+def _plain_tensors(
+    loaded: LoadedModel, dtype: torch.dtype | Literal["exact"]
+) -> Iterator[FileTensor]:
+    layers, seen = dict(frozen_layers(loaded.model)), set()
+    for name, tensor in named_tensors(loaded.model):
         layer_name, _, part = name.rpartition(".")
         layer = layers.get(layer_name)
-        if layer is None or part == "bias" or not layer.weight_format.quantised:
+        if dtype == "exact":
+            target = narrowed(tensor, loaded.source_dtype).dtype
+            yield FileTensor(name, tuple(tensor.shape), target, partial(tensor.to, target))
+        elif layer is None or part == "bias" or not layer.weight_format.quantised:
             kept = not tensor.is_floating_point()
-            target = tensor.dtype if kept or stays_float32(model, name, dtype) else dtype
+            kept = kept or stays_float32(loaded.model, name, dtype)
+            target = tensor.dtype if kept else dtype
             yield FileTensor(name, tuple(tensor.shape), target, partial(tensor.to, target))
         elif layer_name not in seen:  # once, for all of its packed tensors
             seen.add(layer_name)
@@ -209,17 +216,24 @@ def plain_config(loaded: LoadedModel) -> dict[str, Any]:
 
 def write_tokenizer_files(loaded: LoadedModel, folder: Path) -> None:
     """Write the tokenizer with its chat template, and the defaults of generation."""
+    write_words(loaded.tokenizer, loaded.model.generation_config, folder)
+
+
+def write_words(
+    tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None, folder: Path
+) -> None:
+    """Write a tokenizer and the defaults of generation that belong to it into a folder."""
     try:
-        loaded.tokenizer.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
     except Exception as error:
         # Of a full disk the tokenizers library says so with Exception itself, and no kind of it.
         if type(error) is not Exception:
             raise
         raise OSError(errno.EIO, f"the tokenizer: {error}") from error
-    if tokenizer_note(loaded.tokenizer) is not None:
+    if tokenizer_note(tokenizer) is not None:
         # Any version of Transformers then reads tokenizer.json as it is.
         settings = read_json(folder / "tokenizer_config.json")
         write_json(folder / "tokenizer_config.json", settings | {"tokenizer_class": PLAIN_CLASS})
-    if loaded.model.generation_config is not None:
+    if generation is not None:
         # Not by save_pretrained, which refuses what many folders say, and Transformers takes.
-        loaded.model.generation_config.to_json_file(folder / GENERATION_FILE)
+        generation.to_json_file(folder / GENERATION_FILE)

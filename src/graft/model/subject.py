@@ -65,6 +65,9 @@ class Subject:
     """Tensors that config.json ties stay so, whatever the files hold: earlier versions of graft
     did that, and trained on it."""
 
+    tokenizer_folder: Path | None = None
+    """Where its tokenizer lies, with the defaults of generation; None: beside the weights."""
+
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The configuration, which ties nothing that the files hold as two tensors."""
@@ -88,7 +91,8 @@ class Subject:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The model's tokenizer; raises GraftError when the folder has none."""
-        return read_tokenizer(self.folder, self.trust_remote_code, self.stated)
+        folder = self.tokenizer_folder or self.folder
+        return read_tokenizer(folder, self.trust_remote_code, self.stated)
 
     @cached_property
     def skeleton(self) -> PreTrainedModel:
@@ -227,19 +231,22 @@ def open_subject(
     trust_remote_code: bool = False,
     config_alone: bool = False,
     ties_as_stated: bool = False,
+    tokenizer_folder: Path | None = None,
 ) -> Subject:
     """Open a model folder or hub id; a subject that is open already is returned as it is.
 
     With `config_alone` a hub id's config.json is fetched and nothing else; see `Subject` for
-    `ties_as_stated`. Raises GraftError when there is no such model, or when its configuration is
-    damaged or unknown.
+    `ties_as_stated` and `tokenizer_folder`. Raises GraftError when there is no such model, or when
+    its configuration is damaged or unknown.
     """
     if isinstance(model, Subject):
         return model
     folder = find_folder(str(model), config_alone)
     config = read_config(folder, trust_remote_code)
     check_text_only(config, folder)
-    return Subject(folder, config, trust_remote_code, config_alone, ties_as_stated)
+    return Subject(
+        folder, config, trust_remote_code, config_alone, ties_as_stated, tokenizer_folder
+    )
 
 
 def build_skeleton(

@@ -239,7 +239,7 @@ class WeightFiles:
                 names = list(handle.keys())  # noqa: SIM118  (not a dict)
             length = int.from_bytes(opened.read(_LENGTH_BYTES), "little")
             header = json.loads(opened.read(length))
-        self.metadata |= header.get("__metadata__", {})
+        self.metadata |= header.get("__metadata__") or {}  # MLX writes null
         entries = {}
         for name in names:
             begin, end = header[name]["data_offsets"]

@@ -12,7 +12,15 @@ import torch
 
 from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
-from graft.api.run.layout import ADAPTER, BASE, BASE_REFERENCE, CONFIG, MODEL, PROMPT
+from graft.api.run.layout import (
+    ADAPTER,
+    BASE,
+    BASE_REFERENCE,
+    CONFIG,
+    MODEL,
+    PROMPT,
+    TOKENIZER,
+)
 from graft.api.run.status import unfinished
 from graft.api.settings import stored_settings
 from graft.data.chat import DEFAULT_CHAT_TEMPLATE
@@ -152,10 +160,12 @@ def load_run_base(
     """
     dtype = config.dtype if dtype == "auto" else dtype
     if (run / BASE).is_dir():
-        check_weights(run / BASE)
+        _check_base(run)
         loaded = load_model(
             str(run / BASE), dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
         )
+        if method_of(config).trains_adapter:  # beside layers that are dense, too
+            freeze_layers(loaded.model, select_targets(loaded.model, config.targets))
         return _with_template(loaded, run)
     reference = read_base_reference(run)
     base = Path(reference.path)
@@ -164,11 +174,24 @@ def load_run_base(
     found = _sampled(base) if reference.sha256 is None else fingerprint_weights(base)
     if found != (reference.sha256 or reference.fingerprint):
         raise GraftError(f"the base of {run} has changed since: {base} has other weights now")
-    subject = open_subject(str(base), config.trust_remote_code, ties_as_stated=not reference.parted)
+    subject = open_subject(
+        str(base),
+        config.trust_remote_code,
+        ties_as_stated=not reference.parted,
+        tokenizer_folder=run / TOKENIZER if (run / TOKENIZER).is_dir() else None,
+    )
     loaded = load_model(subject, dtype=dtype, device=device)
     if method_of(config).trains_adapter:
         freeze_layers(loaded.model, select_targets(loaded.model, config.targets))
     return _with_template(loaded, run)
+
+
+def _check_base(run: Path) -> None:
+    """Raise GraftError when the base in a run's folder is not what was written there."""
+    if (run / BASE / QUANTISATION_FILE).is_file() or not (run / BASE_REFERENCE).is_file():
+        check_weights(run / BASE)
+    elif fingerprint_weights(run / BASE) != read_base_reference(run).sha256:
+        raise GraftError(f"the base of {run} has changed since: {run / BASE} has other weights now")
 
 
 @dataclass(frozen=True)
@@ -187,7 +210,8 @@ class BaseReference:
 
 def write_base_reference(run: Path, folder: Path, parted: bool) -> None:
     """Write base.json: where the base lies, its fingerprint, and whether its head is its own."""
-    reference = {"path": str(folder.resolve()), "sha256": fingerprint_weights(folder)}
+    path = BASE if folder == run / BASE else str(folder.resolve())
+    reference = {"path": path, "sha256": fingerprint_weights(folder)}
     write_json(run / BASE_REFERENCE, reference | ({"parted": True} if parted else {}))
 
 

@@ -2,7 +2,8 @@
 
 RUN/: config.yaml (resolved), prompt.json, inputs.json (the SHA-256 of data and model), status.json
 (how it stands), skipped.jsonl (bad rows that --skip-bad-rows passed over), base/ (packed) or
-base.json (a path with its fingerprint), adapter/ or model/ (method full), start/ (the adapter
+base.json (a path with its fingerprint), tokenizer/ (where an adopted adapter brought
+another than that base's), adapter/ or model/ (method full), start/ (the adapter
 before the first step, where it was not zero), metrics.jsonl, checkpoints/ (the last two, that of
 the end among them), report.json, report.md, plots/loss.png, export/; failed-batch.safetensors where
 a loss or gradient was not finite; best/ (the parameters of the best evaluation, where it was not
@@ -16,6 +17,7 @@ CONFIG = "config.yaml"
 PROMPT = "prompt.json"
 BASE = "base"
 BASE_REFERENCE = "base.json"
+TOKENIZER = "tokenizer"
 ADAPTER = "adapter"
 START = "start"
 MODEL = "model"
@@ -39,6 +41,7 @@ WATCHED = (BEST, GENERAL, SAMPLES, TENSORBOARD)
 PARTS = frozenset(
     {
         *(CONFIG, PROMPT, INPUTS, STATUS, BASE, BASE_REFERENCE, START, METRICS, CHECKPOINTS),
+        TOKENIZER,
         *(SKIPPED, ADAPTER, MODEL, REPORT, REPORT_TEXT, PLOTS, FAILED_BATCH, EXPORTS, *WATCHED),
     }
 )

@@ -25,6 +25,7 @@ from graft.export.base import CARD
 from graft.export.card import license_of
 from graft.files.write import write_json, write_text
 from graft.formats.base import storage_bytes
+from graft.model.hub import hub_id_of
 from graft.model.running.memory import peak_bytes
 from graft.plan.memory import MemoryPlan
 from graft.text import markdown
@@ -116,9 +117,10 @@ class RunReport:
 
 def base_facts(model: str, folder: Path) -> dict[str, Any]:
     """Return what a model card says of a base: its name or hub id, fingerprint, and licence."""
+    hub_id = hub_id_of(model)
     return {
-        "base_name": Path(model).absolute().name,
-        "base_hub_id": None if Path(model).is_dir() else model,
+        "base_name": Path(hub_id or model).absolute().name,
+        "base_hub_id": hub_id,
         "base_fingerprint": fingerprint_weights(folder),
         "base_license": license_of(folder / CARD),
     }

@@ -34,7 +34,15 @@ class PeftTarget(Target):
             raise GraftError(
                 "--to peft exports an adapter, and this model carries none; give a RUN"
             )
-        base = str(loaded.folder)
+        if origin.base_changes is not None:
+            raise GraftError(
+                f"--to peft exports low-rank updates, and this run's base is its own: it has "
+                f"{origin.base_changes}. On {origin.base} they would compute something else; "
+                "export the whole model (--to hf), or keep the adapter that was adopted"
+            )
+        # What makes up for a rounding belongs on the rounded weights, which the run holds.
+        own = STARTS[origin.init].changes_base
+        base = str(loaded.folder) if own else origin.base or str(loaded.folder)
         save_adapter(loaded.model, path, names[0], base=base, as_lora=True, init=origin.init)
         note = STARTS[origin.init].export_note(base)
         return () if note is None else (note,)
