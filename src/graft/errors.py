@@ -40,7 +40,9 @@ class Problems:
         try:
             yield
         except GraftError as error:
-            self.found.append(str(error))
+            # Two checks of one file may both meet its fault.
+            if str(error) not in self.found:
+                self.found.append(str(error))
 
     def raise_all(self, heading: str) -> None:
         """Raise what was collected as one GraftError, or return when there was nothing."""

@@ -190,6 +190,7 @@ REFUSED = {
     **ATTEND_BOTH_WAYS,
     **dict.fromkeys(("bart", "bigbird_pegasus", "blenderbot", "blenderbot-small"), _DECODER),
     **dict.fromkeys(("marian", "mbart", "mvp", "pegasus", "plbart", "prophetnet"), _DECODER),
+    "reformer": "texts of one length",
     "trocr": "reads an image",
     "whisper": _DECODER,
 }

@@ -81,6 +81,8 @@ def test_it_is_refused_by_name(family, tiny_base, tmp_path) -> None:
         load_model(str(tmp_path / "model"), device="cpu")
     message = str(raised.value)
     assert REFUSED[family] in message and message.count("\n") == 1
+    if family == "reformer":
+        return  # it hashes at random, so that two passes differ by themselves
     changed = TOKENS.clone()
     changed[0, -1] = 7
     with torch.no_grad():
@@ -93,7 +95,7 @@ def test_weights_as_they_were_published_are_refused_with_the_way_out(tiny_base, 
     with pytest.raises(GraftError) as raised:
         load_model(str(tmp_path / "model"), device="cpu")
     message = str(raised.value)
-    assert "holds its weights as they were published: 26 tensors" in message
+    assert "holds its weights as they were published: 24 tensors" in message
     assert "experts.0.w1.weight" in message and "save_original_format=False" in message
 
 

@@ -6,11 +6,9 @@ encoder-decoders too, and loads their weights into it. Such a model trains, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_MULTIPLE_CHOICE_MAPPING,
@@ -22,6 +20,7 @@ from transformers import (
 )
 
 from graft.errors import GraftError
+from graft.model.text_modules import text_modules
 from graft.text import listed, quoted
 
 _OTHER_HEADS = {
@@ -33,6 +32,7 @@ _OTHER_HEADS = {
 _OTHERWISE = {
     "xlnet": "predicts tokens in any order, so that each sees later ones",
     "cpmant": "sees the whole prompt from each of its tokens",
+    "reformer": "trains on texts of one length alone",
     "trocr": "reads an image through layers that no text reaches",
 }
 """What families do whose modules do not say so."""
@@ -87,23 +87,7 @@ def check_attention(model: PreTrainedModel) -> None:
 
 def _said(model: PreTrainedModel, name: str) -> set[bool]:
     """Return the values that an attribute has in the modules that read text."""
-    return {bool(getattr(module, name)) for module in _text_modules(model) if hasattr(module, name)}
-
-
-def _text_modules(model: PreTrainedModel) -> Iterator[nn.Module]:
-    """Yield the modules below a model, but not those of its parts for images and sounds."""
-    kinds = (type(model.config), type(model.config.get_text_config()))
-
-    def below(module: nn.Module, reads_text: bool) -> Iterator[nn.Module]:
-        for child in module.children():
-            inside = reads_text
-            if isinstance(child, PreTrainedModel):
-                inside = type(child.config) in kinds
-            if inside:
-                yield child
-            yield from below(child, inside)
-
-    return below(model, True)
+    return {bool(getattr(part, name)) for _, part in text_modules(model) if hasattr(part, name)}
 
 
 def _file(config: PreTrainedConfig) -> str:

@@ -1,4 +1,4 @@
-"""Layers whose weight other modules read themselves, past the layer's own forward.
+"""Layers whose weight other modules ask for themselves, past the layer's own forward.
 
 What takes such a layer's place is not called there, so that an adapter would do nothing and packed
 weights would be missing: Mamba hands the weights of three projections to one kernel, RWKV scales
@@ -19,8 +19,6 @@ from transformers import PreTrainedModel
 
 _PREPARES = ("__init__", "_init", "init_", "_tie", "tie_", "get_", "set_", "reset_")
 """Beginnings of the names of functions that prepare a model and compute nothing with it."""
-_FACTS = ("dtype", "device", "shape", "ndim")
-"""What is asked of a weight without reading it."""
 _SWITCHED = {"BloomAttention": "slow_but_exact", "BloomMLP": "slow_but_exact"}
 """Classes that read weights only where this attribute of theirs is true."""
 
@@ -79,10 +77,8 @@ def _reads(kind: type[nn.Module]) -> _Reads:
 
 def _weights(function: ast.AST) -> Iterator[tuple[str, str]]:
     """Yield the variable and the path below it of each `variable.path.weight` that is read."""
-    nodes = [node for node in ast.walk(function) if isinstance(node, ast.Attribute)]
-    asked = {id(node.value) for node in nodes if node.attr in _FACTS}
-    for node in nodes:
-        if node.attr != "weight" or id(node) in asked:
+    for node in ast.walk(function):
+        if not isinstance(node, ast.Attribute) or node.attr != "weight":
             continue
         parts: list[str] = []
         value = node.value

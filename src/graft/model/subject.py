@@ -34,7 +34,7 @@ from graft.model.names import (
     partners,
     under_own_names,
 )
-from graft.model.targets import linear_layers, linear_shape
+from graft.model.targets import kept_layers, linear_layers, linear_shape
 from graft.model.text_part import check_text_only
 from graft.model.weight_files import WeightFiles
 from graft.model.weight_sets import whole_set
@@ -110,7 +110,8 @@ class Subject:
         """
         if not (self.folder / QUANTISATION_FILE).is_file():
             return {}
-        return stored_formats(self.folder, linear_layers(self.skeleton))
+        model = self.skeleton
+        return stored_formats(self.folder, {*linear_layers(model), *kept_layers(model)})
 
     @cached_property
     def weight_files(self) -> WeightFiles:

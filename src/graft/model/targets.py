@@ -12,6 +12,7 @@ from graft.errors import raise_problems
 from graft.formats.dense import DenseFormat
 from graft.layers.registry import find_kind, kind_of
 from graft.model.read_past import read_past
+from graft.model.text_modules import text_modules
 from graft.patterns import match_names
 from graft.text import quoted
 
@@ -29,11 +30,13 @@ def kept_layers(model: PreTrainedModel) -> dict[str, str]:
     """Return the linear layers that stay as they are, each with the reason, in a few words."""
     tied: dict[str, str] = getattr(model, "all_tied_weights_keys", {})
     shared = {*tied, *tied.values()}
-    read = read_past(model)
-    kept = {}
+    read, kept = read_past(model), {}
+    reads_text = {name for name, _ in text_modules(model)}
     for name, module in _linear(model).items():
         kind = find_kind(module)
-        if kind is not None and f"{name}.{kind.weight}" in shared:
+        if kind is not None and name not in reads_text:
+            kept[name] = "it reads no text"
+        elif kind is not None and f"{name}.{kind.weight}" in shared:
             kept[name] = "several layers share its weight"
         elif name in read and kind is not None:
             kept[name] = f"{read[name]} reads its weight itself"
