@@ -104,10 +104,11 @@ def test_the_largest_code_of_v1_is_no_zero(make, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"packing_format": "auto_round:llm_compressor"}, "packing_format is .*llm_compressor"),
+        ({"packing_format": "auto_round:mlx"}, "packing_format is 'auto_round:mlx'; graft reads"),
         ({"packing_format": "auto_round:fp8_static"}, "packing_format is .*fp8_static"),
         ({"data_type": "mx_fp"}, "data_type is 'mx_fp'; graft reads integers here"),
         ({"data_type": "nv_fp", "act_bits": 4}, "2 problems"),
+        ({"packing_format": "auto_round:llm_compressor", "spinquant_config": {"r1": 1}}, "rotated"),
         ({"rotation_config": {"hadamard_type": "x"}}, "the weights are rotated"),
         ({"extra_config": {LAYER: {"data_type": "fp"}}}, "extra_config, .*data_type is 'fp'"),
     ],
@@ -117,6 +118,28 @@ def test_other_grids_are_refused_by_name(settings, words, make, tmp_path):
     with pytest.raises(GraftError, match=words):
         graft.convert_model(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_floats_lie_as_compressed_tensors_has_them(make, assert_dequantised):
+    """MXFP4: 16 numbers of E2M1, two to a byte, and a power of two for 32 of them."""
+    values = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], dtype=torch.float64)
+    values = torch.cat([values, -values])
+    generator, weights = torch.Generator().manual_seed(2), {}
+
+    def quantise(name, weight):
+        rows, columns = weight.shape
+        packed = torch.randint(256, (rows, columns // 2), generator=generator).byte()
+        scale = torch.randint(118, 124, (rows, columns // 32), generator=generator).byte()
+        codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1)
+        powers = 2.0 ** (scale.double() - 127).repeat_interleave(32, 1)
+        weights[name] = values[codes.long()] * powers
+        return {"weight_packed": packed, "weight_scale": scale}
+
+    scheme = {"data_type": "mx_fp", "act_bits": 4, "act_data_type": "mx_fp_rceil"}
+    folder = make(quantise, packing_format="auto_round:llm_compressor", **scheme)
+    report = assert_dequantised(folder, weights, "MXFP4")
+    assert report.kind == "auto-round (mx_fp)"
+    assert any("rounds the inputs of quantised layers too" in note for note in report.notes)
 
 
 def test_what_is_rounded_at_run_time_alone_is_told(make, tmp_path):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import graft
 from graft.adapters.attach import frozen_layers
@@ -98,3 +98,27 @@ def test_weights_and_logits(packing, bits, symmetric, more, tiny_base, tmp_path)
     with torch.no_grad():
         ours, theirs = model(TOKENS).logits, reference(TOKENS).logits
     assert (ours - theirs).abs().max() <= (1e-5 + report.rounding) * theirs.abs().max()
+
+
+@pytest.mark.parametrize("scheme", ["MXFP4", "NVFP4", "MXFP8"])
+def test_floats_of_few_bits(scheme, tiny_base, tmp_path):
+    """They come in dequantised; the inputs, which auto-round rounds too, are left as they are."""
+    rows = [torch.randint(5, 90, (1, 32)) for _ in range(4)]  # NVFP4 looks at inputs
+    options = {"scheme": scheme, "dataset": rows, "nsamples": 4, "seqlen": 32, "batch_size": 1}
+    folder = written(tiny_base, tmp_path / "theirs", "auto_round", **options)
+    dense = ConvertConfig(dequantise=True)
+    report = graft.convert_model(folder, tmp_path / "dense", config=dense)
+    assert sum(report.dense.values()) == 14
+    assert any("rounds the inputs of quantised layers too" in note for note in report.notes)
+    floats = load_file(tmp_path / "dense" / "model.safetensors")
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    layers = {
+        name: module
+        for name, module in theirs.named_modules()
+        if hasattr(module, "dequant_weight_online")
+    }
+    assert len(layers) == 14
+    for name, layer in layers.items():
+        layer.dtype = torch.float32
+        weight = layer.dequant_weight_online()
+        torch.testing.assert_close(floats[f"{name}.weight"], weight, rtol=1e-6, atol=0)
