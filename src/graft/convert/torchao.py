@@ -85,9 +85,9 @@ def _described(folder: ForeignFolder, files: WeightFiles) -> dict[str, Stored]:
         layer, between, part = key.partition(_PART)
         if between:
             parts.setdefault(f"{layer}.weight", []).append(part)
-    for name, text in files.metadata.items():
-        if "." not in name:
-            continue
+    described_names = folder.names(name for name in files.metadata if "." in name)
+    for own_name, name in described_names.items():
+        text = files.metadata[own_name]
         with problems.collecting():
             described = _parsed(name, text)
             kind, attributes = described.get("_type"), described.get("_data")
