@@ -317,6 +317,8 @@ def _export(run: Path, config: TrainConfig, events: Events) -> None:
         trust = config.trust_remote_code
         exported = export_model(run, target, paths[0], trust_remote_code=trust, events=events)
         events.note(f"exported {exported.path}")
+        for note in exported.notes:
+            events.note(f"{exported.path.name}: {note}")
 
 
 def _export_paths(run: Path, target: str) -> tuple[Path, Path]:

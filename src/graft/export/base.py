@@ -84,6 +84,8 @@ class Target(ABC):
     """It has a place for the bias that an adapter trained for a layer that has none."""
     requantizes: bool = True
     """What a merge leaves unquantised may be rounded to integers, where that is asked for."""
+    keeps_tokenizer: bool = True
+    """The tokenizer's files go along as they are, tokens without an embedding too."""
     library: str | None = None
     """library_name on the card, as the hub knows it; None: the target's name."""
     tagged: bool = True

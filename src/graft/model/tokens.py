@@ -18,6 +18,20 @@ _LOOKED_AT = 1000
 """Examples in each of which there is such a token."""
 
 
+def tokens_beyond(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return the tokens that the model has no embedding for, in the order of their numbers."""
+    count = _embeddings(model)
+    if len(tokenizer) <= count:
+        return []
+    numbers = {index: token for token, index in tokenizer.get_vocab().items() if index >= count}
+    return [numbers[index] for index in sorted(numbers)]
+
+
+def _embeddings(model: PreTrainedModel) -> int:
+    embedding: nn.Module = model.get_input_embeddings()
+    return int(next(embedding.parameters()).shape[0])
+
+
 def check_tokens(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -27,8 +41,7 @@ def check_tokens(
 
     The model may be on the meta device.
     """
-    embedding: nn.Module = model.get_input_embeddings()
-    count = next(embedding.parameters()).shape[0]
+    count = _embeddings(model)
     found: dict[int, str] = {}
     for examples in data:
         for number in np.flatnonzero(facts_of(examples).largest >= count)[:_LOOKED_AT].tolist():

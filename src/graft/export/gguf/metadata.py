@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 _ERF = "gelu"
 _BETAS = {"beta_fast": 32, "beta_slow": 1}
-_LOCAL_THETA = 10000.0
+_LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -58,12 +58,11 @@ def _gemma_problems(config: PretrainedConfig) -> list[str]:
             f"{instead}"
         )
     local = config.rope_parameters.get("sliding_attention", rotary(config))
-    if layout.architecture == "gemma3" and (
-        local["rope_type"] != "default" or local["rope_theta"] != _LOCAL_THETA
-    ):
+    differs = any(local.get(name) != value for name, value in _LOCAL.items())
+    if layout.architecture == "gemma3" and differs:
         problems.append(
             f"the rotary settings of its local layers are {local}; llama.cpp has rope_theta "
-            f"{_LOCAL_THETA:g} there; {instead}"
+            f"{_LOCAL['rope_theta']:g} there; {instead}"
         )
     wide = config.num_hidden_layers == layout.wide_at
     width = config.hidden_size // config.num_attention_heads if wide else head_dim(config)

@@ -27,6 +27,7 @@ class GgufTarget(Target):
     suffix = ".gguf"
     stage = "writing GGUF"
     widths = BITS
+    keeps_tokenizer = False
     runtime = RuntimePackage("llama_cpp", "llama-cpp-python")
 
     def problems(self, config: PretrainedConfig, weight_format: WeightFormat) -> list[str]:
