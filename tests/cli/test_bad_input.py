@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -308,9 +307,8 @@ def export_of_an_adapter_that_is_not_there(place: Place) -> list[str]:
 
 @case("--tokenizer")
 def gguf_without_its_tokenizer(place: Place) -> list[str]:
-    file = place.folder / "x.gguf"
-    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
-    return ["eval", str(file), "--data", str(place.data)]
+    (place.folder / "x.gguf").write_bytes(b"GGUF" + (3).to_bytes(4, "little") + bytes(16))
+    return ["eval", str(place.folder / "x.gguf"), "--data", str(place.data)]
 
 
 @case("--data", "gptq")
