@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import graft
+from graft.api.events import Events
 from graft.export.layers import model_ids, stored_dtype, surplus_notes
 from graft.export.onnx.genai import genai_config, genai_notes
 from graft.formats.int_group import IntGroupFormat
@@ -45,6 +46,31 @@ def test_a_float16_model_is_exported_as_it_is(half: Path, tmp_path: Path, machin
         source, torch.float16
     )
     assert all(torch.equal(found[name], source[name]) for name in source)
+
+
+def test_what_is_not_quantised_of_a_float16_model_stays_as_it_is(
+    half: Path, tmp_path: Path, machine: None
+) -> None:
+    graft.quantize(graft.QuantizeConfig(model=str(half), out=str(tmp_path / "out"), format="int"))
+    source = load_file(half / "model.safetensors")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    kept = [name for name in source if name in found]
+    assert "model.embed_tokens.weight" in kept
+    assert all(torch.equal(found[name], source[name]) for name in kept)
+
+
+def test_training_tells_what_bfloat16_takes_of_float16(
+    half: Path, rows: Path, tmp_path: Path, machine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = devices.dtype_note(torch.float16, torch.bfloat16)
+    heard: list[str] = []
+    events = Events()
+    monkeypatch.setattr(events, "note", heard.append)
+    config = graft.TrainConfig(
+        model=str(half), data=str(rows), out=str(tmp_path / "run"), method="lora", steps=1
+    )
+    graft.finetune(config, events)
+    assert (told in heard) == devices.computes_bfloat16(torch.device("cpu"))
 
 
 def test_a_float32_tensor_in_a_bfloat16_model_keeps_its_digits(

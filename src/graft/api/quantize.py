@@ -178,7 +178,8 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
     loaded = load_quantised(
         subject,
         rounding,
-        dtype=config.dtype,
+        # What is not quantised is written as it is, whatever this machine computes in.
+        dtype="exact" if config.dtype == "auto" else config.dtype,
         device=config.device,
         trust_remote_code=config.trust_remote_code,
         events=events,

@@ -45,6 +45,16 @@ def resolve_dtype(name: str, source: torch.dtype, device: torch.device) -> torch
     return torch.bfloat16 if computes_bfloat16(device) else torch.float32
 
 
+def dtype_note(source: torch.dtype, computed: torch.dtype) -> str | None:
+    """Return in words what a dtype of computation takes from the weights, None where nothing."""
+    if (source, computed) != (torch.float16, torch.bfloat16):
+        return None
+    return (
+        "the weights are float16 and become bfloat16 here, which holds three bits less of each; "
+        "--dtype float32 keeps them"
+    )
+
+
 def computes_bfloat16(device: torch.device) -> bool:
     """Return whether the device multiplies bfloat16 matrices in hardware."""
     if device.type == "cuda":

@@ -27,6 +27,7 @@ from graft.data.shapes.registry import SHAPES
 from graft.errors import Problems
 from graft.formats.base import WeightFormat
 from graft.formats.registry import settings_of
+from graft.model.devices import dtype_note, resolve_device, resolve_dtype
 from graft.model.pieces import one_line, pieces_of
 from graft.model.running.checkpointing import check_checkpointing
 from graft.model.subject import Subject, open_subject
@@ -103,7 +104,9 @@ def prepare(
         exported = exported_formats(config, subject, weight_format, targets)
         check_exports(config, subject.config, exported, tokenizer, kind)
     problems.raise_all("nothing was started")
-    for note in subject.notes:
+    asked = method_of(config).compute_dtype(config.dtype)
+    computed = resolve_dtype(asked, subject.source_dtype, resolve_device(config.device))
+    for note in filter(None, [*subject.notes, dtype_note(subject.source_dtype, computed)]):
         events.note(note)
     for name, data in (("training", training), ("held out", held_out)):
         events.note(f"{name}: {data.summary()}")
