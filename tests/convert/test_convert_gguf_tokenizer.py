@@ -250,6 +250,7 @@ def test_a_tokenizer_of_scored_pieces(tmp_path):
 
     file = Written(tmp_path / "m.gguf", CONFIGS["llama"], change=change).path
     found = make_tokenizer(read_tokens(read_gguf(file)), file)
+    assert len(found) == 259 + len(PIECES)  # without what fills up the list
     known = dict(zip(PIECES, scores[259:], strict=False))
     ids = {token: index for index, token in enumerate(tokens)}
     for text in ["".join(rng.choice(list("abc "), 12)) for _ in range(300)]:

@@ -41,8 +41,9 @@ def make_tokenizer(tokens: TokenList, where: object) -> PreTrainedTokenizerBase:
             f"{where}: its tokenizer is {quoted(tokens.model)}; graft makes one of "
             f"{' and '.join(makers)}: give the folder of the model's tokenizer (--tokenizer)"
         )
-    vocabulary = {text: index for index, text in enumerate(tokens.texts)}
-    if len(vocabulary) < len(tokens.texts):
+    count = _without_padding(tokens)
+    vocabulary = {text: index for index, text in enumerate(tokens.texts[:count])}
+    if len(vocabulary) < count:
         raise GraftError(f"{where}: two of its tokens are alike; give the tokenizer's folder")
     with understood(where, "holds a tokenizer that cannot be made"):
         backend = makers[tokens.model](tokens, vocabulary)
@@ -59,6 +60,14 @@ def make_tokenizer(tokens: TokenList, where: object) -> PreTrainedTokenizerBase:
         made.decode(made("a word")["input_ids"])
     assert isinstance(made, PreTrainedTokenizerBase)
     return made
+
+
+def _without_padding(tokens: TokenList) -> int:
+    """Return how many tokens there are before those that llama.cpp's converter fills up with."""
+    count = len(tokens.texts)
+    while count and tokens.types[count - 1] == TokenType.UNUSED:
+        count -= 1
+    return count
 
 
 def pre_tokenizer(name: str) -> PreTokenizer | None:
