@@ -154,6 +154,22 @@ def test_eight_bits_a_row_are_int8(strategy, tiny_base, tmp_path, assert_convert
     assert any("rounds the inputs of quantised layers too" in note for note in report.notes)
 
 
+def test_zero_points_may_all_be_zero(tiny_base, tmp_path, assert_converted):
+    weights = {"num_bits": 8, "type": "int", "symmetric": False, "strategy": "channel"}
+
+    def quantise(name, weight):
+        parts = bytes_layer(BYTES["channel"])(name, weight)
+        return parts | {"weight_zero_point": torch.zeros(len(weight), 1).to(torch.int8)}
+
+    described = compressed_settings("int-quantized", weights)
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", described, quantise)
+
+    def meant(tensors, name):
+        return tensors[f"{name}.weight"].double() * tensors[f"{name}.weight_scale"].double()
+
+    assert assert_converted(folder, meant, 0.0).layers == {"int8": 14}
+
+
 def float_layer(_, weight):
     scale = weight.abs().amax(1, keepdim=True) / 448
     parts = {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}

@@ -64,9 +64,8 @@ def statistics(weight: Tensor, scheme) -> dict[str, Tensor]:
 
 def compressed(base: Path, folder: Path, name: str, dtype: torch.dtype, groups: int = 0) -> None:
     """Write the base compressed as a preset of the tool says."""
-    from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.compressors.format import infer_module_format
-    from compressed_tensors.quantization import QuantizationConfig, preset_name_to_scheme
+    from compressed_tensors.quantization import preset_name_to_scheme
 
     scheme = preset_name_to_scheme(name, ["Linear"])
     if scheme.weights.type == "int":
@@ -74,9 +73,16 @@ def compressed(base: Path, folder: Path, name: str, dtype: torch.dtype, groups: 
         scheme.weights.strategy = "group" if groups else "channel"
     if scheme.weights.block_structure:
         scheme.weights.block_structure = [48, 40]
-    form = infer_module_format(torch.nn.Linear, scheme)
+    write(base, folder, scheme, infer_module_format(torch.nn.Linear, scheme).value, dtype)
+
+
+def write(base: Path, folder: Path, scheme, form: str, dtype: torch.dtype) -> None:
+    """Write the base in that form."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
     scheme.format = form
-    compressor = BaseCompressor.get_value_from_registry(form.value)
+    compressor = BaseCompressor.get_value_from_registry(form)
     tensors = load_file(base / "model.safetensors")
     for key in [key for key in tensors if key.endswith("_proj.weight")]:
         layer = key.removesuffix(".weight")
@@ -85,7 +91,7 @@ def compressed(base: Path, folder: Path, name: str, dtype: torch.dtype, groups: 
             tensors[f"{layer}.{part}"] = tensor.contiguous()
     config = QuantizationConfig(
         config_groups={"group_0": scheme},
-        format=form.value,
+        format=form,
         quantization_status="compressed",
         ignore=["lm_head"],
     )
@@ -161,3 +167,24 @@ def test_dequantised(preset, tiny_base, tmp_path, theirs):
     assert difference <= (2e-2 if preset.startswith("NVFP4") else 1e-5)
     inputs = any("rounds the inputs" in note for note in report.notes)
     assert inputs == (not preset.endswith("A16") and "ASYM" not in preset)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("strategy", ["tensor", "channel", "group", "block"])
+@pytest.mark.parametrize("form", ["int-quantized", "pack-quantized"])
+def test_every_strategy(form, strategy, symmetric, bits, tiny_base, tmp_path, theirs):
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    sizes = {"group": {"group_size": 16}, "block": {"block_structure": [16, 32]}}
+    args = QuantizationArgs(
+        num_bits=bits, symmetric=symmetric, strategy=strategy, **sizes.get(strategy, {})
+    )
+    scheme = QuantizationScheme(targets=["Linear"], weights=args)
+    write(tiny_base, tmp_path / "theirs", scheme, form, torch.float32)
+    asked = ConvertConfig(dequantise=True)
+    graft.convert_model(tmp_path / "theirs", tmp_path / "out", config=asked)
+    stored = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in theirs()[0].items():
+        if name in stored:
+            torch.testing.assert_close(stored[name], weight, rtol=0, atol=1e-7)

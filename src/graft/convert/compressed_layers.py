@@ -13,8 +13,9 @@ weight_g_idx [in] the groups are of scattered inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from graft.convert.affine import Grid, affine_layer, neighbours, rows_layer, unpack_stream
 from graft.convert.config import ConvertConfig
-from graft.convert.floats import EXPONENTS, FP8, block_of, e2m1, e2m3, scale_of, scaled
+from graft.convert.floats import EXPONENTS, FP8, block_of, e2m1, e2m3, scale_of, scaled, spread
 from graft.convert.folder import FLOATS, WORDS, check_parts
 from graft.convert.integers import Rounding
 from graft.convert.source import DenseLayer, QuantisedLayer
@@ -37,6 +38,7 @@ PARTS = (
 _BLOCKS_OF_FLOATS = {16: "NVFP4", 32: "MXFP4"}
 
 
+Shape = tuple[int, int]
 Facts = dict[str, tuple[Any, ...]]
 """What each setting may be, as the tensors have it."""
 
@@ -118,7 +120,7 @@ class Layer:
 
     # Integers ------------------------------------------------------------------------------------
 
-    def _bits(self, schemes: list[Scheme], shape: tuple[int, int]) -> int:
+    def _bits(self, schemes: list[Scheme], shape: Shape) -> int:
         """Return the bits of a code, which the words of a row tell where no group says it."""
         key = self._key("weight_packed")
         words = _columns(self.files, key)
@@ -129,12 +131,12 @@ class Layer:
         raise GraftError(f"{key} has {words} words a row, too few or too many for {shape[1]} codes")
 
     def _integers(
-        self, schemes: list[Scheme], form: object, shape: tuple[int, int], packed: int | None
+        self, schemes: list[Scheme], form: object, shape: Shape, packed: int | None
     ) -> QuantisedLayer | DenseLayer:
         """packed: the bits of a code that lies in words; None for codes in bytes."""
         bits = packed or 8
         block = self._block(shape)
-        facts: Facts = {"type": ("int",), "symmetric": (not self._shifted(),)}
+        facts: Facts = {"type": ("int",), "symmetric": self._symmetric()}
         if packed:
             facts["num_bits"] = (bits,)
         self._check(schemes, facts | _grouping(shape, block), _forms(packed), form)
@@ -143,9 +145,7 @@ class Layer:
             check_parts(self.files, self.name, {"weight": (shape, (torch.int8,))})
         rows, columns = block
         if rows not in (1, shape[0]):
-            if packed or self._shifted():
-                raise GraftError(f"{self.name} has scales of blocks of {list(block)}, not of rows")
-            return self._blocks(words, shape, block)
+            return self._blocks(words, shape, block, partial(self._steps, shape, block, packed))
         groups = 1 if rows != 1 else -(-shape[1] // columns)
         if bits == 8 and groups == 1 and not self._shifted():
             return rows_layer(lambda: self._signed(shape, bits, packed), words, self.asked)
@@ -162,16 +162,14 @@ class Layer:
             words += " in activation order"
         return affine_layer(read, words, bits, group_of, self.asked, self.rounding)
 
-    def _codes(self, shape: tuple[int, int], bits: int, packed: int | None) -> Tensor:
+    def _codes(self, shape: Shape, bits: int, packed: int | None) -> Tensor:
         """Return codes from 0 up, uint8."""
         if not packed:
             return self.files.read_once(self._key("weight")).view(torch.uint8) ^ 128
         words = self.files.read_once(self._key("weight_packed"))
         return _unpacked(words, bits, shape[1])
 
-    def _signed(
-        self, shape: tuple[int, int], bits: int, packed: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def _signed(self, shape: Shape, bits: int, packed: int | None) -> tuple[Tensor, Tensor]:
         codes = (self._codes(shape, bits, packed) ^ 128).view(torch.int8)
         return codes, self._scales(shape[0], 1).reshape(-1).float()
 
@@ -192,6 +190,24 @@ class Layer:
         if stored.numel() not in (1, rows * groups):
             raise GraftError(f"{self._key('weight_zero_point')} is {list(stored.shape)}")
         return stored.double().reshape(-1, groups).expand(rows, groups) + middle
+
+    def _steps(self, shape: Shape, block: Shape, packed: int | None) -> Tensor:
+        """Return q - zero of integers with a scale and a zero point for each block, float32."""
+        bits = packed or 8
+        steps = self._codes(shape, bits, packed).float() - 2.0 ** (bits - 1)
+        if not self._shifted():
+            return steps
+        zeros = self.files.read_once(self._key("weight_zero_point"))
+        grid = -(-shape[0] // block[0]), -(-shape[1] // block[1])
+        if zeros.numel() != grid[0] * grid[1]:
+            raise GraftError(f"{self._key('weight_zero_point')} is {list(zeros.shape)}")
+        return steps - spread(zeros.float().reshape(grid), shape, block)
+
+    def _symmetric(self) -> tuple[bool, ...]:
+        """Return what the settings may say of the zero points: that there are none, or some."""
+        if self._shifted():
+            return (False,)
+        return (True, False) if self._has("weight_zero_point") else (True,)
 
     def _shifted(self) -> bool:
         """Return whether there are zero points; those of symmetric layers are zeros in bytes."""
@@ -218,7 +234,7 @@ class Layer:
 
     # Floats and scales ---------------------------------------------------------------------------
 
-    def _block(self, shape: tuple[int, int]) -> tuple[int, int]:
+    def _block(self, shape: Shape) -> Shape:
         """Return (rows, columns) that share a scale."""
         key = self._key("weight_scale")
         if key not in self.files:
@@ -227,7 +243,7 @@ class Layer:
             raise GraftError(f"{key} is {self.files.dtype(key)}; expected floats or exponents")
         return block_of(self._key("weight"), self.files.shape(key), shape, None)
 
-    def _floats(self, schemes: list[Scheme], form: object, shape: tuple[int, int]) -> DenseLayer:
+    def _floats(self, schemes: list[Scheme], form: object, shape: Shape) -> DenseLayer:
         check_parts(self.files, self.name, {"weight": (shape, FP8)})
         exponents = self.files.dtype(self._key("weight_scale")) in EXPONENTS
         forms = ("mxfp8-quantized",) if exponents else ("float-quantized", "naive-quantized")
@@ -238,7 +254,7 @@ class Layer:
             raise GraftError(f"{self.name} has zero points beside 8-bit floats; expected none")
         return self._blocks("FP8", shape, block)
 
-    def _stated_block(self, schemes: list[Scheme], shape: tuple[int, int]) -> tuple[int, int]:
+    def _stated_block(self, schemes: list[Scheme], shape: Shape) -> Shape:
         """Return (rows, columns) that share a scale; the last blocks may be short."""
         stated = [scheme.weights.get("block_structure") for scheme in schemes]
         scales = self.files.shape(self._key("weight_scale"))
@@ -249,17 +265,21 @@ class Layer:
                     return rows, columns
         return self._block(shape)
 
-    def _blocks(self, words: str, shape: tuple[int, int], block: tuple[int, int]) -> DenseLayer:
+    def _blocks(
+        self, words: str, shape: Shape, block: Shape, steps: Callable[[], Tensor] | None = None
+    ) -> DenseLayer:
+        """Return a weight with a scale for each block; steps: what is multiplied, if not weight."""
+
         def make() -> Tensor:
             scales = scale_of(self.files.read_once(self._key("weight_scale")))
             grid = scales.reshape(-(-shape[0] // block[0]), -(-shape[1] // block[1]))
-            return scaled(self.files.read_once(self._key("weight")), grid, block)
+            return scaled(
+                steps() if steps else self.files.read_once(self._key("weight")), grid, block
+            )
 
         return DenseLayer(words, make)
 
-    def _small_floats(
-        self, schemes: list[Scheme], form: object, shape: tuple[int, int]
-    ) -> DenseLayer:
+    def _small_floats(self, schemes: list[Scheme], form: object, shape: Shape) -> DenseLayer:
         rows, columns = shape
         stored = _columns(self.files, self._key("weight_packed"))
         six = stored * 4 == columns * 3
@@ -294,7 +314,7 @@ def _columns(files: WeightFiles, key: str) -> int:
     return shape[1]
 
 
-def _grouping(shape: tuple[int, int], block: tuple[int, int]) -> Facts:
+def _grouping(shape: Shape, block: Shape) -> Facts:
     """Return the strategy, and the size of a group, of scales for such blocks."""
     rows, columns = block
     if rows == 1 and columns < shape[1]:
@@ -310,7 +330,7 @@ def _forms(packed: int | None) -> tuple[str, ...]:
     return ("pack-quantized",) if packed else ("int-quantized", "naive-quantized")
 
 
-def _words(codes: int, bits: int) -> tuple[int, int]:
+def _words(codes: int, bits: int) -> Shape:
     """Return how many words a row of codes takes: as one stream, and in whole words."""
     return -(-codes * bits // 32), -(-codes // (32 // bits))
 
