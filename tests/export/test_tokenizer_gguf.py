@@ -248,6 +248,13 @@ def test_merges_that_no_scores_reproduce(wrap):
         convert_tokenizer(wrap(backend), config())
 
 
+def test_a_word_that_sentencepieces_merges_do_not_reach(sentencepiece, wrap):
+    vocabulary = sentencepiece.get_vocab(with_added_tokens=False) | {"xyz": 289}
+    sentencepiece.model = models.BPE(vocabulary, [], byte_fallback=True, ignore_merges=True)
+    with pytest.raises(GraftError, match="ignore_merges is True.*tokens are cut differently"):
+        convert_tokenizer(wrap(sentencepiece, unk_token="<unk>"), config(290))
+
+
 def test_what_stands_around_a_text(byte_level, wrap):
     both = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     byte_level.post_processor = both

@@ -125,16 +125,16 @@ def _merge_problems(spec: dict[str, Any], candidate: PreTokenizer) -> list[str]:
     model = spec["model"]
     if bool(model["ignore_merges"]) == candidate.ignores_merges:
         return []
-    unreachable = _unreachable(model, {entry["content"] for entry in spec["added_tokens"]})
-    if not unreachable:
+    missed = unreachable(model, {entry["content"] for entry in spec["added_tokens"]})
+    if not missed:
         return []
     return [
         f"ignore_merges is {model['ignore_merges']}, in llama.cpp's {candidate.name!r} it is not; "
-        f"{len(unreachable)} tokens are cut differently ({unreachable[0]!r} ...)"
+        f"{len(missed)} tokens are cut differently ({missed[0]!r} ...)"
     ]
 
 
-def _unreachable(model: dict[str, Any], added: Set[str]) -> list[str]:
+def unreachable(model: dict[str, Any], added: Set[str]) -> list[str]:
     """Return the tokens that the merges do not build from their own text; added ones need not."""
     bpe = _bpe(model, False)
     words = (token for token in model["vocab"] if token not in added)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
 from tokenizers import Tokenizer
 
-from graft.export.gguf.byte_level import find_pre_tokenizer
+from graft.export.gguf.byte_level import find_pre_tokenizer, unreachable
 from graft.model.probe import probe_texts
 from graft.understood import tokenizing
 
 SPACE = "▁"
+_BYTE = re.compile("<0x[0-9A-F]{2}>")
 _REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 _PREPEND = {"type": "Prepend", "prepend": SPACE}
 
@@ -86,6 +88,15 @@ def _byte_level(
 def _sentencepiece(
     backend: Tokenizer, spec: dict[str, Any], steps: list[dict[str, Any]]
 ) -> tuple[TokenizerKind | None, list[str]]:
+    model = spec["model"]
+    added = {entry["content"] for entry in spec["added_tokens"]}
+    missed = unreachable(model, added) if model["ignore_merges"] else []
+    missed = [token for token in missed if not _BYTE.fullmatch(token)]
+    if missed:
+        return None, [
+            f"ignore_merges is True, in llama.cpp it is not; {len(missed)} tokens are cut "
+            f"differently ({missed[0]!r} ...)"
+        ]
     normalizers = _steps(spec["normalizer"], "normalizers")
     if normalizers in ([_PREPEND, _REPLACE], [_REPLACE]) and not _cuts(backend):
         return TokenizerKind("llama", "default", _PREPEND in normalizers), []
