@@ -123,6 +123,8 @@ def test_trained_embeddings_and_head_make_a_base_of_the_runs_own(untied, tmp_pat
     assert distance(logits(graft.load(tmp_path / "run")[0]), expected) < SAME
     graft.merge(tmp_path / "run", tmp_path / "merged")
     assert distance(logits(dense(tmp_path / "merged")), expected) < SAME
+    graft.export_model(tmp_path / "run", "hf", tmp_path / "hf")
+    assert f"to {rows} rows) from the adapter" in (tmp_path / "hf" / "README.md").read_text()
     graft.merge(tmp_path / "run", tmp_path / "again", into="original")
     assert distance(logits(dense(tmp_path / "again")), expected) < SAME
     with pytest.raises(GraftError, match="this run's base is its own"):

@@ -55,6 +55,8 @@ def test_an_adapter_of_mlx_lm(tiny_base, tmp_path) -> None:
     assert report.layers == 4 and "mlx-lm" in (tmp_path / "run" / "report.md").read_text()
     found = logits(graft.load(tmp_path / "run")[0])
     assert distance(found, merged(dense(tiny_base), tensors, 3.0)) < SAME
+    graft.export_model(tmp_path / "run", "hf", tmp_path / "hf")
+    assert "mlx-lm; graft brought the adapter in" in (tmp_path / "hf" / "README.md").read_text()
 
 
 def test_the_last_layers_of_mlx_lm(tiny_base, tmp_path) -> None:

@@ -11,6 +11,7 @@ from graft.adapters.attach import frozen_layers
 from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
 from graft.api.merge import MergeReport
+from graft.api.run.adopted import changes_in_words
 from graft.api.run.folder import fingerprint_weights, is_run, prompt_style, read_run_config
 from graft.api.run.layout import REPORT
 from graft.data.shapes.registry import SHAPES
@@ -50,6 +51,8 @@ class _Report:
     adopted_from: str | None = None
     adapter_sha256: str | None = None
     peft_version: str | None = None
+    written_by: str | None = None
+    base_changes: dict[str, str] = field(default_factory=dict)
     layers: int | None = None
     ranks: tuple[int, ...] = ()
     parameters: int | None = None
@@ -174,14 +177,18 @@ def _training(source: Path, config: TrainConfig, report: _Report) -> dict[str, s
 def _adoption(config: TrainConfig, report: _Report) -> dict[str, str]:
     """Return what is known of an adapter that graft did not train."""
     peft = f"PEFT {report.peft_version}" if report.peft_version else "PEFT"
+    writer = report.written_by or peft
     return _known(
         {
             "method": method_of(config).title(config),
-            "trained with": f"{peft}; graft brought the adapter in and did not train it",
+            "trained with": f"{writer}; graft brought the adapter in and did not train it",
             "SHA-256 of the adapter": report.adapter_sha256,
             "layers": report.layers,
             "ranks": " ".join(map(str, report.ranks)),
             "trained parameters": _count(report.parameters),
+            "of the base itself": changes_in_words(changed)
+            if (changed := report.base_changes)
+            else "",
         }
     )
 
