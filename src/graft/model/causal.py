@@ -51,7 +51,7 @@ def check_config(config: PreTrainedConfig) -> None:
         )
     for does, mapping in _OTHER_HEADS.items():
         kind: Any = mapping.get(type(config), None)
-        if kind is not None and kind.__name__ in (config.architectures or ()):
+        if kind is not None and kind.__name__ in _architectures(config):
             raise GraftError(
                 f"{file} describes a model that {does} ({what}), not one that writes them\n"
                 f"{_CHOOSE}, such as the base of this one"
@@ -96,5 +96,12 @@ def _file(config: PreTrainedConfig) -> str:
 
 
 def _described(config: PreTrainedConfig) -> str:
-    names = listed(config.architectures or ())
-    return f"model_type {quoted(config.model_type)}, architectures: {names}"
+    return (
+        f"model_type {quoted(config.model_type)}, architectures: {listed(_architectures(config))}"
+    )
+
+
+def _architectures(config: PreTrainedConfig) -> list[Any]:
+    """Return the classes that the folder names, of which it may say anything."""
+    named: Any = config.architectures
+    return named if isinstance(named, list) else [] if named is None else [named]
