@@ -8,7 +8,8 @@ import json
 import gguf
 import pytest
 import torch
-from foreign import awq_layer, foreign_folder, gptq_layer, nf4_layer
+from foreign import awq_layer, foreign_folder, gptq_layer, gptq_weight, nf4_layer
+from safetensors.torch import load_file, save_file
 
 import graft
 from graft.adapters.attach import frozen_layers
@@ -85,6 +86,43 @@ def test_a_run_goes_on_where_it_stopped(converted, settings, logits, tmp_path):
     (tmp_path / "run" / "adapter" / "adapter_model.safetensors").unlink()
     graft.finetune(graft.TrainConfig(model=base, resume=True, **settings))
     assert torch.equal(logits(graft.load(tmp_path / "run")[0]), expected)
+
+
+def test_an_adapter_trained_on_gptq_is_adopted_and_merged_on_the_same_weights(
+    tiny_base, logits, expected_logits, tmp_path
+):
+    """PEFT cannot merge into GPTQ's integers; here the base is brought in, and then adopted on."""
+    layer = gptq_layer(4, 32, symmetric=True)
+    theirs = foreign_folder(tiny_base, tmp_path / "theirs", GPTQ, layer)
+    stored = load_file(theirs / "model.safetensors")
+    generator, target = torch.Generator().manual_seed(4), "model.layers.1.self_attn.q_proj"
+    a, b = torch.randn(4, 64, generator=generator) / 8, torch.randn(64, 4, generator=generator) / 8
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    tensors = {f"base_model.model.{target}.lora_{key}.weight": t for key, t in (("A", a), ("B", b))}
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": target}
+    config |= {"base_model_name_or_path": str(theirs), "task_type": "CAUSAL_LM"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+
+    with pytest.raises(GraftError, match="on these very weights: graft convert"):
+        graft.adopt(adapter, tmp_path / "run")
+    graft.convert_model(theirs, tmp_path / "base")
+    graft.adopt(adapter, tmp_path / "run", model=str(tmp_path / "base"))
+    graft.merge(tmp_path / "run", tmp_path / "merged", dtype="float32")
+
+    weights = {
+        f"{key.removesuffix('.qweight')}.weight": gptq_weight(
+            stored, key.removesuffix(".qweight"), 4
+        )
+        for key in stored
+        if key.endswith(".qweight")
+    }
+    weights[f"{target}.weight"] = weights[f"{target}.weight"] + 2 * (b @ a).double()
+    reference = expected_logits(weights)
+    for path in ("run", "merged"):
+        found = logits(graft.load(tmp_path / path, dtype="float32")[0])
+        assert (found - reference).abs().max() <= 1e-5 * reference.abs().max(), path
 
 
 def test_qlora_trains_on_the_very_nf4_weights(converted, settings, logits, tmp_path):
