@@ -105,7 +105,7 @@ def test_an_adapter_trained_on_gptq_is_adopted_and_merged_on_the_same_weights(
     config |= {"base_model_name_or_path": str(theirs), "task_type": "CAUSAL_LM"}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
 
-    with pytest.raises(GraftError, match="bring it in with: graft convert"):
+    with pytest.raises(GraftError, match="on these very weights: graft convert"):
         graft.adopt(adapter, tmp_path / "run")
     graft.convert_model(theirs, tmp_path / "base")
     graft.adopt(adapter, tmp_path / "run", model=str(tmp_path / "base"))
