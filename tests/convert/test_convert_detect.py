@@ -66,6 +66,10 @@ def test_other_paths_are_refused(tiny_base, tmp_path):
         graft.convert_model(tmp_path / "absent.gguf", tmp_path / "out", tokenizer=tiny_base)
     with pytest.raises(GraftError, match="exists already"):
         graft.convert_model(tiny_base, tiny_base)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(GraftError, match="is an adapter .*graft adopt .*adapter --out RUN"):
+        graft.convert_model(tmp_path / "adapter", tmp_path / "out")
 
 
 class RawReader(Reader):

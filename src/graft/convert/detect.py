@@ -27,6 +27,11 @@ def open_source(path: str, asked: ConvertConfig) -> tuple[Source, Path]:
             return reader.open_file(file, asked)
     if file.is_file():
         raise GraftError(f"{path} is no folder, .gguf file or PyTorch file; {_what_is_read()}")
+    if (file / "adapter_config.json").is_file() and not (file / "config.json").is_file():
+        raise GraftError(
+            f"{path} is an adapter and no model; make a run of it and of its base with: "
+            f"graft adopt {path} --out RUN"
+        )
     folder = find_folder(path)
     if (folder / QUANTISATION_FILE).is_file():
         raise GraftError(f"{folder} is in graft's own format already; use it as it is")
