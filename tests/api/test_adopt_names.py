@@ -189,3 +189,10 @@ def test_names_that_fit_no_place_or_several_have_none() -> None:
     assert not placed.keys and "without its prefix 'a.'" in placed.problems[0]
     placed = place_tensors(["x.lora_A.weight"], {"model.x", "x"}, "model")
     assert not placed.keys and placed.problems
+
+
+def test_one_tensor_under_two_names_is_one_where_both_hold_the_same() -> None:
+    keys = ["base_model.model.lm_head.weight", "base_model.model.lm_head.modules_to_save.weight"]
+    placed = place_tensors(keys, {"lm_head", "lm_head.weight"}, "model", lambda *_: True)
+    assert placed.keys == {keys[0]: Place("lm_head", "weight")} and not placed.problems
+    assert place_tensors(keys, {"lm_head", "lm_head.weight"}, "model", lambda *_: False).problems

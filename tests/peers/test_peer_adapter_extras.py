@@ -143,10 +143,12 @@ def test_what_it_brings_beside_becomes_the_base(case, tied, tiny_base, tmp_path)
 
 @pytest.mark.parametrize("tied", [False, True], ids=["two weights", "tied"])
 @pytest.mark.parametrize("rows", [101, 92], ids=["more", "fewer"])
-def test_a_resized_vocabulary(rows, tied, tiny_base, tmp_path) -> None:
+@pytest.mark.parametrize("saved", [None, ["embed_tokens", "lm_head"]])
+def test_a_resized_vocabulary(saved, rows, tied, tiny_base, tmp_path) -> None:
     model = base(tmp_path / "base", tiny_base, tied)
     model.resize_token_embeddings(rows, mean_resizing=False)
-    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=QV, task_type="CAUSAL_LM")
+    settings = {"target_modules": QV, "modules_to_save": saved, "task_type": "CAUSAL_LM"}
+    config = peft.LoraConfig(r=4, lora_alpha=8, **settings)
     trained = moved(peft.get_peft_model(model, config))
     trained.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
     expected = logits(trained)

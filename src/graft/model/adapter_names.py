@@ -7,7 +7,7 @@ A prefix is understood where every tensor then finds its one place, else it is n
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -60,11 +60,21 @@ class Placed:
     notes: tuple[str, ...] = ()
 
 
-def place_tensors(keys: Iterable[str], names: Collection[str], prefix: str) -> Placed:
+def _never(first: str, second: str) -> bool:
+    return False
+
+
+def place_tensors(
+    keys: Iterable[str],
+    names: Collection[str],
+    prefix: str,
+    equal: Callable[[str, str], bool] = _never,
+) -> Placed:
     """Return whose each tensor of an adapter is.
 
     names: of the model's modules and parameters. prefix: what the model's own class puts before the
-    names of its decoder, `model` or `transformer`.
+    names of its decoder, `model` or `transformer`. equal: whether two tensors hold the same; one
+    place may have several such, as PEFT writes embeddings that were resized and trained.
     """
     outer = _OUTER | {prefix}
     cores: dict[tuple[str, ...], list[str]] = {}
@@ -84,6 +94,8 @@ def place_tensors(keys: Iterable[str], names: Collection[str], prefix: str) -> P
             problems.append(_foreign(key, names, outer))
             continue
         place = _owner(found[0], parsed.part)
+        if place in taken and parsed.adapter is None and equal(taken[place], key):
+            continue
         if place in taken:
             problems.append(
                 f"tensors {quoted(taken[place])} and {quoted(key)} are one and the same by their "
@@ -140,6 +152,8 @@ def _parse(key: str) -> _Parsed:
             return _Parsed(parts[:number], inner.part, inner.adapter)
         if part == "base_layer" or part == "original_module":
             return _Parsed(parts[:number], part if part in _UNUSED else ".".join(behind), None)
+        if part == "modules_to_save" and len(behind) == 1:
+            return _Parsed(parts[:number], behind[0], None)
         if part == "modules_to_save" and len(behind) > 1:
             return _Parsed((*parts[:number], *behind[1:-1]), behind[-1], behind[0])
         for ending in _NAMED.get(part, ()):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -68,7 +69,12 @@ def fit_adapter(adapter: ForeignAdapter, skeleton: PreTrainedModel) -> FittedAda
     layers = {name for name, _ in frozen_layers(skeleton)}
     names = {name for name, _ in skeleton.named_modules() if name} | skeleton.state_dict().keys()
     names |= {f"{layer}.weight" for layer in layers}
-    placed = place_tensors(adapter.tensors, names, skeleton.base_model_prefix)
+    placed = place_tensors(
+        adapter.tensors,
+        names,
+        skeleton.base_model_prefix,
+        lambda first, second: torch.equal(adapter.tensors[first], adapter.tensors[second]),
+    )
     raise_problems(placed.problems[:_TOLD], where)
     modules = {place.module for place in placed.keys.values()}
     config, problems = _renamed_patterns(adapter.config, placed, modules)
