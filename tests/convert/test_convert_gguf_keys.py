@@ -14,7 +14,7 @@ from gguf_written import CONFIGS, LINEAR, LLAMA3, Written, llama3_factors, rewri
 
 import graft
 from graft.convert.config import ConvertConfig
-from graft.convert.gguf_source import gguf_source
+from graft.convert.readers.gguf_source import gguf_source
 from graft.errors import GraftError
 
 INT, FLOAT, TEXT, BOOL = Value.UINT32, Value.FLOAT32, Value.STRING, Value.BOOL

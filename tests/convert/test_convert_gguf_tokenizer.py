@@ -14,7 +14,7 @@ from gguf_written import CONFIGS, Written, rewritten
 from transformers import AutoTokenizer
 
 import graft
-from graft.convert.gguf_source import gguf_source
+from graft.convert.readers.gguf_source import gguf_source
 from graft.errors import GraftError
 from graft.model.gguf.file import read_gguf
 from graft.model.gguf.tokenizer import make_tokenizer

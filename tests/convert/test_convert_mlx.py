@@ -16,7 +16,7 @@ from foreign import (
 from safetensors.torch import load_file
 
 import graft
-from graft.convert.integers import unpack_words
+from graft.convert.grids.integers import unpack_words
 from graft.errors import GraftError
 from graft.export.layers import side_by_side
 from graft.formats.int_group import IntGroupFormat

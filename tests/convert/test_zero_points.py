@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from graft.convert.zero_points import (
+from graft.convert.labels.zero_points import (
     LayerSample,
     Version,
     Way,

@@ -21,7 +21,7 @@ EXCUSED = {
     "api/verify.py": "open: two files of which graft wrote one just before",
     "train/loop.py": "open: metrics grow by lines, and are flushed before each checkpoint",
     "model/weight_files.py": "open: a file whose header was read by `open_regular`, to be mapped",
-    "convert/pickled.py": "load: torch's, with weights_only",
+    "convert/readers/pickled.py": "load: torch's, with weights_only",
     "demo/run.py": "read_text: its own rows, which come with the package",
     "model/running/memory.py": "read_text, write_text: Linux's /proc",
     "model/running/prefetch.py": "read_text: Linux's /proc",

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from graft.adapters.starts.registry import STARTS
-from graft.convert.pickled import pickled_tensors
+from graft.convert.readers.pickled import pickled_tensors
 from graft.errors import GraftError
 from graft.files.read import read_json, typed
 from graft.model.adapter_files import read_adapter_tensors, read_own_config

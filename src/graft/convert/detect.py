@@ -8,9 +8,9 @@ from pathlib import Path
 from graft.convert.config import ConvertConfig
 from graft.convert.experts import with_experts
 from graft.convert.folder import ForeignFolder, open_folder, plain_source
+from graft.convert.labels.unread import unread_tool
 from graft.convert.registry import READERS
 from graft.convert.source import Source
-from graft.convert.unread import unread_tool
 from graft.errors import GraftError
 from graft.model.folder import QUANTISATION_FILE, find_folder
 

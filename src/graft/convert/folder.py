@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from graft.convert.config import ConvertConfig
-from graft.convert.integer_settings import separate_settings, settings_by_tensors
+from graft.convert.labels.integer_settings import separate_settings, settings_by_tensors
 from graft.convert.source import PlainTensor, Source
 from graft.errors import GraftError
 from graft.files.read import read_json

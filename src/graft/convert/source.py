@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from graft.convert.integers import Rounding
+from graft.convert.grids.integers import Rounding
 from graft.formats.base import Packed, WeightFormat
 
 

@@ -17,15 +17,15 @@ import json
 from dataclasses import dataclass, field
 from functools import partial
 
-from graft.convert.affine import Grid, affine_layer, unpack_stream
 from graft.convert.base import Reader
 from graft.convert.folder import FLOATS, WORDS, ForeignFolder, check_parts, plain_tensors, size
-from graft.convert.gptq_groups import read_groups
-from graft.convert.gptq_zeros import Zeros, decide_zeros
-from graft.convert.integer_settings import check_settings, separate_settings
-from graft.convert.integers import Rounding, width_of
+from graft.convert.grids.affine import Grid, affine_layer, unpack_stream
+from graft.convert.grids.gptq_groups import read_groups
+from graft.convert.grids.integers import Rounding, width_of
+from graft.convert.labels.gptq_zeros import Zeros, decide_zeros
+from graft.convert.labels.integer_settings import check_settings, separate_settings
+from graft.convert.labels.zero_points import WIDTHS, Version, read_zeros
 from graft.convert.source import DenseLayer, QuantisedLayer, Source
-from graft.convert.zero_points import WIDTHS, Version, read_zeros
 from graft.errors import GraftError
 from graft.model.weight_files import WeightFiles
 from graft.text import quoted

@@ -11,10 +11,10 @@ from functools import partial
 from typing import Any
 
 from graft.convert.base import Reader
-from graft.convert.compressed_layers import PARTS, Layer, Scheme
 from graft.convert.folder import ForeignFolder, plain_tensors
-from graft.convert.integers import Rounding
-from graft.convert.settings import rounds_inputs, runtime_tensors, unread
+from graft.convert.grids.compressed_layers import PARTS, Layer, Scheme
+from graft.convert.grids.integers import Rounding
+from graft.convert.labels.settings import rounds_inputs, runtime_tensors, unread
 from graft.convert.source import Source
 from graft.errors import GraftError, raise_problems
 from graft.text import quoted

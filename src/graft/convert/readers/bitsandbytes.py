@@ -19,7 +19,7 @@ from torch import Tensor
 from graft.convert.base import Reader
 from graft.convert.config import ConvertConfig
 from graft.convert.folder import ForeignFolder, check_parts, plain_tensors
-from graft.convert.settings import rounds_inputs
+from graft.convert.labels.settings import rounds_inputs
 from graft.convert.source import DenseLayer, QuantisedLayer, Source
 from graft.errors import GraftError, raise_problems
 from graft.formats.base import Packed

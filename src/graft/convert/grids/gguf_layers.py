@@ -17,7 +17,7 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from graft.convert.integers import Rounding, pack_integers
+from graft.convert.grids.integers import Rounding, pack_integers
 from graft.convert.source import DenseLayer, QuantisedLayer
 from graft.errors import GraftError
 from graft.formats.base import Packed

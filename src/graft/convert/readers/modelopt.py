@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from graft.convert.base import Reader
-from graft.convert.floats import FP8, e2m1, scaled
 from graft.convert.folder import FLOATS, ForeignFolder, check_parts, plain_tensors
-from graft.convert.fp8 import SETTINGS_OF_MODELOPT, fp8_layer
-from graft.convert.settings import rounds_inputs, runtime_tensors, unread
+from graft.convert.grids.floats import FP8, e2m1, scaled
+from graft.convert.labels.settings import rounds_inputs, runtime_tensors, unread
+from graft.convert.readers.fp8 import SETTINGS_OF_MODELOPT, fp8_layer
 from graft.convert.source import DenseLayer, Source
 from graft.errors import GraftError
 from graft.files.read import read_json

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graft.convert.config import ConvertConfig
-from graft.convert.integers import BITS, Rounding, pack_integers, unpack_words
+from graft.convert.grids.integers import BITS, Rounding, pack_integers, unpack_words
 from graft.convert.source import DenseLayer, QuantisedLayer
 from graft.formats.base import Packed
 from graft.formats.int8 import Int8Format

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.convert.affine import neighbours
 from graft.convert.folder import check_parts
+from graft.convert.grids.affine import neighbours
 from graft.errors import GraftError
 from graft.model.weight_files import WeightFiles
 from graft.text import quoted

@@ -26,11 +26,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from graft.convert.affine import Grid, affine_layer, neighbours, unpack_stream
 from graft.convert.base import Reader
 from graft.convert.folder import FLOATS, WORDS, ForeignFolder, check_parts, plain_tensors, size
-from graft.convert.integer_settings import check_settings
-from graft.convert.integers import Rounding, width_of
+from graft.convert.grids.affine import Grid, affine_layer, neighbours, unpack_stream
+from graft.convert.grids.integers import Rounding, width_of
+from graft.convert.labels.integer_settings import check_settings
 from graft.convert.source import DenseLayer, QuantisedLayer, Source
 from graft.errors import GraftError, raise_problems
 from graft.model.weight_files import WeightFiles

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.convert.affine import Grid, affine_layer, neighbours
 from graft.convert.config import ConvertConfig
-from graft.convert.integers import Rounding
+from graft.convert.grids.affine import Grid, affine_layer, neighbours
+from graft.convert.grids.integers import Rounding
 from graft.convert.source import DenseLayer, QuantisedLayer
 from graft.errors import GraftError
 from graft.text import listed, quoted

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from graft.convert.affine import unpack_stream
+from graft.convert.grids.affine import unpack_stream
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8)
 """Bits of GPTQ's codes; graft holds those of 5, 6 and 7 in 8."""

@@ -16,10 +16,10 @@ from torch import Tensor
 from graft.convert.base import Reader
 from graft.convert.config import ConvertConfig
 from graft.convert.folder import ForeignFolder, open_folder, plain_tensors
-from graft.convert.hqq_layers import hqq_layer
-from graft.convert.integers import Rounding
-from graft.convert.pickled import unpickled
-from graft.convert.settings import unread
+from graft.convert.grids.hqq_layers import hqq_layer
+from graft.convert.grids.integers import Rounding
+from graft.convert.labels.settings import unread
+from graft.convert.readers.pickled import unpickled
 from graft.convert.source import PlainTensor, Source
 from graft.errors import GraftError
 from graft.model.folder import find_folder

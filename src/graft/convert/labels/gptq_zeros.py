@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from graft.convert.affine import unpack_stream
 from graft.convert.folder import WORDS, ForeignFolder
-from graft.convert.gptq_groups import read_groups
-from graft.convert.zero_points import (
+from graft.convert.grids.affine import unpack_stream
+from graft.convert.grids.gptq_groups import read_groups
+from graft.convert.labels.zero_points import (
     BY_WORDS,
     OTHER,
     WIDTHS,

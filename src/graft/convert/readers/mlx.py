@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.convert.affine import Grid, affine_layer, neighbours, unpack_stream
 from graft.convert.base import Reader
 from graft.convert.config import ConvertConfig
-from graft.convert.floats import e2m1, powers, scaled
 from graft.convert.folder import FLOATS, WORDS, ForeignFolder, check_parts, plain_tensors, size
-from graft.convert.integers import Rounding
-from graft.convert.settings import rounds_inputs
+from graft.convert.grids.affine import Grid, affine_layer, neighbours, unpack_stream
+from graft.convert.grids.floats import e2m1, powers, scaled
+from graft.convert.grids.integers import Rounding
+from graft.convert.labels.settings import rounds_inputs
 from graft.convert.source import DenseLayer, QuantisedLayer, Source
 from graft.errors import GraftError
 from graft.model.families import FAMILIES

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from graft.convert.base import Reader
 from graft.convert.config import ConvertConfig
-from graft.convert.gguf_layers import dense_rows, read_layer
-from graft.convert.integers import Rounding
+from graft.convert.grids.gguf_layers import dense_rows, read_layer
+from graft.convert.grids.integers import Rounding
 from graft.convert.source import PlainTensor, ReadLayer, Source
 from graft.errors import GraftError, raise_problems
 from graft.model.families import family_of

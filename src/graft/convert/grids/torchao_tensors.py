@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.convert.affine import Grid, affine_layer, neighbours, rows_layer
 from graft.convert.config import ConvertConfig
-from graft.convert.floats import FP8, block_of, e2m1, scale_of, scaled
 from graft.convert.folder import FLOATS
-from graft.convert.integers import Rounding
+from graft.convert.grids.affine import Grid, affine_layer, neighbours, rows_layer
+from graft.convert.grids.floats import FP8, block_of, e2m1, scale_of, scaled
+from graft.convert.grids.integers import Rounding
 from graft.convert.source import DenseLayer, QuantisedLayer
 from graft.errors import GraftError
 from graft.model.weight_files import WeightFiles

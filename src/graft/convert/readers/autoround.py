@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from graft.convert.awq import open_awq
 from graft.convert.base import Reader
-from graft.convert.compressed import COMPRESSED_TENSORS
 from graft.convert.folder import ForeignFolder
-from graft.convert.gptq import open_gptq
-from graft.convert.integer_settings import check_settings
-from graft.convert.settings import rounds_inputs
+from graft.convert.labels.integer_settings import check_settings
+from graft.convert.labels.settings import rounds_inputs
+from graft.convert.readers.awq import open_awq
+from graft.convert.readers.compressed import COMPRESSED_TENSORS
+from graft.convert.readers.gptq import open_gptq
 from graft.convert.source import Source
 from graft.errors import GraftError
 from graft.text import quoted

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from graft.convert.base import Reader
-from graft.convert.floats import e2m1, powers
 from graft.convert.folder import ForeignFolder, plain_tensors
-from graft.convert.settings import unread
+from graft.convert.grids.floats import e2m1, powers
+from graft.convert.labels.settings import unread
 from graft.convert.source import PlainTensor, Source
 from graft.errors import GraftError
 from graft.model.weight_files import WeightFiles

@@ -18,10 +18,10 @@ from typing import Any
 from graft.convert.base import Reader
 from graft.convert.config import ConvertConfig
 from graft.convert.folder import ForeignFolder, plain_tensors
-from graft.convert.integers import Rounding
-from graft.convert.settings import rounds_inputs, unread
+from graft.convert.grids.integers import Rounding
+from graft.convert.grids.torchao_tensors import KINDS, Stored
+from graft.convert.labels.settings import rounds_inputs, unread
 from graft.convert.source import Source
-from graft.convert.torchao_tensors import KINDS, Stored
 from graft.errors import GraftError, Problems
 from graft.model.weight_files import WeightFiles
 from graft.text import listed, quoted

@@ -21,11 +21,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graft.convert.affine import Grid, affine_layer, neighbours, rows_layer, unpack_stream
 from graft.convert.config import ConvertConfig
-from graft.convert.floats import EXPONENTS, FP8, block_of, e2m1, e2m3, scale_of, scaled, spread
 from graft.convert.folder import FLOATS, WORDS, check_parts
-from graft.convert.integers import Rounding
+from graft.convert.grids.affine import Grid, affine_layer, neighbours, rows_layer, unpack_stream
+from graft.convert.grids.floats import (
+    EXPONENTS,
+    FP8,
+    block_of,
+    e2m1,
+    e2m3,
+    scale_of,
+    scaled,
+    spread,
+)
+from graft.convert.grids.integers import Rounding
 from graft.convert.source import DenseLayer, QuantisedLayer
 from graft.errors import GraftError
 from graft.model.weight_files import WeightFiles

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from graft.convert.base import Reader
-from graft.convert.floats import EXPONENTS, FP8, block_of, e2m1, scale_of, scaled
 from graft.convert.folder import FLOATS, ForeignFolder, plain_tensors
-from graft.convert.settings import rounds_inputs, runtime_tensors, unread
+from graft.convert.grids.floats import EXPONENTS, FP8, block_of, e2m1, scale_of, scaled
+from graft.convert.labels.settings import rounds_inputs, runtime_tensors, unread
 from graft.convert.source import DenseLayer, PlainTensor, ReadLayer, Source
 from graft.errors import GraftError, raise_problems
 from graft.model.weight_files import WeightFiles

@@ -1,0 +1,1 @@
+"""From other tools' bits to codes, statistics and floats."""

@@ -1,0 +1,1 @@
+"""What settings say of the weights, and whether that is so."""
