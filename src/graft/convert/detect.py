@@ -8,11 +8,15 @@ from pathlib import Path
 from graft.convert.config import ConvertConfig
 from graft.convert.experts import with_experts
 from graft.convert.folder import ForeignFolder, open_folder, plain_source
+from graft.convert.labels.settings import unnamed
 from graft.convert.labels.unread import unread_tool
 from graft.convert.registry import READERS
 from graft.convert.source import Source
 from graft.errors import GraftError
+from graft.model.adapter_extras import head_name
 from graft.model.folder import QUANTISATION_FILE, find_folder
+from graft.model.targets import linear_layers
+from graft.text import listed
 
 
 def open_source(path: str, asked: ConvertConfig) -> tuple[Source, Path]:
@@ -63,7 +67,7 @@ def open_source(path: str, asked: ConvertConfig) -> tuple[Source, Path]:
 
 
 def _tell_label(folder: ForeignFolder, source: Source) -> None:
-    """Note where the configuration says 'quantised', and no weight is.
+    """Note where the configuration says 'quantised', and no weight is, or not every layer's.
 
     Whoever dequantises a checkpoint often leaves that in config.json.
     """
@@ -73,6 +77,16 @@ def _tell_label(folder: ForeignFolder, source: Source) -> None:
         source.notes.append(
             f"config.json says {named}, and no tensor is quantised: the weights are as they are"
         )
+    elif folder.settings and source.layers:
+        layers = [*linear_layers(source.model)]
+        if "config_groups" in folder.settings:  # whose 'Linear' is the output head too
+            layers.append(head_name(source.model))
+        rest = unnamed(folder, [name for name in layers if name not in source.layers])
+        if rest:
+            source.notes.append(
+                f"{len(rest)} linear layers are not quantised, which the settings do not say: they "
+                f"are taken as they are ({listed(rest, 3)})"
+            )
 
 
 def _told(source: Source, found: ForeignFolder) -> Source:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from fnmatch import fnmatchcase
 
 from graft.convert.folder import ForeignFolder
 from graft.model.weight_files import WeightFiles
+from graft.patterns import match_names
 from graft.text import quoted
 
 _RUNTIME = re.compile(
@@ -27,6 +29,32 @@ def rounds_inputs(tool: str, what: str = "the inputs of quantised layers") -> st
         f"{tool} rounds {what} too when it computes, which graft does not: its own logits differ "
         "by that; the weights are the same"
     )
+
+
+_LEFT_OUT = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules", "exclude_modules")
+"""What tools call the list of layers that stay as they are."""
+
+
+def unnamed(folder: ForeignFolder, plain: Collection[str]) -> list[str]:
+    """Return the layers of `plain` that the settings do not name among those left out.
+
+    A name there is a part of a layer's, a pattern with stars, or with `re:` a regular expression.
+    """
+    words = [
+        word
+        for key in _LEFT_OUT
+        for word in folder.settings.get(key) or ()
+        if isinstance(word, str)
+    ]
+    patterns = [f"{word[3:]}.*" for word in words if word.startswith("re:")]
+    named = {name for found in match_names(patterns, list(plain)) for name in found.names}
+    named |= {
+        name
+        for name in plain
+        for word in words
+        if word in name or fnmatchcase(name, word) or name.endswith(f".{word}")
+    }
+    return [name for name in plain if name not in named]
 
 
 def unread(folder: ForeignFolder, known: Collection[str]) -> list[str]:

@@ -37,7 +37,8 @@ class CompressedTensorsReader(Reader):
         """Return what is in the folder; raises GraftError for sparse and rotated weights."""
         settings = folder.settings
         _check(folder, settings)
-        schemes = _schemes(folder, settings)
+        said = _schemes(folder, settings)
+        schemes = said or [Scheme({}, None)]
         files, rounding = folder.weights(), Rounding()
         if any(key.endswith(_SPARSE) for key in files):
             raise GraftError(f"{folder.folder}: its weights are stored sparse; {_WAY_OUT}")
@@ -60,10 +61,11 @@ class CompressedTensorsReader(Reader):
             },
             tensors=plain_tensors(files, (*parts, *runtime_tensors(files))),
             rounding=rounding,
-            notes=_notes(settings) + unread(folder, _KNOWN),
+            notes=_notes(settings) + unread(folder, _KNOWN) + ([] if said else [_BY_TENSORS]),
         )
 
 
+_BY_TENSORS = "config_groups says nothing of the weights: they are read as their tensors show"
 _WAY_OUT = (
     "load it with Transformers and compressed-tensors, decompress and save it, or start from the "
     "unquantised model"
@@ -101,7 +103,7 @@ def _schemes(folder: ForeignFolder, settings: dict[str, Any]) -> list[Scheme]:
             raise GraftError(f"{folder.folder}: the weights of {quoted(name)} are no settings")
         own = group.get("format") if isinstance(group, dict) else None
         found.append(Scheme(weights, own))
-    return found or [Scheme({}, None)]
+    return found
 
 
 def _notes(settings: dict[str, Any]) -> list[str]:
