@@ -7,10 +7,13 @@ import shutil
 
 import gguf
 import pytest
+from tests.api.foreign_adapters import low_rank, save_peft
+from tests.model.every_family import write_tiny
 from transformers import AutoTokenizer
 
 import graft
 from graft.api.events import Events
+from graft.api.export import next_export
 from graft.errors import GraftError
 from graft.model.load import load_model
 
@@ -77,3 +80,21 @@ def test_the_token_in_the_data_is_an_error_that_names_it(padded, tmp_path):
     with pytest.raises(GraftError, match="token '<pad>' has the number"):
         graft.finetune(config)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_llama_cpp_has_not_is_refused_before_the_merge_and_goes_elsewhere(
+    tiny_base, tmp_path
+):
+    base, run, told = tmp_path / "olmo2", tmp_path / "run", []
+
+    class Told(Events):
+        def note(self, text):
+            told.append(text)
+
+    adapter = save_peft(tmp_path / "a", low_rank(write_tiny("olmo2", base, tiny_base)), base)
+    graft.adopt(adapter, run)
+    with pytest.raises(GraftError, match="--to gguf: model_type is 'olmo2'"):
+        graft.export_model(run, "gguf", tmp_path / "m.gguf", events=Told())
+    assert told == []
+    assert next_export(run) == f"graft export {run} --to hf --out run-hf"
+    assert graft.export_model(run, "hf", tmp_path / "hf").merge.exact is False

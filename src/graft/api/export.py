@@ -16,7 +16,13 @@ from graft.api.events import Events
 from graft.api.merge import MergeReport, check_biases, merge_loaded
 from graft.api.run.adopted import base_changes, changes_in_words
 from graft.api.run.card import weights_in_words, write_card
-from graft.api.run.folder import is_run, load_any, prompt_style, read_run_config
+from graft.api.run.folder import (
+    is_run,
+    load_any,
+    prompt_style,
+    read_base_reference,
+    read_run_config,
+)
 from graft.api.run.layout import BASE
 from graft.data.shapes.registry import CHAT, PLAIN
 from graft.errors import raise_problems
@@ -28,7 +34,7 @@ from graft.files.write import check_new, staged
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
-from graft.model.folder import stored_formats
+from graft.model.folder import read_config, stored_formats
 from graft.model.hub import base_name
 from graft.model.load import LoadedModel
 from graft.model.running.memory import reuse_freed_memory
@@ -77,6 +83,11 @@ def export_model(
     loaded = load_any(model, dtype, trust_remote_code=trust_remote_code)
     for note in loaded.notes:
         events.note(note)
+    # A merge takes long, and it mends neither.
+    problems = target.problems(loaded.model.config, DenseFormat())
+    if adapter_names(loaded.model) and not target.takes_adapter:
+        problems += target.prompt_problems(loaded.tokenizer, loaded.model.config, None, "")
+    raise_problems(problems, f"--to {target.name}")
     merged: MergeReport | None = None
     read_otherwise = tokenizer_note(loaded.tokenizer)
     if read_otherwise is not None:
@@ -165,12 +176,17 @@ def check_bias_exports(config: TrainConfig, skeleton: PreTrainedModel, targets: 
 
 def next_export(run: Path) -> str:
     """Return a command that exports a run: to a file, or where no other program has a format for
-    the weights that a merge keeps, to a folder of dense ones."""
-    kept = stored_formats(run / BASE) if (run / BASE).is_dir() else {}
-    exact = method_of(read_run_config(run)).merges_exactly
-    if exact and not all(weight_format.deployed.portable for weight_format in kept.values()):
-        return f"graft export {run} --to hf --out {run.name}-hf"
-    return f"graft export {run} --to gguf --out {run.name}.gguf"
+    the weights that a merge keeps, or knows the model, to a folder of dense ones."""
+    own, config = run / BASE, read_run_config(run)
+    kept = stored_formats(own) if own.is_dir() else {}
+    exact = method_of(config).merges_exactly
+    base = own if own.is_dir() else Path(read_base_reference(run).path)
+    model_config = read_config(base, config.trust_remote_code)
+    if not exact or all(weight_format.deployed.portable for weight_format in kept.values()):
+        for target in TARGETS.values():
+            if target.suffix and not target.problems(model_config, DenseFormat()):
+                return f"graft export {run} --to {target.name} --out {run.name}{target.suffix}"
+    return f"graft export {run} --to hf --out {run.name}-hf"
 
 
 def merge_for_export(
