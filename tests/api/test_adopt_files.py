@@ -143,6 +143,19 @@ def test_a_pickled_adapter_of_early_peft(tiny_base, tmp_path) -> None:
     assert distance(found, merged(dense(tiny_base), halves)) < SAME
 
 
+def test_a_pickle_beside_safetensors_and_an_untrained_adapter_are_told(tiny_base, tmp_path) -> None:
+    tensors = low_rank(dense(tiny_base))
+    adapter = save_peft(tmp_path / "a", tensors, tiny_base)
+    torch.save({key: 2 * tensor for key, tensor in tensors.items()}, adapter / "adapter_model.bin")
+    told = graft.adopt(adapter, tmp_path / "run").lines()
+    assert f"note: read is {WEIGHTS}; adapter_model.bin beside it is not" in told
+    found = logits(graft.load(tmp_path / "run")[0])
+    assert distance(found, merged(dense(tiny_base), tensors)) < SAME
+    untrained = {key: tensor * ("lora_A" in key) for key, tensor in tensors.items()}
+    told = graft.adopt(save_peft(tmp_path / "b", untrained, tiny_base), tmp_path / "b-run").lines()
+    assert any("every lora_B is zero" in line for line in told)
+
+
 class Program:
     def __reduce__(self) -> tuple[Any, ...]:
         return (print, ("this ran",))

@@ -187,6 +187,8 @@ def test_names_that_fit_no_place_or_several_have_none() -> None:
     }
     placed = place_tensors(["a.norm.weight"], names, "model")
     assert not placed.keys and "without its prefix 'a.'" in placed.problems[0]
+    placed = place_tensors(["norm.weight", "tower.norm.weight"], names, "model")
+    assert list(placed.keys) == ["norm.weight"] and "prefix" not in placed.problems[0]
     placed = place_tensors(["x.lora_A.weight"], {"model.x", "x"}, "model")
     assert not placed.keys and placed.problems
 

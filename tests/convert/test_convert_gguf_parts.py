@@ -149,8 +149,8 @@ def change(file, source, add, keep=None, drop=()):
     [
         (
             lost,
-            "is part 3 of 3 of a file, and 2 parts are not beside it: part-00001-of-00003.gguf, "
-            "part-00002-of-00003.gguf; download them too",
+            "is part 3 of 3 of a file, and not all are beside it: part-00001-of-00003.gguf, "
+            "part-00002-of-00003.gguf are missing; download them too",
         ),
         (renamed, "is part 1 of 3 of a file; expected a name that ends with -00001-of-00003.gguf"),
         (misnumbered, "part-00003-of-00003.gguf: split.no is 1; expected 2"),

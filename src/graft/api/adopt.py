@@ -14,7 +14,7 @@ from graft.adapters.attach import adapted_layers, adapter_parameters
 from graft.adapters.method import Method
 from graft.adapters.registry import METHODS, method_of, settings_of
 from graft.api.adopt_base import base_skeleton, open_base
-from graft.api.adopt_source import read_source
+from graft.api.adopt_source import PEFT_PICKLE, read_source
 from graft.api.adopt_tokenizer import BroughtTokenizer, bring_tokenizer
 from graft.api.config import AdoptedFormat, TrainConfig, as_plain
 from graft.api.events import Events
@@ -237,8 +237,15 @@ def _report(
         written_by=adapter.written_by,
         base_changes=changes,
         tokenizer=None if found.tokenizer is None else found.tokenizer.differs,
-        notes=(*found.fitted.notes, *notes, *_without_rows(loaded)),
+        notes=(*_not_read(adapter), *found.fitted.notes, *notes, *_without_rows(loaded)),
     )
+
+
+def _not_read(adapter: ForeignAdapter) -> list[str]:
+    """Return a line on a second file of weights, of which PEFT, too, reads the first alone."""
+    second = adapter.folder / PEFT_PICKLE
+    beside = second.is_file() and second != adapter.file
+    return [f"read is {adapter.file.name}; {second.name} beside it is not"] if beside else []
 
 
 def _without_rows(loaded: LoadedModel) -> list[str]:

@@ -191,7 +191,7 @@ def _differences(old: PreTrainedTokenizerBase | None, new: PreTrainedTokenizerBa
     if added:
         named = ", ".join(map(quoted, added[:_TOLD]))
         more = f" and {len(added) - _TOLD} more" if len(added) > _TOLD else ""
-        found.append(f"{len(added)} added tokens ({named}{more})")
+        found.append(f"{len(added)} added token{'s'[: len(added) - 1]} ({named}{more})")
     lost = set(before) - set(after)
     if lost:
         found.append(f"{len(lost)} tokens fewer")

@@ -40,6 +40,7 @@ from graft.model.load import LoadedModel
 from graft.model.running.memory import reuse_freed_memory
 from graft.model.tokenizer_itself import tokenizer_note
 from graft.model.tokens import tokens_beyond
+from graft.text import listed
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def _beyond_notes(loaded: LoadedModel) -> tuple[str, ...]:
     if not beyond:
         return ()
     return (
-        f"the model has no embedding for the tokens {', '.join(map(repr, beyond[:4]))} of its "
+        f"the model has no embedding for the tokens {listed(map(repr, beyond), 4)} of its "
         "tokenizer: a text that holds one cannot be computed, nor a batch that is filled up by it",
     )
 

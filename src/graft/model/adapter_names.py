@@ -83,7 +83,7 @@ def place_tensors(
     places: dict[str, Place] = {}
     renamed: dict[str, str] = {}
     taken: dict[Place, str] = {}
-    problems, adapters, wrappers = [], set[str](), set[str]()
+    foreign, problems, adapters, wrappers = [], [], set[str](), set[str]()
     prefixes: dict[tuple[str, str], None] = {}
     for key in keys:
         parsed = _parse(key)
@@ -91,7 +91,7 @@ def place_tensors(
         if parsed.part in _UNUSED:
             continue
         if len(found) != 1:
-            problems.append(_foreign(key, names, outer))
+            foreign.append(key)
             continue
         place = _owner(found[0], parsed.part)
         if place in taken and parsed.adapter is None and equal(taken[place], key):
@@ -110,6 +110,8 @@ def place_tensors(
         wrappers |= _WRAPPERS & set(key.split("."))
         core = ".".join(_core(parsed.path, outer))
         prefixes[raw.removesuffix(core), PEFT_PREFIX + found[0].removesuffix(core)] = None
+    # Beside tensors that have a place, one of another part of the model is not theirs by mistake.
+    problems = [_foreign(key, names, outer, not places) for key in foreign] + problems
     if len(adapters) > 1:
         problems.append(
             f"the file holds {len(adapters)} adapters, {', '.join(map(quoted, sorted(adapters)))}; "
@@ -183,12 +185,12 @@ def _core(path: tuple[str, ...], outer: Collection[str]) -> tuple[str, ...]:
     return path[start:]
 
 
-def _foreign(key: str, names: Collection[str], outer: Collection[str]) -> str:
-    """Return what is wrong with a tensor without a place, and which prefix hinders, if one does."""
+def _foreign(key: str, names: Collection[str], outer: Collection[str], hint: bool) -> str:
+    """Return what is wrong with a tensor without a place; with `hint`, and which prefix hinders."""
     problem = f"tensor {quoted(key)} belongs to no layer of this model"
     path = _parse(key).path
     known = {".".join(_core(tuple(name.split(".")), outer)) for name in names}
-    for start in range(1, len(path)):
+    for start in range(1, len(path) if hint else 1):
         if ".".join(path[start:]) in known:
             return f"{problem}; without its prefix {quoted('.'.join(path[:start]) + '.')} it would"
     return problem

@@ -90,7 +90,7 @@ def fit_adapter(adapter: ForeignAdapter, skeleton: PreTrainedModel) -> FittedAda
         for key, place in placed.keys.items()
         if place.part.startswith("lora_") and place.module in layers
     }
-    notes = (*placed.notes, *peft_remarks(config))
+    notes = (*placed.notes, *peft_remarks(config), *_idle(tensors))
     if not tensors and (extras or problems):
         raise_problems([*peft_problems(config), *problems][:_TOLD], where)
         return FittedAdapter(None, extras, None, notes)
@@ -102,6 +102,14 @@ def fit_adapter(adapter: ForeignAdapter, skeleton: PreTrainedModel) -> FittedAda
         method = attach_stored(skeleton, files)
     collected.raise_all(where)
     return FittedAdapter(files, extras, method, notes)
+
+
+def _idle(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return a line where no update changes anything, as when an adapter is saved untrained."""
+    factors = [tensor for name, tensor in tensors.items() if name.endswith("lora_B.weight")]
+    if not factors or any(tensor.any() for tensor in factors):
+        return []
+    return ["every lora_B is zero: its low-rank updates change nothing, as before training"]
 
 
 def _hollow(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from graft.errors import GraftError, raise_problems
 from graft.export.gguf.scores import scores_by_merge
 from graft.export.gguf.tokenizer_kind import SPACE, TokenizerKind, recognise
+from graft.text import listed
 from graft.understood import tokenizing
 
 _PHI3 = re.compile("phi-?3", re.IGNORECASE)
@@ -163,7 +164,7 @@ def _beyond_notes(beyond: Sequence[str], embeddings: int) -> tuple[str, ...]:
     if not beyond:
         return ()
     return (
-        f"added tokens {', '.join(map(repr, beyond[:4]))} are left out, because they lie beyond "
+        f"added tokens {listed(map(repr, beyond), 4)} are left out, because they lie beyond "
         f"the model's {embeddings} embeddings",
     )
 

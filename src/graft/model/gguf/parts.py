@@ -77,8 +77,8 @@ def part_files(path: Path, metadata: Mapping[str, Any]) -> list[Path]:
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise GraftError(
-            f"{path} is part {number + 1} of {count} of a file, and {len(missing)} parts are not "
-            f"beside it: {listed(missing)}; download them too"
+            f"{path} is part {number + 1} of {count} of a file, and not all are beside it: "
+            f"{listed(missing)} {'is' if len(missing) == 1 else 'are'} missing; download them too"
         )
     return files
 
