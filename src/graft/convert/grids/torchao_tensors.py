@@ -68,8 +68,11 @@ def _check(files: WeightFiles, key: str, shape: tuple[int, ...], dtypes: tuple[A
 def _block(files: WeightFiles, stored: Stored, shape: Shape) -> Shape:
     """Return the block that shares a scale; raises GraftError where block_size is another."""
     key = stored.prefix + "scale"
-    block = block_of(key, files.shape(key), shape, None)
     stated = stored.attributes.get("block_size")
+    blocks = []
+    if isinstance(stated, list) and len(stated) == 2 and all(type(s) is int for s in stated):
+        blocks = [(max(stated[0], 1), max(stated[1], 1))]
+    block = block_of(key, files.shape(key), shape, blocks)
     if stated and stated != list(block):
         raise GraftError(f"{key} is {list(files.shape(key))}, and block_size {quoted(stated)}")
     return block

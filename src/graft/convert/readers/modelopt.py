@@ -86,7 +86,7 @@ def _layer(files: WeightFiles, name: str, out_features: int, in_features: int) -
     if files.dtype(key) in FP8:
         if overall in files:
             raise GraftError(f"{overall} lies beside 8-bit floats; expected none")
-        return fp8_layer(files, key, scale, None, out_features, in_features)
+        return fp8_layer(files, key, scale, (), out_features, in_features)
     blocks = (out_features, in_features // _BLOCK)
     expected = {
         "weight": ((out_features, in_features // 2), (torch.uint8,)),
