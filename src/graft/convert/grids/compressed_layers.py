@@ -31,6 +31,7 @@ from graft.convert.grids.floats import (
     block_of,
     e2m1,
     e2m3,
+    overall_scale,
     scale_of,
     scaled,
     spread,
@@ -98,6 +99,8 @@ class Layer:
         """
         shape = out_features, in_features
         packed = self._has("weight_packed")
+        if packed and self._has("weight"):
+            raise GraftError(f"{self.name} has both weight and weight_packed; expected one of them")
         dtype = self.files.dtype(self._key("weight_packed" if packed else "weight"))
         if self._has("weight_shape") or (packed and dtype in WORDS):
             expected = {"weight_shape": ((2,), (torch.int64, torch.int32))}
@@ -314,7 +317,7 @@ class Layer:
             values = e2m3(packed) if six else e2m1(packed)
             factors = scale_of(self.files.read_once(key))
             if not exponents:
-                factors = factors / self.files.read_once(overall).float().reshape(())
+                factors = factors / overall_scale(self.files, overall)
             return scaled(values, factors, (1, size))
 
         return DenseLayer(name, make)

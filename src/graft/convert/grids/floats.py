@@ -11,7 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from graft.convert.folder import FLOATS
 from graft.errors import GraftError
+from graft.model.weight_files import WeightFiles
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
@@ -50,6 +52,14 @@ def powers(exponents: Tensor) -> Tensor:
     if bool((codes == 255).any()):
         raise GraftError("a scale is no number (E8M0 of 255); download the folder again")
     return torch.tensor([2.0 ** (code - 127) for code in range(255)])[codes.int()]
+
+
+def overall_scale(files: WeightFiles, key: str) -> Tensor:
+    """Return the one number that a whole weight is scaled by; raises GraftError for more."""
+    stored = files.read_once(key)
+    if stored.numel() != 1 or stored.dtype not in FLOATS:
+        raise GraftError(f"{key} is {stored.dtype} {list(stored.shape)}; expected one float")
+    return stored.float().reshape(())
 
 
 def scale_of(stored: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from graft.convert.config import ConvertConfig
 from graft.convert.folder import FLOATS
 from graft.convert.grids.affine import Grid, affine_layer, neighbours, rows_layer
-from graft.convert.grids.floats import FP8, block_of, e2m1, scale_of, scaled
+from graft.convert.grids.floats import FP8, block_of, e2m1, overall_scale, scale_of, scaled
 from graft.convert.grids.integers import Rounding
 from graft.convert.source import DenseLayer, QuantisedLayer
 from graft.errors import GraftError
@@ -223,7 +223,7 @@ def _floats(
             read = _unswizzled(read.view(torch.uint8), grid).contiguous().view(read.dtype)
         scales = scale_of(read).reshape(grid)
         if overall in files:
-            scales = files.read_once(overall).float().reshape(()) * scales
+            scales = overall_scale(files, overall) * scales
         return scaled(values, scales, block)
 
     return DenseLayer(words, make)
