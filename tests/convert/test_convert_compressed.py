@@ -274,6 +274,10 @@ def test_labels_that_lie_are_found(change, words, tiny_base, tmp_path):
             "does not sort 64 inputs into 2 groups of 32",
         ),
         (
+            lambda t: t.update({f"{LAYER}.weight": torch.ones(96, 64)}),
+            "gate_proj has both weight and weight_packed",
+        ),
+        (
             lambda t: t.update({f"{LAYER}.bitmask": torch.ones(8).byte()}),
             "weights are stored sparse",
         ),
@@ -293,3 +297,41 @@ def test_weights_that_were_not_compressed_are_refused(tiny_base, tmp_path):
     folder = foreign_folder(tiny_base, tmp_path / "theirs", packed_settings(4), quantise)
     with pytest.raises(GraftError, match="float32 with scales: it was not compressed"):
         graft.convert_model(folder, tmp_path / "out")
+
+
+def test_zero_points_of_fewer_groups_than_scales_are_refused(tiny_base, tmp_path):
+    layer, described = packed_layer(4, symmetric=False), packed_settings(4, symmetric=False)
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", described, layer)
+    key = f"{LAYER}.weight_zero_point"
+    change_tensors(folder, lambda t: t.update({key: t[key][:, :1].contiguous()}))
+    with pytest.raises(GraftError, match=r"is \[12, 1\]; expected one zero point for each of"):
+        graft.convert_model(folder, tmp_path / "out")
+
+
+def test_a_scale_for_each_column_of_a_square_weight_is_none_for_each_row(tiny_base, tmp_path):
+    def quantise(_, weight):
+        scale = weight.abs().amax(0, keepdim=True) / 127
+        return {"weight": (weight / scale).round().to(torch.int8), "weight_scale": scale}
+
+    described = {"quant_method": "compressed-tensors", "format": "int-quantized"}
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", described, quantise)
+    graft.convert_model(folder, tmp_path / "out", config=ASKED)
+    stored, made = load_file(folder / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    for name in linear_names(load_file(tiny_base / WEIGHTS)):
+        expected = stored[f"{name}.weight"].float() * stored[f"{name}.weight_scale"]
+        torch.testing.assert_close(made[f"{name}.weight"], expected)
+
+
+def test_an_overall_scale_of_two_numbers_is_refused(tiny_base, tmp_path):
+    def quantise(_, weight):
+        rows, columns = weight.shape
+        return {
+            "weight_packed": torch.zeros(rows, columns // 2).byte(),
+            "weight_scale": torch.ones(rows, columns // 16).to(torch.float8_e4m3fn),
+            "weight_global_scale": torch.ones(2),
+        }
+
+    described = {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", described, quantise)
+    with pytest.raises(GraftError, match=r"float32 \[2\]; expected one float"):
+        graft.convert_model(folder, tmp_path / "out", config=ASKED)

@@ -7,9 +7,15 @@ import shutil
 
 import pytest
 import torch
-from foreign import WEIGHTS, change_tensors
+from foreign import WEIGHTS, change_tensors, foreign_folder, gptq_layer, gptq_weight
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 import graft
 from graft.convert.config import ConvertConfig
@@ -99,3 +105,69 @@ def test_experts_that_do_not_fit_are_refused(change, words, folder, tmp_path):
     with pytest.raises(GraftError, match=words):
         graft.convert_model(folder, tmp_path / "out", config=ASKED)
     assert not (tmp_path / "out").exists()
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq"}
+
+
+@pytest.fixture
+def qwen(tiny_base, tmp_path):
+    """A Qwen 3 MoE whose experts lie one by one, as it is published."""
+    config = Qwen3MoeConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        num_experts=8,
+        num_experts_per_tok=2,
+    )
+    folder = tmp_path / "qwen"
+    Qwen3MoeForCausalLM(config).save_pretrained(folder)
+    for file in tiny_base.glob("*token*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_what_sends_tokens_to_experts_may_be_quantised(qwen, tmp_path):
+    name = "model.layers.0.mlp.gate"
+    theirs = foreign_folder(qwen, tmp_path / "theirs", GPTQ, gptq_layer(4, 32), [name])
+    report = graft.convert_model(theirs, tmp_path / "out")
+    made = load_file(tmp_path / "out" / WEIGHTS)[f"{name}.weight"]
+    expected = gptq_weight(load_file(theirs / WEIGHTS), name, 4).float()
+    torch.testing.assert_close(made, expected, rtol=0, atol=float(expected.abs().max()) * 1e-3)
+    assert report.dequantised == (name,)
+
+
+def test_experts_of_two_dtypes_keep_what_the_wider_holds(qwen, tmp_path):
+    theirs = foreign_folder(
+        qwen, tmp_path / "theirs", GPTQ, gptq_layer(4, 32), ["model.layers.0.self_attn.q_proj"]
+    )
+    experts = "model.layers.0.mlp.experts"
+
+    def narrow(tensors):
+        tensors[f"{experts}.0.down_proj.weight"] = tensors[f"{experts}.0.down_proj.weight"].half()
+
+    change_tensors(theirs, narrow)
+    graft.convert_model(theirs, tmp_path / "out")
+    made = load_file(tmp_path / "out" / WEIGHTS)[f"{experts}.down_proj"]
+    stored = load_file(theirs / WEIGHTS)
+    for number, found in enumerate(made):
+        assert torch.equal(found, stored[f"{experts}.{number}.down_proj.weight"].float())
+
+
+def test_a_norm_cannot_be_quantised(qwen, tmp_path):
+    name = "model.layers.0.self_attn.q_proj"
+    theirs = foreign_folder(qwen, tmp_path / "theirs", GPTQ, gptq_layer(4, 32), [name])
+
+    def rename(tensors):
+        tensors.pop("model.norm.weight")
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            tensors[f"model.norm.{part}"] = tensors[f"{name}.{part}"].clone()
+
+    change_tensors(theirs, rename)
+    with pytest.raises(GraftError, match=r"model\.norm: its weight is quantised, and is \[64\]"):
+        graft.convert_model(theirs, tmp_path / "out")

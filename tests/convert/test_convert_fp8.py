@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from foreign import WEIGHTS, change_tensors, foreign_folder, linear_names
+from foreign import WEIGHTS, change_settings, change_tensors, foreign_folder, linear_names
 from foreign_kinds import DEEPSEEK, blocks, fp8_layer
 from safetensors.torch import load_file, save_file
 from transformers import GptOssConfig, GptOssForCausalLM
@@ -49,6 +49,32 @@ KINDS = {
     ),
     "rows": ({"quant_method": "fp8"}, blocks(1, 10**6), "scale", lambda s: s.reshape(-1)),
 }
+
+
+def test_short_last_blocks_are_cut_as_the_settings_say_or_not_at_all(tiny_base, tmp_path):
+    def change(tensors):  # 192 rows with two scales: 128 and 64, or 96 and 96
+        for name in linear_names(tensors):
+            if name.endswith(("gate_proj", "up_proj")):
+                tensors[f"{name}.weight"] = tensors[f"{name}.weight"].repeat(2, 1)
+            if name.endswith("down_proj"):
+                tensors[f"{name}.weight"] = tensors[f"{name}.weight"].repeat(1, 2) / 2
+
+    wide = tmp_path / "wide"
+    shutil.copytree(tiny_base, wide)
+    change_tensors(wide, change)
+    config = json.loads((wide / "config.json").read_text())
+    (wide / "config.json").write_text(json.dumps(config | {"intermediate_size": 192}))
+    quantise = fp8_layer(blocks(128, 128), "weight_scale_inv")
+    said = {"quant_method": "fp8"}  # Transformers' blocks are then of 128
+    folder = foreign_folder(wide, tmp_path / "theirs", said, quantise)
+    graft.convert_model(folder, tmp_path / "out", config=ASKED)
+    stored, made = load_file(folder / WEIGHTS), load_file(tmp_path / "out" / WEIGHTS)
+    for name in linear_names(load_file(wide / WEIGHTS)):
+        expected = fp8_weight(stored, name, blocks(128, 128), "weight_scale_inv")
+        assert torch.equal(made[f"{name}.weight"], expected.float())
+    change_settings(folder, weight_block_size=None)
+    with pytest.raises(GraftError, match=r"the sizes of its blocks do not follow"):
+        graft.convert_model(folder, tmp_path / "again", config=ASKED)
 
 
 @pytest.mark.parametrize("kind", KINDS)

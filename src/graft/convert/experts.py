@@ -8,12 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
 
-from graft.convert.source import DenseLayer, PlainTensor, QuantisedLayer, ReadLayer, Source
+from graft.convert.source import (
+    DenseLayer,
+    PlainTensor,
+    QuantisedLayer,
+    ReadLayer,
+    Source,
+    of_layer,
+)
 from graft.errors import GraftError
 
 _NAMES = {
@@ -28,6 +35,7 @@ class _Part:
     """One expert's matrix: what reads it, and what the file holds where that is quantised."""
 
     make: Callable[[], Tensor]
+    dtype: torch.dtype = torch.float32
     quantisation: str = ""
 
 
@@ -50,7 +58,7 @@ def with_experts(source: Source) -> Source:
             rows = [[_part(source, key, shape) for key in row] for row in names]
             kinds = {part.quantisation for row in rows for part in row}
             words = " and ".join(sorted(kinds - {""}))
-            dtype = torch.float32 if words else tensors[f"{names[0][0]}.weight"].dtype
+            dtype = reduce(torch.promote_types, {part.dtype for row in rows for part in row})
             make = partial(_stacked, rows, tuple(fused.shape), dtype)
             tensors[name] = PlainTensor(tuple(fused.shape), dtype, make, words)
             for key in (key for row in names for key in row):
@@ -80,22 +88,22 @@ def _part(source: Source, key: str, shape: tuple[int, int]) -> _Part:
         raise GraftError(f"tensor {key}.weight is missing")
     if plain.shape != shape:
         raise GraftError(f"{key}.weight has shape {list(plain.shape)}; expected {list(shape)}")
-    return _Part(plain.make)
+    return _Part(plain.make, plain.dtype, plain.quantisation)
 
 
 def _read(key: str, read: ReadLayer, shape: tuple[int, int]) -> _Part:
-    layer = read(*shape)
+    with of_layer(key):
+        layer = read(*shape)
     if isinstance(layer, DenseLayer):
-        return _Part(_named(key, layer.make), layer.quantisation)
-    return _Part(_named(key, partial(_unpacked, layer, shape)), layer.weight_format.words())
+        return _Part(_named(key, layer.make), quantisation=layer.quantisation)
+    make = partial(_unpacked, layer, shape)
+    return _Part(_named(key, make), quantisation=layer.weight_format.words())
 
 
 def _named(key: str, make: Callable[[], Tensor]) -> Callable[[], Tensor]:
     def named() -> Tensor:
-        try:
+        with of_layer(key):
             return make()
-        except GraftError as error:
-            raise GraftError(f"{key}: {error}") from error
 
     return named
 

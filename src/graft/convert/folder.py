@@ -112,7 +112,7 @@ def open_folder(folder: Path, asked: ConvertConfig) -> ForeignFolder:
     check_files(folder)
     config = read_json(folder / "config.json")
     for key in _SETTINGS:
-        if not isinstance(config.get(key, {}), dict):
+        if not isinstance(config.get(key) or {}, dict):
             raise GraftError(
                 f"{folder / 'config.json'}: {key} is {quoted(config[key])}; expected settings by "
                 "name"

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graft.convert.grids.integers import Rounding
+from graft.errors import GraftError
 from graft.formats.base import Packed, WeightFormat
+from graft.understood import understood
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,18 @@ class DenseLayer:
 
 ReadLayer = Callable[[int, int], QuantisedLayer | DenseLayer]
 """From (out_features, in_features) to the layer; raises GraftError where the two do not fit."""
+
+
+@contextmanager
+def of_layer(name: str) -> Iterator[None]:
+    """Raise GraftError that names the layer, for whatever its tensors raise when they are read."""
+    try:
+        with understood(name):
+            yield
+    except GraftError as error:
+        if str(error).startswith(name):
+            raise
+        raise GraftError(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)

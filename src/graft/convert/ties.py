@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from graft.convert.source import DenseLayer, Source
+from graft.convert.source import DenseLayer, Source, of_layer
 from graft.errors import GraftError
 from graft.model.names import parted, parted_note
 from graft.model.subject import build_skeleton
@@ -46,7 +46,9 @@ def _value(source: Source, name: str) -> Tensor:
     if name in source.tensors:
         return source.tensors[name].make()
     rows, columns = source.model.get_parameter(name).shape
-    layer = source.layers[name.removesuffix(".weight")](rows, columns)
-    if isinstance(layer, DenseLayer):
-        return layer.make()
-    return layer.weight_format.unpack(layer.make(), rows, columns, torch.float32)
+    owner = name.removesuffix(".weight")
+    with of_layer(owner):
+        layer = source.layers[owner](rows, columns)
+        if isinstance(layer, DenseLayer):
+            return layer.make()
+        return layer.weight_format.unpack(layer.make(), rows, columns, torch.float32)

@@ -14,13 +14,13 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from graft.convert.config import ConvertConfig
-from graft.convert.source import DenseLayer, PlainTensor, QuantisedLayer, Source
+from graft.convert.source import DenseLayer, PlainTensor, QuantisedLayer, Source, of_layer
 from graft.convert.ties import with_own_heads
 from graft.errors import GraftError, Problems, raise_problems
 from graft.files.write import new_folder
 from graft.formats.base import WeightFormat, storage_bytes
 from graft.formats.registry import describe_format, settings_of
-from graft.layers.registry import kind_of
+from graft.layers.registry import find_kind, kind_of
 from graft.model.load import LoadedModel
 from graft.model.names import check_unplaced, partners
 from graft.model.save import write_model_files, write_quantisation
@@ -118,11 +118,12 @@ def plan_conversion(source: Source, asked: ConvertConfig) -> ConversionPlan:
         with problems.collecting():
             if read_layer is not None:
                 module = model.get_submodule(owner)
-                in_features, out_features = _sizes(module, tensor)
-                layer = read_layer(out_features, in_features)
+                with of_layer(owner):
+                    in_features, out_features = _sizes(module, tensor)
+                    layer = read_layer(out_features, in_features)
                 if owner not in linear:
                     plan.dequantised.append(owner)
-                    make = _dequantising(name, layer, out_features, in_features)
+                    make = _dequantising(owner, layer, out_features, in_features)
                     plan.tensors.append(FileTensor(name, tuple(tensor.shape), torch.float32, make))
                 elif isinstance(layer, QuantisedLayer) and not asked.dequantise:
                     plan.formats[owner] = layer.weight_format
@@ -130,7 +131,7 @@ def plan_conversion(source: Source, asked: ConvertConfig) -> ConversionPlan:
                 else:
                     if isinstance(layer, DenseLayer) and not asked.dequantise:
                         unheld.setdefault(layer.quantisation, []).append(owner)
-                    make = _dequantising(name, layer, out_features, in_features)
+                    make = _dequantising(owner, layer, out_features, in_features)
                     stored = partial(_as_stored, module, make, plan.dense_dtype)
                     shape = tuple(tensor.shape)
                     plan.tensors.append(FileTensor(name, shape, plan.dense_dtype, stored))
@@ -161,10 +162,15 @@ def plan_conversion(source: Source, asked: ConvertConfig) -> ConversionPlan:
 
 
 def _sizes(module: torch.nn.Module, weight: Tensor) -> tuple[int, int]:
-    """Return (in_features, out_features) of a linear layer, or of an embedding's table."""
-    if isinstance(module, torch.nn.Embedding):
-        return weight.shape[1], weight.shape[0]
-    return linear_shape(module)
+    """Return (in_features, out_features) of a linear layer, or of a matrix in another module.
+
+    Such are embeddings, and what sends tokens to experts.
+    """
+    if find_kind(module) is not None:
+        return linear_shape(module)
+    if weight.dim() != 2:
+        raise GraftError(f"its weight is quantised, and is {list(weight.shape)}; expected a matrix")
+    return weight.shape[1], weight.shape[0]
 
 
 def _packed(
@@ -191,10 +197,8 @@ def _dequantising(
         if isinstance(layer, QuantisedLayer):
             packed = _made(name, layer)
             return layer.weight_format.unpack(packed, out_features, in_features, torch.float32)
-        try:
+        with of_layer(name):
             return _finite(name, layer.make())
-        except GraftError as error:
-            raise GraftError(f"{name}: {error}") from error
 
     return make
 
@@ -233,10 +237,8 @@ def in_words(weight_format: WeightFormat) -> str:
 
 
 def _made(name: str, layer: QuantisedLayer) -> Mapping[str, Tensor]:
-    try:
+    with of_layer(name):
         packed = layer.make()
-    except GraftError as error:
-        raise GraftError(f"{name}: {error}") from error
     odd = [
         part
         for part, tensor in packed.items()

@@ -13,6 +13,7 @@ weight_g_idx [in] the groups are of scattered inputs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,7 @@ from graft.convert.grids.floats import (
     block_of,
     e2m1,
     e2m3,
+    overall_scale,
     scale_of,
     scaled,
     spread,
@@ -59,6 +61,13 @@ class Scheme:
     weights: dict[str, Any]
     form: object
     """The group's own format, where it has one."""
+
+    def block(self) -> Shape | None:
+        """Return the rows and columns that share a scale, where it says so."""
+        stated, size = self.weights.get("block_structure"), self.weights.get("group_size")
+        if isinstance(stated, list) and len(stated) == 2 and all(type(s) is int for s in stated):
+            return max(stated[0], 1), max(stated[1], 1)
+        return (1, size) if type(size) is int and size > 0 else None
 
     def misfit(self, facts: Facts, forms: Sequence[str], everyone: object) -> str | None:
         """Return in words what contradicts the facts of a layer; None where nothing does."""
@@ -90,6 +99,8 @@ class Layer:
         """
         shape = out_features, in_features
         packed = self._has("weight_packed")
+        if packed and self._has("weight"):
+            raise GraftError(f"{self.name} has both weight and weight_packed; expected one of them")
         dtype = self.files.dtype(self._key("weight_packed" if packed else "weight"))
         if self._has("weight_shape") or (packed and dtype in WORDS):
             expected = {"weight_shape": ((2,), (torch.int64, torch.int32))}
@@ -144,7 +155,7 @@ class Layer:
     ) -> QuantisedLayer | DenseLayer:
         """packed: the bits of a code that lies in words; None for codes in bytes."""
         bits = packed or 8
-        block = self._block(shape)
+        block = self._block(schemes, shape)
         facts: Facts = {"type": ("int",), "symmetric": self._symmetric()}
         if packed:
             facts["num_bits"] = (bits,)
@@ -155,7 +166,7 @@ class Layer:
         rows, columns = block
         if rows not in (1, shape[0]):
             return self._blocks(words, shape, block, partial(self._steps, shape, block, packed))
-        groups = 1 if rows != 1 else -(-shape[1] // columns)
+        groups = -(-shape[1] // columns)
         if bits == 8 and groups == 1 and not self._shifted():
             return rows_layer(lambda: self._signed(shape, bits, packed), words, self.asked)
         order = self._order(shape[1], columns, groups)
@@ -192,12 +203,18 @@ class Layer:
         if not self._shifted():
             return torch.full((rows, groups), middle, dtype=torch.float64)
         stored = self.files.read_once(self._key("weight_zero_point"))
-        if stored.dtype in WORDS:
-            if stored.dim() != 2 or stored.shape[0] not in _words(rows, bits):
-                raise GraftError(f"{self._key('weight_zero_point')} is {list(stored.shape)}")
+        packed = stored.dtype in WORDS
+        fits = stored.numel() == math.prod(self.files.shape(self._key("weight_scale")))
+        if packed:
+            fits = stored.dim() == 2 and stored.shape[0] in _words(rows, bits)
+            fits = fits and stored.shape[1] == groups
+        if not fits:
+            raise GraftError(
+                f"{self._key('weight_zero_point')} is {list(stored.shape)}; expected one zero "
+                f"point for each of {[rows, groups]} scales"
+            )
+        if packed:
             return _unpacked(stored.T, bits, rows).T.double()
-        if stored.numel() not in (1, rows * groups):
-            raise GraftError(f"{self._key('weight_zero_point')} is {list(stored.shape)}")
         return stored.double().reshape(-1, groups).expand(rows, groups) + middle
 
     def _steps(self, shape: Shape, block: Shape, packed: int | None) -> Tensor:
@@ -243,36 +260,26 @@ class Layer:
 
     # Floats and scales ---------------------------------------------------------------------------
 
-    def _block(self, shape: Shape) -> Shape:
-        """Return (rows, columns) that share a scale."""
+    def _block(self, schemes: list[Scheme], shape: Shape) -> Shape:
+        """Return (rows, columns) that share a scale; the last blocks may be short."""
         key = self._key("weight_scale")
         if key not in self.files:
             raise GraftError(f"tensor {key} is missing")
         if self.files.dtype(key) not in (*FLOATS, *EXPONENTS, *FP8):
             raise GraftError(f"{key} is {self.files.dtype(key)}; expected floats or exponents")
-        return block_of(self._key("weight"), self.files.shape(key), shape, None)
+        stated = [block for scheme in schemes if (block := scheme.block()) is not None]
+        return block_of(self._key("weight"), self.files.shape(key), shape, stated)
 
     def _floats(self, schemes: list[Scheme], form: object, shape: Shape) -> DenseLayer:
         check_parts(self.files, self.name, {"weight": (shape, FP8)})
         exponents = self.files.dtype(self._key("weight_scale")) in EXPONENTS
         forms = ("mxfp8-quantized",) if exponents else ("float-quantized", "naive-quantized")
-        block = self._stated_block(schemes, shape)
+        block = self._block(schemes, shape)
         facts: Facts = {"type": ("float",), "num_bits": (8,)}
         self._check(schemes, facts | _grouping(shape, block), forms, form)
         if self._shifted():
             raise GraftError(f"{self.name} has zero points beside 8-bit floats; expected none")
         return self._blocks("FP8", shape, block)
-
-    def _stated_block(self, schemes: list[Scheme], shape: Shape) -> Shape:
-        """Return (rows, columns) that share a scale; the last blocks may be short."""
-        stated = [scheme.weights.get("block_structure") for scheme in schemes]
-        scales = self.files.shape(self._key("weight_scale"))
-        for block in stated:
-            if isinstance(block, list) and len(block) == 2 and all(type(s) is int for s in block):
-                rows, columns = max(block[0], 1), max(block[1], 1)
-                if scales == (-(-shape[0] // rows), -(-shape[1] // columns)):
-                    return rows, columns
-        return self._block(shape)
 
     def _blocks(
         self, words: str, shape: Shape, block: Shape, steps: Callable[[], Tensor] | None = None
@@ -294,7 +301,7 @@ class Layer:
         six = stored * 4 == columns * 3
         if not six and stored * 2 != columns:
             raise GraftError(f"{self.name} has {stored} bytes a row, not those of {columns} codes")
-        key, exponents = self._key("weight_scale"), self._block(shape)[1] == 32
+        key, exponents = self._key("weight_scale"), self._block(schemes, shape)[1] == 32
         kinds = EXPONENTS if exponents else (torch.float8_e4m3fn,)
         size = 32 if exponents else 16
         check_parts(self.files, self.name, {"weight_scale": ((rows, -(-columns // size)), kinds)})
@@ -310,7 +317,7 @@ class Layer:
             values = e2m3(packed) if six else e2m1(packed)
             factors = scale_of(self.files.read_once(key))
             if not exponents:
-                factors = factors / self.files.read_once(overall).float().reshape(())
+                factors = factors / overall_scale(self.files, overall)
             return scaled(values, factors, (1, size))
 
         return DenseLayer(name, make)
@@ -332,7 +339,7 @@ def _grouping(shape: Shape, block: Shape) -> Facts:
         return {"strategy": ("channel", "group"), "group_size": (-1, shape[1])}
     if block == shape:
         return {"strategy": ("tensor", "block"), "group_size": (-1,)}
-    return {"strategy": ("block",)}
+    return {"strategy": ("block",), "block_structure": ([rows, columns], f"{rows}x{columns}")}
 
 
 def _forms(packed: int | None) -> tuple[str, ...]:

@@ -6,10 +6,14 @@ and E2M1 (4 bits). A scale is a float, an E4M3 number, or an exponent E8M0: a by
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from graft.convert.folder import FLOATS
 from graft.errors import GraftError
+from graft.model.weight_files import WeightFiles
 
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
@@ -50,6 +54,14 @@ def powers(exponents: Tensor) -> Tensor:
     return torch.tensor([2.0 ** (code - 127) for code in range(255)])[codes.int()]
 
 
+def overall_scale(files: WeightFiles, key: str) -> Tensor:
+    """Return the one number that a whole weight is scaled by; raises GraftError for more."""
+    stored = files.read_once(key)
+    if stored.numel() != 1 or stored.dtype not in FLOATS:
+        raise GraftError(f"{key} is {stored.dtype} {list(stored.shape)}; expected one float")
+    return stored.float().reshape(())
+
+
 def scale_of(stored: Tensor) -> Tensor:
     """Return scales as float32: exponents in bytes, or floats of any width."""
     return powers(stored) if stored.dtype in EXPONENTS else stored.float()
@@ -77,13 +89,16 @@ def scaled(values: Tensor, scales: Tensor, block: tuple[int, int]) -> Tensor:
 
 
 def block_of(
-    name: str, scales: tuple[int, ...], shape: tuple[int, int], stated: tuple[int, int] | None
+    name: str,
+    scales: tuple[int, ...],
+    shape: tuple[int, int],
+    stated: Sequence[tuple[int, int]] = (),
 ) -> tuple[int, int]:
     """Return (rows, columns) that share a scale of a weight, from the shape of its scales.
 
-    scales: () or one for the tensor, [rows] or [rows, 1], or a grid of blocks. stated: the size of
-    a block that the settings give, whose last blocks may be short. Raises GraftError when nothing
-    fits.
+    scales: () or one for the tensor, [rows] or [rows, 1], or a grid of blocks. stated: sizes of
+    blocks that the settings give, the likeliest first; the last blocks may be short. Raises
+    GraftError when nothing fits.
     """
     rows, columns = shape
     if all(size == 1 for size in scales):
@@ -91,12 +106,22 @@ def block_of(
     if len(scales) == 1 and scales[0] == rows:
         return 1, columns
     if len(scales) == 2 and 0 not in scales:
-        if stated and scales == (-(-rows // stated[0]), -(-columns // stated[1])):
-            return stated
-        if rows % scales[0] == 0 and columns % scales[1] == 0:
+        for block in stated:
+            if scales == (-(-rows // block[0]), -(-columns // block[1])):
+                return block
+        if _are_parts(rows, scales[0]) and _are_parts(columns, scales[1]):
             return rows // scales[0], columns // scales[1]
-    blocks = f", and blocks of {list(stated)}" if stated else ""
+    blocks = "".join(f", and blocks of {list(block)}" for block in stated[:3])
     raise GraftError(
-        f"{name} has scales {list(scales)} for a weight {list(shape)}{blocks}, which do not fit; "
-        "the folder is damaged: download it again"
+        f"{name} has scales {list(scales)} for a weight {list(shape)}{blocks}, and the sizes of "
+        "its blocks do not follow; download its weights and its config.json again"
     )
+
+
+def _are_parts(size: int, count: int) -> bool:
+    """Return whether so many blocks can only be equal parts: as powers of two.
+
+    Two blocks of 192 rows may be 96 and 96, and are 128 and 64.
+    """
+    part = size // count
+    return size % count == 0 and (count == 1 or part & part - 1 == 0)

@@ -14,7 +14,7 @@ from torch import Tensor
 from graft.convert.config import ConvertConfig
 from graft.convert.folder import FLOATS
 from graft.convert.grids.affine import Grid, affine_layer, neighbours, rows_layer
-from graft.convert.grids.floats import FP8, block_of, e2m1, scale_of, scaled
+from graft.convert.grids.floats import FP8, block_of, e2m1, overall_scale, scale_of, scaled
 from graft.convert.grids.integers import Rounding
 from graft.convert.source import DenseLayer, QuantisedLayer
 from graft.errors import GraftError
@@ -68,8 +68,11 @@ def _check(files: WeightFiles, key: str, shape: tuple[int, ...], dtypes: tuple[A
 def _block(files: WeightFiles, stored: Stored, shape: Shape) -> Shape:
     """Return the block that shares a scale; raises GraftError where block_size is another."""
     key = stored.prefix + "scale"
-    block = block_of(key, files.shape(key), shape, None)
     stated = stored.attributes.get("block_size")
+    blocks = []
+    if isinstance(stated, list) and len(stated) == 2 and all(type(s) is int for s in stated):
+        blocks = [(max(stated[0], 1), max(stated[1], 1))]
+    block = block_of(key, files.shape(key), shape, blocks)
     if stated and stated != list(block):
         raise GraftError(f"{key} is {list(files.shape(key))}, and block_size {quoted(stated)}")
     return block
@@ -220,7 +223,7 @@ def _floats(
             read = _unswizzled(read.view(torch.uint8), grid).contiguous().view(read.dtype)
         scales = scale_of(read).reshape(grid)
         if overall in files:
-            scales = files.read_once(overall).float().reshape(()) * scales
+            scales = overall_scale(files, overall) * scales
         return scaled(values, scales, block)
 
     return DenseLayer(words, make)

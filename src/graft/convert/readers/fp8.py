@@ -9,6 +9,7 @@ Weights that were only cast to 8 bits have no scales, and config.json no word of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -121,31 +122,33 @@ def _check_scales(
     ]
 
 
-def _stated_block(folder: ForeignFolder) -> tuple[int, int] | None:
-    stated = folder.settings.get("weight_block_size")
+def _stated_block(folder: ForeignFolder) -> list[tuple[int, int]]:
+    """Return the block of the settings; Transformers' own where they are its and name none."""
+    usual = [128, 128] if folder.settings.get("quant_method") == "fp8" else None
+    stated = folder.settings.get("weight_block_size", usual)
     if stated is None:
-        return None
+        return []
     whole = isinstance(stated, list) and all(type(size) is int and size > 0 for size in stated)
     if not whole or len(stated) != 2:
         raise GraftError(
             f"{folder.folder}: weight_block_size is {stated!r:.100}; expected two sizes, such as "
             "[128, 128]"
         )
-    return stated[0], stated[1]
+    return [(stated[0], stated[1])]
 
 
 def fp8_layer(
     files: WeightFiles,
     key: str,
     scales: str | None,
-    stated: tuple[int, int] | None,
+    stated: Sequence[tuple[int, int]],
     out_features: int,
     in_features: int,
 ) -> DenseLayer:
     """Return a weight of 8-bit floats, or of 4-bit ones two to a byte, times its scales.
 
-    stated: the block of the settings, where a grid of scales may have short last blocks. Raises
-    GraftError where the parts do not fit.
+    stated: the block of the settings, if any, whose last ones may be short. Raises GraftError
+    where the parts do not fit.
     """
     dtype, shape = files.dtype(key), (out_features, in_features)
     packed = dtype in _PACKED
@@ -155,7 +158,7 @@ def fp8_layer(
     block = shape
     if scales is not None:
         _check_scale_dtype(files, scales)
-        block = block_of(key, files.shape(scales), shape, None if packed else stated)
+        block = block_of(key, files.shape(scales), shape, () if packed else stated)
 
     def make() -> Tensor:
         stored = files.read_once(key)
@@ -179,7 +182,7 @@ def _check_scale_dtype(files: WeightFiles, key: str) -> None:
 
 
 def _stacked(
-    files: WeightFiles, key: str, scales: str | None, stated: tuple[int, int] | None
+    files: WeightFiles, key: str, scales: str | None, stated: Sequence[tuple[int, int]]
 ) -> Tensor:
     """Return fused experts [experts, rows, columns], or any tensor that was only cast."""
     values = files.read_once(key).float()

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from graft.convert.base import Reader
-from graft.convert.folder import FLOATS, ForeignFolder, check_parts, plain_tensors
-from graft.convert.grids.floats import FP8, e2m1, scaled
+from graft.convert.folder import ForeignFolder, check_parts, plain_tensors
+from graft.convert.grids.floats import FP8, e2m1, overall_scale, scaled
 from graft.convert.labels.settings import rounds_inputs, runtime_tensors, unread
 from graft.convert.readers.fp8 import SETTINGS_OF_MODELOPT, fp8_layer
 from graft.convert.source import DenseLayer, Source
@@ -86,19 +86,18 @@ def _layer(files: WeightFiles, name: str, out_features: int, in_features: int) -
     if files.dtype(key) in FP8:
         if overall in files:
             raise GraftError(f"{overall} lies beside 8-bit floats; expected none")
-        return fp8_layer(files, key, scale, None, out_features, in_features)
+        return fp8_layer(files, key, scale, (), out_features, in_features)
     blocks = (out_features, in_features // _BLOCK)
     expected = {
         "weight": ((out_features, in_features // 2), (torch.uint8,)),
         "weight_scale": (blocks, (torch.float8_e4m3fn,)),
     }
     check_parts(files, name, expected)
-    single = overall in files and files.dtype(overall) in FLOATS
-    if not single or files.read_once(overall).numel() != 1 or in_features % _BLOCK:
+    if overall not in files or in_features % _BLOCK:
         raise GraftError(f"{name} is not NVFP4 as ModelOpt has it: expected {overall}, one float")
 
     def make() -> Tensor:
-        factors = files.read_once(scale).float() * files.read_once(overall).float().reshape(())
+        factors = files.read_once(scale).float() * overall_scale(files, overall)
         return scaled(e2m1(files.read_once(key)), factors, (1, _BLOCK))
 
     return DenseLayer("NVFP4", make)
