@@ -21,6 +21,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import re
 import shutil
 import sys
 import tempfile
@@ -160,7 +161,8 @@ def _rounds(work: tuple[str, list[int]]) -> list[Outcome]:
 def _judged(
     name: str, kind: Kind, changed: str, owner: Read, ours: Read, untouched: Read
 ) -> Outcome:
-    said = tuple(line for line in ours.said if line not in untouched.said)
+    before = {_wordy(line) for line in untouched.said}
+    said = tuple(line for line in ours.said if _wordy(line) not in before)
     difference = float("nan")
     if ours.logits is None:
         verdict = REFUSED if ours.is_refusal else BROKEN
@@ -176,6 +178,11 @@ def _judged(
         else:
             verdict = WRONG
     return Outcome(name, verdict, changed, difference, owner.failure, ours.failure, said)
+
+
+def _wordy(line: str) -> str:
+    """Return a line without its numbers: another count of parameters says nothing."""
+    return re.sub(r"[\d.,e+-]+", "#", line)
 
 
 def _difference(ours: Tensor, theirs: Tensor | None) -> float:

@@ -52,7 +52,25 @@ def without_second_layer(tensors: Tensors) -> Tensors:
     return {key: value for key, value in tensors.items() if "layers.1." not in key}
 
 
+def biases(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {
+        key.replace(".weight", ".bias"): torch.ones(len(tensor))
+        for key, tensor in tensors.items()
+        if "lora_B" in key
+    }
+
+
 REFUSED: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, object], list[str]]] = {
+    "biases that the settings do not know": (
+        lambda tensors: tensors | biases(tensors),
+        {},
+        ["lora_B.bias for", "does not say lora_bias", "PEFT leaves them out"],
+    ),
+    "settings with biases that are not there": (
+        lambda tensors: tensors,
+        {"lora_bias": True},
+        ["says lora_bias", "has no lora_B.bias for"],
+    ),
     "a part that was lost": (
         without_second_layer,
         {},

@@ -83,6 +83,7 @@ def fit_adapter(adapter: ForeignAdapter, skeleton: PreTrainedModel) -> FittedAda
     held = {place.module for place in placed.keys.values() if place.part.startswith("lora_")}
     following = {head_name(skeleton)} if config.get("ensure_weight_tying") else set[str]()
     problems += [*lost_layers(adapter.targets, skeleton, placed, held, following), *beside]
+    problems += _bias_problems(adapter.config, placed)
     # What they ask for is in the extras.
     config = {key: value for key, value in config.items() if key not in BESIDE}
     tensors = {
@@ -110,6 +111,24 @@ def _idle(tensors: Mapping[str, Tensor]) -> list[str]:
     if not factors or any(tensor.any() for tensor in factors):
         return []
     return ["every lora_B is zero: its low-rank updates change nothing, as before training"]
+
+
+def _bias_problems(config: Mapping[str, Any], placed: Placed) -> list[str]:
+    """Return what is wrong where the tensors and `lora_bias` do not say the same."""
+    held = {place.module for place in placed.keys.values() if place.part == "lora_B.weight"}
+    biased = {place.module for place in placed.keys.values() if place.part == "lora_B.bias"}
+    if biased and not config.get("lora_bias"):
+        return [
+            f"the file has a lora_B.bias for {len(biased)} layers, and adapter_config.json does "
+            "not say lora_bias: PEFT leaves them out; mend it if they belong to it"
+        ]
+    lacking = sorted(held - biased) if config.get("lora_bias") else []
+    if not lacking:
+        return []
+    return [
+        f"adapter_config.json says lora_bias, and the file has no lora_B.bias for {len(lacking)} "
+        f"layers, such as {quoted(lacking[0])}; it is not whole (was a part of it lost?)"
+    ]
 
 
 def _hollow(tensors: Mapping[str, Tensor]) -> list[str]:
