@@ -20,6 +20,7 @@ from tests.api.foreign_adapters import (
     merged,
     save_peft,
 )
+from tests.model.every_family import write_tiny
 from transformers import AutoModelForCausalLM
 
 import graft
@@ -244,3 +245,29 @@ def test_a_merge_says_what_it_went_into(untied, tmp_path) -> None:
     graft.adopt(adapter, tmp_path / "rounded", format="nf4")
     report = graft.merge(tmp_path / "rounded", tmp_path / "two", into="original")
     assert report.into == f"the original base, {untied} (unquantised)"
+
+
+def test_two_adapters_are_merged_one_after_the_other(tiny_base, tmp_path) -> None:
+    first, second = low_rank(dense(tiny_base)), low_rank(dense(tiny_base), ("q_proj", "down_proj"))
+    save_peft(tmp_path / "a", first, tiny_base)
+    save_peft(tmp_path / "b", second, tiny_base, target_modules=["q_proj", "down_proj"])
+    graft.adopt(tmp_path / "a", tmp_path / "run")
+    graft.merge(tmp_path / "run", tmp_path / "one", dtype="float32")
+    graft.adopt(tmp_path / "b", tmp_path / "run2", model=str(tmp_path / "one"))
+    graft.export_model(tmp_path / "run2", "hf", tmp_path / "both")
+    expected = merged(dense(tiny_base), first)
+    assert distance(logits(dense(tmp_path / "one")), expected) < SAME
+    both = merged(dense(tmp_path / "one"), second)
+    assert distance(logits(dense(tmp_path / "both")), both) < SAME < distance(expected, both)
+
+
+@pytest.mark.parametrize("family", ["gemma", "gemma2", "gemma3_text"])
+def test_the_merged_gemma_is_the_adapted_one(family, tiny_base, tmp_path) -> None:
+    base = tmp_path / "base"
+    tensors = low_rank(write_tiny(family, base, tiny_base), ("q_proj", "down_proj"))
+    save_peft(tmp_path / "a", tensors, base, target_modules=["q_proj", "down_proj"])
+    graft.adopt(tmp_path / "a", tmp_path / "run")
+    graft.merge(tmp_path / "run", tmp_path / "one")
+    expected = merged(dense(base), tensors)
+    assert distance(logits(dense(tmp_path / "one")), expected) < SAME
+    assert distance(logits(dense(base)), expected) > 10 * SAME

@@ -7,9 +7,10 @@ import shutil
 
 import gguf
 import pytest
+import torch
 from tests.api.foreign_adapters import low_rank, save_peft
 from tests.model.every_family import write_tiny
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import graft
 from graft.api.events import Events
@@ -53,6 +54,29 @@ def test_folders_keep_the_token_and_tell_it(target, padded, tmp_path):
     if target == "hf":
         again = load_model(str(tmp_path / "out"))
         assert again.model.config.vocab_size == len(again.tokenizer) - 1
+
+
+@pytest.mark.parametrize("target", ["hf", "gguf"])
+def test_settings_that_name_the_token_for_padding_lose_it(target, padded, tmp_path):
+    plain = load_model(str(padded)).model
+    for name in ("config.json", "generation_config.json"):
+        settings = json.loads((padded / name).read_text()) if (padded / name).is_file() else {}
+        number = plain.config.vocab_size
+        (padded / name).write_text(json.dumps(settings | {"pad_token_id": number}))
+    told = []
+
+    class Told(Events):
+        def note(self, text):
+            told.append(text)
+
+    graft.export_model(padded, target, tmp_path / "out", events=Told())
+    assert any(f"pad_token_id of config.json, {number}, is left out" in text for text in told)
+    if target == "hf":
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        assert again.generation_config.pad_token_id is None
+        ids = torch.arange(4, 20)[None]
+        with torch.no_grad():
+            assert torch.equal(again(ids).logits, plain(ids).logits)
 
 
 def test_a_run_with_such_a_token_is_trained_and_exported(padded, rows, tmp_path):

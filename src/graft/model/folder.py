@@ -101,6 +101,20 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     return config
 
 
+def without_padding_beyond(
+    settings: PreTrainedConfig | GenerationConfig, rows: object
+) -> int | None:
+    """Take away a pad_token_id that is beyond a model's rows of embeddings, and return it.
+
+    Whoever adds a token for padding and resizes nothing leaves one, and no such embedding is built.
+    """
+    padding = getattr(settings, "pad_token_id", None)
+    if not isinstance(padding, int) or not isinstance(rows, int) or padding < rows:
+        return None
+    settings.pad_token_id = None
+    return padding
+
+
 def _is_unknown(model_type: object) -> bool:
     return not isinstance(model_type, str) or model_type not in CONFIG_MAPPING
 

@@ -19,7 +19,7 @@ from graft.layers.registry import kind_of
 from graft.model.buffers import initialise_buffers
 from graft.model.conversions import check_names
 from graft.model.devices import resolve_device, resolve_dtype
-from graft.model.folder import read_generation_config
+from graft.model.folder import read_generation_config, without_padding_beyond
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import linear_shape, select_targets
 
@@ -88,6 +88,7 @@ def load_model(
         loader = _Loader(built, subject, formats, stored, (kept, target_device), pack, build)
         loader.run(on_tensor)
     if generation_config is not None:
+        without_padding_beyond(generation_config, getattr(built.config, "vocab_size", None))
         built.generation_config = generation_config
         if subject.tokenizer_folder is not None:  # whose texts end elsewhere
             built.config.eos_token_id = generation_config.eos_token_id

@@ -23,6 +23,7 @@ from graft.model.folder import (
     read_quantisation,
     read_tokenizer,
     stored_formats,
+    without_padding_beyond,
 )
 from graft.model.foreign import modules_within, parameters_on_meta
 from graft.model.internals import stays_float32
@@ -67,6 +68,9 @@ class Subject:
 
     tokenizer_folder: Path | None = None
     """Where its tokenizer lies, with the defaults of generation; None: beside the weights."""
+    padding: int | None = None
+    """What config.json gave as pad_token_id, where that is beyond the embeddings; `stated` has
+    none then."""
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -146,6 +150,7 @@ class Subject:
             *self.weight_files.notes,
             *([parted_note(self.parted)] if self.parted else []),
             *([left_note(self.left_out)] if self.left_out else []),
+            *([_padding_note(self.padding, self.stated)] if self.padding is not None else []),
         )
 
     @cached_property
@@ -245,8 +250,16 @@ def open_subject(
     folder = find_folder(str(model), config_alone)
     config = read_config(folder, trust_remote_code)
     check_text_only(config, folder)
+    padding = without_padding_beyond(config, getattr(config, "vocab_size", None))
     return Subject(
-        folder, config, trust_remote_code, config_alone, ties_as_stated, tokenizer_folder
+        folder, config, trust_remote_code, config_alone, ties_as_stated, tokenizer_folder, padding
+    )
+
+
+def _padding_note(padding: int, config: PreTrainedConfig) -> str:
+    return (
+        f"pad_token_id of config.json, {padding}, is left out: the model has "
+        f"{config.vocab_size} embeddings"
     )
 
 

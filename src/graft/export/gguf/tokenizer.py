@@ -76,7 +76,7 @@ def convert_tokenizer(
     whole: dict[str, int] = backend.get_vocab(with_added_tokens=True)
     vocabulary = {token: index for token, index in whole.items() if index < config.vocab_size}
     special_ids = _special_ids(tokenizer, config)
-    beyond = [token for token in whole if token not in vocabulary]
+    beyond = sorted(whole.keys() - vocabulary.keys(), key=lambda token: whole[token])
     beyond_problems = _beyond_problems(tokenizer, beyond, whole, added, config.vocab_size)
     if special_ids.get("pad", 0) >= config.vocab_size:
         del special_ids["pad"]
