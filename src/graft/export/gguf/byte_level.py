@@ -18,7 +18,6 @@ from graft.understood import tokenizing
 _LETTERS = decoders.ByteLevel()
 _NEAREST = 2
 """How many of the nearest are looked at token by token."""
-_TOLD = 3
 
 
 class _Difference(NamedTuple):
@@ -114,9 +113,9 @@ def _differences(
 
 def _rounded_note(name: str, differences: Sequence[_Difference]) -> str:
     return (
-        f"llama.cpp's pre-tokenizer {name!r}, which is the one for this tokenizer, cuts rare texts "
-        "otherwise (letters beyond ASCII in upper case, combining marks, spaces beyond ASCII): "
-        + "; ".join(f"the tokenizer cuts {difference}" for difference in differences[:_TOLD])
+        f"llama.cpp's pre-tokenizer {name!r}, the one for this tokenizer, cuts rare texts "
+        "otherwise (letters beyond ASCII in upper case, combining marks, spaces beyond ASCII): the "
+        f"tokenizer cuts {differences[0]}"
     )
 
 
