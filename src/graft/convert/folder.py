@@ -61,9 +61,12 @@ class ForeignFolder:
         """
         if self.asked.text_part:
             return self._text_part(tensors).text
-        config = self._plain_config
-        check_text_only(config, self.folder)
-        return build_skeleton(config, tensors=tensors)
+        self.check_text_only()
+        return build_skeleton(self._plain_config, tensors=tensors)
+
+    def check_text_only(self) -> None:
+        """Raise GraftError for a model that takes more than text, with the way to its text part."""
+        check_text_only(self._plain_config, self.folder)
 
     def names(self, keys: Iterable[str]) -> dict[str, str]:
         """Return the name in the model of each tensor of its files, by its name there.
