@@ -159,15 +159,21 @@ def check_parts(
     expected: (shape, dtypes) of each part of the layer's name.
     """
     for part, (shape, dtypes) in expected.items():
-        key = f"{name}.{part}"
-        if key not in files:
-            raise GraftError(f"tensor {key} is missing")
-        if files.shape(key) != shape or files.dtype(key) not in dtypes:
-            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise GraftError(
-                f"{key} is {str(files.dtype(key)).removeprefix('torch.')} "
-                f"{list(files.shape(key))}; expected {kinds} {list(shape)}"
-            )
+        check_part(files, f"{name}.{part}", shape, dtypes)
+
+
+def check_part(
+    files: WeightFiles, key: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Raise GraftError unless the tensor is there, in that shape and one of the dtypes."""
+    if key not in files:
+        raise GraftError(f"tensor {key} is missing")
+    if files.shape(key) != shape or files.dtype(key) not in dtypes:
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise GraftError(
+            f"{key} is {str(files.dtype(key)).removeprefix('torch.')} "
+            f"{list(files.shape(key))}; expected {kinds} {list(shape)}"
+        )
 
 
 def size(files: WeightFiles, key: str, axis: int) -> int:
