@@ -64,8 +64,11 @@ def test_widths_between_are_held_in_8_bits(bits, make, assert_converted):
     assert report.layers == {"int, 8 bits, groups of 32": 14}
 
 
+FLOATS = {"bits": 16, "data_type": "float"}
+
+
 def test_layers_of_several_widths(tiny_base, make, tmp_path):
-    extra = {LAYER: {"bits": 2, "group_size": 16}, "model.layers.1.mlp.up_proj": {"bits": 16}}
+    extra = {LAYER: {"bits": 2, "group_size": 16}, "model.layers.1.mlp.up_proj": FLOATS}
     folder = make(gptq_layer(4, 32), packing_format="auto_round:auto_gptq", extra_config=extra)
     dense = load_file(tiny_base / "model.safetensors")
 
@@ -81,6 +84,7 @@ def test_layers_of_several_widths(tiny_base, make, tmp_path):
     change_tensors(folder, change)
     report = graft.convert_model(folder, tmp_path / "out")
     assert sum(report.layers.values()) == len(linear_names(dense)) - 1
+    assert not any("which the settings do not say" in note for note in report.notes)
     layers = dict(frozen_layers(graft.load(tmp_path / "out", dtype="float32")[0]))
     assert layers[LAYER].weight_format == IntGroupFormat(2, 16)
     weight = gptq_weight(load_file(folder / "model.safetensors"), LAYER, 2)

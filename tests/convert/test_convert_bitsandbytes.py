@@ -153,6 +153,18 @@ def replaced(part, value):
     return lambda tensors: tensors.update({f"{LAYER}.{part}": value})
 
 
+def test_an_int8_layer_of_two_layouts_is_refused(tiny_base, tmp_path):
+    def quantise(_, weight):
+        rows = weight.abs().amax(1)
+        codes = (weight / rows[:, None] * 127).round().to(torch.int8)
+        return {"weight": codes, "SCB": rows, "weight_format": torch.zeros(2).byte()}
+
+    described = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", described, quantise)
+    with pytest.raises(GraftError, match=r"q_proj is not understood: .*one element"):
+        graft.convert_model(folder, tmp_path / "out")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

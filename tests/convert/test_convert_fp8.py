@@ -264,3 +264,15 @@ def test_the_experts_of_gpt_oss(tiny_base, tmp_path, logits):
         assert torch.equal(stored[key], expected)
     found = logits(graft.load(tmp_path / "out", dtype="float32")[0])
     torch.testing.assert_close(found, logits(model), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"), [({"ignored_layers": [LAYER]}, 0), ({}, 1), ({"ignore": 3}, 1)]
+)
+def test_layers_that_the_settings_leave_out_are_not_told(said, told, tiny_base, tmp_path):
+    names = [name for name in linear_names(load_file(tiny_base / WEIGHTS)) if name != LAYER]
+    quantise = fp8_layer(blocks(10**6, 10**6), "weight_scale")
+    settings = {"quant_method": "fp8", "activation_scheme": "static"} | said
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", settings, quantise, names)
+    report = graft.convert_model(folder, tmp_path / "out", config=ASKED)
+    assert sum("which the settings do not say" in note for note in report.notes) == told

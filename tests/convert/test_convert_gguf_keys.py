@@ -160,6 +160,11 @@ def test_a_key_that_changes_the_result_is_an_error_that_names_it(name, value, ki
         ),
         ([("llama.rope.scaling.factor", -2.0, FLOAT)], "the factor of rope scaling is -2"),
         ([("llama.rope.freq_base", float("nan"), FLOAT)], "freq_base is nan; expected a finite"),
+        ([("llama.rope.freq_base", -5.0, FLOAT)], "freq_base is -5; expected at least 1e-06"),
+        (
+            [("llama.attention.layer_norm_rms_epsilon", -1.0, FLOAT)],
+            "layer_norm_rms_epsilon is -1; expected at least 0",
+        ),
         (
             [("llama.feed_forward_length", [96, 64], Value.ARRAY, INT)],
             "feed_forward_length differs from layer to layer (64, 96)",

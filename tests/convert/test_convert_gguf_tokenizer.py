@@ -18,7 +18,7 @@ from graft.convert.readers.gguf_source import gguf_source
 from graft.errors import GraftError
 from graft.model.gguf.file import read_gguf
 from graft.model.gguf.tokenizer import make_tokenizer
-from graft.model.gguf.tokens import read_tokens
+from graft.model.gguf.tokens import TokenList, read_tokens
 from graft.model.probe import probe_texts
 
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -257,6 +257,15 @@ def test_a_tokenizer_of_scored_pieces(tmp_path):
         assert found(text)["input_ids"] == [0, *(ids[piece] for piece in joined(text, known))]
     assert found("é</s>")["input_ids"] == [0, 259, ids["<0xC3>"], ids["<0xA9>"], 2]
     assert found.decode(found(" a b")["input_ids"], skip_special_tokens=True) == " a b"
+
+
+def test_a_token_of_a_million_letters_is_no_piece():
+    texts, kinds = ["<unk>", "a", "a" * 1_000_000], [TokenType.UNKNOWN] + [TokenType.NORMAL] * 2
+    tokens = TokenList(
+        "llama", "default", texts, kinds, [0.0] * 3, [], {"unk": 0}, False, False, True, None
+    )
+    with pytest.raises(GraftError, match=r"has 1,000,000 letters; expected at most 256"):
+        make_tokenizer(tokens, "m.gguf")
 
 
 def test_a_file_without_tokens_asks_for_the_folder(tmp_path):

@@ -110,6 +110,13 @@ def test_what_does_not_fit_is_refused(change, words, make, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_letters_that_are_none_are_refused(make, tmp_path):
+    folder, _ = make()
+    change_tensors(folder, lambda t: t.update({f"{LAYER}.packing": torch.tensor([1.5e9])}))
+    with pytest.raises(GraftError, match=f"{LAYER} is not understood: chr"):
+        graft.convert_model(folder, tmp_path / "out")
+
+
 def test_parts_that_are_not_known_are_refused(tiny_base, make, tmp_path):
     folder, _ = make()
     change_tensors(folder, lambda tensors: tensors.update({f"{LAYER}.rotation": torch.ones(64)}))

@@ -195,3 +195,21 @@ def test_an_archive_holds_no_more_than_its_size(tensors, bare) -> None:
         archive._didModify = True
     with pytest.raises(GraftError, match="bytes and says that .* are in it"):
         graft.convert_model(bare, bare.parent / "out")
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod."])
+def test_a_wrapper_before_every_name_is_taken_off(prefix, tensors, bare, check):
+    wrapped = {prefix + name: tensor for name, tensor in tensors.items()}
+    torch.save(wrapped, bare / "pytorch_model.bin")
+    check(bare)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [(lambda t: t.to_sparse(), "sparse_coo"), (lambda t: t.to("meta"), "without data")],
+)
+def test_tensors_that_are_no_arrays_are_refused(change, kind, tensors, bare, tmp_path):
+    name = "model.layers.0.mlp.up_proj.weight"
+    torch.save(tensors | {name: change(tensors[name])}, bare / "pytorch_model.bin")
+    with pytest.raises(GraftError, match=f"'{name}' is {kind}; expected a dense tensor"):
+        graft.convert_model(bare, tmp_path / "out")

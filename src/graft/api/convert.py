@@ -53,11 +53,11 @@ def convert_model(
 ) -> ConvertReport:
     """Write the folder `out`, which everything in graft takes as it takes its own.
 
-    source: a folder (or hub id) of GPTQ, AWQ, bitsandbytes or MLX weights, a folder of pickled
-    PyTorch weights, a GGUF file, or one pickled file beside its config.json. tokenizer: its folder,
-    which a GGUF file needs where it describes none itself. config: what to do beyond what the
-    files say; with `dequantise` all weights become floats, else integers, codes and codebooks are
-    kept. Nothing is quantised again.
+    source: a folder (or hub id) of weights that a tool in `graft.convert.registry` quantised or
+    pickled, a GGUF file, or one pickled file beside its config.json. tokenizer: its folder, which a
+    GGUF file needs where it describes none itself. config: what to do beyond what the files say;
+    with `dequantise` all weights become floats, else integers, codes and codebooks are kept.
+    Nothing is quantised again.
     Raises GraftError with everything that graft cannot hold, before anything is written.
     """
     events = events or Events()

@@ -19,7 +19,7 @@ class ConvertArguments(ConvertConfig):
     """What to bring in, and where to."""
 
     source: Positional
-    """A folder or hub id of GPTQ, AWQ, bitsandbytes or MLX weights, a folder of pickled PyTorch
+    """A folder or hub id of weights that another tool quantised, a folder of pickled PyTorch
     weights (they are not downloaded), a GGUF file, or one pickled file beside its config.json."""
     out: str
     """Folder to write."""

@@ -60,6 +60,7 @@ def open_source(path: str, asked: ConvertConfig) -> tuple[Source, Path]:
         raise GraftError(f"{folder} holds no weights; {_what_is_read()}")
     if asked.text_part:
         return _told(plain_source(found), found), folder
+    found.check_text_only()
     raise GraftError(
         f"{folder} holds nothing to convert: its weights are not quantised, and graft takes "
         "them as they are (graft train --model, graft quantize --model)"

@@ -61,9 +61,12 @@ class ForeignFolder:
         """
         if self.asked.text_part:
             return self._text_part(tensors).text
-        config = self._plain_config
-        check_text_only(config, self.folder)
-        return build_skeleton(config, tensors=tensors)
+        self.check_text_only()
+        return build_skeleton(self._plain_config, tensors=tensors)
+
+    def check_text_only(self) -> None:
+        """Raise GraftError for a model that takes more than text, with the way to its text part."""
+        check_text_only(self._plain_config, self.folder)
 
     def names(self, keys: Iterable[str]) -> dict[str, str]:
         """Return the name in the model of each tensor of its files, by its name there.
@@ -156,15 +159,21 @@ def check_parts(
     expected: (shape, dtypes) of each part of the layer's name.
     """
     for part, (shape, dtypes) in expected.items():
-        key = f"{name}.{part}"
-        if key not in files:
-            raise GraftError(f"tensor {key} is missing")
-        if files.shape(key) != shape or files.dtype(key) not in dtypes:
-            kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise GraftError(
-                f"{key} is {str(files.dtype(key)).removeprefix('torch.')} "
-                f"{list(files.shape(key))}; expected {kinds} {list(shape)}"
-            )
+        check_part(files, f"{name}.{part}", shape, dtypes)
+
+
+def check_part(
+    files: WeightFiles, key: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]
+) -> None:
+    """Raise GraftError unless the tensor is there, in that shape and one of the dtypes."""
+    if key not in files:
+        raise GraftError(f"tensor {key} is missing")
+    if files.shape(key) != shape or files.dtype(key) not in dtypes:
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise GraftError(
+            f"{key} is {str(files.dtype(key)).removeprefix('torch.')} "
+            f"{list(files.shape(key))}; expected {kinds} {list(shape)}"
+        )
 
 
 def size(files: WeightFiles, key: str, axis: int) -> int:

@@ -45,7 +45,7 @@ def of_layer(name: str) -> Iterator[None]:
         with understood(name):
             yield
     except GraftError as error:
-        if str(error).startswith(name):
+        if name in str(error):
             raise
         raise GraftError(f"{name}: {error}") from error
 

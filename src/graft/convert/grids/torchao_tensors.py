@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from graft.convert.config import ConvertConfig
-from graft.convert.folder import FLOATS
+from graft.convert.folder import FLOATS, check_part
 from graft.convert.grids.affine import Grid, affine_layer, neighbours, rows_layer
 from graft.convert.grids.floats import FP8, block_of, e2m1, overall_scale, scale_of, scaled
 from graft.convert.grids.integers import Rounding
@@ -56,15 +56,6 @@ def _plain(value: Any) -> Any:
     return value.get("_data") if isinstance(value, dict) else value
 
 
-def _check(files: WeightFiles, key: str, shape: tuple[int, ...], dtypes: tuple[Any, ...]) -> None:
-    if files.shape(key) != shape or files.dtype(key) not in dtypes:
-        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise GraftError(
-            f"{key} is {str(files.dtype(key)).removeprefix('torch.')} {list(files.shape(key))}; "
-            f"expected {kinds} {list(shape)}"
-        )
-
-
 def _block(files: WeightFiles, stored: Stored, shape: Shape) -> Shape:
     """Return the block that shares a scale; raises GraftError where block_size is another."""
     key = stored.prefix + "scale"
@@ -82,7 +73,7 @@ def _integers(
     files: WeightFiles, stored: Stored, asked: ConvertConfig, rounding: Rounding, shape: Shape
 ) -> QuantisedLayer | DenseLayer:
     qdata, scale = stored.prefix + "qdata", stored.prefix + "scale"
-    _check(files, qdata, shape, (torch.int8,))
+    check_part(files, qdata, shape, (torch.int8,))
     bits = _bits(stored)
     block = _block(files, stored, shape)
     if block[0] not in (1, shape[0]):
@@ -135,12 +126,12 @@ def _int4(
 ) -> QuantisedLayer | DenseLayer:
     qdata, scale, zero = (stored.prefix + part for part in ("qdata", "scale", "zero_point"))
     rows, columns = shape
-    _check(files, qdata, (rows, columns // 2), (torch.int8, torch.uint8))
+    check_part(files, qdata, (rows, columns // 2), (torch.int8, torch.uint8))
     groups = files.shape(scale)[0] if len(files.shape(scale)) == 2 else 0
     if not groups or columns % groups:
         raise GraftError(f"{scale} is {list(files.shape(scale))}; expected [groups, {rows}]")
     for key in (scale, zero):
-        _check(files, key, (groups, rows), FLOATS)
+        check_part(files, key, (groups, rows), FLOATS)
     stated = stored.attributes.get("block_size")
     if stated and stated != [1, columns // groups]:
         raise GraftError(f"{scale} is {list(files.shape(scale))}, and block_size {quoted(stated)}")
@@ -158,7 +149,7 @@ def _int4(
 def _float8(
     files: WeightFiles, stored: Stored, asked: ConvertConfig, rounding: Rounding, shape: Shape
 ) -> DenseLayer:
-    _check(files, stored.prefix + "qdata", shape, FP8)
+    check_part(files, stored.prefix + "qdata", shape, FP8)
     return _floats(files, stored, "FP8", shape, _block(files, stored, shape))
 
 
@@ -175,7 +166,7 @@ def _mx(
     if element != expected:
         raise GraftError(f"{qdata} is {expected}, and elem_dtype {quoted(element)}")
     width = shape[1] // 2 if packed else shape[1]
-    _check(files, qdata, (shape[0], width), (torch.uint8, *FP8))
+    check_part(files, qdata, (shape[0], width), (torch.uint8, *FP8))
     kinds = (torch.float8_e8m0fnu,) if stored.kind == "MXTensor" else (torch.float8_e4m3fn,)
     grid, scale = (shape[0], shape[1] // size), stored.prefix + "scale"
     swizzled = bool(stored.attributes.get("is_swizzled_scales"))

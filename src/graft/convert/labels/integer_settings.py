@@ -138,8 +138,9 @@ def _problems(settings: dict[str, Any], where: str) -> list[str]:
         for key, what in _CHANGING.items()
         if settings.get(key)
     ]
-    kind = settings.get("data_type")
-    if kind is not None and not str(kind).startswith("int"):
+    kind, bits = settings.get("data_type"), settings.get("bits")
+    plain = type(bits) is int and bits >= 16  # such a layer is not quantised
+    if kind is not None and not plain and not str(kind).startswith("int"):
         problems.append(f"{where}data_type is {quoted(kind)}; graft reads integers here: {advice}")
     words = settings.get("pack_dtype")
     if words is not None and str(words).removeprefix("torch.") != "int32":

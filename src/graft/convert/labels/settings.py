@@ -31,7 +31,10 @@ def rounds_inputs(tool: str, what: str = "the inputs of quantised layers") -> st
     )
 
 
-_LEFT_OUT = ("ignore", "modules_to_not_convert", "llm_int8_skip_modules", "exclude_modules")
+_LEFT_OUT = (
+    *("ignore", "ignored_layers", "modules_to_not_convert", "llm_int8_skip_modules"),
+    *("exclude_modules", "skip_modules"),
+)
 """What tools call the list of layers that stay as they are."""
 
 
@@ -40,13 +43,22 @@ def unnamed(folder: ForeignFolder, plain: Collection[str]) -> list[str]:
 
     A name there is a part of a layer's, a pattern with stars, or with `re:` a regular expression.
     """
+    stated = [folder.settings.get(key) for key in _LEFT_OUT]
     words = [
         word
-        for key in _LEFT_OUT
-        for word in folder.settings.get(key) or ()
-        if isinstance(word, str)
+        for names in stated
+        if isinstance(names, list)
+        for word in names
+        if isinstance(word, str) and word
     ]
     patterns = [f"{word[3:]}.*" for word in words if word.startswith("re:")]
+    by_layer = {key: folder.settings.get(key) for key in ("dynamic", "extra_config")}
+    for own in by_layer.values():
+        for word, said in own.items() if isinstance(own, dict) else ():
+            if word.startswith("-:"):  # GPTQModel's: not quantised
+                patterns.append(f"{word[2:]}.*")
+            elif isinstance(said, dict) and said.get("bits") == 16:
+                words.append(word)
     named = {name for found in match_names(patterns, list(plain)) for name in found.names}
     named |= {
         name

@@ -43,7 +43,7 @@ def unread_tool(folder: ForeignFolder) -> str | None:
         return _BY_METHOD[method.lower()]
     if folder.settings or not any(folder.folder.glob("*.safetensors")):
         return None
-    for key in folder.weights():
+    for key in folder.files():
         for ending, words in _BY_TENSOR.items():
             if key.endswith(ending):
                 return words

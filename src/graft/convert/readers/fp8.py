@@ -47,7 +47,7 @@ class Fp8Reader(Reader):
         stored = any(folder.folder.glob("*.safetensors"))
         if not stored or (folder.folder / SETTINGS_OF_MODELOPT).is_file():
             return False
-        files = folder.weights()
+        files = folder.files()
         return any(files.dtype(key) in FP8 for key in files)
 
     def open_folder(self, folder: ForeignFolder) -> Source:

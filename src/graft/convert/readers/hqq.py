@@ -19,7 +19,7 @@ from graft.convert.folder import ForeignFolder, open_folder, plain_tensors
 from graft.convert.grids.hqq_layers import hqq_layer
 from graft.convert.grids.integers import Rounding
 from graft.convert.labels.settings import unread
-from graft.convert.readers.pickled import unpickled
+from graft.convert.readers.pickled import check_dense, unpickled
 from graft.convert.source import PlainTensor, Source
 from graft.errors import GraftError
 from graft.model.folder import find_folder
@@ -60,7 +60,7 @@ class HqqReader(Reader):
         if folder.settings:
             return folder.settings.get("quant_method") == "hqq"
         stored = any(folder.folder.glob("*.safetensors"))
-        return stored and any(key.endswith(_CODES) for key in folder.weights())
+        return stored and any(key.endswith(_CODES) for key in folder.files())
 
     def open_folder(self, folder: ForeignFolder) -> Source:
         """Return what is in the folder; raises GraftError for what hqq does not write."""
@@ -127,6 +127,7 @@ def _pickled_source(folder: ForeignFolder) -> Source:
             described = {"bias": state.get("bias")}
         for part, tensor in described.items():
             if isinstance(tensor, Tensor):
+                check_dense(path, f"{name}.{part}", tensor)
                 make = partial(_given, tensor)
                 tensors[f"{name}.{part}"] = PlainTensor(tuple(tensor.shape), tensor.dtype, make)
             elif tensor is not None:

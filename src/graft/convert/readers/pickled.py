@@ -36,6 +36,8 @@ from graft.understood import understood
 
 _INSIDE = ("state_dict", "model", "module")
 """Keys under which training programs keep the weights beside other things."""
+_WRAPPERS = ("module.", "_orig_mod.")
+"""What DistributedDataParallel and torch.compile put before the name of every tensor."""
 _ZIP = b"PK\x03\x04"
 """Begins every file that torch takes for an archive."""
 
@@ -186,7 +188,21 @@ def pickled_tensors(path: Path) -> dict[str, Tensor]:
     }
     if not tensors:
         raise GraftError(f"{path} holds no tensors by name")
+    for name, tensor in tensors.items():
+        check_dense(path, name, tensor)
+    for prefix in _WRAPPERS:
+        if all(name.startswith(prefix) for name in tensors):
+            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
     return tensors
+
+
+def check_dense(path: Path, name: str, tensor: Tensor) -> None:
+    """Raise GraftError for a tensor that is not an array of numbers in memory."""
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        kind = "without data" if tensor.is_meta else str(tensor.layout).removeprefix("torch.")
+        raise GraftError(
+            f"{path}: {quoted(name)} is {kind}; expected a dense tensor: save the weights again"
+        )
 
 
 def _check_archive(path: Path) -> bool:

@@ -123,6 +123,12 @@ def _problems(file: GgufFile, architecture: str, sizes: dict[str, int]) -> list[
                 f"metadata {architecture}.{key} is {quoted(found)}, and heads are "
                 f"{sizes['head_dim']} wide; graft reads models where the two are equal"
             )
+    for key, least in (("attention.layer_norm_rms_epsilon", 0.0), ("rope.freq_base", 1e-6)):
+        stated = file.metadata.get(f"{architecture}.{key}")
+        if isinstance(stated, float) and stated < least:
+            problems.append(
+                f"metadata {architecture}.{key} is {stated:g}; expected at least {least:g}"
+            )
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if isinstance(tokens, Array) and tokens.count != sizes["vocab_size"]:
         problems.append(

@@ -26,6 +26,8 @@ _ALIKE = {
 _OWN = {name: own for own, names in _ALIKE.items() for name in names.split()}
 _TABLE = {row.name: row for row in PRE_TOKENIZERS}
 _SPACE = "▁"
+_LONGEST = 256
+"""Letters of a token of SentencePiece's, which has 16 unless told otherwise."""
 _TYPES = (TokenType.CONTROL, TokenType.USER_DEFINED, TokenType.UNKNOWN)
 """What is cut out of a text before anything is merged."""
 
@@ -47,10 +49,17 @@ def make_tokenizer(tokens: TokenList, where: object) -> PreTrainedTokenizerBase:
         raise GraftError(f"{where}: two of its tokens are alike; give the tokenizer's folder")
     with understood(where, "holds a tokenizer that cannot be made"):
         backend = makers[tokens.model](tokens, vocabulary)
-        for index in tokens.of_type(*_TYPES):
-            special = tokens.types[index] != TokenType.USER_DEFINED
-            token = AddedToken(tokens.texts[index], special=special, normalized=False)
-            (backend.add_special_tokens if special else backend.add_tokens)([token])
+        # All at once: each call goes through all that were added before.
+        backend.add_tokens(
+            [
+                AddedToken(
+                    tokens.texts[index],
+                    special=tokens.types[index] != TokenType.USER_DEFINED,
+                    normalized=False,
+                )
+                for index in tokens.of_type(*_TYPES)
+            ]
+        )
         _surround(backend, tokens)
         names = {f"{name}_token": tokens.texts[id_] for name, id_ in tokens.special_ids.items()}
         made = PreTrainedTokenizerFast(
@@ -119,6 +128,12 @@ def _merges_by_score(tokens: TokenList, vocabulary: dict[str, int]) -> list[tupl
     SentencePiece joins the neighbours whose union has the highest score.
     """
     usual = {tokens.texts[index] for index in tokens.of_type(TokenType.NORMAL)}
+    longest = max(map(len, usual), default=0)
+    if longest > _LONGEST:
+        raise GraftError(
+            f"one of its tokens has {longest:,} letters; expected at most {_LONGEST}: give the "
+            "folder of the model's tokenizer (--tokenizer)"
+        )
     found = [
         (-tokens.scores[vocabulary[text]], text[:cut], text[cut:])
         for text in usual
