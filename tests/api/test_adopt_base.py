@@ -160,6 +160,32 @@ def test_a_16_bit_base_keeps_its_size_and_the_trained_head_its_digits(untied, tm
     assert distance(logits(graft.load(tmp_path / "run")[0]), merged(model, tensors)) < SAME
 
 
+def test_a_merge_keeps_what_a_16_bit_base_was_given_or_measures_its_rounding(
+    untied, tmp_path
+) -> None:
+    half = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(untied, dtype=torch.bfloat16).save_pretrained(half)
+    copy_tokenizer(untied, half)
+    model = dense(half)
+    head = model.lm_head.weight.detach() + torch.randn_like(model.lm_head.weight) * 0.01
+    tensors = {f"{PREFIX}lm_head.weight": head}
+    adapter = save_peft(
+        tmp_path / "a", low_rank(model) | tensors, half, modules_to_save=["lm_head"]
+    )
+    graft.adopt(adapter, tmp_path / "run")
+    exact = graft.merge(tmp_path / "run", tmp_path / "wide", dtype="float32")
+    kept = load_file(tmp_path / "wide" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(kept, head)
+    rounded = graft.merge(tmp_path / "run", tmp_path / "narrow")
+    kept = load_file(tmp_path / "narrow" / "model.safetensors")["lm_head.weight"]
+    assert torch.equal(kept, head.bfloat16())
+    assert exact.max_logit_difference < 1e-5 * exact.max_logit < rounded.max_logit_difference
+    before, after = (
+        logits(graft.load(tmp_path / folder, dtype="float32")[0]) for folder in ("run", "narrow")
+    )
+    assert rounded.max_logit_difference < 4 * (before - after).abs().max()
+
+
 MISFITS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "only the embeddings resized": (
         {"model.embed_tokens.weight": torch.ones(9, 64)},

@@ -31,7 +31,7 @@ from graft.layers.frozen import FrozenLinear
 from graft.model.adapter_files import check_adapter_file, load_adapter
 from graft.model.hub import base_name
 from graft.model.load import LoadedModel, load_model
-from graft.model.save import save_model
+from graft.model.save import round_as_saved, save_model
 from graft.model.subject import open_subject
 
 Into = Literal["trained", "original"]
@@ -111,7 +111,12 @@ def merge(
             load_adapter(loaded.model, run / START, start)
             activate_adapters(loaded.model, active)
     report = merge_loaded(
-        loaded, original=unquantised, start=start, dtype=merged_dtype, events=events
+        loaded,
+        original=unquantised,
+        start=start,
+        dtype=merged_dtype,
+        whole=True,
+        events=events,
     )
     save_model(loaded, target, merged_dtype, beside={MERGE_REPORT: asdict(report)})
     return report
@@ -143,13 +148,15 @@ def merge_loaded(
     start: str | None = None,
     dtype: torch.dtype = torch.float32,
     target: WeightFormat | None = None,
+    whole: bool = False,
     events: Events | None = None,
 ) -> MergeReport:
     """Merge the active adapters of a loaded model in place and measure what that changed.
 
     `target` re-quantises to a format; else grid adapters keep theirs and the rest becomes dense in
     `dtype`, as does a layer without an adapter that is stored as nf4, fp4 or int8. `start` names
-    the adapter as it started, where that is to be left out of `original`.
+    the adapter as it started, where that is to be left out of `original`. whole: a model that is
+    dense then is rounded to `dtype` outside its layers too, as a folder stores it.
     """
     events = events or Events()
     model = loaded.model
@@ -179,6 +186,8 @@ def merge_loaded(
         into = f"the original base, {original.name}"
         if original.given:
             take_the_rest(model, original.loaded.model, original.kept)
+    if whole and not any(layer.weight_format.quantised for _, layer in frozen_layers(model)):
+        round_as_saved(model, dtype)
     merged = _probe(loaded)
     return MergeReport(
         into=into,

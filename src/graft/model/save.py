@@ -123,6 +123,19 @@ def _plain_tensors(
             yield FileTensor(weight, shape, dtype, partial(_dense, layer, dtype))
 
 
+def round_as_saved(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give a model without quantised layers the values that `save_plain_model` stores in `dtype`.
+
+    What that changes nothing of stays where it is, memory-mapped or not.
+    """
+    for name, parameter in model.named_parameters():
+        floating = parameter.is_floating_point() and parameter.dtype != dtype
+        if floating and not stays_float32(model, name, dtype):
+            rounded = parameter.data.to(dtype).to(parameter.dtype)
+            if not torch.equal(rounded, parameter.data):
+                parameter.data = rounded
+
+
 def _dense(layer: FrozenLinear, dtype: torch.dtype) -> Tensor:
     return kind_of(layer).stored(layer, layer.dense_weight(torch.float32)).to(dtype)
 

@@ -12,6 +12,7 @@ import torch
 
 from graft.adapters.registry import method_of
 from graft.api.config import TrainConfig
+from graft.api.run.adopted import base_changes
 from graft.api.run.layout import (
     ADAPTER,
     BASE,
@@ -110,6 +111,8 @@ def load_any(
             str(path), dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
     config = dataclasses.replace(read_run_config(folder), trust_remote_code=trust_remote_code)
+    if dtype == "exact" and base_changes(folder):
+        dtype = "float32"  # which what an adapter brought for a 16-bit base may need
     if (folder / MODEL).is_dir():
         loaded = load_model(
             str(folder / MODEL), dtype=dtype, device=device, trust_remote_code=trust_remote_code
