@@ -167,4 +167,4 @@ def test_tokens_that_no_row_of_the_embedding_belongs_to_are_told(base, adapter, 
     words.add_tokens(["<more>"])
     words.save_pretrained(adapter)
     report = graft.adopt(adapter, tmp_path / "run")
-    assert "1 tokens of the tokenizer, such as '<more>', have no embedding" in report.notes[0]
+    assert "no embedding for the tokens '<more>' of its tokenizer" in report.notes[0]

@@ -13,11 +13,12 @@ from safetensors.torch import load_file, save_file
 
 import graft
 from graft.api.events import Events
-from graft.export.layers import model_ids, stored_dtype, surplus_notes
+from graft.export.layers import model_ids, stored_dtype
 from graft.export.onnx.genai import genai_config, genai_notes
 from graft.formats.int_group import IntGroupFormat
 from graft.model import devices
 from graft.model.load import load_model
+from graft.model.tokens import beyond_notes
 
 
 @pytest.fixture
@@ -125,9 +126,8 @@ def test_what_genai_must_know_is_that_of_the_model(half: Path) -> None:
 
 def test_tokens_beyond_the_embeddings_are_told(half: Path) -> None:
     loaded = load_model(str(half), weight_format=IntGroupFormat(4, 32))
-    assert surplus_notes(loaded) == ()
-    rows = loaded.model.config.vocab_size
+    assert beyond_notes(loaded.model, loaded.tokenizer) == ()
     loaded.tokenizer.add_special_tokens({"pad_token": "<pad>"})
-    (told,) = surplus_notes(loaded)
-    assert f"'<pad>' is {rows}, the model has {rows} rows" in told
+    (told,) = beyond_notes(loaded.model, loaded.tokenizer)
+    assert "no embedding for the tokens '<pad>'" in told
     assert model_ids(loaded).pad == 0, "a token that the model has"

@@ -8,8 +8,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-from transformers import PreTrainedModel
-
 from graft.adapters.attach import adapted_layers, adapter_parameters
 from graft.adapters.method import Method
 from graft.adapters.registry import METHODS, method_of, settings_of
@@ -39,6 +37,7 @@ from graft.model.load import LoadedModel, load_model
 from graft.model.save import save_model, write_words
 from graft.model.subject import Subject
 from graft.model.targets import freeze_layers
+from graft.model.tokens import beyond_notes
 
 
 def adopt(
@@ -237,7 +236,12 @@ def _report(
         written_by=adapter.written_by,
         base_changes=changes,
         tokenizer=None if found.tokenizer is None else found.tokenizer.differs,
-        notes=(*_not_read(adapter), *found.fitted.notes, *notes, *_without_rows(loaded)),
+        notes=(
+            *_not_read(adapter),
+            *found.fitted.notes,
+            *notes,
+            *beyond_notes(model, loaded.tokenizer),
+        ),
     )
 
 
@@ -246,17 +250,3 @@ def _not_read(adapter: ForeignAdapter) -> list[str]:
     second = adapter.folder / PEFT_PICKLE
     beside = second.is_file() and second != adapter.file
     return [f"read is {adapter.file.name}; {second.name} beside it is not"] if beside else []
-
-
-def _without_rows(loaded: LoadedModel) -> list[str]:
-    """Return a line on the tokens that the model has no embedding for."""
-    model: PreTrainedModel = loaded.model
-    rows = len(model.get_input_embeddings().get_parameter("weight"))
-    beyond = sorted(number for number in loaded.tokenizer.get_vocab().values() if number >= rows)
-    if not beyond:
-        return []
-    first = loaded.tokenizer.convert_ids_to_tokens(beyond[0])
-    return [
-        f"{len(beyond)} tokens of the tokenizer, such as {first!r}, have no embedding in the model "
-        f"({rows:,} rows): a text with one of them cannot be computed"
-    ]

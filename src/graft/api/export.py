@@ -39,8 +39,7 @@ from graft.model.hub import base_name
 from graft.model.load import LoadedModel
 from graft.model.running.memory import reuse_freed_memory
 from graft.model.tokenizer_itself import tokenizer_note
-from graft.model.tokens import tokens_beyond
-from graft.text import listed
+from graft.model.tokens import beyond_notes
 
 
 @dataclass(frozen=True)
@@ -106,20 +105,10 @@ def export_model(
             lambda done, total: events.progress(target.stage, done, total),
         )
         if target.keeps_tokenizer:
-            notes += _beyond_notes(loaded)
+            notes += beyond_notes(loaded.model, loaded.tokenizer)
         report = ExportReport(path, bytes_on_disk(part), merged, notes)
         write_card(source, target, part, loaded.folder, weights, merged, license, notes)
     return report
-
-
-def _beyond_notes(loaded: LoadedModel) -> tuple[str, ...]:
-    beyond = tokens_beyond(loaded.model, loaded.tokenizer)
-    if not beyond:
-        return ()
-    return (
-        f"the model has no embedding for the tokens {listed(map(repr, beyond), 4)} of its "
-        "tokenizer: a text that holds one cannot be computed, nor a batch that is filled up by it",
-    )
 
 
 def _check_card(path: Path) -> None:

@@ -21,7 +21,6 @@ from graft.layers.frozen import FrozenLinear
 from graft.model.families import Architecture
 from graft.model.load import LoadedModel
 from graft.model.save import narrowed
-from graft.text import quoted
 
 _CACHED = 1 << 18
 """Bytes of codes that are moved at a time, with room for a few temporaries in a core's cache."""
@@ -183,22 +182,6 @@ def model_ids(loaded: LoadedModel) -> ModelIds:
     ends, begins = found("eos_token_id"), found("bos_token_id")
     pads = [*found("pad_token_id"), *ends, 0]
     return ModelIds(ends, begins[0] if begins else None, pads[0])
-
-
-def surplus_notes(loaded: LoadedModel) -> tuple[str, ...]:
-    """Return what to tell where the tokenizer has tokens that the model has no rows for."""
-    rows = int(loaded.model.config.vocab_size)
-    surplus = sorted(
-        (index, token) for token, index in loaded.tokenizer.get_vocab().items() if index >= rows
-    )
-    if not surplus:
-        return ()
-    index, token = surplus[0]
-    many = f"{len(surplus)} tokens" if len(surplus) > 1 else "a token"
-    return (
-        f"the tokenizer has {many} that the model has no row for ({quoted(token)} is {index}, the "
-        f"model has {rows} rows); a text that holds one cannot be computed",
-    )
 
 
 def layer_problems(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from graft.data.examples import Example
 from graft.data.storage.store import facts_of
 from graft.errors import raise_problems
-from graft.text import quoted
+from graft.text import listed, quoted
 
 _TOLD = 20
 _LOOKED_AT = 1000
@@ -25,6 +25,17 @@ def tokens_beyond(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
         return []
     numbers = {index: token for token, index in tokenizer.get_vocab().items() if index >= count}
     return [numbers[index] for index in sorted(numbers)]
+
+
+def beyond_notes(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[str, ...]:
+    """Return a line on the tokens that the model has no embedding for, where there are any."""
+    beyond = tokens_beyond(model, tokenizer)
+    if not beyond:
+        return ()
+    return (
+        f"the model has no embedding for the tokens {listed(map(repr, beyond), 4)} of its "
+        "tokenizer: a text that holds one cannot be computed, nor a batch that is filled up by it",
+    )
 
 
 def _embeddings(model: PreTrainedModel) -> int:

@@ -26,7 +26,6 @@ from graft.export.layers import (
     scales,
     side_by_side,
     stored_dtype,
-    surplus_notes,
     zero_points,
 )
 from graft.export.onnx.genai import CONFIG, genai_config, genai_notes
@@ -79,7 +78,7 @@ def export_onnx(
         onnx.save(ops.model(), part / GRAPH)
         write_model_files(loaded, part, torch.float32)
         write_json(part / CONFIG, genai_config(loaded, GRAPH))
-    return (*surplus_notes(loaded), *genai_notes(loaded))
+    return genai_notes(loaded)
 
 
 class _OnnxOps:

@@ -35,7 +35,6 @@ from graft.export.layers import (
     short_group_notes,
     side_by_side,
     stored_dtype,
-    surplus_notes,
     whole_groups,
     zero_points,
 )
@@ -106,7 +105,7 @@ def export_openvino(
     short = tuple(ops.float32_layers)
     if not model_ids(loaded).ends:
         told = (*told, _ENDLESS)
-    notes = (*short_group_notes("OpenVINO", short), *surplus_notes(loaded), *told)
+    notes = (*short_group_notes("OpenVINO", short), *told)
     return FolderReport(short, (_HINT, *notes))
 
 
