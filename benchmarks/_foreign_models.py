@@ -251,7 +251,7 @@ BITSANDBYTES = Tool(
 # mlx-lm -------------------------------------------------------------------------------------------
 
 
-def by_mlx(folder: Path, kind: str = "llama", dtype: str = "float32", **options: Any) -> Tensor:
+def by_mlx(folder: Path, kind: str = "llama", dtype: str = "float16", **options: Any) -> Tensor:
     import mlx_lm
 
     base_model(folder / "base", kind, head_dim=32)
@@ -267,12 +267,13 @@ def by_mlx(folder: Path, kind: str = "llama", dtype: str = "float32", **options:
 
 
 def mlx_logits(folder: Path) -> Tensor:
-    """Return what mlx-lm computes of a folder."""
+    """Return what mlx-lm computes of a folder, in float32 whatever the folder's dtype is."""
     import mlx.core as mx
     import mlx_lm
     import numpy as np
 
     model, _ = mlx_lm.load(str(folder))
+    model.set_dtype(mx.float32)
     return torch.from_numpy(np.array(model(mx.array(IDS.numpy())).astype(mx.float32)))
 
 

@@ -148,7 +148,7 @@ KINDS: dict[str, Kind] = {
     "bitsandbytes-nested": Kind(
         partial(by_bitsandbytes, **FP4, **NESTED), partial(by_transformers, train=True)
     ),
-    "mlx": Kind(partial(by_mlx, q_bits=4, q_group_size=64), with_mlx, bound=1e-2),
+    "mlx": Kind(partial(by_mlx, q_bits=4, q_group_size=64), with_mlx),
     "compressed-int4": Kind(partial(by_compressed_tensors, **INT4), by_transformers, bound=1e-2),
     "compressed-fp8": Kind(partial(by_compressed_tensors, **FP8), by_transformers, DEQUANTISE),
     "torchao": Kind(partial(by_torchao, name="Int8WeightOnlyConfig"), by_transformers, bound=1e-2),

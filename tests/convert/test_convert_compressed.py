@@ -90,6 +90,18 @@ def test_the_settings_of_older_releases_have_another_name(tiny_base, tmp_path):
     assert "compression_config" not in (tmp_path / "out" / "config.json").read_text()
 
 
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [([], True), (["Attention.nothing"], True), (["re:.*_proj$"], False), (["Linear"], False)],
+)
+def test_weights_that_no_group_means_are_told(targets, told, tiny_base, tmp_path):
+    described = packed_settings(4)
+    described["config_groups"]["group_0"]["targets"] = targets
+    folder = foreign_folder(tiny_base, tmp_path / "theirs", described, packed_layer(4))
+    report = graft.convert_model(folder, tmp_path / "out")
+    assert any("config_groups does not mean all" in note for note in report.notes) == told
+
+
 def test_codes_of_older_releases_do_not_cross_words(tiny_base, tmp_path):
     for name, pack in (("new", packed_words), ("old", in_whole_words)):
         layer = packed_layer(3, symmetric=False, pack=pack)

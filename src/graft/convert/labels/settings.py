@@ -69,6 +69,20 @@ def unnamed(folder: ForeignFolder, plain: Collection[str]) -> list[str]:
     return [name for name in plain if name not in named]
 
 
+def untargeted(targets: Collection[str], names: Collection[str]) -> list[str]:
+    """Return the layers that no target of compressed-tensors' groups means.
+
+    A target is a class of modules, a layer's name or the end of it, or with `re:` a regular
+    expression.
+    """
+    if any(target.isidentifier() and target[:1].isupper() for target in targets):
+        return []
+    patterns = [f"{target[3:]}.*" for target in targets if target.startswith("re:")]
+    meant = {name for found in match_names(patterns, list(names)) for name in found.names}
+    meant |= {name for name in names for target in targets if f".{name}".endswith(f".{target}")}
+    return [name for name in names if name not in meant]
+
+
 def unread(folder: ForeignFolder, known: Collection[str]) -> list[str]:
     """Return a note that names each setting of the quantisation that a reader does not know."""
     names = [quoted(key) for key in folder.settings if key not in known]

@@ -14,7 +14,7 @@ from graft.convert.base import Reader
 from graft.convert.folder import ForeignFolder, plain_tensors
 from graft.convert.grids.compressed_layers import PARTS, Layer, Scheme
 from graft.convert.grids.integers import Rounding
-from graft.convert.labels.settings import rounds_inputs, runtime_tensors, unread
+from graft.convert.labels.settings import rounds_inputs, runtime_tensors, unread, untargeted
 from graft.convert.source import Source
 from graft.errors import GraftError, raise_problems
 from graft.text import quoted
@@ -61,11 +61,13 @@ class CompressedTensorsReader(Reader):
             },
             tensors=plain_tensors(files, (*parts, *runtime_tensors(files))),
             rounding=rounding,
-            notes=_notes(settings) + unread(folder, _KNOWN) + ([] if said else [_BY_TENSORS]),
+            notes=_notes(settings)
+            + unread(folder, _KNOWN)
+            + ([] if said and not untargeted(_targets(settings), names) else [_BY_TENSORS]),
         )
 
 
-_BY_TENSORS = "config_groups says nothing of the weights: they are read as their tensors show"
+_BY_TENSORS = "config_groups does not mean all weights: they are read as their tensors show"
 _WAY_OUT = (
     "load it with Transformers and compressed-tensors, decompress and save it, or start from the "
     "unquantised model"
@@ -104,6 +106,18 @@ def _schemes(folder: ForeignFolder, settings: dict[str, Any]) -> list[Scheme]:
         own = group.get("format") if isinstance(group, dict) else None
         found.append(Scheme(weights, own))
     return found
+
+
+def _targets(settings: dict[str, Any]) -> list[str]:
+    groups = settings["config_groups"].values()
+    stated = [group.get("targets") for group in groups if isinstance(group, dict)]
+    return [
+        target
+        for targets in stated
+        if isinstance(targets, list)
+        for target in targets
+        if isinstance(target, str)
+    ]
 
 
 def _notes(settings: dict[str, Any]) -> list[str]:
