@@ -1,4 +1,4 @@
-"""Rotary scaling, biases and windows in a GGUF file: written as llama.cpp reads them, or refused."""
+"""Rotary scaling, biases and windows in a GGUF file: as llama.cpp reads them, or refused."""
 
 from __future__ import annotations
 
