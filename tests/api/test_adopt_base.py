@@ -236,6 +236,23 @@ def test_what_beside_the_layers_does_not_fit_is_refused(case, untied, tmp_path) 
     assert not (tmp_path / "run").exists()
 
 
+def test_updates_that_were_to_be_tied_and_differ_are_refused(tiny_base, tmp_path) -> None:
+    model = dense(tiny_base)
+    assert model.config.tie_word_embeddings
+    rows, width = model.get_input_embeddings().weight.shape
+    own = {
+        f"{PREFIX}model.embed_tokens.lora_embedding_A": torch.randn(4, rows),
+        f"{PREFIX}model.embed_tokens.lora_embedding_B": torch.randn(width, 4),
+        f"{PREFIX}lm_head.lora_A.weight": torch.randn(4, width),
+        f"{PREFIX}lm_head.lora_B.weight": torch.randn(rows, 4),
+    }
+    targets = ["q_proj", "v_proj", "embed_tokens", "lm_head"]
+    options = {"target_modules": targets, "ensure_weight_tying": True}
+    adapter = save_peft(tmp_path / "a", low_rank(model) | own, tiny_base, **options)
+    with pytest.raises(GraftError, match="ensure_weight_tying.* embeddings and head differ"):
+        graft.adopt(adapter, tmp_path / "run")
+
+
 def test_the_original_of_a_base_that_came_quantised(untied, tmp_path) -> None:
     config = QuantizeConfig(model=str(untied), out=str(tmp_path / "nf4"), format="nf4")
     graft.quantize(config)

@@ -322,6 +322,11 @@ def _vocabulary(
             f"its embeddings have {len(new_base):,} rows and its head {len(new_top):,}: one of "
             "them was resized and the other is not in the file; save both (save_embedding_layers)"
         )
+    if was_tied and tie and not torch.allclose(new_base, new_top, rtol=1e-4, atol=1e-6):
+        raise GraftError(
+            "it says ensure_weight_tying, and its updates of embeddings and head differ: "
+            "PEFT loads one of them for both; keep the one that was trained"
+        )
     if was_tied and not torch.equal(new_base, new_top):
         _untie(model, outputs)
     return {f"{first}.weight": new_base, f"{last}.weight": new_top}, notes
