@@ -50,6 +50,9 @@ class Kind:
 
 def by_transformers(folder: Path, train: bool = False) -> Tensor:
     model = loaded(folder / "theirs")
+    for parameter in model.parameters():  # of some folders they stay in 16 bits, and all after them
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
     return logits_of(model.train() if train else model.eval())
 
 
