@@ -54,6 +54,7 @@ def change(file, **values) -> None:
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000; at most 10,000"),
         ({"num_hidden_layers": 9000}, "more than 20,000 modules, and the files hold 20 tensors"),
+        ({"num_attention_heads": -4}, "num_attention_heads is -4, and it is a count"),
         ({"text_config": [{"n_layer": 1e15}]}, "n_layer is 1,000,000,000,000,000.0; at most"),
         ({"num_attention_heads": 0}, "not understood|cannot be built|can be built"),
         ({"vocab_size": -1}, "makes no causal language model that can be built"),

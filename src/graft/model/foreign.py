@@ -52,11 +52,13 @@ def check_files(folder: Path) -> None:
 
 
 def check_counts(config: object, file: Path) -> None:
-    """Raise GraftError when a configuration asks for more layers than the bound.
+    """Raise GraftError when a configuration asks for too many layers, or for fewer than none.
 
     A count of layers is a loop already where the configuration is read.
     """
     for key, value in _settings(config):
+        if type(value) is int and value < 0 and key.startswith(("n_", "num_")):
+            raise GraftError(f"{file}: {key} is {value}, and it is a count; download it again")
         counts = isinstance(value, (int, float)) and ("layer" in key or key == "depth")
         if counts and value > bound(LAYERS):
             raise_beyond(file, f"{key} is {value:,}", f"{bound(LAYERS):,}")
