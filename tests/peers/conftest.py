@@ -3,7 +3,6 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import json
-import logging
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -29,18 +28,6 @@ from transformers import (
 
 from graft.formats.int_group import IntGroupFormat
 from graft.model.load import LoadedModel, load_model
-
-
-def import_quietly(*names: str) -> None:
-    """Import what logs while it is imported: pytest would print that behind its summary."""
-    logging.disable(logging.WARNING)
-    for name in names:
-        if importlib.util.find_spec(name.partition(".")[0]):
-            importlib.import_module(name)
-    logging.disable(logging.NOTSET)
-
-
-import_quietly("torchao.quantization", "hqq.core.quantize")
 
 SIZES = {
     "hidden_size": 64,
