@@ -54,6 +54,10 @@ def change(file, **values) -> None:
     [
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000; at most 10,000"),
         ({"num_hidden_layers": 9000}, "more than 20,000 modules, and the files hold 20 tensors"),
+        (
+            {"rope_theta": 1e6, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+            "rope_theta is 1000000.0, and in rope_parameters 10000.0",
+        ),
         ({"num_attention_heads": -4}, "num_attention_heads is -4, and it is a count"),
         ({"text_config": [{"n_layer": 1e15}]}, "n_layer is 1,000,000,000,000,000.0; at most"),
         ({"num_attention_heads": 0}, "not understood|cannot be built|can be built"),

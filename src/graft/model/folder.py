@@ -22,7 +22,7 @@ from graft.files.digest import check_digest
 from graft.files.read import LARGE_JSON_BYTES, read_json, typed
 from graft.formats.base import WeightFormat
 from graft.formats.registry import parse_format
-from graft.model.foreign import check_counts, check_files
+from graft.model.foreign import check_counts, check_files, check_rotary
 from graft.model.hub import from_hub
 from graft.model.tokenizer_file import check_growth
 from graft.model.tokenizer_itself import as_the_file_says
@@ -93,6 +93,7 @@ def read_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
             "knows; graft runs it with --trust-remote-code alone: read the code before you do"
         )
     check_counts(raw, folder / CONFIG_FILE)
+    check_rotary(raw, folder / CONFIG_FILE)
     with understood(folder / CONFIG_FILE):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     # Our marker must not reach transformers, which refuses it.
@@ -122,6 +123,7 @@ def _is_unknown(model_type: object) -> bool:
 def parse_config(raw: Mapping[str, Any], folder: Path) -> PreTrainedConfig:
     """Return the configuration that a config.json of that folder holds; raises as `read_config`."""
     check_counts(raw, folder / CONFIG_FILE)
+    check_rotary(raw, folder / CONFIG_FILE)
     with understood(folder / CONFIG_FILE):
         return CONFIG_MAPPING[str(raw.get("model_type"))].from_dict(dict(raw))
 

@@ -8,7 +8,7 @@ what would make them wait or grow for ever is looked at before.
 from __future__ import annotations
 
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch.nn.modules.module import (
 
 from graft.errors import GraftError
 from graft.files.bounds import bound, raise_beyond
+from graft.text import quoted
 
 FILE_BYTES = 256 * 2**20
 """Bytes that any file of settings or words may have in a model folder."""
@@ -62,6 +63,21 @@ def check_counts(config: object, file: Path) -> None:
         counts = isinstance(value, (int, float)) and ("layer" in key or key == "depth")
         if counts and value > bound(LAYERS):
             raise_beyond(file, f"{key} is {value:,}", f"{bound(LAYERS):,}")
+
+
+def check_rotary(config: Mapping[str, Any], file: Path) -> None:
+    """Raise GraftError when a configuration names two bases of its rotary positions.
+
+    Other programs read `rope_theta`, Transformers today `rope_parameters`.
+    """
+    inside = config.get("rope_parameters")
+    base = config.get("rope_theta")
+    other = inside.get("rope_theta") if isinstance(inside, dict) else None
+    if base and other and base != other:
+        raise GraftError(
+            f"{file}: rope_theta is {quoted(base)}, and in rope_parameters {quoted(other)}; "
+            "readers differ in which they take: make them the same"
+        )
 
 
 def _settings(value: Any) -> Iterator[tuple[str, Any]]:

@@ -161,7 +161,10 @@ class Layer:
             facts["num_bits"] = (bits,)
         self._check(schemes, facts | _grouping(shape, block), _forms(packed), form)
         words = f"{bits}-bit integers"
-        if not packed:
+        if packed:
+            stored = shape[0], _columns(self.files, self._key("weight_packed"))
+            check_parts(self.files, self.name, {"weight_packed": (stored, WORDS)})
+        else:
             check_parts(self.files, self.name, {"weight": (shape, (torch.int8,))})
         rows, columns = block
         if rows not in (1, shape[0]):
@@ -275,7 +278,7 @@ class Layer:
         exponents = self.files.dtype(self._key("weight_scale")) in EXPONENTS
         forms = ("mxfp8-quantized",) if exponents else ("float-quantized", "naive-quantized")
         block = self._block(schemes, shape)
-        facts: Facts = {"type": ("float",), "num_bits": (8,)}
+        facts: Facts = {"type": ("float",), "num_bits": (8,), "symmetric": (True,)}
         self._check(schemes, facts | _grouping(shape, block), forms, form)
         if self._shifted():
             raise GraftError(f"{self.name} has zero points beside 8-bit floats; expected none")
