@@ -181,7 +181,8 @@ def _write_page(rows: list[Row]) -> None:
         )
         package = CASES[row.tool].packages[0]
         tool = f"{row.tool} {_version(package)}"
-        lines.append(f"| {tool} | {row.case} | `{row.command}` | {found} | {row.compared} |")
+        command = f"`{row.command}`" if row.command else "as it is"
+        lines.append(f"| {tool} | {row.case} | {command} | {found} | {row.compared} |")
     before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
     after = rest.split(END)[1]
     table = "\n".join([BEGIN, "", *lines, "", END])
