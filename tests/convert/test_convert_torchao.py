@@ -94,6 +94,19 @@ def test_integers_are_kept(quantise, held, steps, make, assert_converted):
     assert inputs == (quantise is torchao_intx)
 
 
+def test_zero_points_that_torchao_leaves_out_are_refused(make, tmp_path):
+    def change(metadata, tensors):
+        (key,) = (key for key in tensors if key.startswith(LAYER) and "zero_point" in key)
+        tensors[key] = tensors[key] + 64
+
+    folder, _ = make(int8, change)
+    with pytest.raises(
+        GraftError, match="zero_point is not zero, and torchao computes .* two ways"
+    ):
+        graft.convert_model(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(("quantise", "words"), [(float8, "FP8"), (nvfp4, "NVFP4")])
 def test_small_floats_are_dequantised(quantise, words, make, assert_dequantised):
     folder, weights = make(quantise)
