@@ -39,6 +39,8 @@ class ForeignFolder:
     asked: ConvertConfig = ConvertConfig()
     notes: list[str] = field(default_factory=list)
     """What is to be told of its files and settings, in words."""
+    _built: dict[int, PreTrainedModel | TextPart] = field(default_factory=dict, repr=False)
+    """What was built so far, by the number of tensors: names and modules are asked of the same."""
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -62,7 +64,11 @@ class ForeignFolder:
         if self.asked.text_part:
             return self._text_part(tensors).text
         self.check_text_only()
-        return build_skeleton(self._plain_config, tensors=tensors)
+        if tensors not in self._built:
+            self._built[tensors] = build_skeleton(self._plain_config, tensors=tensors)
+        built = self._built[tensors]
+        assert isinstance(built, PreTrainedModel)
+        return built
 
     def check_text_only(self) -> None:
         """Raise GraftError for a model that takes more than text, with the way to its text part."""
@@ -104,7 +110,13 @@ class ForeignFolder:
         return parse_config(plain, self.folder)
 
     def _text_part(self, tensors: int) -> TextPart:
-        return open_text_part(self._plain_config, self.config, self.folder, tensors)
+        if tensors not in self._built:
+            self._built[tensors] = open_text_part(
+                self._plain_config, self.config, self.folder, tensors
+            )
+        built = self._built[tensors]
+        assert isinstance(built, TextPart)
+        return built
 
 
 def open_folder(folder: Path, asked: ConvertConfig) -> ForeignFolder:

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from graft.errors import GraftError
+from graft.model.internals import converted_patterns
 from graft.text import quoted
 
 
@@ -24,7 +24,10 @@ def check_names(
 
     missing: tensors of the model that no file holds. names: those that the files hold.
     """
-    found = [name for name in names if _converted(model, name)] if missing else []
+    if not missing:
+        return
+    patterns = [re.compile(pattern) for pattern in converted_patterns(model)]
+    found = [name for name in names if any(pattern.search(name) for pattern in patterns)]
     if found:
         raise GraftError(
             f"{folder} holds its weights as they were published: {len(found):,} tensors such as "
@@ -34,12 +37,3 @@ def check_names(
             f".from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER, "
             "save_original_format=False), and copy the tokenizer's files"
         )
-
-
-def _converted(model: PreTrainedModel, name: str) -> bool:
-    patterns = (
-        pattern.replace("*", ".*")
-        for change in get_model_conversion_mapping(model, add_legacy=False)
-        for pattern in change.source_patterns
-    )
-    return any(re.search(pattern, name) for pattern in patterns)

@@ -22,6 +22,7 @@ __all__ = [
     "OpOverload",
     "arguments_of",
     "attention_of",
+    "converted_patterns",
     "ignored_patterns",
     "initialise",
     "name_of",
@@ -122,6 +123,15 @@ def names_of_today(
         name = placed(name)
         names[key] = placed(key) if name not in known and key in known else name
     return names
+
+
+def converted_patterns(model: PreTrainedModel) -> list[str]:
+    """Return expressions of the names of which Transformers makes others while it loads a model."""
+    return [
+        pattern.replace("*", ".*")
+        for change in get_model_conversion_mapping(model, add_legacy=False)
+        for pattern in change.source_patterns
+    ]
 
 
 def ignored_patterns(model: PreTrainedModel) -> list[str]:
