@@ -5,6 +5,7 @@ from __future__ import annotations
 import gguf
 import pytest
 import torch
+from tests.export.gguf_sizes import GEMMA, SIZES
 from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
@@ -23,18 +24,6 @@ from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.model.gguf.load import load_gguf_model
 from graft.model.targets import freeze_layers, select_targets
-
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-GEMMA = {"head_dim": 16, "hidden_activation": "gelu_pytorch_tanh"}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import math
 import gguf
 import pytest
 import torch
+from tests.export.gguf_sizes import GEMMA, SIZES
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
@@ -22,19 +23,6 @@ from transformers import (
 from graft.export.gguf.write import check_gguf, check_gguf_plan, export_gguf
 from graft.export.registry import TARGETS
 from graft.formats.dense import DenseFormat
-
-SIZES = {
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-}
-GEMMA = {"head_dim": 16, "hidden_activation": "gelu_pytorch_tanh"}
-
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0}
 YARN |= {"original_max_position_embeddings": 32}

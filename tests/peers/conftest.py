@@ -18,6 +18,7 @@ from transformers import (
     GemmaConfig,
     GPT2Config,
     LlamaConfig,
+    LlamaForCausalLM,
     MistralConfig,
     Phi3Config,
     PhiConfig,
@@ -183,3 +184,24 @@ def readers() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def base(tiny_base, tmp_path):
+    """A Llama whose rows bitsandbytes 0.50 multiplies correctly: multiples of 64 inputs."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=320,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.1,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    for file in tiny_base.glob("*token*"):
+        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
+    return tmp_path / "base"

@@ -17,8 +17,6 @@ from transformers import (
     BitsAndBytesConfig,
     GemmaConfig,
     GraniteConfig,
-    LlamaConfig,
-    LlamaForCausalLM,
     MistralConfig,
     Phi3Config,
     PhiConfig,
@@ -34,27 +32,6 @@ from graft.kernels.packed.planes import PLANES, unpack_codes
 from graft.model.load import load_model
 
 IDS = torch.arange(60).reshape(2, 30) + 5
-
-
-@pytest.fixture
-def base(tiny_base, tmp_path):
-    """A Llama whose rows bitsandbytes 0.50 multiplies correctly: multiples of 64 inputs."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    for file in tiny_base.glob("*token*"):
-        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
-    return tmp_path / "base"
 
 
 def our_logits(model) -> torch.Tensor:

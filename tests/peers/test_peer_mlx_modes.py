@@ -5,32 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import graft
 from graft.convert.config import ConvertConfig
 
 mx = pytest.importorskip("mlx.core", reason="needs mlx: make test-peers installs it")
 mlx_lm = pytest.importorskip("mlx_lm", reason="needs mlx-lm: make test-peers installs it")
-
-
-@pytest.fixture
-def base(tiny_base, tmp_path):
-    config = LlamaConfig(
-        vocab_size=320,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
-    for file in tiny_base.glob("*token*"):
-        (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
-    return tmp_path / "base"
 
 
 def dequantised(folder) -> dict[str, torch.Tensor]:
