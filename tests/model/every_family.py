@@ -142,7 +142,7 @@ def _small_settings(kind: type[PreTrainedConfig], more: dict[str, Any]) -> dict[
         try:
             if getattr(usual, name, None) is not None:
                 settings[name] = value
-        except Exception:  # a setting that differs by layer refuses to be read as one
+        except RuntimeError:  # a setting that differs by layer refuses to be read as one
             settings[name] = value
     for name, part in kind.sub_configs.items():
         if isinstance(part, type) and hasattr(part, "from_dict"):
