@@ -49,6 +49,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora": ("nf4", {"double_quant": True}),
     "qalora": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
     "qalora-offsets": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
+    "qalora-2": ("int", {"bits": 2, "group_size": GROUP_SIZE}),
     "affine": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
     "merge_aware": ("latent", {"bits": 4, "group_size": GROUP_SIZE}),
     "merge_aware-int8": ("latent", {"bits": 4, "group_size": GROUP_SIZE, "dtype": "int8"}),
