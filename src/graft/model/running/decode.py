@@ -14,7 +14,13 @@ from transformers import DynamicCache, PreTrainedModel
 
 from graft.adapters.adapted import AdaptedLinear
 from graft.kernels.backend.native_library import COMPUTE, why_unavailable
-from graft.kernels.decoding.native import DecoderLayer, DecoderWeights, NativeDecoder, Projection
+from graft.kernels.decoding.native import (
+    DecoderLayer,
+    DecoderWeights,
+    NativeDecoder,
+    Next,
+    Projection,
+)
 from graft.kernels.packed.weight import dense_weight
 from graft.layers.frozen import FrozenLinear
 from graft.model.families import FAMILIES, is_class
@@ -129,7 +135,7 @@ class Decoder:
 
     def step(self, token: int) -> Tensor:
         """Return the logits float32 [vocabulary] after one more token."""
-        logits = self._native.next_logits(token, self.length)
+        logits = self._native.next_logits([Next(token, self.length)])[0]
         self.length += 1
         return logits
 
