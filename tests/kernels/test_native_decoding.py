@@ -15,13 +15,8 @@ from graft.formats.dense import DenseFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
 from graft.kernels.backend import native_library
-from graft.kernels.decoding.native import (
-    DecoderLayer,
-    DecoderWeights,
-    NativeDecoder,
-    Next,
-    Projection,
-)
+from graft.kernels.decoding.native import NativeDecoder, Next
+from graft.kernels.decoding.weights import DecoderLayer, DecoderWeights, Projection
 from graft.kernels.packed.weight import Layout, Weight
 
 pytestmark = pytest.mark.skipif(
@@ -205,15 +200,30 @@ def test_threads_change_nothing(tokens: list[int]) -> None:
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_a_remembered_prompt_is_continued(tokens: list[int]) -> None:
-    model = made(SHAPES["odd"], torch.float32, MIXED)
-    whole, half = NativeDecoder(model.weights), NativeDecoder(model.weights)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_prompt_fills_the_cache_as_its_tokens_one_by_one_do(
+    level: str, shape: str, tokens: list[int]
+) -> None:
+    model = made(SHAPES[shape], torch.float32, MIXED)
+    whole, read = NativeDecoder(model.weights), NativeDecoder(model.weights)
     expected = [whole.next_logits([Next(token, at)]) for at, token in enumerate(tokens)]
-    for layer in range(2):
-        keys, values = whole._cache[layer, :, 0, :, :10, : half.head_dim]
-        half.remember(layer, keys, values)
+    read.read({0: torch.tensor(tokens[:10])})
     for at in range(10, POSITIONS):
-        assert torch.equal(half.next_logits([Next(tokens[at], at)]), expected[at])
+        logits = read.next_logits([Next(tokens[at], at)])
+        assert (logits - expected[at]).abs().max() <= 1e-5 * expected[at].abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_prompt_does_not_depend_on_those_beside_it(level: str, dtype: torch.dtype) -> None:
+    model = made(SHAPES["odd"], dtype, MIXED)
+    prompts = {n: torch.randint(83, (length,)) for n, length in enumerate((3, 0, 20, 1, 7))}
+    together = NativeDecoder(model.weights, sequences=5)
+    together.read(prompts)
+    for number, prompt in prompts.items():
+        alone = NativeDecoder(model.weights)
+        alone.read({0: prompt})
+        here, there = (decoder._cache[:, :, at] for decoder, at in ((together, number), (alone, 0)))
+        assert torch.equal(here, there)
 
 
 def test_what_is_outside_is_refused() -> None:

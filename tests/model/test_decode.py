@@ -46,8 +46,8 @@ def transformers_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 def native_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     assert why_not_native(model, len(tokens)) is None
     decoder = Decoder(model, len(tokens))
-    rows = [decoder.start(tokens[:PROMPT]), *(decoder.step(int(t)) for t in tokens[PROMPT:])]
-    return torch.stack(rows)
+    decoder.start({0: tokens[:PROMPT]})
+    return torch.cat([decoder.step({0: int(token)}) for token in tokens[PROMPT - 1 :]])
 
 
 def assert_equal_in_float32(model: PreTrainedModel, tokens: Tensor) -> None:
@@ -170,10 +170,11 @@ def test_real_models(shared_models: Path, name: str, weight_format: str) -> None
     ).model
     tokens = torch.arange(3, 3 + PROMPT)
     decoder = Decoder(model, 64)
-    logits = decoder.start(tokens)
+    decoder.start({0: tokens})
+    logits = decoder.step({0: int(tokens[-1])})[0]
     while len(tokens) < 60:
         tokens = torch.cat((tokens, logits.argmax()[None]))
-        logits = decoder.step(int(tokens[-1]))
+        logits = decoder.step({0: int(tokens[-1])})[0]
     expected = transformers_logits(model, tokens)
     assert torch.equal(expected.argmax(-1)[:-1], tokens[PROMPT:])
     assert (logits - expected[-1]).abs().max() <= 1e-5 * expected.abs().max()

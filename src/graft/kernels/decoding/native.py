@@ -9,8 +9,8 @@ sequences may go on in one call, which reads each weight once for all of them.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any, NamedTuple
 
 import torch
@@ -23,58 +23,14 @@ from graft.kernels.backend.native_library import (
     call,
     prepared,
 )
+from graft.kernels.decoding.prompt import prompt_caches
+from graft.kernels.decoding.weights import DecoderLayer, DecoderWeights, Projection
 from graft.kernels.packed.weight import Weight
 
 STRIDE = 64
 """A head's cached rows are filled up with zeros to a multiple of this."""
 MOST_SEQUENCES = 16
 """That go on in one call."""
-
-
-@dataclass(frozen=True)
-class Projection:
-    """y = x Wᵀ + bias."""
-
-    weight: Weight
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class DecoderLayer:
-    """The weights of a layer, in the order of graft_decoder_layer."""
-
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    query: Projection
-    key: Projection
-    value: Projection
-    out: Projection
-    gate: Projection
-    up: Projection
-    down: Projection
-
-
-@dataclass(frozen=True)
-class DecoderWeights:
-    """A decoder with RMSNorm, rotary positions and SiLU that computes in `dtype`.
-
-    h += out(attention(norm(h))); h += down(silu(gate(norm(h))) * up(norm(h))); logits =
-    head(norm(h)). `cosines` and `sines` [positions, head_dim] turn the two halves of a head against
-    each other; as many positions can be decoded.
-    """
-
-    dtype: torch.dtype
-    layers: tuple[DecoderLayer, ...]
-    heads: int
-    key_value_heads: int
-    head_dim: int
-    epsilon: float
-    attention_scaling: float
-    embedding: Weight
-    norm: Tensor
-    head: Projection
-    cosines: Tensor
-    sines: Tensor
 
 
 _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
@@ -125,6 +81,7 @@ class NativeDecoder:
 
     def __init__(self, weights: DecoderWeights, sequences: int = 1) -> None:
         self._alive: list[Any] = []
+        self._weights = weights
         capacity, count = len(weights.cosines), len(weights.layers)
         stride = -(-weights.head_dim // STRIDE) * STRIDE
         shape = (count, 2, sequences, weights.key_value_heads, capacity, stride)
@@ -159,10 +116,20 @@ class NativeDecoder:
         self.capacity, self.sequences, self.head_dim = capacity, sequences, weights.head_dim
         self.vocabulary = weights.head.weight.layout.out_features
 
-    def remember(self, layer: int, keys: Tensor, values: Tensor, sequence: int = 0) -> None:
-        """Fill a layer's cache from position 0 on; [key_value_heads, positions, head_dim] each."""
-        for room, new in zip(self._cache[layer, :, sequence], (keys, values), strict=True):
-            room[:, : new.shape[1], : self.head_dim] = new
+    @torch.no_grad()
+    def read(self, prompts: Mapping[int, Tensor]) -> None:
+        """Fill the caches of sequences, by number, with prompts, int64 [length] each.
+
+        What is computed of one does not depend on those beside it.
+        """
+        given = {number: prompt for number, prompt in prompts.items() if len(prompt)}
+        if not given:
+            return
+        caches = prompt_caches(self._weights, [*given.values()])
+        for cache, made in zip(self._cache, caches, strict=True):
+            for kind, parts in zip(cache, made, strict=True):
+                for number, part in zip(given, parts, strict=True):
+                    kind[number, :, : part.shape[1], : self.head_dim] = part
 
     def next_logits(self, tokens: Sequence[Next]) -> Tensor:
         """Return the logits float32 [tokens, vocabulary] after each, and cache keys and values.
@@ -175,12 +142,15 @@ class NativeDecoder:
             known = 0 <= token < self._struct.embedding.rows and 0 <= sequence < self.sequences
             if not (known and 0 <= position < self.capacity):
                 raise IndexError(
-                    f"token {token} at position {position} of {self.capacity} of sequence {sequence}"
+                    f"token {token} at position {position} of {self.capacity} in sequence "
+                    f"{sequence} of {self.sequences}"
                 )
         if not 0 < len({one.sequence for one in tokens}) == len(tokens) <= MOST_SEQUENCES:
-            raise IndexError(f"{len(tokens)} tokens; expected 1 to {MOST_SEQUENCES}, one a sequence")
+            raise IndexError(
+                f"{len(tokens)} tokens; expected 1 to {MOST_SEQUENCES}, one of each sequence"
+            )
         logits = torch.empty(len(tokens), self.vocabulary)
-        next_tokens = (_Next * len(tokens))(*tokens)
+        next_tokens = (_Next * len(tokens))(*(_Next(*one) for one in tokens))
         call("next_logits", ctypes.byref(self._struct), next_tokens, len(tokens), address(logits))
         return logits
 
