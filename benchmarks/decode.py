@@ -166,10 +166,10 @@ def _graft(folder: Path, threads: int, dtype: str) -> Callable[[int], int]:
     if reason is not None:
         raise RuntimeError(reason)
     decoder = Decoder(model, 1024)
-    decoder.start(torch.tensor(PROMPT))
+    decoder.start({0: torch.tensor([*PROMPT, 0])})
 
     def fast(token: int) -> int:
-        return int(decoder.step(token).argmax())
+        return int(decoder.step({0: token}).argmax())
 
     return fast
 

@@ -236,9 +236,9 @@ int graft_int_group_quantize(int64_t weight_dtype, const void *weight, int64_t r
                                         codes, codes_high, scales, offsets, threads);
 }
 
-int graft_next_logits(const graft_decoder *decoder, int64_t token, int64_t position, float *logits,
+int graft_next_logits(const graft_decoder *decoder, const graft_next *next, int64_t tokens, float *logits,
                       int64_t threads) {
-    return kernels().next_logits(*decoder, token, position, logits, threads);
+    return kernels().next_logits(*decoder, next, tokens, logits, threads);
 }
 
 int graft_attention(int64_t dtype, const graft_attention_call *call, int64_t threads) {

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from graft.errors import GraftError
 from graft.evaluate import generate as module
-from graft.evaluate.generate import decodes_natively, generate_text
+from graft.evaluate.generate import decodes_natively, generate_text, generate_texts
 from graft.kernels.backend.native_library import why_unavailable
 from graft.model.load import LoadedModel, load_model
 
@@ -139,3 +139,20 @@ def test_what_a_listener_raises_is_its_own(
     monkeypatch.setattr(module, "decodes_natively", lambda *_: native)
     with pytest.raises(BrokenPipeError):
         generate_text(loaded.model, loaded.tokenizer, PROMPT, max_new_tokens=4, on_text=hang_up)
+
+
+def test_several_texts_are_those_of_each_prompt_alone(loaded: LoadedModel) -> None:
+    model, tokenizer = loaded.model, loaded.tokenizer
+    model.generation_config.eos_token_id = list(range(0, 320, 9))
+    prompts = [[40 + n, *range(60, 60 + n % 7)] for n in range(20)]  # more than go on together
+    for options in ({}, {"temperature": 0.9, "seed": 3}):
+        done: list[int] = []
+        options = {"max_new_tokens": 30, **options}
+        texts = generate_texts(model, tokenizer, prompts, on_done=done.append, **options)
+        alone = [generate_text(model, tokenizer, prompt, **options) for prompt in prompts]
+        assert texts == alone
+        assert done == list(range(1, 21))
+        assert len(set(map(len, texts))) > 3
+    assert generate_texts(model, tokenizer, []) == []
+    with pytest.raises(GraftError, match="64 tokens; the model takes 64"):
+        generate_texts(model, tokenizer, [[1], [1] * 64])
