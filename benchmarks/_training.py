@@ -29,6 +29,7 @@ from graft.model.running.attention import use_own_attention
 from graft.model.running.checkpointing import Checkpointing, enable_checkpointing
 from graft.model.running.memory import reuse_freed_memory
 from graft.model.running.pointwise import use_own_pointwise
+from graft.model.running.rotary import use_own_rotary
 from graft.model.subject import build_skeleton
 from graft.model.targets import select_targets
 from graft.objectives.base import LossResult
@@ -80,6 +81,7 @@ def graft_training(
     )
     attach_adapter(model, select_targets(model, ()), config.resolved(4))
     use_own_pointwise(model)
+    use_own_rotary(model)
     parameters = adapter_parameters(model, "default")
     predicted = [False] + [True] * (ids.shape[1] - 1)
     examples = [Example(row, predicted, "random") for row in ids.tolist()]
