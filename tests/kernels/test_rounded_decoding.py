@@ -67,7 +67,7 @@ def logits(head: Weight, inputs: Tensor, rounds_inputs: bool = True) -> Tensor:
 
 
 def expected_logits(head: Weight, weight_format: IntGroupFormat, inputs: Tensor) -> Tensor:
-    """Return sum of (scale d) (q . codes) + offset (s sum q), with s = max |x| / 127, d = fp16(s)."""
+    """Return sum of (scale d) (q . codes) + offset (s sum q), s = max |x| / 127, d = fp16(s)."""
     scales, offsets = (t.double() for t in head.statistics)
     columns = torch.arange(HIDDEN) // weight_format.group_size
     codes = ((dequantize(head, torch.float32) - offsets[:, columns]) / scales[:, columns]).round()

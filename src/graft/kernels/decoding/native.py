@@ -77,7 +77,7 @@ class NativeDecoder:
     """Computes the logits of one token after another, with a cache of keys and values.
 
     Up to MOST_SEQUENCES sequences have a cache each, and go on alone or together. `rounds_inputs`:
-    where weights are integer codes in groups of 32 or more, what they are multiplied with is rounded
+    where weights are integer codes in groups of 32 or more, what meets them is rounded
     to 8 bits in blocks of 32, q = round(x / s) with s = max |x| / 127, as llama.cpp does.
     """
 
