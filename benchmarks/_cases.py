@@ -9,6 +9,7 @@ WHO = (
     *("graft-qalora-offsets", "graft-merge_aware", "graft-merge_aware-int8"),
 )
 CHECKPOINTING = {"peft": ("none", "layers"), "graft": ("none", "products", "half", "layers")}
+DTYPES = ("bfloat16", "float32")
 TOKENS = {
     "tiny": ("1x32", "2x64"),
     "0.1b": ("4x512",),
@@ -27,6 +28,7 @@ class Case:
     who: str
     checkpointing: str = "none"
     malloc: str = "default"
+    dtype: str = "bfloat16"
 
     @property
     def name(self) -> str:
@@ -78,22 +80,37 @@ class Comparison:
         )
 
 
-COMPARISONS = {
-    "1.1b": (
+_COMPARISONS = {
+    ("1.1b", "bfloat16"): (
         Comparison("graft-qlora none", "peft-qlora none default", 0.62, "1x256"),
         Comparison("graft-qlora none", "peft-qlora none tuned", 0.73, "1x256"),
         Comparison("graft-qlora *", "peft-qlora layers default", 0.55, "1x256", peak=0.6),
         Comparison("graft-qlora *", "peft-qlora layers default", 0.55, "2x512", peak=0.6),
         Comparison("graft-qlora none", "graft-lora none default", 1.05, "1x256"),
-        Comparison("graft-qalora none", "graft-qlora none default", 1.10, "1x256"),
+        Comparison("graft-qalora none", "graft-qlora none default", 1.25, "1x256"),
         Comparison("graft-qalora-offsets none", "graft-qlora none default", 1.10, "1x256"),
         Comparison("graft-affine none", "graft-qlora none default", 1.35, "1x256"),
     ),
-    "7b": (
+    ("1.1b", "float32"): (
+        Comparison("graft-qlora *", "peft-qlora none default", 0.5, "1x256", peak=0.6),
+        Comparison("graft-qlora *", "peft-qlora layers default", 0.45, "2x512", peak=0.6),
+        Comparison("graft-qalora none", "graft-qlora none default", 1.25, "1x256"),
+    ),
+    ("7b", "bfloat16"): (
         Comparison("graft-qlora *", "peft-qlora layers default", 0.5, "1x256", peak_gb=5.0),
         Comparison("graft-qlora *", "peft-qlora layers tuned", 0.75, "1x256", peak_gb=5.0),
     ),
+    ("7b", "float32"): (
+        Comparison("graft-qlora *", "peft-qlora layers default", 0.5, "1x256", peak_gb=5.0),
+    ),
 }
+
+
+def comparisons(shape: str, dtype: str) -> tuple[Comparison, ...]:
+    """Return what is compared, without a target where the shape has none of its own."""
+    own = _COMPARISONS.get((shape, dtype))
+    known = _COMPARISONS["1.1b", dtype]
+    return own or tuple(dict.fromkeys(Comparison(one.ours, one.theirs) for one in known))
 
 
 def own_cases(shape: str, tokens: str) -> list[Case]:

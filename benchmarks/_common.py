@@ -43,16 +43,20 @@ def as_text(rows: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
 
 
 def write_csv(name: str, rows: list[dict[str, object]]) -> Path:
-    """Write a table to benchmarks/results, stamped with the hardware."""
+    """Write a table to benchmarks/results, stamped with the hardware and what of it was used."""
+    import _isa
     import torch
+
+    from graft.kernels.backend.native_library import instructions
 
     stamp = {
         "processor": _processor(),
+        "instructions": instructions() or "no native library",
         "cores": torch.get_num_threads(),
         "torch": torch.__version__,
     }
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.csv"
+    path = RESULTS / f"{name}{_isa.suffix()}.csv"
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=[*rows[0], *stamp])
         writer.writeheader()

@@ -1,7 +1,8 @@
 """Models with random weights that train: graft's, and PEFT's on bitsandbytes or dense weights.
 
-Both keep norms, embeddings and head in bf16, adapt all seven linear layers of a decoder layer, and
-begin with equal shapes packed once and copied, instead of read from a file.
+Both keep norms, embeddings and head in the dtype that they compute in, adapt all seven linear
+layers of a decoder layer, and begin with equal shapes packed once and copied, instead of read from
+a file.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from graft.model.running.attention import use_own_attention
 from graft.model.running.checkpointing import Checkpointing, enable_checkpointing
 from graft.model.running.memory import reuse_freed_memory
 from graft.model.running.pointwise import use_own_pointwise
+from graft.model.running.rotary import use_own_rotary
 from graft.model.subject import build_skeleton
 from graft.model.targets import select_targets
 from graft.objectives.base import LossResult
@@ -48,6 +50,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora": ("nf4", {"double_quant": True}),
     "qalora": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
     "qalora-offsets": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
+    "qalora-2": ("int", {"bits": 2, "group_size": GROUP_SIZE}),
     "affine": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
     "merge_aware": ("latent", {"bits": 4, "group_size": GROUP_SIZE}),
     "merge_aware-int8": ("latent", {"bits": 4, "group_size": GROUP_SIZE, "dtype": "int8"}),
@@ -57,9 +60,15 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
 # graft --------------------------------------------------------------------------------------------
 
 
-def graft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tensor) -> Train:
+def graft_training(
+    shape: LlamaShape,
+    method: str,
+    checkpointing: str,
+    ids: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Train:
     """Build a model as `graft.finetune` does; the result trains it by graft's own loop."""
-    model = graft_model(shape, method)
+    model = graft_model(shape, method, dtype)
     reuse_freed_memory()
     use_own_attention(model)
     enable_checkpointing(model, cast(Checkpointing, checkpointing))
@@ -72,6 +81,7 @@ def graft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tens
     )
     attach_adapter(model, select_targets(model, ()), config.resolved(4))
     use_own_pointwise(model)
+    use_own_rotary(model)
     parameters = adapter_parameters(model, "default")
     predicted = [False] + [True] * (ids.shape[1] - 1)
     examples = [Example(row, predicted, "random") for row in ids.tolist()]
@@ -96,13 +106,15 @@ def graft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tens
                 folder=Path(folder),
             )
             loop = LoopConfig(out=folder, batch_size=len(examples))
-            return train(task, loop, on_metrics)["loss"]
+            return train(task, loop, on_metrics).last["loss"]
 
     return run
 
 
-def graft_model(shape: LlamaShape, method: str) -> PreTrainedModel:
-    """Return a model with random frozen layers, as `load_model` makes it."""
+def graft_model(
+    shape: LlamaShape, method: str, dtype: torch.dtype = torch.bfloat16
+) -> PreTrainedModel:
+    """Return a model with random frozen layers that computes in dtype, as `load_model` makes it."""
     model = build_skeleton(shape.config())
     name, options = _FORMATS[method]
     weight_format = make_format(name, options)
@@ -115,7 +127,7 @@ def graft_model(shape: LlamaShape, method: str) -> PreTrainedModel:
             packed[size] = weight_format.pack(_random(size))
         own = {key: tensor.clone() for key, tensor in packed[size].items()}
         replace_module(model, layer, kind_of(module).frozen(module, weight_format, own, None))
-    _fill(model)
+    _fill(model, dtype)
     model.requires_grad_(False)
     return model
 
@@ -123,11 +135,18 @@ def graft_model(shape: LlamaShape, method: str) -> PreTrainedModel:
 # PEFT ---------------------------------------------------------------------------------------------
 
 
-def peft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tensor) -> Train:
+def peft_training(
+    shape: LlamaShape,
+    method: str,
+    checkpointing: str,
+    ids: Tensor,
+    dtype: torch.dtype = torch.bfloat16,
+) -> Train:
     """Build PEFT's LoRA on bitsandbytes' NF4, or on bf16 weights; the result trains it.
 
-    Norms, embeddings and head keep bf16: PEFT's `prepare_model_for_kbit_training` would raise them
-    to fp32, which costs time and memory. There is no clipping of gradients, which graft has.
+    In bf16, norms, embeddings and head keep it: PEFT's `prepare_model_for_kbit_training` would
+    raise them to fp32, which costs time and memory. There is no clipping of gradients, which graft
+    has.
     """
     import peft
 
@@ -138,9 +157,9 @@ def peft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tenso
     for name, module in list(base.named_modules()):
         parent, _, child = name.rpartition(".")
         if isinstance(module, nn.Linear) and child != "lm_head":
-            setattr(base.get_submodule(parent), child, make(module, packed))
+            setattr(base.get_submodule(parent), child, make(module, packed, dtype))
     packed.clear()
-    _fill(base)
+    _fill(base, dtype)
     if method == "qlora":  # marks by which PEFT knows bitsandbytes' layers
         marks: dict[str, Any] = {"is_loaded_in_4bit": True, "is_quantized": True}
         base.__dict__.update(marks)
@@ -171,26 +190,28 @@ def peft_training(shape: LlamaShape, method: str, checkpointing: str, ids: Tenso
     return run
 
 
-def _dense_layer(module: nn.Linear, packed: dict[tuple[int, int], BitsandbytesPacked]) -> nn.Module:
+def _dense_layer(
+    module: nn.Linear, packed: dict[tuple[int, int], BitsandbytesPacked], dtype: torch.dtype
+) -> nn.Module:
     size = (module.out_features, module.in_features)
-    module.weight = nn.Parameter(_random(size), requires_grad=False)
+    module.weight = nn.Parameter(_random(size, dtype), requires_grad=False)
     return module
 
 
 def _bitsandbytes_layer(
-    module: nn.Linear, packed: dict[tuple[int, int], BitsandbytesPacked]
+    module: nn.Linear, packed: dict[tuple[int, int], BitsandbytesPacked], dtype: torch.dtype
 ) -> nn.Module:
     """Return a Linear4bit of the module's shape, on a copy of the packed weight of that shape."""
     bnb = bitsandbytes()
     size = (module.out_features, module.in_features)
     if size not in packed:
-        packed[size] = bitsandbytes_quantise(_random(size))
+        packed[size] = bitsandbytes_quantise(_random(size, dtype))
     codes, state = bitsandbytes_copy(packed[size])
     layer: nn.Module = bnb.nn.Linear4bit(
         module.in_features,
         module.out_features,
         bias=False,
-        compute_dtype=torch.bfloat16,
+        compute_dtype=dtype,
         quant_type="nf4",
         device="meta",
     )
@@ -209,20 +230,21 @@ def _bitsandbytes_layer(
 # Both ---------------------------------------------------------------------------------------------
 
 
-def _fill(model: PreTrainedModel) -> None:
-    """Give what is still on the meta device random data, or in norms ones, in bf16."""
+def _fill(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Give what is still on the meta device random data, or in norms ones."""
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             parent, _, child = name.rpartition(".")
-            fresh = nn.Parameter(_random(tuple(parameter.shape)), requires_grad=False)
+            fresh = nn.Parameter(_random(tuple(parameter.shape), dtype), requires_grad=False)
             setattr(model.get_submodule(parent), child, fresh)
     assert isinstance(model.config, LlamaConfig)
+    model.config.dtype = dtype
     model.get_decoder().rotary_emb = LlamaRotaryEmbedding(model.config)
 
 
-def _random(shape: tuple[int, ...]) -> Tensor:
-    """Return ones for a norm's vector, else a uniform matrix of standard deviation 0.02; bf16."""
+def _random(shape: tuple[int, ...], dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Return ones for a norm's vector, else a uniform matrix of standard deviation 0.02."""
     if len(shape) == 1:
-        return torch.ones(shape, dtype=torch.bfloat16)
+        return torch.ones(shape, dtype=dtype)
     bound = 0.02 * 3**0.5
-    return torch.empty(shape, dtype=torch.bfloat16).uniform_(-bound, bound)
+    return torch.empty(shape, dtype=dtype).uniform_(-bound, bound)

@@ -5,7 +5,8 @@ with glibc's malloc as it comes and tuned to keep freed memory. Copies of each w
 that none is in the cache when it is read. A result that misses its target only because the target
 lies under the floor is marked "at floor" when it reaches 90 % of the floor's rate.
 
-    python benchmarks/linear.py [--features 4096] [--tokens 1 16 128 512] [--turns 9] [--rounds 2]
+    python benchmarks/linear.py [--features 4096] [--tokens 1 4 16 128 512] [--turns 9] [--rounds 2]
+    python benchmarks/linear.py --isa avx2 --dtype float32 --settings default
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import _isa
 import _peers
 import torch
 from _common import write_csv
@@ -46,7 +48,9 @@ FORWARD_OF_DENSE = {
     "graft int4": {1: 0.36, 16: 0.80, 128: 1.12, 512: 1.06},
 }
 BACKWARD_OF_DENSE = {128: 1.15, 512: 1.08}
-FLOAT32_OF_DENSE = 1.15
+FLOAT32_OF_DENSE = {1: 0.20, 4: 0.20, 16: 0.40, 128: 0.85, 512: 1.0}
+FLOAT32_BACKWARD_OF_DENSE = {128: 1.0, 512: 1.0}
+DTYPES = ("bfloat16", "float32")
 QUANTISE_SPEEDUP = 50
 DEQUANTISE_SPEEDUP = {"default": 9, "tuned": 0.9}
 
@@ -57,19 +61,23 @@ Key = tuple[str, str, str, int, str]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--features", type=int, default=4096, help="in and out features")
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 16, 128, 512])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 128, 512])
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES))
+    _isa.add_argument(parser)
     parser.add_argument("--turns", type=int, default=9, help="turns of each candidate a process")
     parser.add_argument("--rounds", type=int, default=2, help="processes for each setting")
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--child", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
+        _isa.limit()
         print(json.dumps(_measure(**json.loads(arguments.child))))
         return
+    _isa.choose(arguments.isa)
     reason = _peers.missing("bitsandbytes")
     if reason is not None:
         print(f"without bitsandbytes: {reason}")
-    task = {name: getattr(arguments, name) for name in ("features", "tokens", "turns")}
+    task = {name: getattr(arguments, name) for name in ("features", "tokens", "turns", "dtype")}
     samples: dict[Key, list[_Sample]] = {}
     limits = []
     for _ in range(arguments.rounds):
@@ -102,18 +110,18 @@ class _Sample:
         return self.operation, self.dtype, self.tokens, self.what
 
 
-def _measure(features: int, tokens: list[int], turns: int) -> dict[str, Any]:
+def _measure(features: int, tokens: list[int], turns: int, dtype: list[str]) -> dict[str, Any]:
     limits = measure_limits(features)
     measured: list[_Sample] = []
-    for dtype in (torch.bfloat16, torch.float32):
-        weight = (torch.randn(features, features) * 0.02).to(dtype)
+    for computed in (getattr(torch, name) for name in dtype):
+        weight = (torch.randn(features, features) * 0.02).to(computed)
         made = candidates(weight)
         check(made, weight)
         for count in tokens:
-            measured += _products(made, "forward", dtype, count, features, turns)
-            if dtype == torch.bfloat16 and count >= 128:
-                measured += _products(made, "forward+backward", dtype, count, features, turns)
-        if dtype == torch.bfloat16:
+            measured += _products(made, "forward", computed, count, features, turns)
+            if count >= 128:
+                measured += _products(made, "forward+backward", computed, count, features, turns)
+        if computed == torch.bfloat16:
             measured += _roundings(weight, turns)
         del made
     return {"limits": asdict(limits), "measured": [asdict(sample) for sample in measured]}
@@ -256,7 +264,9 @@ def _target(key: Key, found: dict[Key, Summary]) -> tuple[float, str] | None:
         add(FORWARD_OF_DENSE[what].get(tokens), "dense")
         add(1.0, PEER[what])
     elif operation == "forward":
-        add(FLOAT32_OF_DENSE, "dense")
+        add(FLOAT32_OF_DENSE.get(tokens), "dense")
+    elif operation == "forward+backward" and dtype == "float32":
+        add(FLOAT32_BACKWARD_OF_DENSE.get(tokens), "dense")
     elif operation == "forward+backward":
         add(BACKWARD_OF_DENSE.get(tokens), "dense")
     elif operation == "quantise":

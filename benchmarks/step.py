@@ -1,11 +1,12 @@
 """QLoRA training steps beside PEFT + bitsandbytes: seconds, peak memory, page faults, in one run.
 
-Random weights of a Llama shape, random data, bf16, rank 16 on all seven linear layers, AdamW. Every
-case runs in processes of its own, in rounds A B C A B C ...; the peak is the largest resident
-memory of the steps (VmHWM, set back after building) above that of a bare `import torch`.
+Random weights of a Llama shape, random data, bf16 or fp32, rank 16 on all seven linear layers,
+AdamW. Every case runs in processes of its own, in rounds A B C A B C ...; the peak is the largest
+resident memory of the steps (VmHWM, set back after building) above that of a bare `import torch`.
 
     python benchmarks/step.py                                   the 1.1B shape, every comparison
     python benchmarks/step.py --shape 7b
+    python benchmarks/step.py --isa avx2 --dtype float32        as on a processor without AVX-512
     python benchmarks/step.py --shape tiny                      a smoke test
     python benchmarks/step.py --tokens 2x512 --who graft-qlora --checkpointing none layers
 """
@@ -15,13 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from typing import Any
 
+import _isa
 import _peers
 import torch
-from _cases import CHECKPOINTING, COMPARISONS, TOKENS, WHO, Case, Comparison, own_cases
+from _cases import CHECKPOINTING, DTYPES, TOKENS, WHO, Case, Comparison, comparisons, own_cases
 from _common import write_csv
 from _shapes import SHAPES, step_work
 from _timing import (
@@ -49,6 +52,7 @@ def main() -> None:
     if arguments.child is not None:
         print(json.dumps(_measure(**json.loads(arguments.child))))
         return
+    _isa.choose(arguments.isa)
     cases = _cases(arguments)
     limits, failed = [], False
     results: dict[Case, list[dict[str, Any]]] = {case: [] for case in cases}
@@ -72,6 +76,8 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="1.1b")
+    _isa.add_argument(parser)
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--tokens", nargs="+", metavar="BATCHxLENGTH")
     parser.add_argument("--who", nargs="+", choices=WHO)
     parser.add_argument("--checkpointing", nargs="+", choices=CHECKPOINTING["graft"])
@@ -97,6 +103,7 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
         cases = [Case(shape, *one) for one in chosen]
     else:
         cases = [case for one in tokens for case in own_cases(shape, one)]
+    cases = [replace(case, dtype=arguments.dtype) for case in cases]
     cases = [case for case in cases if case.checkpointing in CHECKPOINTING[case.side]]
     reason = _peers.missing("peft", "bitsandbytes")
     if reason is not None and any(case.side == "peft" for case in cases):
@@ -128,6 +135,7 @@ def _measure(case: dict[str, str] | None, steps: int = 0, warm_up: int = 0) -> d
     if case is None:
         return asdict(measure_limits())
     bare = resident_bytes()
+    _isa.limit()
     # Imported here, since "above a bare import torch" is counted from before.
     from _training import graft_training, peft_training
 
@@ -135,10 +143,9 @@ def _measure(case: dict[str, str] | None, steps: int = 0, warm_up: int = 0) -> d
     shape = SHAPES[chosen.shape]
     torch.manual_seed(0)
     ids = torch.randint(shape.vocabulary, chosen.batch)
-    if chosen.side == "peft":
-        run = peft_training(shape, chosen.method, chosen.checkpointing, ids)
-    else:
-        run = graft_training(shape, chosen.method, chosen.checkpointing, ids)
+    build = peft_training if chosen.side == "peft" else graft_training
+    dtype = getattr(torch, chosen.dtype)
+    run = build(shape, chosen.method, chosen.checkpointing, ids, dtype)
     give_back_freed()
     built = resident_bytes()
     forget_peak()
@@ -174,6 +181,8 @@ def _peak_gb(result: dict[str, Any]) -> float:
 
 
 def _report(results: dict[Case, list[dict[str, Any]]], limits: Limits) -> None:
+    from graft.kernels.backend.native_library import instructions
+
     found: dict[Case, _Found] = {}
     rows: list[dict[str, object]] = []
     for case, several in results.items():
@@ -181,7 +190,8 @@ def _report(results: dict[Case, list[dict[str, Any]]], limits: Limits) -> None:
         faults = summarise([count for one in several for count in one["minor_faults"]])
         batch, length = case.batch
         recomputes = case.checkpointing == "layers"
-        floor = limits.floor(*step_work(SHAPES[case.shape], batch, length, case.method, recomputes))
+        work = step_work(SHAPES[case.shape], batch, length, case.method, recomputes)
+        floor = limits.floor(*work, case.dtype)
         peak = max(_peak_gb(one) for one in several)
         found[case] = _Found(summary.median, peak, floor)
         rows.append(
@@ -200,25 +210,23 @@ def _report(results: dict[Case, list[dict[str, Any]]], limits: Limits) -> None:
                 "other load": load_text(max(one["other"] for one in several)),
             }
         )
-    shape = next(iter(results)).shape
+    shape, dtype = next((case.shape, case.dtype) for case in results)
     threads = next(iter(results.values()))[0]["threads"]
-    print(f"\nshape {shape}, {threads} threads; {limits.describe()}")
+    print(f"\nshape {shape}, {dtype}, {instructions()}, {threads} threads; {limits.describe()}")
     print("peak and built: resident memory of the steps, and before them, above a bare import")
     print("torch; other load in cores, ! above 0.1\n")
     print_table(rows)
-    _compare(found, shape)
+    name = f"step-{shape}" + ("" if dtype == "bfloat16" else f"-{dtype}")
+    _compare(found, comparisons(shape, dtype), f"{name}-ratios")
     for row in rows:
         row |= {name: f"{value:.4g}" for name, value in asdict(limits).items()}
-    print(f"wrote {write_csv(f'step-{shape}', rows)}")
+    print(f"wrote {write_csv(name, rows)}")
 
 
-def _compare(found: dict[Case, _Found], shape: str) -> None:
+def _compare(found: dict[Case, _Found], asked: Sequence[Comparison], name: str) -> None:
     """Print the comparisons between cases that were measured."""
-    comparisons = COMPARISONS.get(shape) or tuple(
-        dict.fromkeys(Comparison(one.ours, one.theirs) for one in COMPARISONS["1.1b"])
-    )
     rows: list[dict[str, object]] = []
-    for one, (ours, our), (theirs, their) in product(comparisons, found.items(), found.items()):
+    for one, (ours, our), (theirs, their) in product(asked, found.items(), found.items()):
         if not one.holds_for(ours, theirs):
             continue
         target = None if one.time is None else one.time * their.seconds
@@ -243,7 +251,7 @@ def _compare(found: dict[Case, _Found], shape: str) -> None:
     if rows:
         print("ours over theirs")
         print_table(rows)
-        print(f"wrote {write_csv(f'step-{shape}-ratios', rows)}")
+        print(f"wrote {write_csv(name, rows)}")
 
 
 if __name__ == "__main__":

@@ -137,7 +137,9 @@ int best_level() {
     bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
     bool f16c = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    if (wide && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi")) return 3;
+    if (wide && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vbmi") &&
+        __builtin_cpu_supports("avx512vnni"))
+        return 3;
     if (wide) return 2;
     if (f16c) return 1;
 #endif
@@ -236,9 +238,9 @@ int graft_int_group_quantize(int64_t weight_dtype, const void *weight, int64_t r
                                         codes, codes_high, scales, offsets, threads);
 }
 
-int graft_next_logits(const graft_decoder *decoder, int64_t token, int64_t position, float *logits,
+int graft_next_logits(const graft_decoder *decoder, const graft_next *next, int64_t tokens, float *logits,
                       int64_t threads) {
-    return kernels().next_logits(*decoder, token, position, logits, threads);
+    return kernels().next_logits(*decoder, next, tokens, logits, threads);
 }
 
 int graft_attention(int64_t dtype, const graft_attention_call *call, int64_t threads) {

@@ -135,8 +135,9 @@ typedef struct graft_projection {
     const float *bias;
 } graft_projection;
 
-/* One layer of a decoder. keys and values [key_value_heads, capacity, stride] of the decoder's dtype
-   are its cache, where stride is head_dim rounded up to 64, and what lies beyond head_dim is 0. */
+/* One layer of a decoder. keys and values [sequences, key_value_heads, capacity, stride] of the
+   decoder's dtype are its cache, where stride is head_dim rounded up to 64, and what lies beyond
+   head_dim is 0. */
 typedef struct graft_decoder_layer {
     const float *attention_norm, *mlp_norm; /* [hidden] */
     graft_projection query, key, value, out, gate, up, down;
@@ -147,7 +148,9 @@ typedef struct graft_decoder_layer {
 typedef struct graft_decoder {
     int64_t dtype; /* of what it computes: float or bf16 */
     int64_t layers, hidden, intermediate, heads, key_value_heads, head_dim;
-    int64_t capacity; /* positions of the cache */
+    int64_t capacity; /* positions of a sequence's cache */
+    int64_t rounds_inputs; /* 1: inputs meet integer codes in groups of whole blocks of 32 rounded to 8
+                              bits, a scale for each block, as in llama.cpp; 0: no input is rounded so */
     float epsilon, attention_scaling;
     const graft_decoder_layer *layer;
     graft_weight embedding;
@@ -156,9 +159,15 @@ typedef struct graft_decoder {
     const float *cosines, *sines; /* [capacity, head_dim]; a head's halves are turned together */
 } graft_decoder;
 
-/* logits float [rows of the head] of the token after `token`, which stands at `position`. The cache
-   holds what came before, and then this token too. */
-GRAFT_API int graft_next_logits(const graft_decoder *decoder, int64_t token, int64_t position,
+/* A token that stands at `position` of a sequence, whose cache holds what came before. */
+typedef struct graft_next {
+    int64_t token, position, sequence;
+} graft_next;
+
+/* logits float [tokens, rows of the head] of what comes after each token, one of each of several
+   sequences; the caches then hold these tokens too. A sequence's logits do not depend on which
+   others are asked for in the same call. */
+GRAFT_API int graft_next_logits(const graft_decoder *decoder, const graft_next *next, int64_t tokens,
                                 float *logits, int64_t threads);
 
 /* Vectors [batch, heads, length, head_dim] of a dtype; strides in numbers, 1 along head_dim. */

@@ -27,7 +27,7 @@ struct Kernels {
     int (*latent_grads)(const graft_latent &, const float *, float *, float *, float *, int64_t);
     int (*int_group_quantize)(int64_t, const void *, int64_t, int64_t, int64_t, int64_t, int64_t, float,
                               uint8_t *, uint8_t *, void *, void *, int64_t);
-    int (*next_logits)(const graft_decoder &, int64_t, int64_t, float *, int64_t);
+    int (*next_logits)(const graft_decoder &, const graft_next *, int64_t, float *, int64_t);
     int (*attention)(int64_t, const graft_attention_call &, int64_t);
     int (*attention_backward)(int64_t, const graft_attention_call &, int64_t);
     int (*rms_norm)(int64_t, const void *, const void *, int64_t, int64_t, float, void *, float *, int64_t);

@@ -11,7 +11,7 @@ import pytest
 import graft
 from graft.api.events import Events
 from graft.api.run.folder import read_run_config
-from graft.train.loop import read_metrics
+from graft.train.metrics import read_metrics
 
 
 def settings(base: Path, rows: Path, out: Path, **changes: object) -> graft.TrainConfig:

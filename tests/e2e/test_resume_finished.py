@@ -16,7 +16,7 @@ from graft.api.run.resume import owned_run
 from graft.api.run.status import read_status
 from graft.api.runs import list_runs
 from graft.errors import GraftError
-from graft.train.loop import read_metrics
+from graft.train.metrics import read_metrics
 
 # A run that has finished --------------------------------------------------------------------------
 

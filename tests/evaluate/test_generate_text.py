@@ -13,7 +13,8 @@ from transformers import PreTrainedModel
 
 from graft.errors import GraftError
 from graft.evaluate import generate as module
-from graft.evaluate.generate import decodes_natively, generate_text
+from graft.evaluate.generate import decodes_natively, generate_text, generate_texts
+from graft.formats.registry import make_format
 from graft.kernels.backend.native_library import why_unavailable
 from graft.model.load import LoadedModel, load_model
 
@@ -139,3 +140,36 @@ def test_what_a_listener_raises_is_its_own(
     monkeypatch.setattr(module, "decodes_natively", lambda *_: native)
     with pytest.raises(BrokenPipeError):
         generate_text(loaded.model, loaded.tokenizer, PROMPT, max_new_tokens=4, on_text=hang_up)
+
+
+def test_several_texts_are_those_of_each_prompt_alone(loaded: LoadedModel) -> None:
+    model, tokenizer = loaded.model, loaded.tokenizer
+    model.generation_config.eos_token_id = list(range(0, 320, 9))
+    prompts = [[40 + n, *range(60, 60 + n % 7)] for n in range(20)]  # more than go on together
+    for options in ({}, {"temperature": 0.9, "seed": 3}):
+        done: list[int] = []
+        options = {"max_new_tokens": 30, **options}
+        texts = generate_texts(model, tokenizer, prompts, on_done=done.append, **options)
+        alone = [generate_text(model, tokenizer, prompt, **options) for prompt in prompts]
+        assert texts == alone
+        assert done == list(range(1, 21))
+        assert len(set(map(len, texts))) > 3
+    assert generate_texts(model, tokenizer, []) == []
+    with pytest.raises(GraftError, match="64 tokens; the model takes 64"):
+        generate_texts(model, tokenizer, [[1], [1] * 64])
+
+
+@needs_library
+def test_fast_decoding_is_for_integers(loaded: LoadedModel, tiny_base: Path) -> None:
+    int4 = make_format("int", {"bits": 4, "group_size": 32})
+    quantised = load_model(str(tiny_base), dtype="float32", device="cpu", weight_format=int4)
+    model, tokenizer = quantised.model, quantised.tokenizer
+    assert generate_text(model, tokenizer, PROMPT, max_new_tokens=9, fast=True)
+    with pytest.raises(GraftError, match="--fast-decode is for weights that are integers"):
+        generate_text(loaded.model, tokenizer, PROMPT, fast=True)
+    model.generation_config.num_beams = 2
+    with pytest.raises(GraftError, match=r"--fast-decode: generation_config\.json"):
+        generate_text(model, tokenizer, PROMPT, fast=True)
+    model.generation_config.num_beams = 1
+    with pytest.raises(GraftError, match="--fast-decode: the model is in training mode"):
+        generate_text(model.train(), tokenizer, PROMPT, fast=True)

@@ -15,7 +15,8 @@ from graft.formats.dense import DenseFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
 from graft.kernels.backend import native_library
-from graft.kernels.decoding.native import DecoderLayer, DecoderWeights, NativeDecoder, Projection
+from graft.kernels.decoding.native import NativeDecoder, Next
+from graft.kernels.decoding.weights import DecoderLayer, DecoderWeights, Projection
 from graft.kernels.packed.weight import Layout, Weight
 
 pytestmark = pytest.mark.skipif(
@@ -150,7 +151,7 @@ def exact_logits(model: Made, tokens: list[int]) -> Tensor:
 
 def native_logits(model: Made, tokens: list[int]) -> Tensor:
     decoder = NativeDecoder(model.weights)
-    return torch.stack([decoder.next_logits(token, at) for at, token in enumerate(tokens)])
+    return torch.cat([decoder.next_logits([Next(token, at)]) for at, token in enumerate(tokens)])
 
 
 @pytest.fixture
@@ -179,7 +180,7 @@ def test_bf16_products_with_codes_are_exact_up_to_the_output(weight_format: Weig
     layer = replace(model.weights.layers[0], out=Projection(nothing), down=Projection(no_down))
     weights = replace(model.weights, layers=(layer,))
     for token in range(5):
-        logits = NativeDecoder(weights).next_logits(token, 0)
+        logits = NativeDecoder(weights).next_logits([Next(token, 0)])[0]
         h = weights.embedding.tensors[0][token].float()
         normal = (h * torch.rsqrt(h.pow(2).mean() + weights.epsilon)).bfloat16() * weights.norm
         exact = model.head @ normal.double()
@@ -199,19 +200,55 @@ def test_threads_change_nothing(tokens: list[int]) -> None:
         assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
-def test_a_remembered_prompt_is_continued(tokens: list[int]) -> None:
-    model = made(SHAPES["odd"], torch.float32, MIXED)
-    whole, half = NativeDecoder(model.weights), NativeDecoder(model.weights)
-    expected = [whole.next_logits(token, at) for at, token in enumerate(tokens)]
-    for layer in range(2):
-        keys, values = whole._cache[layer, :, :, :10, : half.head_dim]
-        half.remember(layer, keys, values)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_prompt_fills_the_cache_as_its_tokens_one_by_one_do(
+    level: str, shape: str, tokens: list[int]
+) -> None:
+    model = made(SHAPES[shape], torch.float32, MIXED)
+    whole, read = NativeDecoder(model.weights), NativeDecoder(model.weights)
+    expected = [whole.next_logits([Next(token, at)]) for at, token in enumerate(tokens)]
+    read.read({0: torch.tensor(tokens[:10])})
     for at in range(10, POSITIONS):
-        assert torch.equal(half.next_logits(tokens[at], at), expected[at])
+        logits = read.next_logits([Next(tokens[at], at)])
+        assert (logits - expected[at]).abs().max() <= 1e-5 * expected[at].abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_prompt_does_not_depend_on_those_beside_it(level: str, dtype: torch.dtype) -> None:
+    model = made(SHAPES["odd"], dtype, MIXED)
+    prompts = {n: torch.randint(83, (length,)) for n, length in enumerate((3, 0, 20, 1, 7))}
+    together = NativeDecoder(model.weights, sequences=5)
+    together.read(prompts)
+    for number, prompt in prompts.items():
+        alone = NativeDecoder(model.weights)
+        alone.read({0: prompt})
+        here, there = (decoder._cache[:, :, at] for decoder, at in ((together, number), (alone, 0)))
+        assert torch.equal(here, there)
 
 
 def test_what_is_outside_is_refused() -> None:
-    decoder = NativeDecoder(made(SHAPES["odd"], torch.float32, MIXED).weights)
-    for token, position in ((83, 0), (-1, 0), (0, POSITIONS), (0, -1)):
+    decoder = NativeDecoder(made(SHAPES["odd"], torch.float32, MIXED).weights, sequences=2)
+    for wrong in ((83, 0, 0), (-1, 0, 0), (0, POSITIONS, 0), (0, -1, 0), (0, 0, 2), (0, 0, -1)):
         with pytest.raises(IndexError):
-            decoder.next_logits(token, position)
+            decoder.next_logits([Next(*wrong)])
+    with pytest.raises(IndexError, match="2 tokens"):
+        decoder.next_logits([Next(1, 0), Next(2, 0)])
+    with pytest.raises(IndexError, match="0 tokens"):
+        decoder.next_logits([])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_sequence_does_not_depend_on_those_beside_it(
+    level: str, shape: str, dtype: torch.dtype
+) -> None:
+    model = made(SHAPES[shape], dtype, MIXED)
+    lengths = [9, 1, 4, 9, 2, 7, 5, 3, 6, 8, 2, 9, 1, 5, 4, 3]
+    texts = [torch.randint(83, (length,)).tolist() for length in lengths]
+    alone = [native_logits(model, text) for text in texts]
+    together = NativeDecoder(model.weights, sequences=len(texts))
+    for at in range(max(lengths)):  # 16 go on at first, then fewer
+        going = [number for number, text in enumerate(texts) if at < len(text)]
+        logits = together.next_logits([Next(texts[number][at], at, number) for number in going])
+        for row, number in zip(logits, going, strict=True):
+            assert torch.equal(row, alone[number][at])

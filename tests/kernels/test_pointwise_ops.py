@@ -87,6 +87,15 @@ def test_by_torch_s_own_checks(opcheck: Callable[..., None]) -> None:
     opcheck(ops.rms_norm_backward, (frozen, frozen, torch.rand(20), scale))
     opcheck(ops.silu_gate, (x, torch.randn(2, 3, 20, requires_grad=True)))
     opcheck(ops.silu_gate_backward, (frozen, frozen, frozen))
+    q, k = torch.randn(2, 3, 5, 8, requires_grad=True), torch.randn(2, 1, 5, 8, requires_grad=True)
+    opcheck(ops.rotary, (q, k, torch.randn(1, 5, 8), torch.randn(1, 5, 8), False))
+
+
+def test_rotary_positions_and_their_gradients() -> None:
+    q, k = (torch.randn(2, n, 5, 8, dtype=torch.float64, requires_grad=True) for n in (3, 1))
+    cos, sin = (torch.randn(1, 5, 8, dtype=torch.float64) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda *qk: ops.rotary(*qk, cos, sin, False), (q, k))
+    assert torch.autograd.gradcheck(lambda *qk: ops.rotary(*qk, cos, sin, True), (q, k))
 
 
 def test_inputs_that_are_not_contiguous_and_other_dtypes() -> None:

@@ -76,7 +76,14 @@ def test_block_sizes_are_powers_of_two(block_size: int) -> None:
         backend.codebook_quantize(torch.randn(96), "nf4", block_size)
 
 
-KINDS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "uint8": "u8", "int8": "i8"}
+KINDS = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+    "uint8": "u8",
+    "int8": "i8",
+    "int64": "i64",
+}
 POINTERS = {getattr(torch, name): f"*{short}" for name, short in KINDS.items()}
 
 
@@ -134,6 +141,14 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     norm = triton_pointwise.rms_norm(x, torch.ones(64, dtype=dtype), 1e-5)
     triton_pointwise.rms_norm_backward(x, x, torch.ones(64, dtype=dtype), norm[1])
     triton_pointwise.silu_gate_backward(grad, grad, triton_pointwise.silu_gate(grad, grad))
+    q, k = torch.randn(1, 4, 2, 16, dtype=dtype), torch.randn(1, 1, 2, 16, dtype=dtype)
+    cos_and_sin = torch.randn(2, 1, 2, 16, dtype=dtype).unbind()
+    triton_pointwise.rotary(q, k, *cos_and_sin, False)
+    assert "fma.rn.f32" not in binaries["rotary"]["ptx"]
+    triton_pointwise.rotary(q, k, *cos_and_sin, True)
+    for gradient in (torch.empty_like(x), None):
+        targets, losses = torch.zeros(2, dtype=torch.long), torch.empty(2)
+        triton_pointwise.cross_entropy(x, targets, losses, gradient, True)
     update = torch.ones(3, 64), torch.ones(4, 3)
     for bits, pair in ((8, (None, None)), (2, update), (3, update), (4, update)):
         grid = torch.randn(4, 64, dtype=dtype), *int_group(bits, 32).statistics
@@ -143,7 +158,7 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "cvt.rn.f16.f64" in binaries["move_scaled"]["ptx"]
     for name in ("move_offsets", "move_by_factors"):
         assert "0d3FE6666666666666" in binaries[name]["ptx"]
-    assert len(binaries) == 17 and all(asm["cubin"] for asm in binaries.values())
+    assert len(binaries) == 19 and all(asm["cubin"] for asm in binaries.values())
     # The fused products' tiles depend on the width and on x's dtype, and not every tile compiles.
     for bits, kind in itertools.product((2, 3, 4, 8), DTYPES):
         packed_int = int_group(bits, 32)

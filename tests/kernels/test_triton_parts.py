@@ -84,6 +84,56 @@ def test_norms_and_gates(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 @where_kernels_run
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("back", [False, True])
+def test_rotary_positions(back: bool, dtype: torch.dtype) -> None:
+    for batch, heads, keys, length, size in ((1, 1, 1, 1, 2), (2, 5, 2, 7, 24), (2, 3, 3, 4, 64)):
+        # As projections write them, and as a gradient may come.
+        q = randn(batch, length, heads, size, dtype=dtype).transpose(1, 2)
+        k = randn(batch, size, length, keys, dtype=dtype).permute(0, 3, 2, 1)
+        for rows in {1, batch}:
+            cos, sin = (randn(rows, length, size, dtype=dtype) for _ in range(2))
+            ours = triton_pointwise.rotary(q, k, cos, sin, back)
+            theirs = reference_pointwise.rotary(q, k, cos, sin, back)
+            for one, other in zip(ours, theirs, strict=True):
+                assert torch.equal(one, other) and one.dtype == dtype
+                assert one.transpose(1, 2).is_contiguous()
+
+
+@where_kernels_run
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cross_entropy(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_pointwise, "_LOGITS", 64)
+    for tokens, vocabulary in ((1, 1), (5, 37), (3, 200)):
+        logits, targets = 4 * randn(tokens, vocabulary, dtype=dtype), torch.arange(tokens)
+        logits[0, 1::2] = -torch.inf
+        targets = (targets * 7 % vocabulary).to(logits.device)
+        targets[1:2] = -100
+        results = []
+        for backend in (triton_pointwise, reference_pointwise):
+            losses, gradient = randn(tokens), torch.empty_like(logits)
+            backend.cross_entropy(logits, targets, losses, gradient, True)
+            alone = torch.empty_like(losses)
+            backend.cross_entropy(logits, targets, alone, None, True)
+            assert torch.equal(alone, losses)
+            results.append((losses, gradient))
+        (losses, gradient), (expected, slope) = results
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(gradient, slope, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        assert not losses[1:2].any() and not gradient[1:2].any()
+
+
+@where_kernels_run
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # the interpreter's NumPy
+def test_cross_entropy_of_what_is_impossible_or_no_number() -> None:
+    logits = torch.tensor([[0.0, -torch.inf], [torch.nan, 0.0], [-torch.inf, -torch.inf]])
+    logits, losses = logits.to(randn(1).device), randn(3)
+    targets = torch.ones(3, dtype=torch.long, device=logits.device)
+    triton_pointwise.cross_entropy(logits, targets, losses, torch.empty_like(logits), False)
+    assert losses[0] == torch.inf and losses[1:].isnan().all()
+
+
+@where_kernels_run
 @pytest.mark.parametrize(("shape", "dtype"), [((3, 4), torch.float64), ((0, 4), torch.float32)])
 def test_norms_and_gates_that_no_kernel_takes(shape: tuple[int, int], dtype: torch.dtype) -> None:
     x, weight = randn(*shape, dtype=dtype), randn(4, dtype=dtype)

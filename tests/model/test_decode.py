@@ -17,6 +17,7 @@ from graft.formats.base import WeightFormat
 from graft.formats.registry import make_format
 from graft.kernels.backend.native_library import why_unavailable
 from graft.model.load import LoadedModel, load_model
+from graft.model.running import decode as decode_module
 from graft.model.running.decode import Decoder, why_not_native
 from graft.model.targets import freeze_layers, select_targets
 
@@ -46,8 +47,8 @@ def transformers_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
 def native_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     assert why_not_native(model, len(tokens)) is None
     decoder = Decoder(model, len(tokens))
-    rows = [decoder.start(tokens[:PROMPT]), *(decoder.step(int(t)) for t in tokens[PROMPT:])]
-    return torch.stack(rows)
+    decoder.start({0: tokens[:PROMPT]})
+    return torch.cat([decoder.step({0: int(token)}) for token in tokens[PROMPT - 1 :]])
 
 
 def assert_equal_in_float32(model: PreTrainedModel, tokens: Tensor) -> None:
@@ -105,6 +106,29 @@ def adapted(loaded: LoadedModel, method: Any) -> PreTrainedModel:
         for parameter in adapter_parameters(model, "default").values():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     return model
+
+
+@needs_library
+def test_a_head_that_bf16_holds_is_read_in_bf16(
+    load: Callable[..., LoadedModel], text: Tensor
+) -> None:
+    model = load("llama", weight_format=FORMATS["int4"]).model
+    head = model.get_parameter("lm_head.weight")
+
+    def stored() -> torch.dtype:
+        weight = decode_module._describe(model, 9).head.weight.tensors[0]
+        assert weight is not None and torch.equal(weight.float(), head)
+        return weight.dtype
+
+    assert stored() == torch.float32
+    assert_equal_in_float32(model, text)
+    with torch.no_grad():
+        head.copy_(head.bfloat16())
+    assert stored() == torch.bfloat16
+    assert_equal_in_float32(model, text)
+    with torch.no_grad():
+        head[0, 0] += 2.0**-20
+    assert stored() == torch.float32
 
 
 @needs_library
@@ -170,10 +194,11 @@ def test_real_models(shared_models: Path, name: str, weight_format: str) -> None
     ).model
     tokens = torch.arange(3, 3 + PROMPT)
     decoder = Decoder(model, 64)
-    logits = decoder.start(tokens)
+    decoder.start({0: tokens})
+    logits = decoder.step({0: int(tokens[-1])})[0]
     while len(tokens) < 60:
         tokens = torch.cat((tokens, logits.argmax()[None]))
-        logits = decoder.step(int(tokens[-1]))
+        logits = decoder.step({0: int(tokens[-1])})[0]
     expected = transformers_logits(model, tokens)
     assert torch.equal(expected.argmax(-1)[:-1], tokens[PROMPT:])
     assert (logits - expected[-1]).abs().max() <= 1e-5 * expected.abs().max()

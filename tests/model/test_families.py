@@ -19,7 +19,7 @@ def test_a_row_names_classes_of_its_family(row: Family) -> None:
     config = CONFIG_MAPPING[row.model_type]
     kind = AutoModelForCausalLM._model_mapping[config]
     module = importlib.import_module(kind.__module__)
-    for name in filter(None, (row.norm, row.gate, row.decoder)):
+    for name in filter(None, (row.norm, row.gate, row.attention, row.decoder)):
         assert isinstance(getattr(module, name), type)
     assert row.decoder in ("", kind.__name__)
     if row.gguf is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 from pathlib import Path
@@ -22,7 +23,7 @@ from graft.data.sampler import BatchSampler
 from graft.errors import GraftError
 from graft.model.running.attention import NAME
 from graft.objectives.next_token import NextToken
-from graft.train.loop import read_metrics
+from graft.train.metrics import read_metrics
 
 WORDS = "red green blue lamp chair table oak steel light heavy".split()
 METHODS = {
@@ -167,6 +168,15 @@ def test_an_objective_that_takes_no_packed_rows_gets_none(
     assert prepare(settings(tiny_base, uneven, tmp_path), Events()).config.batching == "grouped"
     with pytest.raises(GraftError, match="the objective next_token takes no packed rows"):
         prepare(settings(tiny_base, uneven, tmp_path, batching="packed"), Events())
+
+
+def test_graphs_take_rows_of_a_few_lengths_and_a_gpu(tiny_base, uneven, tmp_path) -> None:
+    graphs = settings(tiny_base, uneven, tmp_path / "run", cuda_graphs=True, checkpointing="none")
+    assert prepare(graphs, Events()).config.batching == "grouped"
+    with pytest.raises(GraftError, match="--batching packed: --cuda-graphs takes rows of a few"):
+        prepare(dataclasses.replace(graphs, batching="packed"), Events())
+    with pytest.raises(GraftError, match="--cuda-graphs: the model is on cpu"):
+        graft.finetune(graphs)
 
 
 def test_a_model_that_does_not_pack_after_all_leaves_nothing(

@@ -60,6 +60,7 @@ from graft.model.running.memory import free_bytes, reuse_freed_memory
 from graft.model.running.packing import check_packing
 from graft.model.running.pointwise import use_own_pointwise
 from graft.model.running.prefetch import prefetch_layers
+from graft.model.running.rotary import use_own_rotary
 from graft.model.save import save_model
 from graft.objectives.base import LossResult
 from graft.objectives.registry import OBJECTIVES
@@ -210,6 +211,7 @@ def _make_trainable(loaded: LoadedModel, prepared: Prepared) -> dict[str, nn.Par
     enable_checkpointing(model, prepared.plan.checkpointing)
     parameters = prepared.method.make_trainable(model, prepared.targets, config)
     use_own_pointwise(model)  # which leaves norms that train
+    use_own_rotary(model)
     return parameters
 
 

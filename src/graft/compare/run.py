@@ -24,7 +24,7 @@ from graft.compare.page import PageContent, write_page
 from graft.compare.prepare import SETTINGS, Prepared, int_format, prepare
 from graft.compare.results import Result, Row, RunCosts, read_result, row_as_dict, summarise
 from graft.errors import GraftError
-from graft.evaluate.generate import generate_text
+from graft.evaluate.generate import generate_texts
 from graft.evaluate.loss import evaluate_loss
 from graft.evaluate.scores import missing_scorers, score_texts, why_no_scorers
 from graft.files.read import read_json, read_typed
@@ -254,18 +254,16 @@ class _Comparing:
         )
 
     def _continuations(self, loaded: LoadedModel, entry: Entry) -> list[str]:
-        texts: list[str] = []
-        for prompt in self.prepared.prompts:
-            texts.append(
-                generate_text(
-                    loaded.model,
-                    loaded.tokenizer,
-                    prompt.ids,
-                    max_new_tokens=self.config.max_new_tokens,
-                )
-            )
-            self.events.progress(f"writing: {entry.label}", len(texts), len(self.prepared.prompts))
-        return texts
+        prompts = [prompt.ids for prompt in self.prepared.prompts]
+        return generate_texts(
+            loaded.model,
+            loaded.tokenizer,
+            prompts,
+            max_new_tokens=self.config.max_new_tokens,
+            on_done=lambda done: self.events.progress(
+                f"writing: {entry.label}", done, len(prompts)
+            ),
+        )
 
     def _text_scores(self, texts: Sequence[str]) -> dict[str, Any]:
         if not texts:

@@ -1,9 +1,9 @@
-"""Generation, greedy or sampled, whole or streamed."""
+"""Generation, greedy or sampled, of one text or of several at once, whole or streamed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,12 @@ from transformers.generation.streamers import TextStreamer
 
 from graft.errors import GraftError
 from graft.model.folder import GENERATION_FILE
-from graft.model.running.decode import Decoder, why_not_native
+from graft.model.running.decode import Decoder, texts_together, why_not_native
 from graft.understood import tokenizing, understood
 
 OnText = Callable[[str], None]
+OnDone = Callable[[int], None]
+"""Called with how many texts have ended."""
 
 _SET_HERE = ("max_length", "max_new_tokens", "do_sample", "temperature", "top_k", "top_p")
 _WITHOUT_EFFECT = (
@@ -71,42 +73,93 @@ def generate_text(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    fast: bool = False,
     on_text: OnText | None = None,
 ) -> str:
     """Return the continuation of a tokenised prompt; temperature 0 is greedy.
 
     Generation ends at the end-of-sequence token, after max_new_tokens, or where the model's
     position limit ends. A model that `graft.model.running.decode` knows is decoded by it, any
-    other by transformers. Raises GraftError when the prompt leaves no room, and for a temperature
-    or a number of tokens that cannot be.
+    other by transformers. `fast` is `DecodingConfig.fast_decode`. Raises GraftError when the prompt
+    leaves no room, for a temperature or a number of tokens that cannot be, and where a model cannot
+    be decoded fast.
     """
-    if not 0 <= temperature < math.inf:
-        raise GraftError(f"--temperature is {temperature}; expected 0 or more")
-    if max_new_tokens < 1:
-        raise GraftError(f"--max-new-tokens is {max_new_tokens}; expected more than 0")
-    limit = getattr(model.config, "max_position_embeddings", None)
-    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt_ids))
-    if not prompt_ids:
-        raise GraftError("the prompt is empty; give at least one token")
-    if room < 1:
-        raise GraftError(f"the prompt has {len(prompt_ids)} tokens; the model takes {limit}")
+    _check_options(temperature, max_new_tokens)
+    room = _room(model, prompt_ids, max_new_tokens)
     words = _Words(tokenizer)
     stream = None if on_text is None else _Stream(words, on_text)
-    if temperature > 0:
-        torch.manual_seed(seed)
-    if decodes_natively(model, len(prompt_ids) + room):
+    natively = decodes_natively(model, len(prompt_ids) + room)
+    if fast and not natively:
+        reason = why_not_native(model, len(prompt_ids) + room)
+        raise GraftError(
+            f"--fast-decode: {reason or f'{GENERATION_FILE} asks for what graft leaves to others'}"
+        )
+    if natively:
         new = []
         if stream is not None:
             stream.put(torch.tensor(prompt_ids))  # which it skips
-        for token in _decoded(model, prompt_ids, room, temperature):
+        for _, token, _ in _decoded(model, [prompt_ids], [room], temperature, seed, fast):
             new.append(token)
             if stream is not None:
                 stream.put(torch.tensor([token]))
         if stream is not None:
             stream.end()
     else:
-        new = _generated(model, tokenizer, prompt_ids, room, temperature, stream)
+        new = _generated(model, tokenizer, prompt_ids, room, temperature, seed, stream)
     return words.decode(new, skip_special_tokens=True)
+
+
+def generate_texts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    seed: int = 0,
+    on_done: OnDone | None = None,
+) -> list[str]:
+    """Return the continuation of each prompt, as `generate_text` gives it for that prompt alone.
+
+    A model that `graft.model.running.decode` knows continues several at once: a text that has ended
+    makes room for the next. Its logits do not depend on the texts beside it.
+    """
+    _check_options(temperature, max_new_tokens)
+    rooms = [_room(model, prompt, max_new_tokens) for prompt in prompts]
+    longest = max((len(ids) + room for ids, room in zip(prompts, rooms, strict=True)), default=0)
+    new: list[list[int]] = [[] for _ in prompts]
+    done = 0
+    if prompts and decodes_natively(model, longest):
+        for number, token, ended in _decoded(model, prompts, rooms, temperature, seed):
+            new[number].append(token)
+            done += ended
+            if ended and on_done is not None:
+                on_done(done)
+    else:
+        for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True)):
+            new[number] = _generated(model, tokenizer, ids, room, temperature, seed, None)
+            if on_done is not None:
+                on_done(number + 1)
+    words = _Words(tokenizer)
+    return [words.decode(ids, skip_special_tokens=True) for ids in new]
+
+
+def _check_options(temperature: float, max_new_tokens: int) -> None:
+    if not 0 <= temperature < math.inf:
+        raise GraftError(f"--temperature is {temperature}; expected 0 or more")
+    if max_new_tokens < 1:
+        raise GraftError(f"--max-new-tokens is {max_new_tokens}; expected more than 0")
+
+
+def _room(model: PreTrainedModel, prompt_ids: list[int], max_new_tokens: int) -> int:
+    """Return how many tokens may follow a prompt."""
+    limit = getattr(model.config, "max_position_embeddings", None)
+    room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt_ids))
+    if not prompt_ids:
+        raise GraftError("the prompt is empty; give at least one token")
+    if room < 1:
+        raise GraftError(f"the prompt has {len(prompt_ids)} tokens; the model takes {limit}")
+    return room
 
 
 def decodes_natively(model: PreTrainedModel, positions: int) -> bool:
@@ -125,33 +178,55 @@ def decodes_natively(model: PreTrainedModel, positions: int) -> bool:
     return not unknown and why_not_native(model, positions) is None
 
 
+class _Text:
+    """A text that is being continued: its tokens, how many it may have, its own randomness."""
+
+    def __init__(self, number: int, prompt_ids: list[int], room: int, seed: int) -> None:
+        self.number, self.tokens, self.most = number, list(prompt_ids), len(prompt_ids) + room
+        self.random = torch.Generator().manual_seed(seed)
+
+    def choose(self, scores: Tensor, temperature: float) -> int:
+        if temperature == 0:
+            return int(scores.argmax(-1))
+        probabilities = (scores / temperature).softmax(-1)
+        return int(torch.multinomial(probabilities, num_samples=1, generator=self.random))
+
+
 def _decoded(
-    model: PreTrainedModel, prompt_ids: list[int], room: int, temperature: float
-) -> Iterator[int]:
-    """Yield the new tokens, as transformers' `generate` chooses them."""
-    tokens = list(prompt_ids)
+    model: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    rooms: Sequence[int],
+    temperature: float,
+    seed: int,
+    fast: bool = False,
+) -> Iterator[tuple[int, int, bool]]:
+    """Yield (prompt's number, token, whether it is the last), as transformers' `generate` chooses.
+
+    Texts go on together; one that ends leaves its place to the next prompt.
+    """
     end = _end_tokens(model.generation_config)
     penalty = model.generation_config.repetition_penalty
-    decoder = Decoder(model, len(prompt_ids) + room)
-    logits = decoder.start(torch.tensor(prompt_ids))
-    while True:
-        scores = logits[None]
-        if penalty is not None and penalty != 1.0:
-            with _asked_for(model):
-                penalise = RepetitionPenaltyLogitsProcessor(penalty)
-                scores = penalise(torch.tensor([tokens]), scores)
-        tokens.append(_choose(scores, temperature))
-        yield tokens[-1]
-        if tokens[-1] in end or len(tokens) == len(prompt_ids) + room:
-            return
-        logits = decoder.step(tokens[-1])
-
-
-def _choose(scores: Tensor, temperature: float) -> int:
-    if temperature == 0:
-        return int(scores.argmax(-1))
-    probabilities = (scores / temperature).softmax(-1)
-    return int(torch.multinomial(probabilities, num_samples=1))
+    texts = [_Text(*one, seed) for one in zip(range(len(prompts)), prompts, rooms, strict=True)]
+    longest = max(text.most for text in texts)
+    places = range(min(texts_together(model, longest), len(texts)))
+    decoder = Decoder(model, longest, len(places), fast)
+    waiting, going = texts[::-1], dict[int, _Text]()
+    while waiting or going:
+        free = [place for place in places if place not in going][: len(waiting)]
+        begun = {place: waiting.pop() for place in free}
+        decoder.start({place: torch.tensor(text.tokens) for place, text in begun.items()})
+        going |= begun
+        logits = decoder.step({place: text.tokens[-1] for place, text in going.items()})
+        for scores, (place, text) in zip(logits.split(1), [*going.items()], strict=True):
+            if penalty is not None and penalty != 1.0:
+                with _asked_for(model):
+                    penalise = RepetitionPenaltyLogitsProcessor(penalty)
+                    scores = penalise(torch.tensor([text.tokens]), scores)
+            text.tokens.append(text.choose(scores, temperature))
+            ended = text.tokens[-1] in end or len(text.tokens) == text.most
+            if ended:
+                del going[place]
+            yield text.number, text.tokens[-1], ended
 
 
 def _end_tokens(config: GenerationConfig) -> list[int]:
@@ -167,9 +242,12 @@ def _generated(
     prompt_ids: list[int],
     room: int,
     temperature: float,
+    seed: int,
     stream: _Stream | None,
 ) -> list[int]:
     """Return the new tokens of transformers' `generate`."""
+    if temperature > 0:
+        torch.manual_seed(seed)
     ids = torch.tensor([prompt_ids], device=model.device)
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:

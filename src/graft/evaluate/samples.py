@@ -11,7 +11,7 @@ from graft.data.encode import EncodedData
 from graft.data.examples import Example
 from graft.data.shapes.registry import SHAPES
 from graft.errors import GraftError
-from graft.evaluate.generate import generate_text
+from graft.evaluate.generate import generate_texts
 from graft.understood import tokenizing
 
 NEW_TOKENS = 64
@@ -52,11 +52,12 @@ def continuations(
     """
     was_training = model.training
     model.eval()
+    prompts = [row.input_ids[: prompt_length(row)] for row in rows]
+    texts = generate_texts(model, tokenizer, prompts, max_new_tokens=NEW_TOKENS)
     found = []
-    for row in rows:
+    for row, text in zip(rows, texts, strict=True):
         begin = prompt_length(row)
         end = next((i for i in range(begin, len(row.targets)) if not row.targets[i]), None)
-        text = generate_text(model, tokenizer, row.input_ids[:begin], max_new_tokens=NEW_TOKENS)
         answer = row.input_ids[begin:end][:NEW_TOKENS]
         prompt, reference = _words(tokenizer, row.input_ids[:begin]), _words(tokenizer, answer)
         found.append(dict(prompt=prompt, text=text, reference=reference))

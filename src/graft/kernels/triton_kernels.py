@@ -14,8 +14,10 @@ from graft.kernels.frozen.int_group_triton_kernels import (
 from graft.kernels.latent.triton_kernels import latent_codes, latent_grads
 from graft.kernels.moves.triton_kernels import move_by_factors, move_offsets, move_scaled
 from graft.kernels.pointwise.triton_kernels import (
+    cross_entropy,
     rms_norm,
     rms_norm_backward,
+    rotary,
     silu_gate,
     silu_gate_backward,
 )
@@ -24,6 +26,7 @@ __all__ = [
     "codebook_dequantize",
     "codebook_linear",
     "codebook_quantize",
+    "cross_entropy",
     "int8_dequantize",
     "int8_linear",
     "int_group_dequantize",
@@ -36,6 +39,7 @@ __all__ = [
     "move_scaled",
     "rms_norm",
     "rms_norm_backward",
+    "rotary",
     "silu_gate",
     "silu_gate_backward",
 ]

@@ -81,6 +81,9 @@ class Family:
     another order."""
     gate: str = ""
     """Class of its MLPs, where they compute down_proj(act_fn(gate_proj(x)) * up_proj(x))."""
+    attention: str = ""
+    """Class of its attention, where it computes what Llama's does: rotary positions of halves, a
+    window at most, and at most a norm of each head before them."""
     decoder: str = ""
     """Class of the model, where the native kernels decode it: Llama's modules and names."""
     norms_add_one: bool = False
@@ -121,6 +124,7 @@ _ROWS = (
         plain_attention=True,
         norm="LlamaRMSNorm",
         gate="LlamaMLP",
+        attention="LlamaAttention",
         decoder="LlamaForCausalLM",
         in_mlx=True,
         gguf=GgufLayout(
@@ -137,6 +141,7 @@ _ROWS = (
         plain_attention=True,
         norm="MistralRMSNorm",
         gate="MistralMLP",
+        attention="MistralAttention",
         decoder="MistralForCausalLM",
         windowed=True,
         in_mlx=True,
@@ -148,6 +153,7 @@ _ROWS = (
         plain_attention=True,
         norm="Qwen2RMSNorm",
         gate="Qwen2MLP",
+        attention="Qwen2Attention",
         decoder="Qwen2ForCausalLM",
         in_mlx=True,
         gguf=GgufLayout(architecture="qwen2", read=True, optional_head_dim=True),
@@ -158,6 +164,7 @@ _ROWS = (
         plain_attention=True,
         norm="Qwen3RMSNorm",
         gate="Qwen3MLP",
+        attention="Qwen3Attention",
         in_mlx=True,
         gguf=GgufLayout(
             architecture="qwen3", read=True, bias_settings={"attention_bias": "attn_q"}
@@ -270,6 +277,7 @@ _ROWS = (
         plain_attention=True,
         norm="GraniteRMSNorm",
         gate="GraniteMLP",
+        attention="GraniteAttention",
         in_mlx=True,
     ),
     Family(

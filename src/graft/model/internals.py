@@ -11,12 +11,14 @@ from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+
+from graft.kernels.backend.torch_internals import writes_to
 
 __all__ = [
     "OpOverload",
@@ -80,11 +82,6 @@ def stays_float32(model: PreTrainedModel, name: str, dtype: torch.dtype) -> bool
     if dtype == torch.float16:
         kept |= set(model._keep_in_fp32_modules or ())
     return any(re.search(pattern.replace("*", ".*"), name) for pattern in kept)
-
-
-def writes_to(tensor: Tensor) -> int:
-    """Return how often a tensor was written in place; nothing public tells that it was at all."""
-    return tensor._version
 
 
 def with_child(model: Model, name: str, child: nn.Module) -> Model:

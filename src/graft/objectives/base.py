@@ -54,6 +54,9 @@ class Objective(ABC):
     packs = False
     """Its loss takes a `PackedBatch` too."""
 
+    has_fixed_loss = False
+    """It has a `fixed_loss`, and nothing is measured beside its loss."""
+
     def takes(self, shape: RowShape) -> bool:
         """Return whether rows of a shape hold what it needs."""
         return True
@@ -86,6 +89,13 @@ class Objective(ABC):
         first, a 0-dimensional tensor, is divided by the targets of the whole step and
         differentiated; the others are recorded, divided likewise.
         """
+
+    def fixed_loss(self, model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
+        """Return the loss by operations that depend on the batch's shape alone.
+
+        See `graft.train.graphs`; for objectives that say that they have it.
+        """
+        raise NotImplementedError
 
     def evaluation(self, result: LossResult) -> dict[str, float]:
         """Return what is recorded of an evaluation; `eval_loss` must be there."""

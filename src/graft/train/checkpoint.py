@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from graft.model.save import save_tensors
 from graft.model.weight_files import WeightFiles
 from graft.optimizers.base import OptimizerKind, StateSpec
 from graft.train.best import Best
+from graft.train.metrics import read_metrics
 
 CHECKPOINT_VERSION = 1
 KEPT = 2
@@ -286,3 +287,27 @@ def _spec(tensor: Tensor) -> StateSpec:
 
 def _words(spec: StateSpec) -> str:
     return f"{str(spec.dtype).removeprefix('torch.')} {list(spec.shape)}"
+
+
+def kept_metrics(
+    file: Path, position: Position, note: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """Return the metrics up to a checkpoint, with what it knows itself where they are lost."""
+    step, best = position.step, position.best
+    known = step if position.evaluated is None else position.evaluated
+    kept = [
+        entry
+        for entry in read_metrics(file)
+        if entry["step"] <= (step if "loss" in entry else known)
+    ]
+    if not any(entry["step"] == step and "loss" in entry for entry in kept):
+        note(
+            f"{file} is damaged: of the steps up to {step} it has lost some, and the report is "
+            "without them"
+        )
+    evaluations = {} if best is None else {best.step: best.loss}
+    if position.evaluated is not None and "eval_loss" in position.metrics:
+        evaluations[position.evaluated] = position.metrics["eval_loss"]
+    there = {entry["step"] for entry in kept if "eval_loss" in entry}
+    kept += [{"step": at, "eval_loss": loss} for at, loss in evaluations.items() if at not in there]
+    return sorted(kept, key=lambda entry: entry["step"])

@@ -21,6 +21,7 @@ class LoopConfig:
         {
             *("warmup_fraction", "weight_decay", "max_grad_norm", "save_minutes", "checkpoints"),
             *("eval_epochs", "min_improvement", "samples", "track", "general_text", "batching"),
+            "cuda_graphs",
         }
     )
     EITHER_OR: ClassVar[tuple[tuple[str, str], ...]] = (
@@ -62,6 +63,10 @@ class LoopConfig:
     second one that is much wider than its input (half); little more than its input (layers). auto
     takes the first of them whose planned peak fits into 80 % of the free memory. The gradients are
     the same, bit for bit."""
+    cuda_graphs: bool = False
+    """Record forward and backward of each shape of a batch as a CUDA graph, which is one launch
+    where a small model makes thousands. Rows are padded to multiples of 64 tokens. It is tested
+    without a GPU, and neither run nor measured on one yet."""
     eval_every: int | None = None
     """Steps between evaluations; the default evaluates at the beginning and at the end."""
     eval_epochs: float | None = None

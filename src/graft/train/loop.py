@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from graft.train.checkpoint import (
     Position,
     checkpoint_steps,
     keep_newest,
+    kept_metrics,
     load_checkpoint,
     note_evaluation,
     random_state,
@@ -36,8 +38,9 @@ from graft.train.checkpoint import (
 )
 from graft.train.config import LoopConfig
 from graft.train.gates import Gates
+from graft.train.graphs import GraphedGradients
 from graft.train.health import NotFiniteError, check_gradients, raise_not_finite
-from graft.train.metrics import Metrics, read_metrics
+from graft.train.metrics import Metrics
 from graft.train.schedule import passes, scheduled_learning_rate, steps_between_evaluations
 from graft.train.stop import AbandonedError, Stop, StoppedError
 
@@ -154,6 +157,17 @@ class _Loop:
             config.warmup_fraction,
             task.on_note,
         )
+        self.graphs = (
+            GraphedGradients(
+                task.model,
+                task.parameters,
+                task.objective,
+                task.on_note,
+                changes=task.before_step is not None,
+            )
+            if config.cuda_graphs
+            else None
+        )
         self.last: Metrics = {}
         self.evaluated = -1
         """The step after which the last evaluation was made."""
@@ -220,17 +234,19 @@ class _Loop:
             self.largest = largest
             give_back_freed(self.device)
         targets = sum(batch.targets for batch in batches)
+        losses: list[Tensor] = []
         loss, sums = 0.0, Metrics()
         for index, batch in enumerate(batches):
             if index:
                 self.task.stop.check()
-            batch_loss, measured = self._loss(batch)
-            if not torch.isfinite(batch_loss):
-                with self._keeping(rows[index : index + 1]):
-                    raise_not_finite(self.task.model, partial(self._loss, batch), step)
-            (batch_loss / targets).backward()
-            loss += batch_loss.item()
+            batch_loss, measured = self._add_gradients(batch, targets)
+            losses.append(batch_loss)
             sums = {name: sums.get(name, 0.0) + value for name, value in measured.items()}
+        for index, value in enumerate(torch.stack(losses).tolist()):  # the first wait for a GPU
+            if not math.isfinite(value):
+                with self._keeping(rows[index : index + 1]):
+                    raise_not_finite(self.task.model, partial(self._loss, batches[index]), step)
+            loss += value
         norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm).item()
         with self._keeping(rows):
             check_gradients(self.task.parameters, norm, step)
@@ -252,6 +268,14 @@ class _Loop:
                 **{name: value / targets for name, value in sums.items()},
             }
         )
+
+    def _add_gradients(self, batch: Batch, targets: float) -> tuple[Tensor, Mapping[str, float]]:
+        """Add the gradients of the batch's loss / targets; return the loss and what is measured."""
+        if self.graphs is not None:
+            return self.graphs.add(batch, targets), {}
+        loss, measured = self._loss(batch)
+        (loss / targets).backward()
+        return loss.detach(), measured
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
         objective = self.task.objective
@@ -356,7 +380,7 @@ class _Loop:
         position = read_position(checkpoint)
         self.sampler.restore(position.sampler)
         load_checkpoint(checkpoint, self.task.parameters, self.optimizer, self.task.optimizer)
-        kept = self._kept_metrics(position)
+        kept = kept_metrics(self.metrics_file, position, self.task.on_note)
         write_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
         for entry in kept:
             self.last |= entry
@@ -372,26 +396,3 @@ class _Loop:
         keep_newest(checkpoint)  # a kill may have come before what was no longer needed had gone
         self.best.sweep(checkpoint_steps(checkpoint.parent))
         self.moment = self._now(position.step)
-
-    def _kept_metrics(self, position: Position) -> list[dict[str, Any]]:
-        """Return the metrics up to a checkpoint, with what it knows itself where they are lost."""
-        step, best = position.step, position.best
-        known = step if position.evaluated is None else position.evaluated
-        kept = [
-            entry
-            for entry in read_metrics(self.metrics_file)
-            if entry["step"] <= (step if "loss" in entry else known)
-        ]
-        if not any(entry["step"] == step and "loss" in entry for entry in kept):
-            self.task.on_note(
-                f"{self.metrics_file} is damaged: of the steps up to {step} it has lost some, and "
-                "the report is without them"
-            )
-        evaluations = {} if best is None else {best.step: best.loss}
-        if position.evaluated is not None and "eval_loss" in position.metrics:
-            evaluations[position.evaluated] = position.metrics["eval_loss"]
-        there = {entry["step"] for entry in kept if "eval_loss" in entry}
-        kept += [
-            {"step": at, "eval_loss": loss} for at, loss in evaluations.items() if at not in there
-        ]
-        return sorted(kept, key=lambda entry: entry["step"])

@@ -39,6 +39,8 @@ def chosen_batching(config: TrainConfig, subject: Subject) -> Batching:
 def _why_not_packed(config: TrainConfig, subject: Subject) -> str | None:
     """Return why a model or an objective takes no packed rows, as far as its classes say."""
     objective = OBJECTIVES[config.objective]
+    if config.cuda_graphs:
+        return "--cuda-graphs takes rows of a few lengths, not packed ones"
     if not objective.packs:
         return f"the objective {objective.name} takes no packed rows"
     model = subject.skeleton

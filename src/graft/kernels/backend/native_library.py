@@ -74,7 +74,7 @@ _ARGUMENTS = {
     "rms_norm_backward": (_int, *4 * [_pointer], _int, _int, _pointer, _int),
     "gate": (_int, _pointer, _pointer, _int, _pointer, _int),
     "gate_backward": (_int, *3 * [_pointer], _int, _pointer, _pointer, _int),
-    "next_logits": (_pointer, _int, _int, _pointer, _int),
+    "next_logits": (_pointer, _pointer, _int, _pointer, _int),
 }
 
 

@@ -7,6 +7,7 @@ know for that whether anybody watches, which no public function of PyTorch says.
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 any_requires_grad = torch._C._any_requires_grad
 """Whether one of any arguments is a tensor that needs a gradient: all of them in one call of C,
@@ -15,6 +16,11 @@ where a loop in Python would take as long as the launch of a kernel."""
 BelowAutograd = torch._C._AutoDispatchBelowAutograd
 """A context without autograd's own kernels. Inside of a node nothing is recorded anyway, and
 `custom_op` calls its function so too; each of PyTorch's operations in it takes less time."""
+
+
+def writes_to(tensor: Tensor) -> int:
+    """Return how often a tensor was written in place; nothing public tells that it was at all."""
+    return tensor._version
 
 
 def nobody_watches() -> bool:

@@ -2,14 +2,16 @@
 
 What surrounds the products costs as much as they do when there is one token: Python, PyTorch's
 dispatcher, the start of parallel work. Here the decoder is described to the library once, as C
-structs that point at the model's own tensors, and the threads meet only between its stages.
+structs that point at the model's own tensors, and the threads meet only between its stages. Several
+sequences may go on in one call, which reads each weight once for all of them.
 """
 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, fields
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,60 +23,30 @@ from graft.kernels.backend.native_library import (
     call,
     prepared,
 )
+from graft.kernels.decoding.prompt import prompt_caches
+from graft.kernels.decoding.weights import DecoderLayer, DecoderWeights, Projection
 from graft.kernels.packed.weight import Weight
 
 STRIDE = 64
 """A head's cached rows are filled up with zeros to a multiple of this."""
-
-
-@dataclass(frozen=True)
-class Projection:
-    """y = x Wᵀ + bias."""
-
-    weight: Weight
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class DecoderLayer:
-    """The weights of a layer, in the order of graft_decoder_layer."""
-
-    attention_norm: Tensor
-    mlp_norm: Tensor
-    query: Projection
-    key: Projection
-    value: Projection
-    out: Projection
-    gate: Projection
-    up: Projection
-    down: Projection
-
-
-@dataclass(frozen=True)
-class DecoderWeights:
-    """A decoder with RMSNorm, rotary positions and SiLU that computes in `dtype`.
-
-    h += out(attention(norm(h))); h += down(silu(gate(norm(h))) * up(norm(h))); logits =
-    head(norm(h)). `cosines` and `sines` [positions, head_dim] turn the two halves of a head against
-    each other; as many positions can be decoded.
-    """
-
-    dtype: torch.dtype
-    layers: tuple[DecoderLayer, ...]
-    heads: int
-    key_value_heads: int
-    head_dim: int
-    epsilon: float
-    attention_scaling: float
-    embedding: Weight
-    norm: Tensor
-    head: Projection
-    cosines: Tensor
-    sines: Tensor
+MOST_SEQUENCES = 16
+"""That go on in one call."""
 
 
 _int, _float, _pointer = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 _PARTS = tuple(field.name for field in fields(DecoderLayer))
+
+
+class Next(NamedTuple):
+    """A token that stands at `position` of a sequence, in the order of graft_next."""
+
+    token: int
+    position: int
+    sequence: int = 0
+
+
+class _Next(ctypes.Structure):
+    _fields_ = [(name, _int) for name in Next._fields]
 
 
 class _Projection(ctypes.Structure):
@@ -91,7 +63,7 @@ class _Layer(ctypes.Structure):
 class _Decoder(ctypes.Structure):
     _fields_ = [
         *((name, _int) for name in ("dtype", "layers", "hidden", "intermediate", "heads")),
-        *((name, _int) for name in ("key_value_heads", "head_dim", "capacity")),
+        *((name, _int) for name in ("key_value_heads", "head_dim", "capacity", "rounds_inputs")),
         *((name, _float) for name in ("epsilon", "attention_scaling")),
         ("layer", ctypes.POINTER(_Layer)),
         ("embedding", PackedWeight),
@@ -102,13 +74,21 @@ class _Decoder(ctypes.Structure):
 
 
 class NativeDecoder:
-    """Computes the logits of one token after another, with a cache of keys and values."""
+    """Computes the logits of one token after another, with a cache of keys and values.
 
-    def __init__(self, weights: DecoderWeights) -> None:
+    Up to MOST_SEQUENCES sequences have a cache each, and go on alone or together. `rounds_inputs`:
+    where weights are integer codes in groups of 32 or more, what meets them is rounded
+    to 8 bits in blocks of 32, q = round(x / s) with s = max |x| / 127, as llama.cpp does.
+    """
+
+    def __init__(
+        self, weights: DecoderWeights, sequences: int = 1, rounds_inputs: bool = False
+    ) -> None:
         self._alive: list[Any] = []
+        self._weights = weights
         capacity, count = len(weights.cosines), len(weights.layers)
         stride = -(-weights.head_dim // STRIDE) * STRIDE
-        shape = (count, 2, weights.key_value_heads, capacity, stride)
+        shape = (count, 2, sequences, weights.key_value_heads, capacity, stride)
         self._cache = torch.zeros(shape, dtype=weights.dtype)
         self._layers = (_Layer * count)()
         for place, layer, cache in zip(self._layers, weights.layers, self._cache, strict=True):
@@ -128,6 +108,7 @@ class NativeDecoder:
             key_value_heads=weights.key_value_heads,
             head_dim=weights.head_dim,
             capacity=capacity,
+            rounds_inputs=rounds_inputs,
             epsilon=weights.epsilon,
             attention_scaling=weights.attention_scaling,
             layer=self._layers,
@@ -137,23 +118,45 @@ class NativeDecoder:
             cosines=self._floats(weights.cosines),
             sines=self._floats(weights.sines),
         )
-        self.capacity, self.head_dim = capacity, weights.head_dim
+        self.capacity, self.sequences, self.head_dim = capacity, sequences, weights.head_dim
         self.vocabulary = weights.head.weight.layout.out_features
 
-    def remember(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Fill a layer's cache from position 0 on; [key_value_heads, positions, head_dim] each."""
-        for room, new in zip(self._cache[layer], (keys, values), strict=True):
-            room[:, : new.shape[1], : self.head_dim] = new
+    @torch.no_grad()
+    def read(self, prompts: Mapping[int, Tensor]) -> None:
+        """Fill the caches of sequences, by number, with prompts, int64 [length] each.
 
-    def next_logits(self, token: int, position: int) -> Tensor:
-        """Return the logits float32 [vocabulary] after a token, whose keys and values are cached.
-
-        Raises IndexError when the token is not in the vocabulary or the position not in the cache.
+        What is computed of one does not depend on those beside it.
         """
-        if not (0 <= token < self._struct.embedding.rows and 0 <= position < self.capacity):
-            raise IndexError(f"token {token} at position {position} of {self.capacity}")
-        logits = torch.empty(self.vocabulary)
-        call("next_logits", ctypes.byref(self._struct), token, position, address(logits))
+        given = {number: prompt for number, prompt in prompts.items() if len(prompt)}
+        if not given:
+            return
+        caches = prompt_caches(self._weights, [*given.values()])
+        for cache, made in zip(self._cache, caches, strict=True):
+            for kind, parts in zip(cache, made, strict=True):
+                for number, part in zip(given, parts, strict=True):
+                    kind[number, :, : part.shape[1], : self.head_dim] = part
+
+    def next_logits(self, tokens: Sequence[Next]) -> Tensor:
+        """Return the logits float32 [tokens, vocabulary] after each, and cache keys and values.
+
+        A sequence's logits are the same bits whichever others go on beside it. Raises IndexError
+        when a token is not in the vocabulary, a position or a sequence is not in the cache, or two
+        tokens are of the same sequence.
+        """
+        for token, position, sequence in tokens:
+            known = 0 <= token < self._struct.embedding.rows and 0 <= sequence < self.sequences
+            if not (known and 0 <= position < self.capacity):
+                raise IndexError(
+                    f"token {token} at position {position} of {self.capacity} in sequence "
+                    f"{sequence} of {self.sequences}"
+                )
+        if not 0 < len({one.sequence for one in tokens}) == len(tokens) <= MOST_SEQUENCES:
+            raise IndexError(
+                f"{len(tokens)} tokens; expected 1 to {MOST_SEQUENCES}, one of each sequence"
+            )
+        logits = torch.empty(len(tokens), self.vocabulary)
+        next_tokens = (_Next * len(tokens))(*(_Next(*one) for one in tokens))
+        call("next_logits", ctypes.byref(self._struct), next_tokens, len(tokens), address(logits))
         return logits
 
     def _weight(self, weight: Weight) -> PackedWeight:

@@ -1,4 +1,4 @@
-"""What lies between a decoder's products, one operation for every backend: RMSNorm, SiLU gates.
+"""What lies between a decoder's products: RMSNorm, SiLU gates, rotary positions, for each backend.
 
 Numbers are rounded to the inputs' dtype where transformers' modules round them.
 """
@@ -91,3 +91,32 @@ def _gate_backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 
 silu_gate.register_autograd(_gate_backward, setup_context=_gate_save)
+
+
+@Operation
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    """Return q cos + r(q) sin and k cos + r(k) sin, r(x) = (-x2, x1) of x's two halves.
+
+    q, k [batch, heads, length, head_dim], each with heads of its own; cos, sin [batch or 1, length,
+    head_dim]. Differentiable in q and k: `back` is the transposed map, g cos + rᵀ(g sin)
+    (RoFormer, arXiv 2104.09864, eq. 34).
+    """
+    out: tuple[Tensor, Tensor] = implementation("rotary", q.device)(q, k, cos, sin, back)
+    return out
+
+
+@rotary.register_fake
+def _(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(q), torch.empty_like(k)
+
+
+def _rotary_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos, sin, ctx.back = inputs
+    ctx.save_for_backward(cos, sin)
+
+
+def _rotary_backward(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    return *rotary(grad_q, grad_k, *ctx.saved_tensors, not ctx.back), None, None, None
+
+
+rotary.register_autograd(_rotary_backward, setup_context=_rotary_save)

@@ -42,7 +42,7 @@ def may_use_own_attention(model: PreTrainedModel) -> bool:
     return known and family_of(model.config).plain_attention
 
 
-def _attention(
+def attend(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -59,8 +59,8 @@ def _attention(
     checkpointed layer too.
     """
     starts: Tensor | None = kwargs.pop("cu_seq_lens_q", None)
-    if starts is not None:
-        attention_mask = None  # which says nothing of packed rows
+    if starts is not None or (attention_mask is not None and not attention_mask.numel()):
+        attention_mask = None  # of packed or unmasked rows, of which it says nothing
     # No mask means a causal one (or none, in a module that says so): a sliding window, padding on
     # the left or packed rows come with a mask.
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
@@ -106,6 +106,6 @@ def _computes(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return one_kind and query.dtype in COMPUTE and fits and heads % key.shape[1] == 0
 
 
-AttentionInterface.register(NAME, _attention)
+AttentionInterface.register(NAME, attend)
 # The same masks as PyTorch's: none where a causal one says it all.
 AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -1,20 +1,25 @@
 """Decoding one token at a time at the speed at which the memory delivers the weights.
 
-Models of the Llama family whose layers the native kernels read go through one native call a token;
-the prompt goes through the model's own forward, which fills the cache.
+Models of the Llama family whose layers the native kernels read go through one native call for the
+next tokens of all texts that go on together; prompts go through the same layers before.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from graft.adapters.adapted import AdaptedLinear
+from graft.errors import GraftError
 from graft.kernels.backend.native_library import COMPUTE, why_unavailable
-from graft.kernels.decoding.native import DecoderLayer, DecoderWeights, NativeDecoder, Projection
+from graft.kernels.decoding.native import MOST_SEQUENCES, STRIDE, NativeDecoder, Next
+from graft.kernels.decoding.weights import DecoderLayer, DecoderWeights, Projection
 from graft.kernels.packed.weight import dense_weight
 from graft.layers.frozen import FrozenLinear
 from graft.model.families import FAMILIES, is_class
@@ -25,6 +30,12 @@ _LINEARS = (
     *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
 )
 """Of a layer, in the order of DecoderLayer."""
+_ROW = 512
+"""Tokens of short prompts that are computed together, at most."""
+_CACHE_BYTES = 1 << 30
+"""What the caches of texts that go on together may take."""
+_narrow_heads: WeakKeyDictionary[nn.Module, tuple[Tensor, int, Tensor | None]] = WeakKeyDictionary()
+"""What `_head` found of each head: its weight, the weight's version, the copy."""
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose angles do not depend on the length of the text."""
 
@@ -77,6 +88,19 @@ def _weights_reason(model: PreTrainedModel) -> str | None:
     return None
 
 
+def texts_together(model: PreTrainedModel, positions: int) -> int:
+    """Return how many texts of that many positions a decoder continues at once: 1 to 16."""
+    config, dtype = model.config, model.get_parameter(_EMBEDDING).dtype
+    width = -(-_head_dim(model) // STRIDE) * STRIDE * config.num_key_value_heads
+    one = 2 * config.num_hidden_layers * positions * width * dtype.itemsize
+    return max(1, min(MOST_SEQUENCES, _CACHE_BYTES // one))
+
+
+def _head_dim(model: PreTrainedModel) -> int:
+    width: int = model.get_submodule("model.layers.0.self_attn").head_dim  # type: ignore[assignment]
+    return width
+
+
 def _linears(model: PreTrainedModel) -> list[str]:
     layers = range(model.config.num_hidden_layers)
     return [f"model.layers.{index}.{name}" for index in layers for name in _LINEARS] + ["lm_head"]
@@ -101,36 +125,71 @@ def _projection(model: PreTrainedModel, name: str) -> Projection:
     return Projection(weight, None if bias is None else bias.detach().to(dtype))
 
 
-class Decoder:
-    """Continues one text with a model for which `why_not_native` finds no reason.
+def _head(model: PreTrainedModel) -> Projection:
+    """Return the output head; a float32 one that bfloat16 holds exactly is read in bfloat16.
 
-    `positions` is the length of the whole text, and bounds the cache's size.
+    So it is where the folder's weights are bfloat16 and the model computes in float32. The head is
+    read for each token, and half as many bytes take half the time.
+    """
+    head, module = _projection(model, "lm_head"), model.get_submodule("lm_head")
+    wide = dict(module.named_parameters()).get("weight")
+    if wide is None or wide.dtype != torch.float32:
+        return head
+    known = _narrow_heads.get(module)
+    if known is None or known[0] is not wide or known[1] != wide._version:
+        narrow = wide.detach().bfloat16()
+        exact = torch.equal(narrow.float(), wide)
+        known = _narrow_heads[module] = wide, wide._version, narrow if exact else None
+    return head if known[2] is None else replace(head, weight=dense_weight(known[2]))
+
+
+class Decoder:
+    """Continues up to `sequences` texts with a model for which `why_not_native` finds no reason.
+
+    `positions` is the length of the longest text, and bounds each cache's size. Texts are told
+    apart by numbers from 0 on; one that has ended leaves its number to another. A text's logits do
+    not depend on those beside it.
+
+    `rounds_inputs`: see `NativeDecoder`; raises GraftError where no layer's weight is such.
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, positions: int) -> None:
-        self.model, self.positions = model, positions
-        self.length = 0
-        self._native = NativeDecoder(_describe(model, positions))
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        positions: int,
+        sequences: int = 1,
+        rounds_inputs: bool = False,
+    ) -> None:
+        weights = _describe(model, positions)
+        if rounds_inputs and not weights.meet_rounded_inputs():
+            raise GraftError(
+                "--fast-decode is for weights that are integers in groups of 32 or more (int), and "
+                "no layer of this model is; leave the flag out"
+            )
+        self._native = NativeDecoder(weights, sequences, rounds_inputs)
+        self._lengths = [0] * sequences
 
-    @torch.no_grad()
-    def start(self, prompt: Tensor) -> Tensor:
-        """Return the logits float32 [vocabulary] after a prompt [tokens], which fills the cache."""
-        cache = DynamicCache()
-        out = self.model(
-            input_ids=prompt[None], past_key_values=cache, use_cache=True, logits_to_keep=1
-        )
-        layers: list[Any] = cache.layers
-        for index, layer in enumerate(layers):
-            self._native.remember(index, layer.keys[0], layer.values[0])
-        self.length = len(prompt)
-        logits: Tensor = out.logits[0, -1].float()
-        return logits
+    def start(self, prompts: Mapping[int, Tensor]) -> None:
+        """Begin texts with prompts, int64 [length] each, all but their last tokens.
 
-    def step(self, token: int) -> Tensor:
-        """Return the logits float32 [vocabulary] after one more token."""
-        logits = self._native.next_logits(token, self.length)
-        self.length += 1
+        Those follow as the first of `step`, together with those of the texts that go on.
+        """
+        rows: dict[int, Tensor] = {}
+        for number, prompt in prompts.items():
+            self._lengths[number] = len(prompt) - 1
+            if rows and sum(map(len, rows.values())) + len(prompt) > _ROW:
+                self._native.read(rows)
+                rows = {}
+            rows[number] = prompt[:-1]
+        self._native.read(rows)
+
+    def step(self, tokens: Mapping[int, int]) -> Tensor:
+        """Return the logits float32 [texts, vocabulary] after one more token of each text."""
+        given = [Next(token, self._lengths[number], number) for number, token in tokens.items()]
+        logits = self._native.next_logits(given)
+        for number in tokens:
+            self._lengths[number] += 1
         return logits
 
 
@@ -149,12 +208,12 @@ def _describe(model: PreTrainedModel, positions: int) -> DecoderWeights:
         layers=tuple(layers),
         heads=model.config.num_attention_heads,
         key_value_heads=model.config.num_key_value_heads,
-        head_dim=attention.head_dim,
+        head_dim=_head_dim(model),
         epsilon=model.config.rms_norm_eps,
         attention_scaling=attention.scaling,
         embedding=dense_weight(embedding),
         norm=body.norm.weight,
-        head=_projection(model, "lm_head"),
+        head=_head(model),
         cosines=cosines[0],
         sines=sines[0],
     )

@@ -17,9 +17,11 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from graft.data.batches import IGNORED
+from graft.errors import GraftError
+from graft.kernels.backend.registry import implementation
 from graft.model.internals import with_child
 from graft.model.running.modes import evaluating
-from graft.model.running.packing import packed
+from graft.model.running.packing import packed, unmasked
 
 CHUNK_BYTES = 32 * 2**20
 """Of a chunk's logits in float32, as long as the chunk has between 128 and 512 tokens."""
@@ -56,6 +58,25 @@ def target_loss(
     else:
         loss = _whole_loss(model, input_ids, asked, targets, layout)
     return loss, targets.numel()
+
+
+def fixed_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Tensor:
+    """Return `target_loss`'s sum by operations that depend on the shape of the batch alone.
+
+    Nothing waits for a GPU and nothing is asked of the numbers, so that a graph can be recorded of
+    it. The model must have our attention, without a window. Raises GraftError where the model's
+    logits are no function of each position's last hidden state.
+    """
+    if not _splits(model, input_ids):
+        raise GraftError(
+            f"--cuda-graphs: the logits of {type(model).__name__} depend on more than each "
+            "position's last hidden state; train without --cuda-graphs"
+        )
+    targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
+    (output,), _ = _run(model, input_ids, torch.zeros_like(input_ids[0, :1]), unmasked(input_ids))
+    head, hidden = _Head(model, output), output["last_hidden_state"].flatten(0, 1)
+    loss: Tensor = _ChunkedLoss.apply(hidden, None, targets, head, *head.trained())
+    return loss
 
 
 @torch.no_grad()
@@ -189,6 +210,8 @@ def _chunked_loss(head: _Head, hidden: Tensor, asked: Tensor, targets: Tensor) -
 class _ChunkedLoss(torch.autograd.Function):
     """The sum of -log softmax(head(hidden[position]))[target], with its gradient found at once.
 
+    Without positions there is a target for each of the hidden states, `IGNORED` where none is.
+
     With p = softmax(logits), d logits = p - onehot(target); one backward pass through the head
     takes it to the hidden states and to what trains in the head. What is kept for the backward pass
     are these gradients alone: the hidden states' in their dtype, the head's in float32.
@@ -196,23 +219,30 @@ class _ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, positions: Tensor, targets: Tensor, head: _Head, *trained: Tensor
+        ctx: Any,
+        hidden: Tensor,
+        positions: Tensor | None,
+        targets: Tensor,
+        head: _Head,
+        *trained: Tensor,
     ) -> Tensor:
         leaves = (hidden, *trained)
         gradients: list[Tensor | None] = [None] * len(leaves)
         gradients[0] = torch.zeros_like(hidden) if hidden.requires_grad else None
         losses = torch.empty(len(targets), device=hidden.device)
         buffer: Tensor | None = None  # all chunks share it: a fresh one costs its page faults
+        ignores = positions is None
         for part in _parts(len(targets), chunk_tokens(head.vocabulary)):
-            rows = hidden[positions[part]].requires_grad_(hidden.requires_grad)
+            at = part if positions is None else positions[part]
+            rows = hidden[at].requires_grad_(hidden.requires_grad)
             with torch.set_grad_enabled(any(leaf.requires_grad for leaf in leaves)):
                 logits = head(rows)
             if logits.requires_grad:
                 buffer = torch.empty_like(logits) if buffer is None else buffer[: len(rows)]
-                _cross_entropy(logits.detach(), targets[part], losses[part], buffer)
-                _add_gradients(gradients, positions[part], (rows, *trained), logits, buffer)
+                _cross_entropy(logits.detach(), targets[part], losses[part], buffer, ignores)
+                _add_gradients(gradients, at, (rows, *trained), logits, buffer)
             else:
-                _cross_entropy(logits, targets[part], losses[part], None)
+                _cross_entropy(logits, targets[part], losses[part], None, ignores)
             del logits  # before the next chunk's are there
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [leaf.dtype for leaf in leaves]
@@ -236,28 +266,27 @@ def _parts(count: int, most: int) -> Iterator[slice]:
 
 
 def _cross_entropy(
-    logits: Tensor, targets: Tensor, losses: Tensor, gradient: Tensor | None
+    logits: Tensor,
+    targets: Tensor,
+    losses: Tensor,
+    gradient: Tensor | None,
+    ignores: bool = False,
 ) -> None:
     """Write -log softmax(logits)[target] to `losses`, softmax(logits) - onehot to `gradient`.
 
     logits, gradient: [tokens, vocabulary]; losses: float32 [tokens]. Computed in float32.
     """
+    compute = implementation("cross_entropy", logits.device)
     tokens, vocabulary = logits.shape
     most = max(1, BLOCK_LOGITS // vocabulary) if logits.device.type == "cpu" else tokens
     for part in _parts(tokens, most):
-        scores, target = logits[part].float(), targets[part, None]
-        probabilities = scores.softmax(dim=-1)
-        # The largest probability is exp(0) over the sum of the exponentials.
-        log_sum = scores.amax(dim=-1) - probabilities.amax(dim=-1).log()
-        losses[part] = log_sum - scores.gather(1, target).squeeze(1)
-        if gradient is not None:
-            minus_one = torch.full_like(target, -1, dtype=torch.float32)
-            gradient[part] = probabilities.scatter_add_(1, target, minus_one)
+        outward = None if gradient is None else gradient[part]
+        compute(logits[part], targets[part], losses[part], outward, ignores)
 
 
 def _add_gradients(
     gradients: list[Tensor | None],
-    positions: Tensor,
+    positions: Tensor | slice,
     leaves: tuple[Tensor, ...],
     logits: Tensor,
     outward: Tensor,

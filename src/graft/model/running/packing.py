@@ -37,6 +37,19 @@ def packed(starts: Tensor, device: torch.device) -> dict[str, Any]:
     }
 
 
+def unmasked(input_ids: Tensor) -> dict[str, Any]:
+    """Return what a model is called with, beside input_ids [batch, length], for rows without mask.
+
+    The model must have our attention, without a window. No mask is made, which would ask the GPU
+    whether there are packed rows; the one that is passed on instead holds no number.
+    """
+    length, device = input_ids.shape[1], input_ids.device
+    return {
+        "position_ids": torch.arange(length, device=device)[None],
+        "attention_mask": torch.empty(1, 1, length, 0, dtype=torch.bool, device=device),
+    }
+
+
 def check_packing(model: PreTrainedModel) -> None:
     """Raise GraftError when packed rows do not give the logits of the same rows alone.
 
