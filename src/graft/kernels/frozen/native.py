@@ -21,6 +21,10 @@ from graft.kernels.packed.planes import empty_planes
 from graft.kernels.packed.weight import NESTED_BLOCK_SIZE, Weight
 
 
+FEW_TOKENS = 16
+"""Up to so many tokens meet a weight's numbers as they lie (csrc/code_products.inc)."""
+
+
 def token_count(x: Tensor) -> int:
     """Return the number of rows of x [..., features]."""
     return x.numel() // x.shape[-1] if x.shape[-1] else 0
@@ -33,10 +37,15 @@ def reads(x: Tensor, weight: Weight) -> bool:
     return x.dtype in COMPUTE and readable
 
 
-def as_inputs(weight: Weight, dtype: torch.dtype) -> Weight:
-    """Return the weight as it is multiplied with inputs of that dtype: a dense one converted."""
+def as_inputs(weight: Weight, dtype: torch.dtype, few: bool = False) -> Weight:
+    """Return the weight as it is multiplied with inputs of that dtype: a dense one converted.
+
+    `few` tokens meet a dense weight as it lies.
+    """
     first = weight.tensors[0]
     if weight.layout.kind != "dense" or first is None or first.dtype == dtype:
+        return weight
+    if few and first.dtype in COMPUTE:
         return weight
     return Weight(weight.layout, (first.to(dtype),))
 
@@ -56,8 +65,10 @@ def _product(name: str, x: Tensor, weight: Weight, features: int, columns: int) 
     out = x.new_empty((*x.shape[:-1], columns))
     if not x.numel():
         return out
-    struct = prepared(as_inputs(weight, x.dtype))
-    sizes = DTYPES[x.dtype], address(matrix), token_count(x)
+    tokens = token_count(x)
+    few = name == "linear" and tokens <= FEW_TOKENS
+    struct = prepared(as_inputs(weight, x.dtype, few))
+    sizes = DTYPES[x.dtype], address(matrix), tokens
     call(name, struct.reference, None, *sizes, address(out), None)
     return out
 
