@@ -20,7 +20,6 @@ from graft.kernels.packed.codebooks import dynamic_code_table, quantisation_boun
 from graft.kernels.packed.planes import empty_planes
 from graft.kernels.packed.weight import NESTED_BLOCK_SIZE, Weight
 
-
 FEW_TOKENS = 16
 """Up to so many tokens meet a weight's numbers as they lie (csrc/code_products.inc)."""
 
