@@ -149,6 +149,8 @@ typedef struct graft_decoder {
     int64_t dtype; /* of what it computes: float or bf16 */
     int64_t layers, hidden, intermediate, heads, key_value_heads, head_dim;
     int64_t capacity; /* positions of a sequence's cache */
+    int64_t rounds_inputs; /* 1: inputs meet integer codes in groups of whole blocks of 32 rounded to 8
+                              bits, a scale for each block, as in llama.cpp; 0: no input is rounded so */
     float epsilon, attention_scaling;
     const graft_decoder_layer *layer;
     graft_weight embedding;

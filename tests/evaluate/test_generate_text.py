@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from graft.errors import GraftError
 from graft.evaluate import generate as module
 from graft.evaluate.generate import decodes_natively, generate_text, generate_texts
+from graft.formats.registry import make_format
 from graft.kernels.backend.native_library import why_unavailable
 from graft.model.load import LoadedModel, load_model
 
@@ -156,3 +157,19 @@ def test_several_texts_are_those_of_each_prompt_alone(loaded: LoadedModel) -> No
     assert generate_texts(model, tokenizer, []) == []
     with pytest.raises(GraftError, match="64 tokens; the model takes 64"):
         generate_texts(model, tokenizer, [[1], [1] * 64])
+
+
+@needs_library
+def test_fast_decoding_is_for_integers(loaded: LoadedModel, tiny_base: Path) -> None:
+    int4 = make_format("int", {"bits": 4, "group_size": 32})
+    quantised = load_model(str(tiny_base), dtype="float32", device="cpu", weight_format=int4)
+    model, tokenizer = quantised.model, quantised.tokenizer
+    assert generate_text(model, tokenizer, PROMPT, max_new_tokens=9, fast=True)
+    with pytest.raises(GraftError, match="--fast-decode is for weights that are integers"):
+        generate_text(loaded.model, tokenizer, PROMPT, fast=True)
+    model.generation_config.num_beams = 2
+    with pytest.raises(GraftError, match=r"--fast-decode: generation_config\.json"):
+        generate_text(model, tokenizer, PROMPT, fast=True)
+    model.generation_config.num_beams = 1
+    with pytest.raises(GraftError, match="--fast-decode: the model is in training mode"):
+        generate_text(model.train(), tokenizer, PROMPT, fast=True)

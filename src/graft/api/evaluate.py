@@ -77,13 +77,14 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     style: PromptStyle | None = None,
+    fast_decode: bool = False,
     on_text: OnText | None = None,
 ) -> str:
     """Return the model's continuation of a prompt, or its answer to a list of messages.
 
     With no `style`, a prompt to a run's folder is dressed as the run's training rows were
     (separator, template); to any other model it goes as it is. Messages go through the chat
-    template.
+    template. fast_decode: see `graft.evaluate.config.DecodingConfig`.
     """
     if isinstance(model, LoadedModel):
         loaded, style = model, style or PromptStyle()
@@ -101,5 +102,6 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         seed=seed,
+        fast=fast_decode,
         on_text=on_text,
     )

@@ -10,11 +10,12 @@ from pathlib import Path
 from graft.cli.command import Command
 from graft.cli.fields import Positional
 from graft.cli.show import show, show_answer
+from graft.evaluate.config import DecodingConfig
 from graft.model.config import TrustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatArguments(TrustConfig):
+class ChatArguments(DecodingConfig, TrustConfig):
     """The model, and how it answers."""
 
     model: Positional
@@ -49,6 +50,7 @@ def chat(arguments: ChatArguments) -> None:
             style=style,
             max_new_tokens=arguments.max_new_tokens,
             temperature=arguments.temperature,
+            fast_decode=arguments.fast_decode,
             on_text=show_answer,
         )
         show()

@@ -8,11 +8,12 @@ from pathlib import Path
 from graft.cli.command import Command
 from graft.cli.fields import Positional
 from graft.cli.show import show, show_answer
+from graft.evaluate.config import DecodingConfig
 from graft.model.config import TrustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArguments(TrustConfig):
+class GenerateArguments(DecodingConfig, TrustConfig):
     """The model, the prompt, and how to go on from it."""
 
     model: Positional
@@ -50,6 +51,7 @@ def generate(arguments: GenerateArguments) -> None:
         max_new_tokens=arguments.max_new_tokens,
         temperature=arguments.temperature,
         seed=arguments.seed,
+        fast_decode=arguments.fast_decode,
         on_text=show_answer,
     )
     show()

@@ -73,24 +73,32 @@ def generate_text(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     seed: int = 0,
+    fast: bool = False,
     on_text: OnText | None = None,
 ) -> str:
     """Return the continuation of a tokenised prompt; temperature 0 is greedy.
 
     Generation ends at the end-of-sequence token, after max_new_tokens, or where the model's
     position limit ends. A model that `graft.model.running.decode` knows is decoded by it, any
-    other by transformers. Raises GraftError when the prompt leaves no room, and for a temperature
-    or a number of tokens that cannot be.
+    other by transformers. `fast` is `DecodingConfig.fast_decode`. Raises GraftError when the prompt
+    leaves no room, for a temperature or a number of tokens that cannot be, and where a model cannot
+    be decoded fast.
     """
     _check_options(temperature, max_new_tokens)
     room = _room(model, prompt_ids, max_new_tokens)
     words = _Words(tokenizer)
     stream = None if on_text is None else _Stream(words, on_text)
-    if decodes_natively(model, len(prompt_ids) + room):
+    natively = decodes_natively(model, len(prompt_ids) + room)
+    if fast and not natively:
+        reason = why_not_native(model, len(prompt_ids) + room)
+        raise GraftError(
+            f"--fast-decode: {reason or f'{GENERATION_FILE} asks for what graft leaves to others'}"
+        )
+    if natively:
         new = []
         if stream is not None:
             stream.put(torch.tensor(prompt_ids))  # which it skips
-        for _, token, _ in _decoded(model, [prompt_ids], [room], temperature, seed):
+        for _, token, _ in _decoded(model, [prompt_ids], [room], temperature, seed, fast):
             new.append(token)
             if stream is not None:
                 stream.put(torch.tensor([token]))
@@ -190,6 +198,7 @@ def _decoded(
     rooms: Sequence[int],
     temperature: float,
     seed: int,
+    fast: bool = False,
 ) -> Iterator[tuple[int, int, bool]]:
     """Yield (prompt's number, token, whether it is the last), as transformers' `generate` chooses.
 
@@ -200,7 +209,7 @@ def _decoded(
     texts = [_Text(*one, seed) for one in zip(range(len(prompts)), prompts, rooms, strict=True)]
     longest = max(text.most for text in texts)
     places = range(min(texts_together(model, longest), len(texts)))
-    decoder = Decoder(model, longest, len(places))
+    decoder = Decoder(model, longest, len(places), fast)
     waiting, going = texts[::-1], dict[int, _Text]()
     while waiting or going:
         free = [place for place in places if place not in going][: len(waiting)]

@@ -63,7 +63,7 @@ class _Layer(ctypes.Structure):
 class _Decoder(ctypes.Structure):
     _fields_ = [
         *((name, _int) for name in ("dtype", "layers", "hidden", "intermediate", "heads")),
-        *((name, _int) for name in ("key_value_heads", "head_dim", "capacity")),
+        *((name, _int) for name in ("key_value_heads", "head_dim", "capacity", "rounds_inputs")),
         *((name, _float) for name in ("epsilon", "attention_scaling")),
         ("layer", ctypes.POINTER(_Layer)),
         ("embedding", PackedWeight),
@@ -76,10 +76,14 @@ class _Decoder(ctypes.Structure):
 class NativeDecoder:
     """Computes the logits of one token after another, with a cache of keys and values.
 
-    Up to MOST_SEQUENCES sequences have a cache each, and go on alone or together.
+    Up to MOST_SEQUENCES sequences have a cache each, and go on alone or together. `rounds_inputs`:
+    where weights are integer codes in groups of 32 or more, what meets them is rounded
+    to 8 bits in blocks of 32, q = round(x / s) with s = max |x| / 127, as llama.cpp does.
     """
 
-    def __init__(self, weights: DecoderWeights, sequences: int = 1) -> None:
+    def __init__(
+        self, weights: DecoderWeights, sequences: int = 1, rounds_inputs: bool = False
+    ) -> None:
         self._alive: list[Any] = []
         self._weights = weights
         capacity, count = len(weights.cosines), len(weights.layers)
@@ -104,6 +108,7 @@ class NativeDecoder:
             key_value_heads=weights.key_value_heads,
             head_dim=weights.head_dim,
             capacity=capacity,
+            rounds_inputs=rounds_inputs,
             epsilon=weights.epsilon,
             attention_scaling=weights.attention_scaling,
             layer=self._layers,

@@ -54,3 +54,13 @@ class DecoderWeights:
     head: Projection
     cosines: Tensor
     sines: Tensor
+
+    def meet_rounded_inputs(self) -> bool:
+        """Return whether any layer's weight is integer codes in groups of whole blocks of 32."""
+        layouts = (
+            part.weight.layout
+            for layer in self.layers
+            for part in vars(layer).values()
+            if isinstance(part, Projection)
+        )
+        return any(one.kind == "int_group" and one.group_size % 32 == 0 for one in layouts)

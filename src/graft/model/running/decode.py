@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graft.adapters.adapted import AdaptedLinear
+from graft.errors import GraftError
 from graft.kernels.backend.native_library import COMPUTE, why_unavailable
 from graft.kernels.decoding.native import MOST_SEQUENCES, STRIDE, NativeDecoder, Next
 from graft.kernels.decoding.weights import DecoderLayer, DecoderWeights, Projection
@@ -131,11 +132,25 @@ class Decoder:
     `positions` is the length of the longest text, and bounds each cache's size. Texts are told
     apart by numbers from 0 on; one that has ended leaves its number to another. A text's logits do
     not depend on those beside it.
+
+    `rounds_inputs`: see `NativeDecoder`; raises GraftError where no layer's weight is such.
     """
 
     @torch.no_grad()
-    def __init__(self, model: PreTrainedModel, positions: int, sequences: int = 1) -> None:
-        self._native = NativeDecoder(_describe(model, positions), sequences)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        positions: int,
+        sequences: int = 1,
+        rounds_inputs: bool = False,
+    ) -> None:
+        weights = _describe(model, positions)
+        if rounds_inputs and not weights.meet_rounded_inputs():
+            raise GraftError(
+                "--fast-decode is for weights that are integers in groups of 32 or more (int), and "
+                "no layer of this model is; leave the flag out"
+            )
+        self._native = NativeDecoder(weights, sequences, rounds_inputs)
         self._lengths = [0] * sequences
 
     def start(self, prompts: Mapping[int, Tensor]) -> None:
