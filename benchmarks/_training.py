@@ -67,6 +67,7 @@ def graft_training(
     checkpointing: str,
     ids: Tensor,
     dtype: torch.dtype = torch.bfloat16,
+    cuda_graphs: bool = False,
 ) -> Train:
     """Build a model as `graft.finetune` does; the result trains it by graft's own loop."""
     model = graft_model(shape, method, dtype)
@@ -106,7 +107,7 @@ def graft_training(
                 steps=steps,
                 folder=Path(folder),
             )
-            loop = LoopConfig(out=folder, batch_size=len(examples))
+            loop = LoopConfig(out=folder, batch_size=len(examples), cuda_graphs=cuda_graphs)
             return train(task, loop, on_metrics).last["loss"]
 
     return run
