@@ -32,8 +32,12 @@ def token_count(x: Tensor) -> int:
 def reads(x: Tensor, weight: Weight) -> bool:
     """Return whether the kernels multiply x with this weight as it is."""
     first = weight.tensors[0]
-    readable = weight.layout.kind != "dense" or (first is not None and first.dtype == x.dtype)
-    return x.dtype in COMPUTE and readable
+    return x.dtype in COMPUTE and (weight.layout.kind != "dense" or _is_read(first, x.dtype))
+
+
+def _is_read(dense: Tensor | None, dtype: torch.dtype) -> bool:
+    """Return whether a dense weight is read beside inputs of that dtype; bfloat16 is widened."""
+    return dense is not None and dense.dtype in (dtype, torch.bfloat16)
 
 
 def as_inputs(weight: Weight, dtype: torch.dtype, few: bool = False) -> Weight:
@@ -42,7 +46,7 @@ def as_inputs(weight: Weight, dtype: torch.dtype, few: bool = False) -> Weight:
     `few` tokens meet a dense weight as it lies.
     """
     first = weight.tensors[0]
-    if weight.layout.kind != "dense" or first is None or first.dtype == dtype:
+    if weight.layout.kind != "dense" or first is None or _is_read(first, dtype):
         return weight
     if few and first.dtype in COMPUTE:
         return weight
