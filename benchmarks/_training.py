@@ -24,6 +24,7 @@ from graft.adapters.attach import adapter_parameters, attach_adapter, replace_mo
 from graft.adapters.config import AdapterConfig
 from graft.data.encode import Example
 from graft.formats.registry import make_format
+from graft.layers.narrow import NARROW, NARROW_CLASSES, narrow
 from graft.layers.registry import kind_of
 from graft.model.running.attention import use_own_attention
 from graft.model.running.checkpointing import Checkpointing, enable_checkpointing
@@ -66,10 +67,11 @@ def graft_training(
     checkpointing: str,
     ids: Tensor,
     dtype: torch.dtype = torch.bfloat16,
+    cuda_graphs: bool = False,
 ) -> Train:
     """Build a model as `graft.finetune` does; the result trains it by graft's own loop."""
     model = graft_model(shape, method, dtype)
-    reuse_freed_memory()
+    reuse_freed_memory(sparing=checkpointing == "layers")
     use_own_attention(model)
     enable_checkpointing(model, cast(Checkpointing, checkpointing))
     name, _, variant = method.partition("-")
@@ -105,7 +107,7 @@ def graft_training(
                 steps=steps,
                 folder=Path(folder),
             )
-            loop = LoopConfig(out=folder, batch_size=len(examples))
+            loop = LoopConfig(out=folder, batch_size=len(examples), cuda_graphs=cuda_graphs)
             return train(task, loop, on_metrics).last["loss"]
 
     return run
@@ -127,6 +129,9 @@ def graft_model(
             packed[size] = weight_format.pack(_random(size))
         own = {key: tensor.clone() for key, tensor in packed[size].items()}
         replace_module(model, layer, kind_of(module).frozen(module, weight_format, own, None))
+    if dtype == torch.float32:  # of a folder in bf16
+        narrow(model.get_input_embeddings())
+        narrow(model.get_output_embeddings())
     _fill(model, dtype)
     model.requires_grad_(False)
     return model
@@ -235,8 +240,10 @@ def _fill(model: PreTrainedModel, dtype: torch.dtype) -> None:
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
             parent, _, child = name.rpartition(".")
-            fresh = nn.Parameter(_random(tuple(parameter.shape), dtype), requires_grad=False)
-            setattr(model.get_submodule(parent), child, fresh)
+            module = model.get_submodule(parent)
+            own = NARROW if isinstance(module, NARROW_CLASSES) else dtype
+            fresh = nn.Parameter(_random(tuple(parameter.shape), own), requires_grad=False)
+            setattr(module, child, fresh)
     assert isinstance(model.config, LlamaConfig)
     model.config.dtype = dtype
     model.get_decoder().rotary_emb = LlamaRotaryEmbedding(model.config)

@@ -5,6 +5,16 @@ case runs in a process of its own, in rounds A B C A B C ...; the peak is PyTorc
 with the weights in it.
 
     python benchmarks/gpu_step.py [--shape 7b] [--tokens 4x512] [--checkpointing none layers]
+
+Without a GPU, what a step would launch on one:
+
+    python benchmarks/gpu_step.py --count [--shape 1.1b] [--who graft-qlora]
+
+Everything that a GPU is asked in one call, in so many minutes: kernels against the reference, steps
+beside PEFT and bitsandbytes, with and without CUDA graphs, launches, products with one token. With
+--dry it runs on the CPU, at tiny shapes:
+
+    python benchmarks/gpu_step.py --session 9 [--out FOLDER] [--dry]
 """
 
 from __future__ import annotations
@@ -12,9 +22,12 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 from itertools import product
+from pathlib import Path
 from typing import Any
 
+import _gpu_session
 import _peers
 import torch
 from _common import write_csv
@@ -34,8 +47,22 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=8, help="measured steps of a process")
     parser.add_argument("--warm-up", type=int, default=4, help="steps before the measured ones")
     parser.add_argument("--rounds", type=int, default=2, help="processes for each case")
+    parser.add_argument("--cuda-graphs", action="store_true", help="in graft's own steps")
+    parser.add_argument("--count", action="store_true", help="count launches, without a GPU")
+    parser.add_argument("--session", type=float, metavar="MINUTES", help="everything at once")
+    parser.add_argument("--dry", action="store_true", help="the session on a CPU, tiny shapes")
+    parser.add_argument("--out", type=Path, help="folder that gets a copy of the session's tables")
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.count:
+        _count(arguments.who, SHAPES[arguments.shape].layers)
+        return
+    if arguments.part is not None:
+        print(json.dumps(_gpu_session.do_part(json.loads(arguments.part))))
+        return
+    if arguments.session is not None and (arguments.dry or torch.cuda.is_available()):
+        sys.exit(_gpu_session.Session(arguments.session, arguments.dry, arguments.out).run())
     if not torch.cuda.is_available():
         print("skipped: no CUDA device")
         return
@@ -48,6 +75,7 @@ def main() -> None:
     cases = list(product(arguments.tokens, arguments.checkpointing, arguments.who))
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {case: [] for case in cases}
     same = {"shape": arguments.shape, "steps": arguments.steps, "warm_up": arguments.warm_up}
+    same["cuda_graphs"] = arguments.cuda_graphs
     for _, case in product(range(arguments.rounds), cases):
         tokens, checkpointing, who = case
         task = same | {"tokens": tokens, "checkpointing": checkpointing, "who": who}
@@ -61,18 +89,37 @@ def main() -> None:
     print(f"wrote {write_csv(f'gpu-step-{arguments.shape}', rows)}")
 
 
+def _count(who: list[str], layers: int) -> None:
+    """Print what a decoder layer and a step of each of graft's methods launch."""
+    from _launches import launch_table
+
+    methods = [one.removeprefix("graft-") for one in who if one.startswith("graft-")]
+    rows = [row for method in methods for row in launch_table(method, layers)]
+    print_table(rows)
+    print(f"wrote {write_csv('gpu-launches-counted', rows)}")
+
+
 def _measure(
-    shape: str, who: str, tokens: str, checkpointing: str, steps: int, warm_up: int
+    shape: str,
+    who: str,
+    tokens: str,
+    checkpointing: str,
+    steps: int,
+    warm_up: int,
+    cuda_graphs: bool,
 ) -> dict[str, Any]:
     from _training import graft_training, peft_training
 
     batch, length = map(int, tokens.split("x"))
     side, _, method = who.partition("-")
     torch.manual_seed(0)
-    build = graft_training if side == "graft" else peft_training
+    case = SHAPES[shape], method, checkpointing
     with torch.device("cuda"):
         ids = torch.randint(SHAPES[shape].vocabulary, (batch, length))
-        train = build(SHAPES[shape], method, checkpointing, ids)
+        if side == "graft":
+            train = graft_training(*case, ids, cuda_graphs=cuda_graphs)
+        else:
+            train = peft_training(*case, ids)
     torch.cuda.empty_cache()
     built = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -68,6 +68,7 @@ CASES = (
     Case("1.1b", "qlora", 1, 256, "none"),
     Case("1.1b", "qlora", 2, 512, "products"),
     Case("1.1b", "qlora", 2, 512, "half"),
+    Case("1.1b", "qlora", 2, 512, "layers", "float32"),
 )
 
 
@@ -120,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=list(SHAPES), choices=list(SHAPES))
     parser.add_argument("--packed", action="store_true", help="the cases of packed rows alone")
+    parser.add_argument("--checkpointing", help="the cases of one choice alone")
     parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -132,6 +134,8 @@ def main() -> None:
         folder = Path(temporary)
         for number, case in enumerate(CASES):
             if case.shape not in arguments.only or (arguments.packed and case.batching != "packed"):
+                continue
+            if arguments.checkpointing not in (None, case.checkpointing):
                 continue
             model = folder / case.shape
             if not model.is_dir():

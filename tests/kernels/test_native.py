@@ -200,25 +200,37 @@ def test_a_weight_larger_than_the_caches_is_dequantised_past_them(
     assert torch.equal(got, weight_format.unpack(packed, *shape, torch.float32).bfloat16())
 
 
-def test_results_do_not_depend_on_the_number_of_threads() -> None:
-    weight, _ = packed_weight(CodebookFormat(double_quant=True), (300, 512))
-    x, grad = torch.randn(130, 512).bfloat16(), torch.randn(130, 300).bfloat16()
-    A, B = torch.randn(16, 512), torch.randn(300, 16)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(level: str, dtype: torch.dtype) -> None:
+    # An odd number of whole blocks, which several tasks share.
+    rows, columns = 22, 736
+    x, grad = torch.randn(130, columns).to(dtype), torch.randn(130, rows).to(dtype)
+    A, B = torch.randn(5, columns), torch.randn(rows, 5)
+    before = torch.get_num_threads()
+    for weight_format in [*FORMATS, DenseFormat(str(dtype).removeprefix("torch."))]:
+        weight, dense = packed_weight(weight_format, (rows, columns))
+
+        def results(threads: int, weight: Weight = weight) -> list[Tensor]:
             torch.set_num_threads(threads)
-            found.append(
-                (
-                    *native_low_rank.lora_linear(x, weight, A, B, 1.0),
-                    *native_low_rank.lora_grad_input(grad, weight, A, B, 1.0),
-                    native_low_rank.token_product(x, grad),
-                )
-            )
-    finally:
-        torch.set_num_threads(before)
-    for others in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(found[0], others, strict=True))
+            made = [
+                *native_low_rank.lora_linear(x, weight, A, B, 1.0),
+                *native_low_rank.lora_grad_input(grad, weight, A, B, 1.0),
+                native_low_rank.token_product(x, grad),
+                native_low_rank.token_product(grad, x),
+            ]
+            if weight.layout.kind == "int_group":
+                made += native.int_group_grad_statistics(grad, x, weight, weight.tensors[2])
+            return made
+
+        try:
+            expected = results(1)
+            for threads in (2, 3):
+                for one, other in zip(expected, results(threads), strict=True):
+                    assert torch.equal(one, other), weight_format
+        finally:
+            torch.set_num_threads(before)
+        update = grad.double() @ B.to(dtype).double() @ A.to(dtype).double()
+        assert_near(expected[2], grad.double() @ dense + update, dtype)
 
 
 @pytest.mark.parametrize("group_size", [8, 32, 128])

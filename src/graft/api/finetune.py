@@ -172,7 +172,7 @@ def _carry_out(
         task, checkpoint=checkpoint, on_saved=status.saved, on_evaluated=watching.evaluated
     )
     if loaded.model.device.type == "cpu":
-        reuse_freed_memory()
+        reuse_freed_memory(sparing=prepared.plan.checkpointing == "layers")
     with prefetch_layers(loaded.model, free_bytes(loaded.model.device) or 0):
         watching.begins(anew=checkpoint is None)
         trained = train(task, config, watching.metrics, events.training_begins)

@@ -68,6 +68,7 @@ def load_quantised(
     device: str,
     trust_remote_code: bool,
     events: Events,
+    trains_whole: bool = False,
 ) -> LoadedModel:
     """Load a base model with its target layers in a weight format; see `load_model`.
 
@@ -91,6 +92,7 @@ def load_quantised(
             trust_remote_code=trust_remote_code,
             pack=pack,
             on_tensor=heard,
+            trains_whole=trains_whole,
         )
 
     def reading(done: int, total: int) -> None:

@@ -11,6 +11,7 @@ LAYER_KINDS: Entries[LayerKind] = Entries(
     "layer kind",
     {
         "linear": Listed("graft.layers.linear:LINEAR", "torch's linear layer"),
+        "narrow": Listed("graft.layers.narrow:NARROW_LINEAR", "a linear layer in bfloat16"),
         "conv1d": Listed("graft.layers.conv1d:CONV1D", "GPT-2's, stored the other way round"),
         "frozen": Listed("graft.layers.linear:FROZEN", "what takes a layer's place"),
     },

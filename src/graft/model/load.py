@@ -20,6 +20,7 @@ from graft.model.buffers import initialise_buffers
 from graft.model.conversions import check_names
 from graft.model.devices import resolve_device, resolve_dtype
 from graft.model.folder import read_generation_config, without_padding_beyond
+from graft.model.narrow import keep_narrow
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import linear_shape, select_targets
 
@@ -53,6 +54,7 @@ def load_model(
     trust_remote_code: bool = False,
     pack: PackLayer | None = None,
     on_tensor: OnTensor | None = None,
+    trains_whole: bool = False,
 ) -> LoadedModel:
     """Load a model folder, hub id or subject, quantising the target layers while they are read.
 
@@ -60,7 +62,8 @@ def load_model(
     rounds a layer's weight (default: the format's own `pack`, to nearest). A folder that
     graft quantised is memory-mapped as it is, and then weight_format must be None. With no
     weight_format every layer stays as it is. Nothing in the result requires a gradient. dtype: see
-    `resolve_dtype`; 'stored' leaves every tensor as it is in the files.
+    `resolve_dtype`; 'stored' leaves every tensor as it is in the files. trains_whole: embedding and
+    head will train, so they have the dtype of the computation whatever `keep_narrow` says.
 
     Raises GraftError with everything that does not fit, before any weight is read.
     """
@@ -86,6 +89,8 @@ def load_model(
         kept = None if dtype == "stored" else compute_dtype
         build = partial(subject.built_buffers, compute_dtype)
         loader = _Loader(built, subject, formats, stored, (kept, target_device), pack, build)
+        if kept is not None and not trains_whole:
+            keep_narrow(built, kept, target_device, loader.stored_dtype)
         loader.run(on_tensor)
     if generation_config is not None:
         without_padding_beyond(generation_config, getattr(built.config, "vocab_size", None))
@@ -171,6 +176,12 @@ class _Loader:
         """Return what the files call a tensor: its name, or that of another that is the same."""
         same = (name, *self.subject.partners.get(name, ()))
         return next((key for key in same if key in self.files), None)
+
+    def stored_dtype(self, name: str) -> torch.dtype | None:
+        """Return the dtype that the files have for an unquantised tensor, None for another."""
+        key = self._key(name)
+        inside = name.rpartition(".")[0] in self.formats
+        return None if key is None or inside else self.files.dtype(key)
 
     def _placed(self, name: str) -> str:
         """Return in words where the folder's index has a tensor that is in no file."""

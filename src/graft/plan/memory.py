@@ -287,7 +287,7 @@ def _heap_bytes(planned: PlannedModel, tokens: int, activations: Activations) ->
 def _weight_rows(counts: WeightCounts, dtype: str) -> tuple[MemoryRow, ...]:
     return (
         MemoryRow("frozen weights", counts.frozen_bytes, _frozen_note(counts, dtype)),
-        MemoryRow("other weights", counts.other_bytes, f"embeddings, norms, head in {dtype}"),
+        MemoryRow("other weights", counts.other_bytes, f"embeddings, norms, head for {dtype}"),
         MemoryRow("trained weights", counts.trained_bytes, f"{counts.trained:,} parameters"),
         MemoryRow("gradients", counts.trained_bytes, "one per trained parameter"),
     )

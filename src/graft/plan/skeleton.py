@@ -15,9 +15,11 @@ from graft.adapters.registry import method_of
 from graft.errors import GraftError
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
+from graft.layers.narrow import NARROW_CLASSES
 from graft.layers.registry import kind_of
 from graft.model.devices import resolve_device, resolve_dtype
 from graft.model.left_out import left_out
+from graft.model.narrow import keep_narrow
 from graft.model.save import named_tensors
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import linear_shape, select_targets
@@ -77,6 +79,8 @@ def plan_model(
     if weight_format is not None:
         formats |= dict.fromkeys(targets, weight_format)
     freeze_on_meta(skeleton, formats)
+    if method.trains_adapter:
+        keep_narrow(skeleton, compute, place, lambda _: source_dtype)
     file_bytes = _file_bytes(skeleton, compute, source_dtype)
     if method.trains_adapter:
         dense = DenseFormat(str(compute).removeprefix("torch."))
@@ -160,13 +164,14 @@ def count_weights(planned: PlannedModel) -> WeightCounts:
     packed = {id(tensor) for layer in layers for tensor in layer.packed.values()}
     adapted = [layer for _, layer in adapted_layers(model)]
     adapters = {id(p) for layer in adapted for p in layer.adapters.parameters()}
+    narrow = {id(m.weight) for m in model.modules() if isinstance(m, NARROW_CLASSES)}
     other = sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
     trained_bytes = trained = 0
     total = sum(sizes.values())
     for parameter in model.parameters():
         if id(parameter) in packed:
             continue
-        kept = id(parameter) in adapters or not parameter.is_floating_point()
+        kept = id(parameter) in adapters | narrow or not parameter.is_floating_point()
         itemsize = parameter.itemsize if kept else planned.dtype.itemsize
         total += parameter.numel()
         if parameter.requires_grad:

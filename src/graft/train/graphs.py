@@ -82,7 +82,7 @@ class GraphedGradients:
         _check(model, objective, changes)
         self._loss = objective.fixed_loss
         self._note: Callable[[str], None] | None = note
-        self._record = record or _cuda_graphs(self._parameters[0].device)
+        self._record = record or recorder(self._parameters[0].device)
         self._seen: set[torch.Size] = set()
         self._graphs: dict[torch.Size, _Graph] = {}
         self._lent: Gradients = []
@@ -173,7 +173,8 @@ def _padded(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor]:
     return ids.to(device), labels.to(device)
 
 
-def _cuda_graphs(device: torch.device) -> Recorder:
+def recorder(device: torch.device) -> Recorder:
+    """Return what records on a device; raises GraftError where nothing does."""
     if device.type != "cuda":
         raise GraftError(f"--cuda-graphs: the model is on {device}; train without --cuda-graphs")
     return CudaGraphs()

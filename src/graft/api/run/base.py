@@ -55,6 +55,7 @@ def load_base(prepared: Prepared, run: Path, packer: Packer | None, events: Even
         device=config.device,
         trust_remote_code=config.trust_remote_code,
         events=events,
+        trains_whole=not method.trains_adapter,
     )
     if unquantised:
         write_base_reference(run, prepared.subject.folder, bool(prepared.subject.parted))

@@ -162,12 +162,17 @@ def load_run_base(
     Raises GraftError when it is not byte for byte the one that was trained on.
     """
     dtype = config.dtype if dtype == "auto" else dtype
+    adapts = method_of(config).trains_adapter
     if (run / BASE).is_dir():
         _check_base(run)
         loaded = load_model(
-            str(run / BASE), dtype=dtype, device=device, trust_remote_code=config.trust_remote_code
+            str(run / BASE),
+            dtype=dtype,
+            device=device,
+            trust_remote_code=config.trust_remote_code,
+            trains_whole=not adapts,
         )
-        if method_of(config).trains_adapter:  # beside layers that are dense, too
+        if adapts:  # beside layers that are dense, too
             freeze_layers(loaded.model, select_targets(loaded.model, config.targets))
         return _with_template(loaded, run)
     reference = read_base_reference(run)
@@ -183,8 +188,8 @@ def load_run_base(
         ties_as_stated=not reference.parted,
         tokenizer_folder=run / TOKENIZER if (run / TOKENIZER).is_dir() else None,
     )
-    loaded = load_model(subject, dtype=dtype, device=device)
-    if method_of(config).trains_adapter:
+    loaded = load_model(subject, dtype=dtype, device=device, trains_whole=not adapts)
+    if adapts:
         freeze_layers(loaded.model, select_targets(loaded.model, config.targets))
     return _with_template(loaded, run)
 

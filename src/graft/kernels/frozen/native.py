@@ -29,14 +29,18 @@ def token_count(x: Tensor) -> int:
 def reads(x: Tensor, weight: Weight) -> bool:
     """Return whether the kernels multiply x with this weight as it is."""
     first = weight.tensors[0]
-    readable = weight.layout.kind != "dense" or (first is not None and first.dtype == x.dtype)
-    return x.dtype in COMPUTE and readable
+    return x.dtype in COMPUTE and (weight.layout.kind != "dense" or _is_read(first, x.dtype))
+
+
+def _is_read(dense: Tensor | None, dtype: torch.dtype) -> bool:
+    """Return whether a dense weight is read beside inputs of that dtype; bfloat16 is widened."""
+    return dense is not None and dense.dtype in (dtype, torch.bfloat16)
 
 
 def as_inputs(weight: Weight, dtype: torch.dtype) -> Weight:
     """Return the weight as it is multiplied with inputs of that dtype: a dense one converted."""
     first = weight.tensors[0]
-    if weight.layout.kind != "dense" or first is None or first.dtype == dtype:
+    if weight.layout.kind != "dense" or first is None or _is_read(first, dtype):
         return weight
     return Weight(weight.layout, (first.to(dtype),))
 

@@ -73,8 +73,10 @@ def silu_gate_backward(d_gate_ptr, d_up_ptr, grad_ptr, gate_ptr, up_ptr, count, 
 def rotate(
     out_ptr,
     x_ptr,
-    cos,
-    sin,
+    cos_first,
+    cos_second,
+    sin_first,
+    sin_second,
     out_batch,
     out_head,
     out_token,
@@ -89,15 +91,13 @@ def rotate(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """Write x cos + r(x) sin, or back, for a token's heads; cos and sin are pairs of halves."""
+    """Write x cos + r(x) sin, or back, for a token's heads; of cos and sin both halves."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     head, column = tl.arange(0, HEADS)[:, None], tl.arange(0, HALF)[None, :]
     mask = (head < heads) & (column < half)
     index = batch * x_batch + token * x_token + head * x_head + column
     first = tl.load(x_ptr + index, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + index + half, mask=mask, other=0.0).to(tl.float32)
-    cos_first, cos_second = cos
-    sin_first, sin_second = sin
     if BACK:
         turned_first = rounded(second * sin_second, dtype).to(tl.float32)
         turned_second = -rounded(first * sin_first, dtype).to(tl.float32)
@@ -150,13 +150,14 @@ def rotary(
     cos_second = tl.load(cos_ptr + at + half, mask=mask, other=0.0).to(tl.float32)
     sin_first = tl.load(sin_ptr + at, mask=mask, other=0.0).to(tl.float32)
     sin_second = tl.load(sin_ptr + at + half, mask=mask, other=0.0).to(tl.float32)
-    cos, sin = (cos_first, cos_second), (sin_first, sin_second)
     if tl.program_id(1) == 0:
         rotate(
             out_q_ptr,
             q_ptr,
-            cos,
-            sin,
+            cos_first,
+            cos_second,
+            sin_first,
+            sin_second,
             out_q_batch,
             out_q_head,
             out_q_token,
@@ -175,8 +176,10 @@ def rotary(
         rotate(
             out_k_ptr,
             k_ptr,
-            cos,
-            sin,
+            cos_first,
+            cos_second,
+            sin_first,
+            sin_second,
             out_k_batch,
             out_k_head,
             out_k_token,

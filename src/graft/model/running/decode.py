@@ -7,9 +7,7 @@ next tokens of all texts that go on together; prompts go through the same layers
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +20,7 @@ from graft.kernels.decoding.native import MOST_SEQUENCES, STRIDE, NativeDecoder,
 from graft.kernels.decoding.weights import DecoderLayer, DecoderWeights, Projection
 from graft.kernels.packed.weight import dense_weight
 from graft.layers.frozen import FrozenLinear
+from graft.layers.narrow import NarrowLinear
 from graft.model.families import FAMILIES, is_class
 
 _EMBEDDING = "model.embed_tokens.weight"
@@ -34,8 +33,6 @@ _ROW = 512
 """Tokens of short prompts that are computed together, at most."""
 _CACHE_BYTES = 1 << 30
 """What the caches of texts that go on together may take."""
-_narrow_heads: WeakKeyDictionary[nn.Module, tuple[Tensor, int, Tensor | None]] = WeakKeyDictionary()
-"""What `_head` found of each head: its weight, the weight's version, the copy."""
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose angles do not depend on the length of the text."""
 
@@ -66,7 +63,7 @@ def _config_reason(model: PreTrainedModel, positions: int) -> str | None:
 
 
 def _weights_reason(model: PreTrainedModel) -> str | None:
-    dtype = model.get_parameter(_EMBEDDING).dtype
+    dtype = _dtype(model)
     if dtype not in COMPUTE:
         return f"the model computes in {dtype}"
     for name, parameter in model.named_parameters():
@@ -80,7 +77,7 @@ def _weights_reason(model: PreTrainedModel) -> str | None:
             if not module.moves_grid_only():
                 return f"{name} has an adapter that adds to its output"
             module = module.base
-        if type(module) not in (nn.Linear, FrozenLinear):
+        if type(module) not in (nn.Linear, NarrowLinear, FrozenLinear):
             return f"{name} is a {type(module).__name__}"
         stored = dict(module.named_parameters()).get("weight")  # of a layer that is not packed
         if stored is not None and stored.dtype not in COMPUTE:
@@ -90,7 +87,7 @@ def _weights_reason(model: PreTrainedModel) -> str | None:
 
 def texts_together(model: PreTrainedModel, positions: int) -> int:
     """Return how many texts of that many positions a decoder continues at once: 1 to 16."""
-    config, dtype = model.config, model.get_parameter(_EMBEDDING).dtype
+    config, dtype = model.config, _dtype(model)
     width = -(-_head_dim(model) // STRIDE) * STRIDE * config.num_key_value_heads
     one = 2 * config.num_hidden_layers * positions * width * dtype.itemsize
     return max(1, min(MOST_SEQUENCES, _CACHE_BYTES // one))
@@ -99,6 +96,11 @@ def texts_together(model: PreTrainedModel, positions: int) -> int:
 def _head_dim(model: PreTrainedModel) -> int:
     width: int = model.get_submodule("model.layers.0.self_attn").head_dim  # type: ignore[assignment]
     return width
+
+
+def _dtype(model: PreTrainedModel) -> torch.dtype:
+    """Return what the model computes in, which its norms have too; embedding and head may not."""
+    return model.get_parameter("model.norm.weight").dtype
 
 
 def _linears(model: PreTrainedModel) -> list[str]:
@@ -121,26 +123,7 @@ def _projection(model: PreTrainedModel, name: str) -> Projection:
     else:
         weight = dense_weight(module.get_parameter("weight").detach())
     bias = dict(base.named_parameters()).get("bias")
-    dtype = model.get_parameter(_EMBEDDING).dtype
-    return Projection(weight, None if bias is None else bias.detach().to(dtype))
-
-
-def _head(model: PreTrainedModel) -> Projection:
-    """Return the output head; a float32 one that bfloat16 holds exactly is read in bfloat16.
-
-    So it is where the folder's weights are bfloat16 and the model computes in float32. The head is
-    read for each token, and half as many bytes take half the time.
-    """
-    head, module = _projection(model, "lm_head"), model.get_submodule("lm_head")
-    wide = dict(module.named_parameters()).get("weight")
-    if wide is None or wide.dtype != torch.float32:
-        return head
-    known = _narrow_heads.get(module)
-    if known is None or known[0] is not wide or known[1] != wide._version:
-        narrow = wide.detach().bfloat16()
-        exact = torch.equal(narrow.float(), wide)
-        known = _narrow_heads[module] = wide, wide._version, narrow if exact else None
-    return head if known[2] is None else replace(head, weight=dense_weight(known[2]))
+    return Projection(weight, None if bias is None else bias.detach().to(_dtype(model)))
 
 
 class Decoder:
@@ -196,7 +179,8 @@ class Decoder:
 def _describe(model: PreTrainedModel, positions: int) -> DecoderWeights:
     body: Any = model.get_submodule("model")
     embedding = model.get_parameter(_EMBEDDING).detach()
-    cosines, sines = body.rotary_emb(embedding[:1, None], torch.arange(positions)[None])
+    like, places = body.norm.weight.detach()[None, None], torch.arange(positions)[None]
+    cosines, sines = body.rotary_emb(like, places)
     attention = body.layers[0].self_attn
     layers = []
     for index, layer in enumerate(body.layers):
@@ -204,7 +188,7 @@ def _describe(model: PreTrainedModel, positions: int) -> DecoderWeights:
         linears = (_projection(model, f"model.layers.{index}.{name}") for name in _LINEARS)
         layers.append(DecoderLayer(*norms, *linears))
     return DecoderWeights(
-        dtype=embedding.dtype,
+        dtype=_dtype(model),
         layers=tuple(layers),
         heads=model.config.num_attention_heads,
         key_value_heads=model.config.num_key_value_heads,
@@ -213,7 +197,7 @@ def _describe(model: PreTrainedModel, positions: int) -> DecoderWeights:
         attention_scaling=attention.scaling,
         embedding=dense_weight(embedding),
         norm=body.norm.weight,
-        head=_head(model),
+        head=_projection(model, "lm_head"),
         cosines=cosines[0],
         sines=sines[0],
     )

@@ -78,7 +78,7 @@ def check_packing(model: PreTrainedModel) -> None:
     if not alone.isfinite().all():
         return  # a damaged model: the loss says so
     off, most = ((one - alone).norm().item() for one in (together, seeing))
-    rounding = math.sqrt(torch.finfo(model.dtype).eps) * alone.norm().item()
+    rounding = math.sqrt(torch.finfo(alone.dtype).eps) * alone.norm().item()
     if not off <= max(_NEAR * most, rounding):
         raise GraftError(
             f"--batching packed: the logits of packed rows are not those of the rows alone (they "
