@@ -20,6 +20,9 @@ from graft.kernels.packed.codebooks import dynamic_code_table, quantisation_boun
 from graft.kernels.packed.planes import empty_planes
 from graft.kernels.packed.weight import NESTED_BLOCK_SIZE, Weight
 
+FEW_TOKENS = 16
+"""Up to so many tokens meet a weight's numbers as they lie (csrc/code_products.inc)."""
+
 
 def token_count(x: Tensor) -> int:
     """Return the number of rows of x [..., features]."""
@@ -37,10 +40,15 @@ def _is_read(dense: Tensor | None, dtype: torch.dtype) -> bool:
     return dense is not None and dense.dtype in (dtype, torch.bfloat16)
 
 
-def as_inputs(weight: Weight, dtype: torch.dtype) -> Weight:
-    """Return the weight as it is multiplied with inputs of that dtype: a dense one converted."""
+def as_inputs(weight: Weight, dtype: torch.dtype, few: bool = False) -> Weight:
+    """Return the weight as it is multiplied with inputs of that dtype: a dense one converted.
+
+    `few` tokens meet a dense weight as it lies.
+    """
     first = weight.tensors[0]
     if weight.layout.kind != "dense" or first is None or _is_read(first, dtype):
+        return weight
+    if few and first.dtype in COMPUTE:
         return weight
     return Weight(weight.layout, (first.to(dtype),))
 
@@ -60,8 +68,10 @@ def _product(name: str, x: Tensor, weight: Weight, features: int, columns: int) 
     out = x.new_empty((*x.shape[:-1], columns))
     if not x.numel():
         return out
-    struct = prepared(as_inputs(weight, x.dtype))
-    sizes = DTYPES[x.dtype], address(matrix), token_count(x)
+    tokens = token_count(x)
+    few = name == "linear" and tokens <= FEW_TOKENS
+    struct = prepared(as_inputs(weight, x.dtype, few))
+    sizes = DTYPES[x.dtype], address(matrix), tokens
     call(name, struct.reference, None, *sizes, address(out), None)
     return out
 
