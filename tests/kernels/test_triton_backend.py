@@ -230,6 +230,28 @@ def linears(columns: int) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
 
 @where_kernels_run
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token_along_the_rows(
+    dtype: torch.dtype, launches: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_VECTOR_TOKENS", 1)
+    for rows, columns in ((5, 64), (3, 45), (3, 1088)):
+        weights = [int_group((rows, columns), *case) for case in INT_CASES[::2]]
+        if columns % BLOCK_SIZE == 0:
+            weights += [
+                codebook((rows, columns), "nf4", True),
+                codebook((rows, columns), "fp4", False),
+            ]
+        for packed in weights:
+            launches.clear()
+            x = randn(1, 1, columns, dtype=dtype)
+            y = backend.linear(x, packed)
+            assert y.shape == (1, 1, rows) and y.dtype == dtype
+            assert_is_product(y, x, reference.dequantize(packed, dtype).T)
+            assert [name for name, _ in launches] == [f"{packed.layout.kind}_vector"]
+
+
+@where_kernels_run
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_shared_out_in_splits(
     dtype: torch.dtype, launches: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:

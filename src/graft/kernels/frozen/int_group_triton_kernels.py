@@ -166,3 +166,45 @@ def int_group_grad_scales(
     group = tl.program_id(1) * (COLUMNS // GROUP) + tl.arange(0, COLUMNS // GROUP)
     mask = (row < out_features)[:, None] & (group < groups)[None, :]
     tl.store(out_ptr + row[:, None] * groups + group[None, :], sums, mask=mask)
+
+
+@triton.jit
+def int_group_vector(
+    out_ptr,
+    x_ptr,
+    codes_ptr,
+    high_ptr,
+    scales_ptr,
+    offsets_ptr,
+    out_features,
+    in_features,
+    groups,
+    blocks,
+    BITS: tl.constexpr,
+    PLANE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Write y = x Wᵀ of one token for ROWS rows, BLOCKS blocks of 32 columns at a time."""
+    BYTES: tl.constexpr = 4 * PLANE
+    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(out_row, out_features - 1).to(tl.int64)[:, None, None]
+    byte = tl.arange(0, BYTES)[None, None, :]
+    acc = tl.zeros((ROWS, BLOCKS, BYTES), tl.float32)
+    for start in range(0, blocks, BLOCKS):
+        here = start + tl.arange(0, BLOCKS)[None, :, None]
+        block = tl.minimum(here, blocks - 1)
+        packed = tl.load(codes_ptr + (row * blocks + block) * BYTES + byte).to(tl.int32)
+        for part in tl.static_range(8 // PLANE):
+            first = part * BYTES + byte
+            scales, offsets = int_group_statistics(
+                scales_ptr, offsets_ptr, row, block, first, groups, GROUP
+            )
+            codes = int_group_codes(packed, high_ptr, row, block, byte, part, blocks, BITS, PLANE)
+            weight = rounded(codes * scales + offsets, x_ptr.dtype.element_ty).to(tl.float32)
+            column = here * 32 + first
+            x = tl.load(x_ptr + column, mask=column < in_features, other=0.0).to(tl.float32)
+            acc += weight * x
+    y = rounded(tl.sum(tl.sum(acc, 2), 1), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_row, y, mask=out_row < out_features)
