@@ -165,6 +165,8 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         backend.linear(x.to(kind), packed_int)
         backend.dequantize(packed_int, kind)
         backend.int_group_grad_statistics(grad.to(kind), x.to(kind), packed_int, None)
+        units = torch.randn(4, 2)
+        backend.int_group_grad_statistics(grad.to(kind), x.to(kind), packed_int, units)
     for kind in DTYPES:
         backend.linear(x.to(kind), nf4)
         backend.linear(x.to(kind), int8)

@@ -9,7 +9,7 @@ from graft.kernels.frozen.codebook_triton_kernels import (
 from graft.kernels.frozen.int8_triton_kernels import int8_dequantize, int8_linear
 from graft.kernels.frozen.int_group_triton_kernels import (
     int_group_dequantize,
-    int_group_grad_scales,
+    int_group_grad_statistics,
     int_group_linear,
     int_group_vector,
 )
@@ -33,7 +33,7 @@ __all__ = [
     "int8_dequantize",
     "int8_linear",
     "int_group_dequantize",
-    "int_group_grad_scales",
+    "int_group_grad_statistics",
     "int_group_linear",
     "int_group_vector",
     "latent_codes",

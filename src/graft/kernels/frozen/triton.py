@@ -5,8 +5,8 @@ dtype as the reference rounds them, and summed in float32. With more tokens, and
 weight is dequantised into memory and multiplied by cuBLAS, which is at the machine's limit there.
 Nothing is summed with atomics, so two runs give the same bits.
 
-int_group_grad_offsets is left to the reference backend: a pooling of x, and a product group_size
-times smaller than the layer's.
+int_group_grad_offsets alone is left to the reference backend: a pooling of x, and a product
+group_size times smaller than the layer's.
 """
 
 from __future__ import annotations
@@ -160,22 +160,22 @@ def int_group_grad_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Compute d scale[o, g] = sum over j in g of (dyᵀ x)[o, j] * q[o, j], and d offset; float32.
 
-    The product [out_features, in_features] stays in registers, a tile at a time, in float32.
+    The offsets' are the same sums without q. The product [out_features, in_features] stays in
+    registers, a tile at a time, in float32.
     """
     if x.dtype not in DTYPES:
         return reference.int_group_grad_statistics(grad, x, weight, units)
-    grad_offsets = reference.int_group_grad_offsets(grad, x, weight.layout.group_size)
     sizes, constants = _sizes(weight.layout)
-    grad_scales = x.new_empty((sizes[0], sizes[2]), dtype=torch.float32)
+    shape = sizes[0], sizes[2]
+    grad_scales, grad_offsets = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
     grad, x = as_matrix(grad), as_matrix(x)
     rows, tokens = (64, 16) if x.dtype == torch.float32 else (128, 32)
     constants |= {"ROWS": rows, "COLUMNS": 128, "TOKENS": tokens, "num_warps": 8}
-    arguments = grad, x, *as_stored(*weight.tensors[:2]), x.shape[0], *sizes
+    packed = as_stored(*weight.tensors[:2], units)
+    arguments = grad_offsets, grad, x, *packed, x.shape[0], *sizes
     grid = tiles(sizes[0], rows), tiles(sizes[1], 128)
-    launch("int_group_grad_scales", grid, grad_scales, *arguments, **constants)
-    if units is None:
-        return grad_scales, grad_offsets
-    return grad_scales * units, grad_offsets * units
+    launch("int_group_grad_statistics", grid, grad_scales, *arguments, **constants)
+    return grad_scales, grad_offsets
 
 
 # codebook: w = codebook[code] * absmax -----------------------------------------------------------
