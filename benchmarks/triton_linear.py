@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from _common import write_csv
@@ -44,6 +45,16 @@ def graft(weights: list[Tensor], weight_format: WeightFormat) -> Linear:
     packed = [weight_format.kernel_weight(weight_format.pack(w), *w.shape) for w in weights]
     turn = itertools.cycle(packed)
     return lambda x: ops.linear(x, next(turn))
+
+
+def along_rows(linear: Linear) -> Linear:
+    """Return a product whose one token is summed along the rows, in one launch."""
+
+    def call(x: Tensor) -> Tensor:
+        with mock.patch.object(triton_backend, "_VECTOR_TOKENS", 1):
+            return linear(x)
+
+    return call
 
 
 def bitsandbytes(weights: list[Tensor]) -> Linear:
@@ -174,6 +185,8 @@ def main() -> None:
         "graft nf4 double": graft(weights, CodebookFormat(double_quant=True)),
         "graft int4 group 32": graft(weights, IntGroupFormat()),
     }
+    for name in ("graft nf4 double", "graft int4 group 32"):
+        linears[f"{name} along rows"] = along_rows(linears[name])
     if importlib.util.find_spec("bitsandbytes") is None:
         print("without bitsandbytes: it is not installed")
     else:
@@ -182,7 +195,11 @@ def main() -> None:
     for task in (forward, forward_backward):
         for tokens in arguments.tokens:
             x = torch.randn(tokens, SIZE, device="cuda", dtype=torch.bfloat16)
-            calls = {name: task(linear, x) for name, linear in linears.items()}
+            calls = {
+                name: task(linear, x)
+                for name, linear in linears.items()
+                if tokens == 1 or not name.endswith("along rows")
+            }
             rows += measure(task.__name__, tokens, calls, arguments.turns)
     stamp = {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__}
     print("written to", write_csv("triton-linear", [row | stamp for row in rows]))

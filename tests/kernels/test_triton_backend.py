@@ -118,7 +118,7 @@ def test_int_group_products(
 @where_kernels_run
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("bits", "group_size", "statistics"), INT_CASES)
-def test_int_group_grad_scales(
+def test_int_group_grad_of_statistics(
     bits: int, group_size: int, statistics: str, dtype: torch.dtype
 ) -> None:
     for rows, columns in [(6, 45), (133, 160)]:
@@ -126,12 +126,18 @@ def test_int_group_grad_scales(
         codes = unpack_codes(weight.tensors[: 2 if bits == 3 else 1], bits, columns)
         for tokens in ((1,), (2, 20)):
             x, grad = randn(*tokens, columns, dtype=dtype), randn(*tokens, rows, dtype=dtype)
-            ours = backend.int_group_grad_statistics(grad, x, weight, None)[0]
+            units = randn(rows, -(-columns // group_size))
             a, b = grad.flatten(0, -2).double(), x.flatten(0, -2).double()
-            terms = (a.T @ b) * codes, (a.abs().T @ b.abs()) * codes
-            exact, size = (reference._in_groups(term, group_size).sum(-1) for term in terms)
-            assert ours.dtype == torch.float32 and ours.shape == exact.shape
-            assert ((ours - exact).abs() <= (len(a) + group_size) * 2.0**-24 * size).all()
+            for unit in (None, units):
+                both = backend.int_group_grad_statistics(grad, x, weight, unit)
+                for ours, each in zip(both, (codes, torch.ones_like(codes)), strict=True):
+                    terms = (a.T @ b) * each, (a.abs().T @ b.abs()) * each
+                    exact, size = (reference._in_groups(term, group_size).sum(-1) for term in terms)
+                    if unit is not None:
+                        exact, size = exact * unit, size * unit.abs()
+                    assert ours.dtype == torch.float32 and ours.shape == exact.shape
+                    most = (len(a) + group_size + 1) * 2.0**-24 * size
+                    assert ((ours - exact).abs() <= most).all()
 
 
 # codebook ----------------------------------------------------------------------------------------
@@ -226,6 +232,28 @@ def linears(columns: int) -> list[tuple[Callable[[Tensor], Tensor], Tensor]]:
         (lambda x, w=weight: backend.linear(x, w), reference.dequantize(weight, torch.float32))
         for weight in (int_group((40, columns), 4, 32, "float16"), nf4, int8)
     ]
+
+
+@where_kernels_run
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_token_along_the_rows(
+    dtype: torch.dtype, launches: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "_VECTOR_TOKENS", 1)
+    for rows, columns in ((5, 64), (3, 45), (3, 1088)):
+        weights = [int_group((rows, columns), *case) for case in INT_CASES[::2]]
+        if columns % BLOCK_SIZE == 0:
+            weights += [
+                codebook((rows, columns), "nf4", True),
+                codebook((rows, columns), "fp4", False),
+            ]
+        for packed in weights:
+            launches.clear()
+            x = randn(1, 1, columns, dtype=dtype)
+            y = backend.linear(x, packed)
+            assert y.shape == (1, 1, rows) and y.dtype == dtype
+            assert_is_product(y, x, reference.dequantize(packed, dtype).T)
+            assert [name for name, _ in launches] == [f"{packed.layout.kind}_vector"]
 
 
 @where_kernels_run

@@ -165,9 +165,15 @@ def test_every_launch_compiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         backend.linear(x.to(kind), packed_int)
         backend.dequantize(packed_int, kind)
         backend.int_group_grad_statistics(grad.to(kind), x.to(kind), packed_int, None)
+        units = torch.randn(4, 2)
+        backend.int_group_grad_statistics(grad.to(kind), x.to(kind), packed_int, units)
     for kind in DTYPES:
         backend.linear(x.to(kind), nf4)
         backend.linear(x.to(kind), int8)
+    monkeypatch.setattr(backend, "_VECTOR_TOKENS", 1)
+    for kind in DTYPES:
+        for packed_one in (nf4, *(int_group(bits, 32) for bits in (2, 3, 4, 8))):
+            backend.linear(x[:1].to(kind), packed_one)
     # Contracting a product and an addition would round once where the reference rounds twice.
     exact = [
         name for name in binaries if any(word in name for word in ("dequant", "move", "latent"))

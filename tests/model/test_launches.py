@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-A_LAYER = {"lora": 77, "qlora": 91, "qalora": 141, "affine": 126}
+A_LAYER = {"lora": 77, "qlora": 91, "qalora": 113, "affine": 84}
 """What a decoder layer may launch, forward and backward together."""
 A_STEP_BESIDE = 80
 """What a step may launch beside its layers: batch, embeddings, loss, clipping, optimizer."""
@@ -36,7 +36,7 @@ def test_launches_of_a_layer_and_of_a_step(launches: ModuleType, method: str) ->
     total = rows[-1]
     assert total["where"] == "all"
     shown = "\n".join(map(str, rows))
-    assert A_LAYER[method] - 5 <= total["a layer"] <= A_LAYER[method], shown
+    assert 0.8 * A_LAYER[method] <= total["a layer"] <= A_LAYER[method], shown
     assert total["a step"] - 2 * total["a layer"] <= A_STEP_BESIDE, shown
 
 

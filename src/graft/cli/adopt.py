@@ -50,4 +50,4 @@ def adopt(arguments: AdoptArguments) -> None:
     show(f"next: {next_export(Path(arguments.out))}")
 
 
-COMMAND = Command(arguments=AdoptArguments, run=adopt)
+COMMAND = Command(arguments=AdoptArguments, run=adopt, loads_models=True)

@@ -64,4 +64,4 @@ def _ask() -> str:
         return ""
 
 
-COMMAND = Command(arguments=ChatArguments, run=chat)
+COMMAND = Command(arguments=ChatArguments, run=chat, loads_models=True)

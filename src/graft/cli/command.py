@@ -21,6 +21,8 @@ class Command(Generic[Arguments]):
     """A dataclass whose fields are the flags."""
     run: Callable[[Arguments], None]
     """Does the work and shows its result."""
+    loads_models: bool = False
+    """Whether it is for models: what they take is imported first then, see `import_models`."""
     takes_file: bool = False
     """Whether a CONFIG.yaml may stand before the flags."""
     given: Callable[[Mapping[str, Sequence[str]], Mapping[str, Any]], Mapping[str, Any]] = _nothing

@@ -240,4 +240,4 @@ def _style(shade: str, piece: Piece) -> str:
     return f"bold {shade.replace(_INK, '#6a1b9a')}"
 
 
-COMMAND = Command(arguments=DataArguments, run=data)
+COMMAND = Command(arguments=DataArguments, run=data, loads_models=True)

@@ -67,4 +67,4 @@ def _shortened(text: str, limit: int = 300) -> str:
     return text if len(text) <= limit else text[:limit].rstrip() + " …"
 
 
-COMMAND = Command(arguments=DemoArguments, run=demo)
+COMMAND = Command(arguments=DemoArguments, run=demo, loads_models=True)

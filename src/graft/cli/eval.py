@@ -75,4 +75,4 @@ def evaluate(arguments: EvalArguments) -> None:
     )
 
 
-COMMAND = Command(arguments=EvalArguments, run=evaluate)
+COMMAND = Command(arguments=EvalArguments, run=evaluate, loads_models=True)

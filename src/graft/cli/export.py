@@ -47,4 +47,4 @@ def export(arguments: ExportArguments) -> None:
     show(f"{report.path}: {report.bytes / 2**20:,.1f} MiB")
 
 
-COMMAND = Command(arguments=ExportArguments, run=export)
+COMMAND = Command(arguments=ExportArguments, run=export, loads_models=True)

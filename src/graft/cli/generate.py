@@ -57,4 +57,4 @@ def generate(arguments: GenerateArguments) -> None:
     show()
 
 
-COMMAND = Command(arguments=GenerateArguments, run=generate)
+COMMAND = Command(arguments=GenerateArguments, run=generate, loads_models=True)

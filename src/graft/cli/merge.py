@@ -47,4 +47,4 @@ def merge(arguments: MergeArguments) -> None:
     show(f"{arguments.out}, with merge-report.json")
 
 
-COMMAND = Command(arguments=MergeArguments, run=merge)
+COMMAND = Command(arguments=MergeArguments, run=merge, loads_models=True)

@@ -32,4 +32,4 @@ def plan(config: PlanConfig) -> None:
         show(memory.left_out)
 
 
-COMMAND = Command(arguments=PlanConfig, run=plan, takes_file=True)
+COMMAND = Command(arguments=PlanConfig, run=plan, loads_models=True, takes_file=True)

@@ -18,4 +18,4 @@ def quantize(config: QuantizeConfig) -> None:
     show(f"{out}: {size / 2**20:,.1f} MiB of weights")
 
 
-COMMAND = Command(arguments=QuantizeConfig, run=quantize, takes_file=True)
+COMMAND = Command(arguments=QuantizeConfig, run=quantize, loads_models=True, takes_file=True)

@@ -122,5 +122,9 @@ _OF_EACH_CALL = ("out", "resume", "epochs", "trust_remote_code")
 """Settings that a resumed run does not take from the part before."""
 
 COMMAND = Command(
-    arguments=TrainArguments, run=train, takes_file=True, given=_settings_of_resumed_run
+    arguments=TrainArguments,
+    run=train,
+    loads_models=True,
+    takes_file=True,
+    given=_settings_of_resumed_run,
 )

@@ -4,12 +4,14 @@ from graft.kernels.frozen.codebook_triton_kernels import (
     codebook_dequantize,
     codebook_linear,
     codebook_quantize,
+    codebook_vector,
 )
 from graft.kernels.frozen.int8_triton_kernels import int8_dequantize, int8_linear
 from graft.kernels.frozen.int_group_triton_kernels import (
     int_group_dequantize,
-    int_group_grad_scales,
+    int_group_grad_statistics,
     int_group_linear,
+    int_group_vector,
 )
 from graft.kernels.latent.triton_kernels import latent_codes, latent_grads
 from graft.kernels.moves.triton_kernels import move_by_factors, move_offsets, move_scaled
@@ -26,12 +28,14 @@ __all__ = [
     "codebook_dequantize",
     "codebook_linear",
     "codebook_quantize",
+    "codebook_vector",
     "cross_entropy",
     "int8_dequantize",
     "int8_linear",
     "int_group_dequantize",
-    "int_group_grad_scales",
+    "int_group_grad_statistics",
     "int_group_linear",
+    "int_group_vector",
     "latent_codes",
     "latent_grads",
     "move_by_factors",

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from graft.errors import raise_problems
+from graft.model.foreign import NothingDrawn
 from graft.model.internals import initialise, writes_to
 
 
@@ -26,9 +27,9 @@ def initialise_buffers(
     for name, buffer in list(model.named_buffers(remove_duplicate=False)):
         if name not in saved and buffer.is_meta:
             places[name] = _set(model, name, torch.empty_like(buffer, device=device))
-    # All parameters are on the meta device, so that drawing them costs nothing and changes nothing.
     before = {name: writes_to(buffer) for name, buffer in places.items()}
-    initialise(model)
+    with NothingDrawn():
+        initialise(model)
     found = dict(model.named_buffers(remove_duplicate=False))
     left = [
         name

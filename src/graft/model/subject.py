@@ -25,7 +25,7 @@ from graft.model.folder import (
     stored_formats,
     without_padding_beyond,
 )
-from graft.model.foreign import modules_within, parameters_on_meta
+from graft.model.foreign import NothingDrawn, modules_within, parameters_on_meta
 from graft.model.internals import stays_float32
 from graft.model.names import (
     check_unplaced,
@@ -279,6 +279,7 @@ def build_skeleton(
         understood("config.json", "makes no causal language model that can be built"),
         modules_within(tensors),
         device,
+        NothingDrawn(),
     ):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     assert isinstance(model, PreTrainedModel)

@@ -31,7 +31,8 @@ HEAP_BUFFERS = 5
 HEAP_SHARE = 0.15
 """What the C library's heap holds beyond the tensors, in gaps that freed ones left and kept for the
 next (`reuse_freed_memory`): a constant, a number of times the buffers of the layer at work, and a
-share of the activations. Found by benchmarks/plan.py, which says how well it fits."""
+share of the activations; the constant alone where large buffers go back to the system. Found by
+benchmarks/plan.py, which says how well it fits."""
 
 HEAP_UNEVEN = 30 * 2**20
 """The same of packed rows, whose batches all differ in size."""
@@ -238,7 +239,8 @@ def _plan(
         rounding = _rounding_bytes(planned, counts, kept, calibrating)
     weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
     held = process + weights + states
-    heap = _heap_bytes(planned, tokens, activations)
+    sparing = checkpointing == "layers"
+    heap = _heap_bytes(planned, tokens, activations, sparing)
     if heap and tokens < padded:
         heap += HEAP_UNEVEN
     backward = max(loss, activations.recomputed_bytes + workspace)
@@ -276,9 +278,11 @@ def _plan(
     )
 
 
-def _heap_bytes(planned: PlannedModel, tokens: int, activations: Activations) -> int:
+def _heap_bytes(planned: PlannedModel, tokens: int, activations: Activations, sparing: bool) -> int:
     if planned.device.type != "cpu":
         return 0
+    if sparing:  # what is large leaves no gaps
+        return HEAP_BYTES
     transient = activations.kept_bytes + activations.recomputed_bytes
     buffers = _buffer_bytes(planned, tokens, activations.widest)
     return HEAP_BYTES + HEAP_BUFFERS * buffers + int(HEAP_SHARE * transient)

@@ -242,12 +242,13 @@ class _Loop:
             batch_loss, measured = self._add_gradients(batch, targets)
             losses.append(batch_loss)
             sums = {name: sums.get(name, 0.0) + value for name, value in measured.items()}
-        for index, value in enumerate(torch.stack(losses).tolist()):  # the first wait for a GPU
+        clipped = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
+        *values, norm = torch.stack([*losses, clipped.float()]).tolist()  # here a GPU is waited for
+        for index, value in enumerate(values):
             if not math.isfinite(value):
                 with self._keeping(rows[index : index + 1]):
                     raise_not_finite(self.task.model, partial(self._loss, batches[index]), step)
             loss += value
-        norm = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm).item()
         with self._keeping(rows):
             check_gradients(self.task.parameters, norm, step)
         self.gates.gradients(step)

@@ -142,3 +142,43 @@ def codebook_linear(
         x = tl.load(x_ptr + token[:, None] * in_features + here[None, :], mask=mask, other=0.0)
         acc = add_product(acc, x, tl.trans(rounded(weight, x_ptr.dtype.element_ty)))
     store_tokens(out_ptr, acc, token, out_row, tokens, out_features)
+
+
+@triton.jit
+def codebook_vector(
+    out_ptr,
+    x_ptr,
+    codes_ptr,
+    absmax_ptr,
+    dynamic_ptr,
+    scale_ptr,
+    offset_ptr,
+    table_ptr,
+    out_features,
+    in_features,
+    BLOCK: tl.constexpr,
+    NESTED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Write y = x Wᵀ of one token for ROWS rows, which hold whole blocks, BLOCKS at a time."""
+    BYTES: tl.constexpr = BLOCK // 2
+    blocks = in_features // BLOCK
+    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(out_row, out_features - 1).to(tl.int64)[:, None, None]
+    byte = tl.arange(0, BYTES)[None, None, :]
+    column = tl.arange(0, BLOCKS * BLOCK)
+    table = tl.load(table_ptr + tl.arange(0, 16))
+    acc = tl.zeros((ROWS, BLOCKS * BLOCK), tl.float32)
+    for start in range(0, blocks, BLOCKS):
+        block = tl.minimum(start + tl.arange(0, BLOCKS), blocks - 1)[None, :, None]
+        index = row * blocks + block
+        packed = tl.load(codes_ptr + index * BYTES + byte)
+        weight = tl.reshape(codebook_values(packed, table), (ROWS, BLOCKS, BLOCK))
+        absmax = codebook_absmax(absmax_ptr, dynamic_ptr, scale_ptr, offset_ptr, index, NESTED)
+        weight = tl.reshape(weight * absmax, (ROWS, BLOCKS * BLOCK))
+        here = start * BLOCK + column
+        x = tl.load(x_ptr + here, mask=here < in_features, other=0.0).to(tl.float32)
+        acc += rounded(weight, x_ptr.dtype.element_ty).to(tl.float32) * x[None, :]
+    y = rounded(tl.sum(acc, 1), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_row, y, mask=out_row < out_features)

@@ -125,12 +125,14 @@ def int_group_linear(
 
 
 @triton.jit
-def int_group_grad_scales(
-    out_ptr,
+def int_group_grad_statistics(
+    scales_ptr,
+    offsets_ptr,
     grad_ptr,
     x_ptr,
     codes_ptr,
     high_ptr,
+    units_ptr,
     tokens,
     out_features,
     in_features,
@@ -143,7 +145,7 @@ def int_group_grad_scales(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Write the group sums of (dyᵀ x) * q for a tile of ROWS rows and COLUMNS columns."""
+    """Write the group sums of (dyᵀ x) * q and of dyᵀ x, times units, for a tile of the product."""
     BYTES: tl.constexpr = 4 * PLANE
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -162,7 +164,56 @@ def int_group_grad_scales(
     part = (column % 32 // BYTES)[None, :]
     packed = tl.load(codes_ptr + (safe_row * blocks + block) * BYTES + byte).to(tl.int32)
     codes = int_group_codes(packed, high_ptr, safe_row, block, byte, part, blocks, BITS, PLANE)
-    sums = tl.sum(tl.reshape(acc * codes, (ROWS, COLUMNS // GROUP, GROUP)), axis=2)
+    scales = tl.sum(tl.reshape(acc * codes, (ROWS, COLUMNS // GROUP, GROUP)), axis=2)
+    offsets = tl.sum(tl.reshape(acc, (ROWS, COLUMNS // GROUP, GROUP)), axis=2)
     group = tl.program_id(1) * (COLUMNS // GROUP) + tl.arange(0, COLUMNS // GROUP)
     mask = (row < out_features)[:, None] & (group < groups)[None, :]
-    tl.store(out_ptr + row[:, None] * groups + group[None, :], sums, mask=mask)
+    index = row[:, None] * groups + group[None, :]
+    if units_ptr is not None:
+        units = tl.load(units_ptr + index, mask=mask, other=0.0).to(tl.float32)
+        scales *= units
+        offsets *= units
+    tl.store(scales_ptr + index, scales, mask=mask)
+    tl.store(offsets_ptr + index, offsets, mask=mask)
+
+
+@triton.jit
+def int_group_vector(
+    out_ptr,
+    x_ptr,
+    codes_ptr,
+    high_ptr,
+    scales_ptr,
+    offsets_ptr,
+    out_features,
+    in_features,
+    groups,
+    blocks,
+    BITS: tl.constexpr,
+    PLANE: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Write y = x Wᵀ of one token for ROWS rows, BLOCKS blocks of 32 columns at a time."""
+    BYTES: tl.constexpr = 4 * PLANE
+    out_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.minimum(out_row, out_features - 1).to(tl.int64)[:, None, None]
+    byte = tl.arange(0, BYTES)[None, None, :]
+    acc = tl.zeros((ROWS, BLOCKS, BYTES), tl.float32)
+    for start in range(0, blocks, BLOCKS):
+        here = start + tl.arange(0, BLOCKS)[None, :, None]
+        block = tl.minimum(here, blocks - 1)
+        packed = tl.load(codes_ptr + (row * blocks + block) * BYTES + byte).to(tl.int32)
+        for part in tl.static_range(8 // PLANE):
+            first = part * BYTES + byte
+            scales, offsets = int_group_statistics(
+                scales_ptr, offsets_ptr, row, block, first, groups, GROUP
+            )
+            codes = int_group_codes(packed, high_ptr, row, block, byte, part, blocks, BITS, PLANE)
+            weight = rounded(codes * scales + offsets, x_ptr.dtype.element_ty).to(tl.float32)
+            column = here * 32 + first
+            x = tl.load(x_ptr + column, mask=column < in_features, other=0.0).to(tl.float32)
+            acc += weight * x
+    y = rounded(tl.sum(tl.sum(acc, 2), 1), out_ptr.dtype.element_ty)
+    tl.store(out_ptr + out_row, y, mask=out_row < out_features)

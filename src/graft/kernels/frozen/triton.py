@@ -5,8 +5,8 @@ dtype as the reference rounds them, and summed in float32. With more tokens, and
 weight is dequantised into memory and multiplied by cuBLAS, which is at the machine's limit there.
 Nothing is summed with atomics, so two runs give the same bits.
 
-int_group_grad_offsets is left to the reference backend: a pooling of x, and a product group_size
-times smaller than the layer's.
+int_group_grad_offsets alone is left to the reference backend: a pooling of x, and a product
+group_size times smaller than the layer's.
 """
 
 from __future__ import annotations
@@ -28,6 +28,10 @@ from graft.kernels.packed.weight import NESTED_BLOCK_SIZE, Layout, Weight
 _FUSED_TOKENS = 16
 """A product with at most so many tokens is fused: one tile of the tensor cores."""
 _FUSED_ROWS = 32
+_VECTOR_TOKENS = 0
+"""A product with at most so many tokens, 1 or 0, is summed along the rows instead, in one launch
+where tiles take three. It is 0 until a GPU has shown that 1 is quicker."""
+_VECTOR_ROWS = 4
 
 
 def _is_fused(x: Tensor) -> bool:
@@ -65,6 +69,25 @@ def _fused_linear(
     launch(kernel, (row_tiles, splits), out, matrix, *packed, *sizes, **constants)
     summed = out[0] if splits == 1 else out.sum(0).to(x.dtype)
     return summed.view(*x.shape[:-1], out_features)
+
+
+def _vector_linear(
+    kernel: str,
+    x: Tensor,
+    packed: tuple[Tensor | None, ...],
+    sizes: tuple[int, ...],
+    **constants: int,
+) -> Tensor:
+    """Launch a linear kernel of one token; sizes[0] is out_features."""
+    out = x.new_empty((*x.shape[:-1], sizes[0]))
+    constants |= {"ROWS": _VECTOR_ROWS}
+    grid = (tiles(sizes[0], _VECTOR_ROWS),)
+    launch(kernel, grid, out, as_matrix(x), *packed, *sizes, **constants)
+    return out
+
+
+def _is_vector(x: Tensor) -> bool:
+    return x.numel() // x.shape[-1] <= _VECTOR_TOKENS
 
 
 # A weight of any kind ----------------------------------------------------------------------------
@@ -126,6 +149,8 @@ def _int_group_linear(x: Tensor, weight: Weight) -> Tensor:
     # float32 needs registers for its operands, and a product at least 16 columns of each part.
     tile = max(1, 4 // constants["PLANE"]) if x.dtype == torch.float32 else 8
     packed, steps = as_stored(*weight.tensors), tiles(sizes[3], tile)
+    if _is_vector(x):
+        return _vector_linear("int_group_vector", x, packed, sizes, BLOCKS=16, **constants)
     return _fused_linear("int_group_linear", x, packed, sizes, steps, BLOCKS=tile, **constants)
 
 
@@ -135,22 +160,22 @@ def int_group_grad_statistics(
 ) -> tuple[Tensor, Tensor]:
     """Compute d scale[o, g] = sum over j in g of (dyᵀ x)[o, j] * q[o, j], and d offset; float32.
 
-    The product [out_features, in_features] stays in registers, a tile at a time, in float32.
+    The offsets' are the same sums without q. The product [out_features, in_features] stays in
+    registers, a tile at a time, in float32.
     """
     if x.dtype not in DTYPES:
         return reference.int_group_grad_statistics(grad, x, weight, units)
-    grad_offsets = reference.int_group_grad_offsets(grad, x, weight.layout.group_size)
     sizes, constants = _sizes(weight.layout)
-    grad_scales = x.new_empty((sizes[0], sizes[2]), dtype=torch.float32)
+    shape = sizes[0], sizes[2]
+    grad_scales, grad_offsets = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
     grad, x = as_matrix(grad), as_matrix(x)
     rows, tokens = (64, 16) if x.dtype == torch.float32 else (128, 32)
     constants |= {"ROWS": rows, "COLUMNS": 128, "TOKENS": tokens, "num_warps": 8}
-    arguments = grad, x, *as_stored(*weight.tensors[:2]), x.shape[0], *sizes
+    packed = as_stored(*weight.tensors[:2], units)
+    arguments = grad_offsets, grad, x, *packed, x.shape[0], *sizes
     grid = tiles(sizes[0], rows), tiles(sizes[1], 128)
-    launch("int_group_grad_scales", grid, grad_scales, *arguments, **constants)
-    if units is None:
-        return grad_scales, grad_offsets
-    return grad_scales * units, grad_offsets * units
+    launch("int_group_grad_statistics", grid, grad_scales, *arguments, **constants)
+    return grad_scales, grad_offsets
 
 
 # codebook: w = codebook[code] * absmax -----------------------------------------------------------
@@ -217,6 +242,8 @@ def _dequantize_codebook(weight: Weight, dtype: torch.dtype) -> Tensor:
 def _codebook_linear(x: Tensor, weight: Weight) -> Tensor:
     packed, constants = _codebook_operands(weight)
     sizes = weight.layout.out_features, weight.layout.in_features
+    if _is_vector(x):
+        return _vector_linear("codebook_vector", x, packed, sizes, BLOCKS=16, **constants)
     tile = 1 if x.dtype == torch.float32 else 4
     steps = tiles(sizes[1], tile * constants["BLOCK"])
     return _fused_linear("codebook_linear", x, packed, sizes, steps, **constants, BLOCKS=tile)
