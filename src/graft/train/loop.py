@@ -235,8 +235,7 @@ class _Loop:
             self.largest = largest
             give_back_freed(self.device)
         targets = sum(batch.targets for batch in batches)
-        losses: list[Tensor] = []
-        loss, sums = 0.0, Metrics()
+        losses, loss, sums = list[Tensor](), 0.0, Metrics()
         for index, batch in enumerate(batches):
             if index:
                 self.task.stop.check()
