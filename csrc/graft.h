@@ -74,7 +74,8 @@ GRAFT_API int graft_pool(int64_t dtype, const void *x, int64_t tokens, int64_t c
                          int64_t group_size, void *out, int64_t threads);
 
 /* out float [rows, groups] = dtype(offsets + scaling * up down), taken in double; up [rows, rank]
-   and down [rank, groups] are float, offsets [rows, groups] and the rounding are of dtype. */
+   and down [rank, groups] are float, offsets [rows, groups] and the rounding are of dtype. Offsets
+   of floats may be NULL, which stands for zeros. */
 GRAFT_API int graft_move_offsets(int64_t dtype, const void *offsets, const float *up,
                                  const float *down, int64_t rows, int64_t groups, int64_t rank,
                                  double scaling, float *out, int64_t threads);

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from graft.adapters.token_sample import drawn, token_sample
 from graft.formats.base import GridUpdate, LowRank, Scaled
 from graft.formats.int_group import IntGroupFormat
 from graft.kernels.frozen.ops import linear
@@ -52,7 +53,7 @@ def test_qalora_grid_linear_is_the_chain_through_the_moved_statistics(
     ours = [(torch.randn(shape) * 0.3).requires_grad_() for shape in shapes]
     x, A, B, u_A, u_B = ours
     weight = weight_format.kernel_weight(packed, OUT, IN)
-    y = ops.qalora_grid_linear(x, weight, A, B, 0.7, u_A, u_B)
+    y = ops.qalora_grid_linear(x, weight, A, B, 0.7, u_A, u_B, None, None)
     grad = torch.randn_like(y)
     y.backward(grad)
     others = [t.detach().clone().requires_grad_() for t in ours]
@@ -73,7 +74,9 @@ def test_opcheck(opcheck: Callable[..., None]) -> None:
     x = torch.randn(2, 3, IN, requires_grad=True)
     opcheck(ops.affine_linear, (x, weight, u, v))
     factors = [torch.randn(shape, requires_grad=True) for shape in ((2, 3), (OUT, 2))]
-    opcheck(ops.qalora_grid_linear, (x, weight, *factors, 1.0, *factors))
+    opcheck(ops.qalora_grid_linear, (x, weight, *factors, 1.0, *factors, None, None))
+    with drawn(0, 1, 0, (3, 3)):
+        opcheck(ops.qalora_grid_linear, (x, weight, *factors, 1.0, *factors, *token_sample(x, 2)))
     frozen = [factor.detach() for factor in factors]
     opcheck(ops.move_by_factors, (*weight.statistics, *frozen, 1.0, *frozen))
     moves = packed["offsets"], packed["scales"], u.detach(), torch.float16

@@ -28,6 +28,7 @@ from graft.adapters.config import AdapterConfig
 from graft.adapters.lora import low_rank, scaling_of
 from graft.adapters.method import Config, Kept, Method, narrow_solver
 from graft.adapters.rates import low_rank_moves_factors, low_rank_rate
+from graft.adapters.token_sample import token_sample
 from graft.errors import GraftError
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled
 from graft.formats.int_group import IntGroupFormat
@@ -75,6 +76,7 @@ class QALoraAdapter(Adapter):
         alpha: float | None = None,
         rslora: bool = False,
         grid_rank: int = 0,
+        scale_sample: int = 1,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -88,7 +90,7 @@ class QALoraAdapter(Adapter):
             self.B = nn.Parameter(torch.zeros(out_features, groups, device=device))
         else:
             self.A, self.B = low_rank_start(self.rank, groups, out_features, device, in_features)
-        self.grid_rank = min(grid_rank, groups)
+        self.grid_rank, self.scale_sample = min(grid_rank, groups), scale_sample
         if self.grid_rank:
             self.u_A, self.u_B = low_rank_moves(self.grid_rank, out_features, groups, device)
 
@@ -103,6 +105,7 @@ class QALoraAdapter(Adapter):
             config.alpha,
             config.rslora,
             config.grid_rank or 0,
+            config.scale_sample,
             next(layer.parameters()).device,
         )
 
@@ -142,7 +145,8 @@ class QALoraAdapter(Adapter):
         operands = base.kernel_weight(), self.A, self.B, self.scaling
         y: Tensor
         if self.grid_rank:
-            y = qalora_grid_linear(x, *operands, self.u_A, self.u_B)
+            sample = token_sample(x, self.scale_sample)
+            y = qalora_grid_linear(x, *operands, self.u_A, self.u_B, *sample)
         else:
             y = qalora_linear(x, *operands)[0]
         return y
@@ -189,7 +193,7 @@ class QALora(Method):
 
     name = "qalora"
     adapter = QALoraAdapter
-    takes = frozenset({"grid_rank"})
+    takes = frozenset({"grid_rank", "scale_sample"})
     default_format = "int"
     formats = ("int",)
     merges_exactly = True

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from graft.adapters.token_sample import drawn
 from graft.data.batches import Batch
 from graft.data.examples import Example
 from graft.data.sampler import make_sampler
@@ -234,12 +235,13 @@ class _Loop:
             self.largest = largest
             give_back_freed(self.device)
         targets = sum(batch.targets for batch in batches)
-        losses: list[Tensor] = []
-        loss, sums = 0.0, Metrics()
+        losses, loss, sums = list[Tensor](), 0.0, Metrics()
         for index, batch in enumerate(batches):
             if index:
                 self.task.stop.check()
-            batch_loss, measured = self._add_gradients(batch, targets)
+            lengths = [len(one.input_ids) for one in examples[index]]
+            with drawn(self.config.seed, step, sum(map(len, rows[:index])), lengths):
+                batch_loss, measured = self._add_gradients(batch, targets)
             losses.append(batch_loss)
             sums = {name: sums.get(name, 0.0) + value for name, value in measured.items()}
         clipped = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)

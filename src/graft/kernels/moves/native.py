@@ -17,19 +17,19 @@ def move_offsets(
     if stored not in (torch.float32, torch.float16) or A.dtype != torch.float32:
         return reference.move_offsets(offsets, A, B, scaling, stored)
     # Offsets that an adapter has moved come as float32 but hold numbers of the stored dtype.
-    start, down, up = offsets.to(stored).contiguous(), A.contiguous(), B.contiguous()
-    out = torch.empty_like(start, dtype=torch.float32)
-    sizes = (*offsets.shape, A.shape[0])
-    call(
-        "move_offsets",
-        DTYPES[stored],
-        address(start),
-        address(up),
-        address(down),
-        *sizes,
-        scaling,
-        address(out),
-    )
+    return _moved(offsets.to(stored).contiguous(), A, B, scaling, stored)
+
+
+def _moved(
+    start: Tensor | None, A: Tensor, B: Tensor, scaling: float, stored: torch.dtype
+) -> Tensor:
+    """Return `move_offsets` from a contiguous start, or from zeros."""
+    down, up = A.contiguous(), B.contiguous()
+    out = A.new_empty((B.shape[0], A.shape[1]))
+    sizes = (*out.shape, A.shape[0])
+    begin = None if start is None else address(start)
+    operands = begin, address(up), address(down)
+    call("move_offsets", DTYPES[stored], *operands, *sizes, scaling, address(out))
     return out
 
 
@@ -50,7 +50,8 @@ def move_by_factors(
     scales: Tensor, offsets: Tensor, A: Tensor, B: Tensor, scaling: float, u_A: Tensor, u_B: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Compute scales (1 + u_B u_A) and offsets + scaling B A, each rounded as it is stored."""
-    nothing = u_A.new_zeros(u_B.shape[0], u_A.shape[1])
-    u = move_offsets(nothing, u_A, u_B, 1.0, torch.float32)
+    if u_A.dtype != torch.float32:
+        return reference.move_by_factors(scales, offsets, A, B, scaling, u_A, u_B)
+    u = _moved(None, u_A, u_B, 1.0, torch.float32)
     moved_scales = move_scaled(scales, scales, u, scales.dtype)
     return moved_scales, move_offsets(offsets, A, B, scaling, offsets.dtype)

@@ -11,6 +11,7 @@ import graft.kernels.backends  # noqa: F401  (registers them)
 from graft.kernels.backend.operation import Operation
 from graft.kernels.backend.registry import implementation
 from graft.kernels.frozen.ops import grad_input, int_group_grad_statistics
+from graft.kernels.moves.sampled import sampled_grad_statistics
 from graft.kernels.packed.weight import Weight, save_weight, saved_weight
 
 
@@ -130,12 +131,17 @@ def qalora_grid_linear(
     scaling: float,
     u_A: Tensor,
     u_B: Tensor,
+    means: Tensor | None,
+    points: Tensor | None,
 ) -> Tensor:
     """Return y = x Wᵀ, W with offsets + scaling B A and scales (1 + u_B u_A).
 
-    Differentiable in x and the four factors, straight through the rounding: the gradients of both
-    statistics come from one product, and those of the factors from them. Nothing of the size of
-    the statistics is kept between forward and backward.
+    Differentiable in x and the four factors, straight through the rounding; the gradients of the
+    factors come from those of the statistics. Nothing of the size of the statistics is kept between
+    forward and backward.
+
+    means, points: tokens to estimate the scales' gradient from (`sampled_grad_statistics`), which
+    takes as much as a third product beside y and dx otherwise.
     """
     scales, offsets = weight.statistics
     factors = A, B, scaling, u_A, u_B
@@ -148,22 +154,25 @@ qalora_grid_linear.register_fake(_output_of)
 
 
 def _qalora_grid_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, A, B, ctx.scaling, u_A, u_B = inputs
-    save_weight(ctx, weight, x, A, B, u_A, u_B)
+    x, weight, A, B, ctx.scaling, u_A, u_B, means, points = inputs
+    save_weight(ctx, weight, x, A, B, u_A, u_B, means, points)
 
 
 def _qalora_grid_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weight, (x, *factors) = saved_weight(ctx)
+    weight, (x, *factors, means, points) = saved_weight(ctx)
     A, B, u_A, u_B = (factor.detach() for factor in factors)
     scales, offsets = weight.statistics
     grad, grad_x = grad.contiguous(), None
     if ctx.needs_input_grad[0]:
         moved = move_by_factors(scales, offsets, A, B, ctx.scaling, u_A, u_B)
         grad_x = grad_input(grad, weight.moved(*moved))
-    d_scales, d_offsets = int_group_grad_statistics(grad, x, weight, None)
+    if means is None or points is None:
+        d_scales, d_offsets = int_group_grad_statistics(grad, x, weight, None)
+    else:
+        d_scales, d_offsets = sampled_grad_statistics(grad, x, weight, means, points)
     d_u, d_offsets = d_scales * scales, d_offsets * ctx.scaling
     d_A, d_B = B.T @ d_offsets, d_offsets @ A.T
-    return grad_x, None, d_A, d_B, None, u_B.T @ d_u, d_u @ u_A.T
+    return grad_x, None, d_A, d_B, None, u_B.T @ d_u, d_u @ u_A.T, None, None
 
 
 qalora_grid_linear.register_autograd(_qalora_grid_backward, setup_context=_qalora_grid_save)
