@@ -114,14 +114,13 @@ class EmulatedLibrary(ctypes.CDLL):
                 return ctypes.c_int64(value).value
 
     def _show(self, address: int, count: int) -> None:
-        """Send what can be read of `count` bytes from an address on, whole pages; none: nothing."""
+        """Send a page, or nothing where this process has none."""
         try:
-            data = os.pread(self._memory, count, address)
+            page = os.pread(self._memory, count, address)
         except (OSError, OverflowError):
-            data = b""
-        data = data[: len(data) // 4096 * 4096]
-        self._sent |= {address + at: data[at : at + 4096] for at in range(0, len(data), 4096)}
-        self._send(len(data).to_bytes(8, "little") + data)
+            page = b""
+        self._sent[address] = page
+        self._send(len(page).to_bytes(8, "little") + page)
 
     def _change(self, address: int, page: bytes) -> None:
         """Write the bytes of a page that a kernel changed; others may be Python's own by now."""

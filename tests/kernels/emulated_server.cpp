@@ -20,7 +20,7 @@
 namespace {
 
 constexpr uint64_t MOVED = 0x600000000000; /* where the caller's memory is, exclusive or with its address */
-constexpr uint64_t PAGE = 4096, MOST_PAGES = 8; /* fetched at once */
+constexpr uint64_t PAGE = 4096;
 
 void send(const void *data, size_t bytes) {
     for (const char *from = static_cast<const char *>(data); bytes;) {
@@ -41,7 +41,7 @@ void receive(void *data, size_t bytes) {
 /* Pages -------------------------------------------------------------------------------------------- */
 
 struct Message {
-    char kind[8]; /* "page": send pages from `address` on; "changed": a page follows; "done": `value` is the status */
+    char kind[8]; /* "page": send that at `address`; "changed": it follows; "done": `value` is the status */
     uint64_t address, value;
 };
 
@@ -50,22 +50,19 @@ std::atomic_flag busy;
 
 void fetch(int, siginfo_t *info, void *) {
     while (busy.test_and_set(std::memory_order_acquire)) {}
-    uint64_t first = uint64_t(info->si_addr) / PAGE * PAGE, count = 1;
+    uint64_t first = uint64_t(info->si_addr) / PAGE * PAGE;
     if (!pages.count(first)) { /* else another thread was quicker */
-        while (count < MOST_PAGES && !pages.count(first + count * PAGE)) count++;
-        Message wanted = {"page", first ^ MOVED, count * PAGE};
+        Message wanted = {"page", first ^ MOVED, PAGE};
         send(&wanted, sizeof wanted);
         uint64_t bytes;
         receive(&bytes, sizeof bytes);
-        if (!bytes) _exit(4);
-        int access = PROT_READ | PROT_WRITE, kind = MAP_PRIVATE | MAP_ANONYMOUS;
-        for (uint64_t at = 0; at < bytes; at += PAGE) {
-            /* Moved to its place when it is whole: other threads wait for nothing. */
-            void *page = mmap(nullptr, PAGE, access, kind, -1, 0), *place = reinterpret_cast<void *>(first + at);
-            receive(page, PAGE);
-            pages[first + at].assign(static_cast<char *>(page), static_cast<char *>(page) + PAGE);
-            if (mremap(page, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, place) != place) _exit(5);
-        }
+        if (bytes != PAGE) _exit(4);
+        /* Moved to its place when it is whole, so that no other thread sees a part of it. */
+        void *page = mmap(nullptr, PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+        receive(page, PAGE);
+        pages[first].assign(static_cast<char *>(page), static_cast<char *>(page) + PAGE);
+        void *place = reinterpret_cast<void *>(first);
+        if (mremap(page, PAGE, PAGE, MREMAP_MAYMOVE | MREMAP_FIXED, place) != place) _exit(5);
     }
     busy.clear(std::memory_order_release);
 }
