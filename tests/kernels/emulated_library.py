@@ -23,7 +23,7 @@ from torch import Tensor
 from graft.kernels.backend import native_library
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPILER, EMULATORS = "aarch64-linux-gnu-g++", ("qemu-aarch64-static", "qemu-aarch64")
+COMPILER, EMULATORS = "aarch64-linux-gnu-g++", ("qemu-aarch64", "qemu-aarch64-static")
 MESSAGE = struct.Struct("<8sQQ")
 
 
@@ -37,7 +37,7 @@ def why_impossible() -> str | None:
     if shutil.which(COMPILER) is None:
         return f"there is no {COMPILER} (Debian: g++-aarch64-linux-gnu)"
     if emulator() is None:
-        return f"there is no {EMULATORS[0]} (Debian: qemu-user-static)"
+        return f"there is no {EMULATORS[0]} (Debian: qemu-user)"
     return None
 
 
