@@ -51,7 +51,14 @@ def build(folder: Path) -> Path:
     if not program.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         made = program.with_name(f"{program.name}.{os.getpid()}")
-        flags = ("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math")
+        flags = (
+            "-std=c++17",
+            "-O3",
+            "-ffp-contract=off",
+            "-fno-math-errno",
+            "-fno-trapping-math",
+            "-fno-schedule-insns",
+        )
         link = ("-Wall", "-Wextra", "-Wno-psabi", "-static", "-pthread", "-o", str(made))
         command = [COMPILER, *flags, *link, *map(str, sources)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
