@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import shlex
 import shutil
 import struct
 import subprocess
@@ -23,7 +24,15 @@ from torch import Tensor
 from graft.kernels.backend import native_library
 
 ROOT = Path(__file__).resolve().parents[2]
-COMPILER, EMULATORS = "aarch64-linux-gnu-g++", ("qemu-aarch64", "qemu-aarch64-static")
+COMPILER = shlex.split(os.environ.get("GRAFT_AARCH64_CXX", "aarch64-linux-gnu-g++"))
+"""Another may be tried: GRAFT_AARCH64_CXX="clang++ --target=aarch64-linux-gnu"."""
+EMULATORS = ("qemu-aarch64", "qemu-aarch64-static")
+FLAGS = (
+    *("-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fno-schedule-insns", "-Wno-unknown-warning-option", "-Wno-ignored-optimization-argument"),
+    *("-Wall", "-Wextra", "-Wno-psabi", "-static", "-pthread"),
+)
+"""As in setup.py."""
 MESSAGE = struct.Struct("<8sQQ")
 
 
@@ -34,8 +43,8 @@ def emulator() -> str | None:
 
 def why_impossible() -> str | None:
     """Return what is missing here for building and running the program, or None."""
-    if shutil.which(COMPILER) is None:
-        return f"there is no {COMPILER} (Debian: g++-aarch64-linux-gnu)"
+    if shutil.which(COMPILER[0]) is None:
+        return f"there is no {COMPILER[0]} (Debian: g++-aarch64-linux-gnu)"
     if emulator() is None:
         return f"there is no {EMULATORS[0]} (Debian: qemu-user)"
     return None
@@ -46,21 +55,14 @@ def build(folder: Path) -> Path:
     kernels = sorted((ROOT / "csrc").glob("*.cpp"))
     sources = [*kernels, Path(__file__).with_name("emulated_server.cpp")]
     read = [*sources, *(ROOT / "csrc").glob("*.inc"), *(ROOT / "csrc").glob("*.h")]
-    digest = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(read)))
+    digest = hashlib.sha256(repr((COMPILER, FLAGS)).encode())
+    for file in sorted(read):
+        digest.update(file.read_bytes())
     program = folder / f"graft-aarch64-{digest.hexdigest()[:16]}"
     if not program.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         made = program.with_name(f"{program.name}.{os.getpid()}")
-        flags = (
-            "-std=c++17",
-            "-O3",
-            "-ffp-contract=off",
-            "-fno-math-errno",
-            "-fno-trapping-math",
-            "-fno-schedule-insns",
-        )
-        link = ("-Wall", "-Wextra", "-Wno-psabi", "-static", "-pthread", "-o", str(made))
-        command = [COMPILER, *flags, *link, *map(str, sources)]
+        command = [*COMPILER, *FLAGS, "-o", str(made), *map(str, sources)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         assert done.returncode == 0 and not done.stderr, done.stderr
         made.replace(program)
