@@ -7,6 +7,7 @@ backends: `graft doctor` says so.
 """
 
 import importlib.machinery
+import os
 import platform
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,12 +20,27 @@ from setuptools.modified import newer_group
 
 LIBRARY = "graft.kernels.backend._native"
 
+ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
+ON_ARM = platform.machine().lower() in ("aarch64", "arm64")
+if sys.platform == "darwin":
+    # A universal Python would compile each file for Intel and Arm at once, and flags are for one.
+    os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
+
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"]
 INSTRUCTIONS = {
     "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"],
     "isa_avx512.cpp": AVX512,
     "isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vbmi", "-mavx512vnni"],
 }
+# NEON with fused multiply-adds and float16 conversion is part of every 64-bit Arm processor and
+# needs no flag. GCC's first scheduler (on there, off on x86) brings so many operands forward that
+# the sums of a product no longer fit the registers.
+ARM = [
+    "-fno-schedule-insns",
+    # clang knows neither this nor all of GCC's warnings.
+    "-Wno-unknown-warning-option",
+    "-Wno-ignored-optimization-argument",
+]
 COMMON = [
     "-std=c++17",
     "-O3",
@@ -51,14 +67,13 @@ class BuildKernels(build_ext):
         return str(Path(*fullname.split("."))) + importlib.machinery.EXTENSION_SUFFIXES[-1]
 
     def build_extension(self, extension: Extension) -> None:
-        on_x86 = platform.machine().lower() in ("x86_64", "amd64")
         library = self.get_ext_fullpath(extension.name)
         made_from = [*extension.sources, *extension.depends, __file__]
         if not self.force and not newer_group(made_from, library, "newer"):
             return
 
         def compiled(source: str) -> list[str]:
-            extra = INSTRUCTIONS.get(Path(source).name, []) if on_x86 else []
+            extra = ARM if ON_ARM else INSTRUCTIONS.get(Path(source).name, []) if ON_X86 else []
             objects: list[str] = self.compiler.compile(
                 [source],
                 output_dir=self.build_temp,
@@ -83,7 +98,8 @@ class Wheel(bdist_wheel):
 
     def get_tag(self) -> tuple[str, str, str]:
         built = any(Path(self.bdist_dir).rglob(f"{LIBRARY.rpartition('.')[2]}.*"))
-        return "py3", "none", super().get_tag()[2] if built else "any"
+        own = super().get_tag()[2].replace("universal2", platform.machine())
+        return "py3", "none", own if built else "any"
 
 
 setup(

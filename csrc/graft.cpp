@@ -62,6 +62,8 @@ void wait_a_little(int tries) {
     if (tries >= 4096) return std::this_thread::yield();
 #ifdef __x86_64__
     __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb"); /* waits for a moment; "yield" does nothing on most processors */
 #endif
 }
 

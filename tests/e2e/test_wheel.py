@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = "graft/kernels/backend/_native" + sysconfig.get_config_var("SHLIB_SUFFIX")
 ON_X86 = platform.machine().lower() in ("x86_64", "amd64")
 INSTRUCTION_SETS = [b"baseline", *([b"AVX2", b"AVX-512", b"AVX-512+BF16"] if ON_X86 else [])]
+INSTRUCTION_SETS = [b"NEON"] if platform.machine() in ("aarch64", "arm64") else INSTRUCTION_SETS
 
 
 def run(*command: object, folder: Path, **environment: str) -> str:
@@ -98,7 +99,8 @@ def test_the_source_distribution_can_build_the_kernels(source):
 
 
 def test_what_the_wheel_holds(wheel):
-    system = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    system = sysconfig.get_platform().replace("universal2", platform.machine())
+    system = system.replace("-", "_").replace(".", "_")
     assert wheel.name.endswith(f"-py3-none-{system}.whl"), "it depends on no Python's version"
     with zipfile.ZipFile(wheel) as file:
         files = set(file.namelist())

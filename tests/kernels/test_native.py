@@ -48,6 +48,11 @@ def packed_weight(weight_format: WeightFormat, shape: tuple[int, int]) -> tuple[
     return weight_format.kernel_weight(packed, *shape), dense.double()
 
 
+def emulated_quickly(level: str, tokens: int) -> int:
+    """Return fewer tokens where arithmetic is emulated: still several tiles, the last not full."""
+    return 40 if level == "NEON" and tokens == 130 else tokens
+
+
 def assert_near(got: Tensor, exact: Tensor, dtype: torch.dtype) -> None:
     """Within the rounding of the output (and, in bf16, of the weight and the hidden matrix)."""
     tolerance = (2e-5 if dtype == torch.float32 else 2e-2) * exact.abs().max().item()
@@ -73,6 +78,7 @@ def test_products_equal_float64(
 ) -> None:
     dense_format = DenseFormat(str(dtype).removeprefix("torch."))
     out_features, in_features = shape
+    tokens = emulated_quickly(level, tokens)
     for weight_format in [*FORMATS, dense_format]:
         weight, dense = packed_weight(weight_format, shape)
         x, grad = (torch.randn(tokens, n).to(dtype) for n in (in_features, out_features))
@@ -203,11 +209,12 @@ def test_a_weight_larger_than_the_caches_is_dequantised_past_them(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_results_do_not_depend_on_the_number_of_threads(level: str, dtype: torch.dtype) -> None:
     # An odd number of whole blocks, which several tasks share.
-    rows, columns = 22, 736
-    x, grad = torch.randn(130, columns).to(dtype), torch.randn(130, rows).to(dtype)
+    rows, columns, tokens = 22, 736, emulated_quickly(level, 130)
+    x, grad = torch.randn(tokens, columns).to(dtype), torch.randn(tokens, rows).to(dtype)
     A, B = torch.randn(5, columns), torch.randn(rows, 5)
     before = torch.get_num_threads()
-    for weight_format in [*FORMATS, DenseFormat(str(dtype).removeprefix("torch."))]:
+    formats = FORMATS[::3] if level == "NEON" else FORMATS
+    for weight_format in [*formats, DenseFormat(str(dtype).removeprefix("torch."))]:
         weight, dense = packed_weight(weight_format, (rows, columns))
 
         def results(threads: int, weight: Weight = weight) -> list[Tensor]:

@@ -7,34 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from levels import LEVELS, using
 from torch import Tensor
 
-from graft.kernels.backend import native_library
 from graft.kernels.pointwise import native as native_pointwise
 from graft.kernels.pointwise import ops
 from graft.kernels.pointwise import reference as reference_pointwise
 
-NATIVE = native_library.why_unavailable() is None
-BACKENDS: dict[str, int | None] = {"reference": None, "baseline": 0, "AVX2": 1, "AVX-512": 2}
-BACKENDS["AVX-512+BF16"] = 3
 SHAPES = [(1, 1), (3, 7), (2, 5, 64), (17, 130)]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=["reference", *LEVELS])
 def backend(request: pytest.FixtureRequest) -> Iterator[Any]:
-    level = BACKENDS[request.param]
-    if level is None:
+    if request.param == "reference":
         yield reference_pointwise
         return
-    if not NATIVE:
-        pytest.skip(f"native backend: {native_library.why_unavailable()}")
-    library = native_library.library()
-    found = library.graft_limit(level)
-    if found == level:
+    with using(request.param):
         yield native_pointwise
-    library.graft_limit(3)
-    if found != level:
-        pytest.skip(f"this processor has no {request.param}")
 
 
 def assert_near(got: Tensor, exact: Tensor, dtype: torch.dtype, size: float = 0) -> None:

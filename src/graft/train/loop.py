@@ -235,7 +235,7 @@ class _Loop:
             self.largest = largest
             give_back_freed(self.device)
         targets = sum(batch.targets for batch in batches)
-        losses, loss, sums = list[Tensor](), 0.0, Metrics()
+        losses, sums = list[Tensor](), Metrics()
         for index, batch in enumerate(batches):
             if index:
                 self.task.stop.check()
@@ -250,7 +250,6 @@ class _Loop:
             if not math.isfinite(value):
                 with self._keeping(rows[index : index + 1]):
                     raise_not_finite(self.task.model, partial(self._loss, batches[index]), step)
-            loss += value
         with self._keeping(rows):
             check_gradients(self.task.parameters, norm, step)
         self.gates.gradients(step)
@@ -261,7 +260,7 @@ class _Loop:
         self._record(
             {
                 "step": step,
-                "loss": loss / targets,
+                "loss": sum(values) / targets,
                 "learning_rate": rate,
                 "grad_norm": norm,
                 self.task.objective.counted: targets,
