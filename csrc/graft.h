@@ -152,6 +152,7 @@ typedef struct graft_decoder {
     int64_t capacity; /* positions of a sequence's cache */
     int64_t rounds_inputs; /* 1: inputs meet integer codes in groups of whole blocks of 32 rounded to 8
                               bits, a scale for each block, as in llama.cpp; 0: no input is rounded so */
+    int64_t folds_inputs; /* 1: there is one sequence, whose sums may be taken another way than those of several */
     float epsilon, attention_scaling;
     const graft_decoder_layer *layer;
     graft_weight embedding;

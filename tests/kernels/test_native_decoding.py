@@ -149,8 +149,8 @@ def exact_logits(model: Made, tokens: list[int]) -> Tensor:
     return normal(h, w.norm) @ model.head.T
 
 
-def native_logits(model: Made, tokens: list[int]) -> Tensor:
-    decoder = NativeDecoder(model.weights)
+def native_logits(model: Made, tokens: list[int], sequences: int = 1) -> Tensor:
+    decoder = NativeDecoder(model.weights, sequences)
     return torch.cat([decoder.next_logits([Next(token, at)]) for at, token in enumerate(tokens)])
 
 
@@ -245,7 +245,7 @@ def test_a_sequence_does_not_depend_on_those_beside_it(
     model = made(SHAPES[shape], dtype, MIXED)
     lengths = [9, 1, 4, 9, 2, 7, 5, 3, 6, 8, 2, 9, 1, 5, 4, 3]
     texts = [torch.randint(83, (length,)).tolist() for length in lengths]
-    alone = [native_logits(model, text) for text in texts]
+    alone = [native_logits(model, text, sequences=2) for text in texts]
     together = NativeDecoder(model.weights, sequences=len(texts))
     for at in range(max(lengths)):  # 16 go on at first, then fewer
         going = [number for number, text in enumerate(texts) if at < len(text)]

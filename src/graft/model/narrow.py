@@ -31,7 +31,10 @@ def keep_narrow(
     if native_library.why_unavailable() is not None:
         return
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        plain = type(module) in (nn.Linear, nn.Embedding)
-        if plain and stored(names[module]) == NARROW:
-            narrow(module)
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    kept = [type(end) in (nn.Linear, nn.Embedding) and stored(names[end]) == NARROW for end in ends]
+    if names[ends[1]] in model.all_tied_weights_keys:
+        kept = [all(kept)] * 2  # they are one tensor
+    for end, narrows in zip(ends, kept, strict=True):
+        if narrows:
+            narrow(end)

@@ -131,7 +131,7 @@ class Decoder:
 
     `positions` is the length of the longest text, and bounds each cache's size. Texts are told
     apart by numbers from 0 on; one that has ended leaves its number to another. A text's logits do
-    not depend on those beside it.
+    not depend on those beside it; a decoder of one text may round otherwise (`NativeDecoder`).
 
     `rounds_inputs`: see `NativeDecoder`; raises GraftError where no layer's weight is such.
     """
