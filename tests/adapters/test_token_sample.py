@@ -175,7 +175,11 @@ def test_a_resumed_run_draws_what_it_would_have_drawn(settings, tmp_path: Path) 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
-    [({"scale_sample": 0}, "--scale-sample is 0"), ({"cuda_graphs": True}, "--cuda-graphs")],
+    [
+        ({"scale_sample": 0}, "--scale-sample is 0"),
+        ({"cuda_graphs": True}, "--cuda-graphs"),
+        ({"grid_rank": 0}, "--grid-rank 0 keeps them"),
+    ],
 )
 def test_what_cannot_be_sampled_is_said(settings, tmp_path: Path, changes, words) -> None:
     with pytest.raises(GraftError, match=words):

@@ -120,6 +120,7 @@ def test_the_names_of_models_files_are_read_as_transformers_reads_them() -> None
     quick = SimpleNamespace(
         create_import_structure_from_path=import_utils.create_import_structure_from_path,
         fetch__all__=import_utils.fetch__all__,
+        is_accelerate_available=import_utils.is_accelerate_available,
     )
     imports._look_once(quick)
     models = Path(transformers.__file__).parent / "models"
@@ -130,6 +131,7 @@ def test_the_names_of_models_files_are_read_as_transformers_reads_them() -> None
         assert quick.fetch__all__(text) == import_utils.fetch__all__(text)
     for text in ("", "x = '__all__'", "__all__ = ['a']", "__all__ = [\n  'a',\n]\n__all__ = ['b']"):
         assert quick.fetch__all__(text) == import_utils.fetch__all__(text)
+    assert quick.is_accelerate_available("1.0") is False  # with a version, as some ask
     folder = models / "llama"
     expected = import_utils.create_import_structure_from_path(str(folder))
     assert quick.create_import_structure_from_path(folder) == expected
@@ -147,3 +149,18 @@ def test_the_command_ends_as_python_does() -> None:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "ended\n")
     assert done.stderr.startswith("graft: unknown command 'nonsense'")
+
+
+def test_the_command_waits_for_no_idle_pool() -> None:
+    program = (
+        "import sys\n"
+        "from concurrent.futures import ThreadPoolExecutor\n"
+        "pool = ThreadPoolExecutor(1)\n"
+        "pool.submit(print, 'worked').result()\n"
+        "from graft.cli.main import main\n"
+        "sys.argv = ['graft', '--version']\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stdout.startswith("worked\ngraft ")

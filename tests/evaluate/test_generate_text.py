@@ -160,6 +160,28 @@ def test_several_texts_are_those_of_each_prompt_alone(loaded: LoadedModel) -> No
 
 
 @needs_library
+def test_a_long_text_sends_no_other_to_transformers(
+    loaded: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tokenizer = loaded.model, loaded.tokenizer
+    model.generation_config.eos_token_id = None
+    monkeypatch.setattr(module, "decodes_natively", lambda _, positions: positions <= 12)
+    sent: list[list[int]] = []
+    generated = module._generated
+
+    def noted(*arguments: Any) -> list[int]:
+        sent.append(arguments[2])
+        return generated(*arguments)
+
+    monkeypatch.setattr(module, "_generated", noted)
+    prompts, done = [[40], [41] * 9, [42, 43]], list[int]()
+    texts = generate_texts(model, tokenizer, prompts, max_new_tokens=8, on_done=done.append)
+    assert sent == [prompts[1]] and done == [1, 2, 3]
+    alone = [generate_text(model, tokenizer, one, max_new_tokens=8) for one in prompts]
+    assert texts == alone
+
+
+@needs_library
 def test_fast_decoding_is_for_integers(loaded: LoadedModel, tiny_base: Path) -> None:
     int4 = make_format("int", {"bits": 4, "group_size": 32})
     quantised = load_model(str(tiny_base), dtype="float32", device="cpu", weight_format=int4)

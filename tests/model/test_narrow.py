@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graft.adapters.config import AdapterConfig
+from graft.api.load import load as load_public
+from graft.api.original import take_the_rest
 from graft.formats.registry import make_format
 from graft.kernels.backend import native_library
 from graft.layers.narrow import NarrowEmbedding, NarrowLinear, narrow
@@ -104,6 +107,41 @@ def test_the_plan_counts_what_is_loaded(checkpoint: Checkpoint) -> None:
     others = [p for p in model.parameters() if p.dtype == torch.bfloat16]
     assert sum(p.numel() for p in others) == 2 * 320 * 80 and packed
     assert planned.counts.other_bytes < 4 * sum(p.numel() for p in others)
+
+
+def test_the_plan_counts_a_shared_weight_once(checkpoint: Checkpoint) -> None:
+    planned = plan_model(
+        str(checkpoint("llama-tied", torch.bfloat16)),
+        weight_format=make_format("nf4", {}),
+        adapter=AdapterConfig(method="qlora"),
+        dtype="float32",
+        device="cpu",
+    )
+    embedding, head = ends(planned.model)
+    assert embedding.get_parameter("weight") is head.get_parameter("weight")
+    assert planned.counts.other_bytes < 4 * 320 * 80
+
+
+def test_a_weight_from_a_wider_original_is_not_rounded(checkpoint: Checkpoint) -> None:
+    for family in ("llama", "llama-tied"):
+        model, wide = loaded(checkpoint(family, torch.bfloat16)), loaded(checkpoint(family))
+        take_the_rest(model, wide, ())
+        for own, other in zip(ends(model), ends(wide), strict=True):
+            assert torch.equal(own.get_parameter("weight"), other.get_parameter("weight"))
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_whoever_loads_a_model_gets_plain_modules(
+    checkpoint: Checkpoint, family: str, tokens: Tensor, tmp_path: Path
+) -> None:
+    folder = checkpoint(family, torch.bfloat16)
+    model, _ = load_public(folder, dtype="float32", device="cpu")
+    assert [type(end) for end in ends(model)] == [nn.Embedding, nn.Linear]
+    shared = ends(model)[0].get_parameter("weight") is ends(model)[1].get_parameter("weight")
+    assert shared == (family == "llama-tied") and model.dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "float32"
+    assert model.to(torch.bfloat16)(input_ids=tokens).logits.dtype == torch.bfloat16
 
 
 def test_another_class_is_refused() -> None:

@@ -203,6 +203,12 @@ class QALora(Method):
         grid_rank = config.update_rank if config.grid_rank is None else config.grid_rank
         return dataclasses.replace(config, rank=config.update_rank, grid_rank=grid_rank)
 
+    def problems(self, config: AdapterConfig) -> list[str]:
+        """Return which of its options contradict each other."""
+        if config.grid_rank != 0 or config.scale_sample == 1:
+            return []
+        return ["--scale-sample is for scales that move, and --grid-rank 0 keeps them; drop one"]
+
     def default_solver(self, bits: int | str | None) -> str:
         """Return a calibrated solver where what narrow codes lose stays lost."""
         return narrow_solver(bits)

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from graft.api.run.folder import load_any
+from graft.layers.narrow import widen
 from graft.model.saving import saved_whole
 
 
@@ -27,4 +28,5 @@ def load(
     and packed weights become float32. `graft.merge` keeps them packed.
     """
     loaded = load_any(path, dtype, device, tokenizer, trust_remote_code)
+    widen(loaded.model)  # whoever gets it may train it, or take it to another dtype
     return saved_whole(loaded.model), loaded.tokenizer

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from graft.adapters.attach import frozen_layers
 from graft.errors import GraftError, raise_problems
 from graft.layers.frozen import FrozenLinear
+from graft.layers.narrow import NARROW_CLASSES
 from graft.model.load import LoadedModel
 from graft.model.targets import freeze_layers
 
@@ -66,8 +67,10 @@ def original_layers(model: nn.Module, original: Original) -> dict[str, FrozenLin
 def take_the_rest(model: PreTrainedModel, original: PreTrainedModel, kept: Collection[str]) -> None:
     """Give a merged model all else from the original: embeddings, head, norms, biases.
 
-    Another tool may have stored them in another dtype. kept: those that are the run's own.
+    Another tool may have stored them in another dtype, and what a run keeps narrow may be wider
+    there. kept: those that are the run's own.
     """
+    narrow = {id(module.weight) for module in model.modules() if isinstance(module, NARROW_CLASSES)}
     inside = tuple(f"{name}." for name, _ in frozen_layers(model))
     there = dict(original.named_parameters())
     for name, parameter in model.named_parameters():
@@ -79,4 +82,5 @@ def take_the_rest(model: PreTrainedModel, original: PreTrainedModel, kept: Colle
                 f"--into original: {name} is {list(other.shape)} in the original, "
                 f"{list(parameter.shape)} in the run"
             )
-        parameter.data = other.data.to(parameter)
+        dtype = other.dtype if id(parameter) in narrow else parameter.dtype
+        parameter.data = other.data.to(parameter.device, dtype)

@@ -122,24 +122,29 @@ def generate_texts(
     """Return the continuation of each prompt, as `generate_text` gives it for that prompt alone.
 
     A model that `graft.model.running.decode` knows continues several at once: a text that has ended
-    makes room for the next. Its logits do not depend on the texts beside it.
+    makes room for the next. Its logits do not depend on the texts beside it. A text that is too
+    long for it (a sliding window) is continued by transformers, as it is alone.
     """
     _check_options(temperature, max_new_tokens)
     rooms = [_room(model, prompt, max_new_tokens) for prompt in prompts]
-    longest = max((len(ids) + room for ids, room in zip(prompts, rooms, strict=True)), default=0)
+    sizes = [len(ids) + room for ids, room in zip(prompts, rooms, strict=True)]
+    fit = {size: decodes_natively(model, size) for size in {*sizes}}
+    together = [number for number, size in enumerate(sizes) if fit[size]]
     new: list[list[int]] = [[] for _ in prompts]
     done = 0
-    if prompts and decodes_natively(model, longest):
-        for number, token, ended in _decoded(model, prompts, rooms, temperature, seed):
-            new[number].append(token)
+    if together:
+        chosen = [prompts[number] for number in together], [rooms[number] for number in together]
+        for place, token, ended in _decoded(model, *chosen, temperature, seed):
+            new[together[place]].append(token)
             done += ended
             if ended and on_done is not None:
                 on_done(done)
-    else:
-        for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True)):
+    for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True)):
+        if not fit[sizes[number]]:
             new[number] = _generated(model, tokenizer, ids, room, temperature, seed, None)
+            done += 1
             if on_done is not None:
-                on_done(number + 1)
+                on_done(done)
     words = _Words(tokenizer)
     return [words.decode(ids, skip_special_tokens=True) for ids in new]
 

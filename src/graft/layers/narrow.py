@@ -48,6 +48,20 @@ NARROW_LINEAR = _Narrow()
 NARROW_CLASSES = (NarrowLinear, NarrowEmbedding)
 
 
+def widen(model: nn.Module) -> None:
+    """Undo `narrow` in a model: its weights become float32, and what is tied stays so."""
+    wide: dict[Tensor, nn.Parameter] = {}
+    plain = {NarrowLinear: nn.Linear, NarrowEmbedding: nn.Embedding}
+    for module in model.modules():
+        chosen = plain.get(type(module))
+        if chosen is not None:
+            weight = module.get_parameter("weight")
+            if weight not in wide:
+                wide[weight] = nn.Parameter(weight.detach().float(), requires_grad=False)
+            module.weight = wide[weight]
+            module.__class__ = chosen
+
+
 def narrow(module: nn.Module) -> None:
     """Let an nn.Linear or nn.Embedding hold its weight in bfloat16.
 

@@ -110,6 +110,11 @@ class _Changing(Loader):
             self.change(module)
 
 
+def _no(*_: Any, **__: Any) -> bool:
+    """Answer a question, which some ask with the least version that they want."""
+    return False
+
+
 def _look_once(checks: Any) -> None:
     """Answer what Transformers asks, and let it read the 100 MB of its models' code once.
 
@@ -117,7 +122,7 @@ def _look_once(checks: Any) -> None:
     """
     for question in _UNUSED:
         if hasattr(checks, question):
-            setattr(checks, question, functools.cache(lambda: False))
+            setattr(checks, question, functools.cache(_no))
     structure, names = checks.create_import_structure_from_path, checks.fetch__all__
 
     def of_folder(path: str | Path) -> Any:

@@ -31,10 +31,13 @@ def keep_narrow(
     if native_library.why_unavailable() is not None:
         return
     names = {module: f"{name}.weight" for name, module in model.named_modules()}
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    kept = [type(end) in (nn.Linear, nn.Embedding) and stored(names[end]) == NARROW for end in ends]
-    if names[ends[1]] in model.all_tied_weights_keys:
-        kept = [all(kept)] * 2  # they are one tensor
-    for end, narrows in zip(ends, kept, strict=True):
-        if narrows:
-            narrow(end)
+    ends = model.get_input_embeddings(), model.get_output_embeddings()
+    plain = [module for module in ends if type(module) in (nn.Linear, nn.Embedding)]
+    chosen = [module for module in plain if stored(names[module]) == NARROW]
+    tied = len(plain) == 2 and plain[0].weight is plain[1].weight
+    if tied and len(chosen) == 1:
+        return
+    for module in chosen:
+        narrow(module)
+    if tied and chosen:
+        chosen[1].weight = chosen[0].weight

@@ -165,13 +165,14 @@ def count_weights(planned: PlannedModel) -> WeightCounts:
     adapted = [layer for _, layer in adapted_layers(model)]
     adapters = {id(p) for layer in adapted for p in layer.adapters.parameters()}
     narrow = {id(m.weight) for m in model.modules() if isinstance(m, NARROW_CLASSES)}
+    kept_ids = adapters | narrow
     other = sum(buffer.numel() * buffer.itemsize for buffer in model.buffers())
     trained_bytes = trained = 0
     total = sum(sizes.values())
     for parameter in model.parameters():
         if id(parameter) in packed:
             continue
-        kept = id(parameter) in adapters | narrow or not parameter.is_floating_point()
+        kept = id(parameter) in kept_ids or not parameter.is_floating_point()
         itemsize = parameter.itemsize if kept else planned.dtype.itemsize
         total += parameter.numel()
         if parameter.requires_grad:

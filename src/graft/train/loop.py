@@ -158,17 +158,10 @@ class _Loop:
             config.warmup_fraction,
             task.on_note,
         )
-        self.graphs = (
-            GraphedGradients(
-                task.model,
-                task.parameters,
-                task.objective,
-                task.on_note,
-                changes=task.before_step is not None,
-            )
-            if config.cuda_graphs
-            else None
-        )
+        self.graphs: GraphedGradients | None = None
+        if config.cuda_graphs:
+            given = task.model, task.parameters, task.objective, task.on_note
+            self.graphs = GraphedGradients(*given, changes=task.before_step is not None)
         self.last: Metrics = {}
         self.evaluated = -1
         """The step after which the last evaluation was made."""
