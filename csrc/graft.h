@@ -166,7 +166,7 @@ typedef struct graft_next {
     int64_t token, position, sequence;
 } graft_next;
 
-/* logits float [tokens, rows of the head] of what comes after each token, one of each of several
+/* logits float [tokens, rows of the head] of what comes after each token, one of each of up to 16
    sequences; the caches then hold these tokens too. A sequence's logits do not depend on which
    others are asked for in the same call. */
 GRAFT_API int graft_next_logits(const graft_decoder *decoder, const graft_next *next, int64_t tokens,

@@ -252,3 +252,15 @@ def test_a_sequence_does_not_depend_on_those_beside_it(
         logits = together.next_logits([Next(texts[number][at], at, number) for number in going])
         for row, number in zip(logits, going, strict=True):
             assert torch.equal(row, alone[number][at])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_wide_layer_sums_alike_for_one_sequence_and_for_several(level: str, bits: int) -> None:
+    """So many sums, rounded to bfloat16, that another order of their terms would show in some."""
+    shape = Shape(1056, 2, 1, 32, 64, vocabulary=6000, layers=1)  # not in pieces of 64 columns
+    model = made(shape, torch.bfloat16, [IntGroupFormat(bits=bits)])
+    decoder = NativeDecoder(model.weights, sequences=16)
+    tokens = [Next(7 * number, 0, number) for number in range(16)]
+    together = decoder.next_logits(tokens)
+    alone = torch.cat([decoder.next_logits([token]) for token in tokens])
+    assert torch.equal(together, alone)
