@@ -50,6 +50,10 @@ def why_impossible() -> str | None:
     return None
 
 
+_FAILED: dict[Path, str] = {}
+"""What the compiler said of programs that it could not build: once is enough."""
+
+
 def build(folder: Path) -> Path:
     """Return the program, built in the folder unless one of the same sources is there."""
     kernels = sorted((ROOT / "csrc").glob("*.cpp"))
@@ -59,12 +63,15 @@ def build(folder: Path) -> Path:
     for file in sorted(read):
         digest.update(file.read_bytes())
     program = folder / f"graft-aarch64-{digest.hexdigest()[:16]}"
+    assert program not in _FAILED, _FAILED[program]
     if not program.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         made = program.with_name(f"{program.name}.{os.getpid()}")
         command = [*COMPILER, *FLAGS, "-o", str(made), *map(str, sources)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 0 and not done.stderr, done.stderr
+        if done.returncode or done.stderr:
+            _FAILED[program] = done.stderr
+            raise AssertionError(done.stderr)
         made.replace(program)
     return program
 
