@@ -17,6 +17,7 @@ BYTES_PER_WEIGHT = {
     "qlora": 4.127 / 8,
     "qalora": 5 / 8,
     "qalora-offsets": 5 / 8,
+    "qalora-sampled": 5 / 8,
     "affine": 5 / 8,
     "merge_aware": 2.125,
     "merge_aware-int8": 1.25,
@@ -100,7 +101,7 @@ def step_work(
     else:  # dyᵀ groupsum(x) for the offsets; the scales need the whole of dyᵀ x
         adapter_backward = 2.0 * tokens * weights / GROUP_SIZE
         if method != "qalora-offsets":
-            adapter_backward += 2.0 * tokens * weights
+            adapter_backward += 2.0 * tokens * weights / (4 if method == "qalora-sampled" else 1)
     operations = 2.0 * tokens * (2 * (weights + head) - first) + 3.5 * attention
     operations += adapter_forward + adapter_backward
     multiplied = 2 * weights

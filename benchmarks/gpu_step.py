@@ -14,7 +14,7 @@ Everything that a GPU is asked in one call, in so many minutes: kernels against 
 beside PEFT and bitsandbytes, with and without CUDA graphs, launches, products with one token. With
 --dry it runs on the CPU, at tiny shapes:
 
-    python benchmarks/gpu_step.py --session 9 [--out FOLDER] [--dry]
+    python benchmarks/gpu_step.py --everything 9 [--out FOLDER] [--dry]
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import _gpu_session
+import _gpu_everything
 import _peers
 import torch
 from _common import write_csv
@@ -49,9 +49,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="processes for each case")
     parser.add_argument("--cuda-graphs", action="store_true", help="in graft's own steps")
     parser.add_argument("--count", action="store_true", help="count launches, without a GPU")
-    parser.add_argument("--session", type=float, metavar="MINUTES", help="everything at once")
-    parser.add_argument("--dry", action="store_true", help="the session on a CPU, tiny shapes")
-    parser.add_argument("--out", type=Path, help="folder that gets a copy of the session's tables")
+    parser.add_argument("--everything", type=float, metavar="MINUTES", help="everything at once")
+    parser.add_argument("--dry", action="store_true", help="everything on a CPU, tiny shapes")
+    parser.add_argument("--out", type=Path, help="folder that gets a copy of the tables")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -59,10 +59,12 @@ def main() -> None:
         _count(arguments.who, SHAPES[arguments.shape].layers)
         return
     if arguments.part is not None:
-        print(json.dumps(_gpu_session.do_part(json.loads(arguments.part))))
+        print(json.dumps(_gpu_everything.do_part(json.loads(arguments.part))))
         return
-    if arguments.session is not None and (arguments.dry or torch.cuda.is_available()):
-        sys.exit(_gpu_session.Session(arguments.session, arguments.dry, arguments.out).run())
+    if arguments.everything is not None and (arguments.dry or torch.cuda.is_available()):
+        sys.exit(
+            _gpu_everything.Everything(arguments.everything, arguments.dry, arguments.out).run()
+        )
     if not torch.cuda.is_available():
         print("skipped: no CUDA device")
         return

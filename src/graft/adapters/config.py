@@ -33,8 +33,7 @@ class AdapterConfig:
     for merge_aware it is 1 at 2 bits and 0, a grid that stays, at more."""
     scale_sample: int = 1
     """Estimate the gradient of the scales (qalora) from one token in so many, drawn anew in each
-    step: 4 shortens a step by a sixth, and ended up to 0.6 % worse. The default, 1, takes
-    all tokens."""
+    step: 4 shortens a step, and ends a little worse. The default, 1, takes all tokens."""
     alpha: float | None = None
     """Numerator of the scaling alpha/rank; None means rank, so that the scaling is 1."""
     rslora: bool = False

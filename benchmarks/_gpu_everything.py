@@ -51,7 +51,7 @@ TOGETHER = 0.02
 """What losses with and without a graph may differ by, relatively, after the same steps in bf16."""
 
 
-class Session:
+class Everything:
     """Runs parts while there is time, and writes a table as soon as a part has rows for it."""
 
     def __init__(self, minutes: float, dry: bool, out: Path | None) -> None:
@@ -140,7 +140,7 @@ class Session:
             rows.append(row | {"peak GB": f"{found['peak'] / 1e9:.2f}", "loss": found["loss"]})
         for row in rows:
             self.compare(row, rows)
-        self.write("gpu-session-steps", rows)
+        self.write("gpu-everything-steps", rows)
 
     def compare(self, row: dict[str, object], rows: list[dict[str, object]]) -> None:
         """Add the time over the peer's; a graph's loss must be that without one."""

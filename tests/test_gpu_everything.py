@@ -30,14 +30,14 @@ def table(folder: Path, name: str) -> list[dict[str, str]]:
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="needs triton; pip install 'graft-llm[test]'"
 )
-def test_the_whole_session_in_its_dry_form(tmp_path: Path) -> None:
-    result = run("--session", "20", "--dry", "--out", str(tmp_path))
+def test_everything_in_its_dry_form(tmp_path: Path) -> None:
+    result = run("--everything", "20", "--dry", "--out", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     assert "FAIL" not in result.stdout and "left out" not in result.stdout
     assert "ok   cross_entropy" in result.stdout and "transformers: " in result.stdout
     (launches,) = table(tmp_path, "gpu-launches-dry")
     assert int(launches["PyTorch's operations"]) > 100
-    steps = table(tmp_path, "gpu-session-steps-dry")
+    steps = table(tmp_path, "gpu-everything-steps-dry")
     losses = {row["who"]: float(row["loss"]) for row in steps}
     assert losses["graft-qlora+graphs"] == pytest.approx(losses["graft-qlora"], rel=1e-3)
 
