@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
+
+import _peers
 
 LEVELS = {"baseline": 0, "avx2": 1, "avx512": 2, "native": 3}
 """By graft's number for them; native is whatever the machine has."""
@@ -61,6 +64,15 @@ def chosen() -> str:
 def suffix() -> str:
     """Return what the name of a result's file ends with."""
     return "" if chosen() == "native" else f"-{chosen()}"
+
+
+def comparable(who: Sequence[str]) -> list[str]:
+    """Return the contenders without llama.cpp where it cannot be compared, which is printed."""
+    reason = _peers.missing("llama_cpp") or why_no_llama_cpp()
+    if reason is None:
+        return list(who)
+    print(f"skipped llama.cpp: {reason}")
+    return [name for name in who if name != "llama.cpp"]
 
 
 def why_no_llama_cpp() -> str | None:

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import _isa
-import _peers
 import torch
 from _common import write_csv
 from _shapes import GROUP_SIZE, SHAPES
@@ -53,11 +52,7 @@ def main() -> None:
         print(json.dumps(_child(**json.loads(arguments.child))))
         return
     _isa.choose(arguments.isa)
-    who = list(WHO)
-    reason = _peers.missing("llama_cpp") or _isa.why_no_llama_cpp()
-    if reason is not None:
-        print(f"skipped llama.cpp: {reason}")
-        who.remove("llama.cpp")
+    who = _isa.comparable(WHO)
     torch.set_num_threads(arguments.threads)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in who}
     with tempfile.TemporaryDirectory(prefix="graft-decode-") as temporary:
