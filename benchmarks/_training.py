@@ -37,8 +37,9 @@ from graft.objectives.base import LossResult
 from graft.objectives.next_token import NEXT_TOKEN
 from graft.optimizers.adamw import ADAMW
 from graft.train.config import LoopConfig
-from graft.train.loop import TrainingTask, train
+from graft.train.loop import train
 from graft.train.metrics import Metrics
+from graft.train.task import TrainingTask
 
 Train = Callable[[int, Laps], float]
 """Takes that many training steps, each a lap; returns the last loss per token."""

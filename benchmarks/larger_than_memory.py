@@ -297,7 +297,9 @@ def _measure(
     from graft.objectives.next_token import NEXT_TOKEN
     from graft.optimizers.adamw import ADAMW
     from graft.train.config import LoopConfig
-    from graft.train.loop import Metrics, TrainingTask, train
+    from graft.train.loop import train
+    from graft.train.metrics import Metrics
+    from graft.train.task import TrainingTask
 
     torch.manual_seed(0)
     memory = _AnonymousPeak()

@@ -24,9 +24,10 @@ from graft.objectives.base import LossResult
 from graft.objectives.next_token import NEXT_TOKEN
 from graft.optimizers.adamw import ADAMW
 from graft.train.config import LoopConfig
-from graft.train.loop import TrainingTask, train
+from graft.train.loop import train
 from graft.train.metrics import read_metrics
 from graft.train.plots import plot_loss
+from graft.train.task import TrainingTask
 
 
 def settings(base: Path, rows: Path, out: Path, **changes: object) -> graft.TrainConfig:

@@ -21,7 +21,8 @@ from graft.objectives.base import LossResult
 from graft.objectives.registry import OBJECTIVES
 from graft.optimizers.base import OptimizerKind, OptimizerSettings
 from graft.train.config import LoopConfig
-from graft.train.loop import TrainingTask, train
+from graft.train.loop import train
+from graft.train.task import TrainingTask
 
 
 class Recorder(OptimizerKind):

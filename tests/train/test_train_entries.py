@@ -38,8 +38,9 @@ from graft.objectives.registry import OBJECTIVES
 from graft.optimizers.base import OptimizerKind, OptimizerSettings
 from graft.optimizers.registry import OPTIMIZERS
 from graft.train.config import LoopConfig
-from graft.train.loop import TrainingTask, train
+from graft.train.loop import train
 from graft.train.metrics import Metrics, read_metrics
+from graft.train.task import TrainingTask
 
 SMOOTHING = 0.1
 NOT_TIMED = ("step", "loss", "learning_rate", "grad_norm", "weight", "right", "eval_loss")

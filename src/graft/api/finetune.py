@@ -65,10 +65,11 @@ from graft.model.save import save_model
 from graft.objectives.base import LossResult
 from graft.objectives.registry import OBJECTIVES
 from graft.optimizers.registry import OPTIMIZERS
-from graft.train.loop import TrainingTask, train
+from graft.train.loop import train
 from graft.train.metrics import read_metrics
 from graft.train.schedule import rate_factors
 from graft.train.stop import Stop, StoppedError
+from graft.train.task import TrainingTask
 from graft.train.trackers import Tracker
 
 

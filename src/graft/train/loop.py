@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from graft.adapters.token_sample import drawn
-from graft.data.batches import Batch
-from graft.data.examples import Example
 from graft.data.sampler import make_sampler
 from graft.files.write import flush, unwritable, write_text
 from graft.model.running.memory import give_back_freed, resident_bytes
-from graft.model.save import save_tensors
-from graft.objectives.base import LossResult, Objective
-from graft.optimizers.base import OptimizerKind
 from graft.train.best import BEST, BestParameters
 from graft.train.checkpoint import (
     Position,
@@ -39,53 +28,17 @@ from graft.train.checkpoint import (
 )
 from graft.train.config import LoopConfig
 from graft.train.gates import Gates
-from graft.train.graphs import GraphedGradients
-from graft.train.health import NotFiniteError, check_gradients, raise_not_finite
+from graft.train.gradients import StepGradients
 from graft.train.metrics import Metrics
 from graft.train.schedule import passes, scheduled_learning_rate, steps_between_evaluations
-from graft.train.stop import AbandonedError, Stop, StoppedError
+from graft.train.stop import AbandonedError, StoppedError
+from graft.train.task import TrainingTask
 
 OnMetrics = Callable[[Metrics], None]
 OnBegin = Callable[[int, int], None]
 """Takes the number of steps, and the first to be done: 1, or the one that a run goes on with."""
 
 CHECKPOINTS = "checkpoints"
-FAILED_BATCH = "failed-batch.safetensors"
-
-
-@dataclass(frozen=True)
-class TrainingTask:
-    """What the loop works on; nothing in it is read from the configuration."""
-
-    model: PreTrainedModel
-    parameters: Mapping[str, nn.Parameter]
-    """What trains, by name."""
-    examples: Sequence[Example]
-    objective: Objective
-    evaluate: Callable[[], LossResult]
-    """Evaluates the objective on the held-out rows; changes nothing."""
-    optimizer: OptimizerKind
-    learning_rate: float
-    steps: int
-    folder: Path
-    """Folder of the run, which exists: metrics.jsonl and checkpoints/ go there."""
-    rate_factors: Mapping[str, float] = field(default_factory=dict)
-    """What multiplies the learning rate of some parameters, by name."""
-    before_step: Callable[[int], None] | None = None
-    """Called with each step's number, counted from 1, before it begins."""
-    first_kept: int = 1
-    """The first step whose parameters may be deployed."""
-    on_evaluated: Callable[[int], None] | None = None
-    """Called with the number of steps done after an evaluation; changes nothing."""
-    on_note: Callable[[str], None] = lambda text: None
-    """Takes sentences that the user should read."""
-    checkpoint: Path | None = None
-    """What to go on from; None begins at the first step."""
-    on_saved: Callable[[int], None] | None = None
-    """Called with the number of steps done when a checkpoint has been written."""
-    stop: Stop = field(default_factory=Stop)
-    """Asks for an early end; `evaluate` and `before_step` may check it too, and raise what its
-    check raises."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +87,7 @@ class _Loop:
         self, task: TrainingTask, config: LoopConfig, on_metrics: OnMetrics | None
     ) -> None:
         self.task, self.config, self.on_metrics = task, config, on_metrics
-        self.trained = list(task.parameters.values())
-        self.device = self.trained[0].device
+        self.device = next(iter(task.parameters.values())).device
         self.optimizer = task.optimizer.make(
             self._groups(), task.learning_rate, config, self.device
         )
@@ -158,15 +110,10 @@ class _Loop:
             config.warmup_fraction,
             task.on_note,
         )
-        self.graphs: GraphedGradients | None = None
-        if config.cuda_graphs:
-            given = task.model, task.parameters, task.objective, task.on_note
-            self.graphs = GraphedGradients(*given, changes=task.before_step is not None)
+        self.gradients = StepGradients(task, config)
         self.last: Metrics = {}
         self.evaluated = -1
         """The step after which the last evaluation was made."""
-        self.largest = 0
-        """Tokens of the largest batch so far, padding included."""
         self.saved, self.saved_at = 0, time.monotonic()
         self.moment = self._now(0)
 
@@ -221,81 +168,24 @@ class _Loop:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         rows = [next(self.sampler) for _ in range(self.config.grad_accum)]
-        examples = [[self.task.examples[row] for row in numbers] for numbers in rows]
-        batches = [self._batch(some) for some in examples]
-        largest = max(batch.input_ids.numel() for batch in batches)
-        if largest > self.largest:
-            self.largest = largest
-            give_back_freed(self.device)
-        targets = sum(batch.targets for batch in batches)
-        losses, sums = list[Tensor](), Metrics()
-        for index, batch in enumerate(batches):
-            if index:
-                self.task.stop.check()
-            lengths = [len(one.input_ids) for one in examples[index]]
-            with drawn(self.config.seed, step, sum(map(len, rows[:index])), lengths):
-                batch_loss, measured = self._add_gradients(batch, targets)
-            losses.append(batch_loss)
-            sums = {name: sums.get(name, 0.0) + value for name, value in measured.items()}
-        clipped = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)
-        *values, norm = torch.stack([*losses, clipped.float()]).tolist()  # here a GPU is waited for
-        for index, value in enumerate(values):
-            if not math.isfinite(value):
-                with self._keeping(rows[index : index + 1]):
-                    raise_not_finite(self.task.model, partial(self._loss, batches[index]), step)
-        with self._keeping(rows):
-            check_gradients(self.task.parameters, norm, step)
+        added = self.gradients.add(step, rows)
         self.gates.gradients(step)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         seconds = time.perf_counter() - begin
-        tokens = sum(len(example.input_ids) for some in examples for example in some)
         self._record(
             {
                 "step": step,
-                "loss": sum(values) / targets,
+                "loss": added.loss / added.targets,
                 "learning_rate": rate,
-                "grad_norm": norm,
-                self.task.objective.counted: targets,
+                "grad_norm": added.norm,
+                self.task.objective.counted: added.targets,
                 "step_seconds": seconds,
-                "tokens_per_second": tokens / seconds,
+                "tokens_per_second": added.tokens / seconds,
                 "memory_bytes": resident_bytes(self.device),
-                **{name: value / targets for name, value in sums.items()},
+                **{name: value / added.targets for name, value in added.measured.items()},
             }
         )
-
-    def _add_gradients(self, batch: Batch, targets: float) -> tuple[Tensor, Mapping[str, float]]:
-        """Add the gradients of the batch's loss / targets; return the loss and what is measured."""
-        if self.graphs is not None:
-            return self.graphs.add(batch, targets), {}
-        loss, measured = self._loss(batch)
-        (loss / targets).backward()
-        return loss.detach(), measured
-
-    def _batch(self, examples: Sequence[Example]) -> Batch:
-        objective = self.task.objective
-        packs = self.config.batching == "packed"
-        return objective.pack(examples) if packs else objective.collate(examples)
-
-    def _loss(self, batch: Batch) -> tuple[Tensor, Mapping[str, float]]:
-        return self.task.objective.loss(self.task.model, batch.to(self.device))
-
-    @contextmanager
-    def _keeping(self, rows: Sequence[Sequence[int]]) -> Iterator[None]:
-        """Write the rows to the run's folder, padded, when the block finds them not finite."""
-        try:
-            yield
-        except NotFiniteError as failure:
-            path = self.task.folder / FAILED_BATCH
-            tensors = {}
-            for number, numbers in enumerate(rows):
-                batch = self.task.objective.collate([self.task.examples[row] for row in numbers])
-                for one in fields(batch):
-                    tensors[f"{number}.{one.name}"] = getattr(batch, one.name)
-            save_tensors(tensors, path)
-            places = [self.task.examples[row].where for numbers in rows for row in numbers]
-            shown = ", ".join(places[:5]) + (" ..." if len(places) > 5 else "")
-            raise NotFiniteError(f"{failure}. The batch is in {path}: {shown}", places) from failure
 
     def _evaluate_if_due(self) -> None:
         step = self.moment.step
@@ -310,9 +200,7 @@ class _Loop:
         self._record({"step": step, **metrics})
         self.evaluated = step
         self.best.evaluated(step, metrics["eval_loss"], last=step == self.task.steps)
-        if (
-            step and step == self.saved
-        ):  # a stop came first: this step's checkpoint knows nothing of it
+        if step and step == self.saved:  # a stop came first: its checkpoint knows nothing of it
             flush(self.metrics_file)
             note_evaluation(self.task.folder / CHECKPOINTS, self._position())
         self.best.sweep(checkpoint_steps(self.task.folder / CHECKPOINTS))
