@@ -149,7 +149,7 @@ def test_the_plan_is_of_the_formats_that_are_there(converted):
         ({"solver": "gptq"}, "--solver says how to quantise"),
         ({"method": "merge_aware"}, "merge_aware rounds the weights itself"),
         ({"method": "lora", "init": "loftq"}, "loftq rounds the weights itself"),
-        ({"method": "full"}, "full trains every weight"),
+        ({"method": "full"}, "full trains the weights themselves"),
     ],
 )
 def test_what_would_quantise_again_is_refused(options, words, converted, settings, tmp_path):

@@ -9,12 +9,14 @@ from torch.utils.checkpoint import _VersionWrapper
 
 from graft.adapters.attach import attach_adapter
 from graft.adapters.config import AdapterConfig
+from graft.adapters.registry import method_of
 from graft.formats.registry import make_format
 from graft.model.load import load_model
 from graft.model.running import checkpointing as checkpointing_module
 from graft.model.running.checkpointing import CHECKPOINTING, enable_checkpointing
 from graft.model.running.pointwise import use_own_pointwise
 from graft.model.targets import freeze_layers, select_targets
+from graft.model.trained import what_trains
 from graft.plan.activations import Activations, plan_activations
 from graft.plan.skeleton import plan_model
 
@@ -44,7 +46,7 @@ def saved_bytes(folder, weight_format, adapter, dtype, checkpointing="none") -> 
     model = load_model(str(folder), weight_format=weight_format, dtype=dtype).model
     names = select_targets(model, adapter.targets)
     if adapter.method == "full":
-        model.requires_grad_(True)
+        method_of(adapter).make_trainable(model, what_trains(model, adapter), adapter)
     else:
         freeze_layers(model, names)
         attach_adapter(model, names, adapter)
@@ -124,6 +126,17 @@ def test_what_does_not_train_keeps_no_input(model_folder, family):
     adapter = AdapterConfig(method="lora", rank=4, targets=ATTENTION[family])
     case = (model_folder(family), None, adapter, "float32")
     assert planned_bytes(*case) == pytest.approx(saved_bytes(*case), rel=0.1)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+@pytest.mark.parametrize("words", ["layers.1-,lm_head", "lm_head", "norms", "layers.0-0.attention"])
+def test_layers_below_the_lowest_trained_one_keep_nothing(
+    model_folder, kept_products, words, checkpointing
+):
+    adapter = AdapterConfig(method="full", train=(words,))
+    case = (model_folder("llama"), None, adapter, "float32", checkpointing)
+    kept = saved_bytes(*case) + kept_products()
+    assert planned_bytes(*case) == pytest.approx(kept, rel=0.1)
 
 
 @pytest.mark.parametrize("checkpointing", ["products", "half", "layers"])

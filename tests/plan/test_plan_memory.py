@@ -102,7 +102,7 @@ def test_a_quantised_folder_plans_as_it_is(model_folder, tmp_path):
     assert stored.as_dict() == fresh.as_dict()
     with pytest.raises(GraftError, match="quantised already"):
         plan(tmp_path / "int3", "qalora", weight_format)
-    with pytest.raises(GraftError, match="full trains every weight"):
+    with pytest.raises(GraftError, match="full trains the weights themselves"):
         plan(tmp_path / "int3", "full")
 
 
@@ -366,7 +366,10 @@ BAD = {
     "targets": ({"adapter": AdapterConfig(method="lora", targets=("c_attn",))}, "matches none"),
     "method": ({"method": "qalora", "weight_format": make_format("nf4")}, "needs weights in the"),
     "dense": ({"method": "affine"}, "needs weights in the int format"),
-    "full": ({"method": "full", "weight_format": make_format("int")}, "full trains every weight"),
+    "full": (
+        {"method": "full", "weight_format": make_format("int")},
+        "full trains the weights themselves",
+    ),
     "sizes": ({"batch_size": 0, "sequence_length": -1}, "2 problems"),
 }
 

@@ -18,7 +18,15 @@ class AdapterConfig:
 
     GROUP: ClassVar[str] = "method"
     RARE: ClassVar[frozenset[str]] = frozenset(
-        {"grid_rank", "scale_sample", "rslora", "loftq_rounds", "dense_fraction", "adapter_bias"}
+        {
+            "grid_rank",
+            "scale_sample",
+            "rslora",
+            "loftq_rounds",
+            "dense_fraction",
+            "adapter_bias",
+            "train",
+        }
     )
 
     method: MethodName = "qalora"
@@ -55,6 +63,10 @@ class AdapterConfig:
     targets: tuple[str, ...] = ()
     """Layers to adapt: names, suffixes, or regular expressions; none means every linear layer but
     the output head."""
+    train: tuple[str, ...] = ()
+    """What method full trains, words or a list with commas: kinds (norms, biases, embeddings,
+    lm_head, attention, mlp, factors), ranges of layers (layers.20-31, layers.20-31.mlp), names,
+    suffixes, or regular expressions; none means everything."""
 
     @property
     def update_rank(self) -> int:

@@ -1,8 +1,9 @@
-"""Full fine-tuning: the weights themselves, all of them or those of the target layers."""
+"""Full fine-tuning: the weights themselves, all of them or a chosen subset."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import ClassVar
 
 from torch import nn
 
@@ -13,21 +14,30 @@ from graft.formats.registry import AS_IT_IS
 
 
 class Full(Method):
-    """All weights, or those of the layers that --targets names."""
+    """All weights, or those that --train names."""
 
     name = "full"
+    takes = frozenset({"train"})
+    whys: ClassVar[Mapping[str, str]] = {
+        "train": "method {} trains an adapter, on the layers that --targets names"
+    }
 
     def card_rows(self, config: AdapterConfig) -> dict[str, object]:
         """Return nothing: it has no rank."""
         return {}
+
+    def problems(self, config: AdapterConfig) -> list[str]:
+        """Return that what trains is said twice, where it is."""
+        both = config.train and config.targets
+        return ["--train and --targets both say what trains; give --train alone"] if both else []
 
     def format_problem(self, name: str) -> str | None:
         """Return why quantised weights cannot train."""
         if name == AS_IT_IS:
             return None
         return (
-            f"method full trains every weight, and {name} weights are frozen codes that no "
-            "optimizer can move; train with qlora, qalora or affine, or start from dense "
+            f"method full trains the weights themselves, and {name} weights are frozen codes that "
+            "no optimizer can move; train with qlora, qalora or affine, or start from dense "
             "weights, without --format"
         )
 
@@ -41,20 +51,11 @@ class Full(Method):
     def make_trainable(
         self, model: nn.Module, targets: Sequence[str], config: AdapterConfig
     ) -> dict[str, nn.Parameter]:
-        """Free the weights of the target layers, or all of them; return what trains, by name."""
-        inside = tuple(f"{name}." for name in targets)
-        chosen = {
-            name: parameter
-            for name, parameter in model.named_parameters()
-            if not config.targets or name.startswith(inside)
-        }
+        """Free the named weights; return them by name."""
+        chosen = {name: model.get_parameter(name) for name in targets}
         for parameter in chosen.values():
             parameter.requires_grad_(True)
         return chosen
-
-    def trains_everything(self, config: AdapterConfig) -> bool:
-        """Return whether no layers were named."""
-        return not config.targets
 
     def learning_rate(self, config: AdapterConfig, hidden_size: int) -> float:
         """Return the default peak learning rate of AdamW."""

@@ -152,13 +152,12 @@ class Method:
     def make_trainable(
         self, model: nn.Module, targets: Sequence[str], config: AdapterConfig
     ) -> dict[str, nn.Parameter]:
-        """Let the frozen target layers of a model train; return what trains, by name."""
+        """Let the frozen target layers of a model train; return what trains, by name.
+
+        targets: the layers that are adapted; the parameters, for a method without an adapter.
+        """
         attach_adapter(model, targets, config)
         return adapter_parameters(model, "default")
-
-    def trains_everything(self, config: AdapterConfig) -> bool:
-        """Return whether weights outside linear layers train too."""
-        return False
 
     def dense_steps(self, config: AdapterConfig, steps: int) -> int:
         """Return how many of the steps train before the weights are rounded."""

@@ -13,7 +13,7 @@ from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.config import AdapterConfig
 from graft.adapters.method import Kept
 from graft.adapters.registry import method_of
-from graft.model.decoder_layers import by_decoder_layer
+from graft.model.decoder_layers import by_decoder_layer, decoder_layer_of
 from graft.model.running.checkpointing import (
     Checkpointing,
     is_wide,
@@ -95,6 +95,7 @@ def plan_activations(
     """
     setting = _setting(model, adapter, dtype, device, sequence_length)
     layers = _decoder_layers(model, adapter, dtype)
+    layers = layers[_first_trained(model, len(layers)) :]
     whole = [_layer_bytes(linears, setting, tokens) for linears in layers]
     norm_itemsize = _norm_itemsize(setting)
     last_norm = norm_itemsize + (2 * setting.itemsize if setting.norms_train else 0)
@@ -108,6 +109,18 @@ def plan_activations(
     return Activations(kept, recomputed, max(map(max, shapes)))
 
 
+def _first_trained(model: PreTrainedModel, layers: int) -> int:
+    """Return the first decoder layer that something trains in or before; those below keep nothing,
+    as no gradient goes there."""
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    numbers = {layer: index for index, layer in enumerate(by_decoder_layer(linear_layers(model)))}
+    tables = [name for name, one in model.named_modules() if isinstance(one, nn.Embedding)]
+    if any(name.rpartition(".")[0] in tables for name in trained):
+        return 0
+    found = [numbers.get(decoder_layer_of(name) or "", layers) for name in trained]
+    return min(found, default=0)
+
+
 def _setting(
     model: PreTrainedModel,
     adapter: AdapterConfig,
@@ -118,7 +131,12 @@ def _setting(
     config = model.config
     on_cpu = device.type == "cpu"
     has_kernels = has_own_pointwise(device)
-    norms_train = method_of(adapter).trains_everything(adapter)
+    norms_train = any(
+        parameter.requires_grad
+        for module in model.modules()
+        if "norm" in type(module).__name__.lower()
+        for parameter in module.parameters()
+    )
     heads = int(getattr(config, "num_attention_heads", 1))
     hidden = model.get_input_embeddings().get_parameter("weight").shape[1]
     head_dim = getattr(config, "head_dim", None) or hidden // heads

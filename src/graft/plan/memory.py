@@ -17,6 +17,7 @@ from graft.model.running.checkpointing import CHECKPOINTING, Checkpointing, chec
 from graft.model.running.loss import BLOCK_LOGITS, chunk_tokens
 from graft.model.running.memory import free_bytes
 from graft.model.subject import Subject
+from graft.model.trained import of_total
 from graft.optimizers.base import OptimizerKind
 from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
 from graft.plan.activations import Activations, plan_activations
@@ -292,7 +293,11 @@ def _weight_rows(counts: WeightCounts, dtype: str) -> tuple[MemoryRow, ...]:
     return (
         MemoryRow("frozen weights", counts.frozen_bytes, _frozen_note(counts, dtype)),
         MemoryRow("other weights", counts.other_bytes, f"embeddings, norms, head for {dtype}"),
-        MemoryRow("trained weights", counts.trained_bytes, f"{counts.trained:,} parameters"),
+        MemoryRow(
+            "trained weights",
+            counts.trained_bytes,
+            f"{of_total(counts.trained, counts.total)} parameters",
+        ),
         MemoryRow("gradients", counts.trained_bytes, "one per trained parameter"),
     )
 

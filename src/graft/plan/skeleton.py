@@ -22,7 +22,8 @@ from graft.model.left_out import left_out
 from graft.model.narrow import keep_narrow
 from graft.model.save import named_tensors
 from graft.model.subject import Subject, open_subject
-from graft.model.targets import linear_shape, select_targets
+from graft.model.targets import linear_shape
+from graft.model.trained import what_trains
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def plan_model(
     place = _device(device)
     compute = _compute_dtype(method.compute_dtype(dtype), source_dtype, place)
     skeleton = subject.new_model().requires_grad_(False)
-    targets = select_targets(skeleton, adapter.targets)
+    targets = what_trains(skeleton, adapter)
     rest = left_out(skeleton, targets, "adapts") if method.trains_adapter else None
     formats = dict(stored)
     if weight_format is not None:

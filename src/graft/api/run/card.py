@@ -160,7 +160,7 @@ def _training(source: Path, config: TrainConfig, report: _Report) -> dict[str, s
             **method.card_rows(config),
             "start": config.init if config.init != TrainConfig.init else None,
             "rounded by": config.solver if config.format else None,
-            "layers": ", ".join(config.targets) or every,
+            "layers": ", ".join((*config.targets, *config.train)) or every,
             "rows": style.kind,
             "between prompt and answer": separator,
             "steps, rows in each": None if steps is None else f"{steps}, {batch}",

@@ -31,9 +31,9 @@ from graft.model.devices import dtype_note, resolve_device, resolve_dtype
 from graft.model.pieces import one_line, pieces_of
 from graft.model.running.checkpointing import check_checkpointing
 from graft.model.subject import Subject, open_subject
-from graft.model.targets import select_targets
 from graft.model.tokenizer_itself import tokenizer_note
 from graft.model.tokens import check_tokens
+from graft.model.trained import trained_note, what_trains
 from graft.objectives.registry import OBJECTIVES
 from graft.plan.memory import MemoryPlan, plan_memory
 from graft.train.gates import data_notes
@@ -51,6 +51,7 @@ class Prepared:
     weight_format: WeightFormat | None
     """What the base is quantised to at the first step; None leaves it as it is."""
     targets: list[str]
+    """The layers that are adapted, or the parameters that train, by name."""
     training: EncodedData
     held_out: EncodedData
     steps: int
@@ -81,7 +82,7 @@ def prepare(
     tokenizer = subject.tokenizer
     targets: list[str] = []
     with problems.collecting():
-        targets = select_targets(subject.skeleton, config.targets)
+        targets = what_trains(subject.skeleton, config)
         check_checkpointing(subject.skeleton, config.checkpointing)
         check_bias_exports(config, subject.skeleton, targets)
     kind: str | None = None
@@ -172,6 +173,8 @@ def _resolved(
     )
     if plan.left_out is not None:
         events.note(plan.left_out)
+    if not method.trains_adapter:
+        events.note(trained_note(subject.skeleton, targets))
     if config.checkpointing == "auto":
         events.note(f"checkpointing: {plan.checkpointing_reason}")
     planned = method.dense_steps(config, steps)

@@ -27,6 +27,7 @@ from graft.files.write import write_json, write_text
 from graft.formats.base import storage_bytes
 from graft.model.hub import hub_id_of
 from graft.model.running.memory import peak_bytes
+from graft.model.trained import of_total
 from graft.plan.memory import MemoryPlan
 from graft.text import markdown
 from graft.train.loop import Trained
@@ -301,7 +302,7 @@ def _markdown(report: RunReport) -> str:
         "rows (training, held out)": f"{report.training_rows}, {report.held_out_rows}",
         "share of the tokens that is trained": trained_words(report),
         "held-out rows that are trained too": overlap_words(report),
-        "trained parameters": f"{report.trainable_parameters:,} of {report.total_parameters:,}",
+        "trained parameters": of_total(report.trainable_parameters, report.total_parameters),
         "bits per weight of the adapted layers": bits,
         **({"left as it is": report.left_out} if report.left_out else {}),
         "time": f"{report.seconds:.0f} s, {report.tokens_per_second:,.0f} tokens/s",
