@@ -15,6 +15,7 @@ from graft.data.load import load_examples, resolve_max_length
 from graft.errors import GraftError
 from graft.evaluate.generate import OnText, generate_text
 from graft.evaluate.loss import evaluate_loss
+from graft.evaluate.sampling import Sampling
 from graft.model.load import LoadedModel
 from graft.model.tokens import check_tokens
 
@@ -75,7 +76,11 @@ def generate(
     *,
     max_new_tokens: int = 128,
     temperature: float = 0.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     seed: int = 0,
+    stop: Sequence[str] = (),
+    max_length: int | None = None,
     style: PromptStyle | None = None,
     fast_decode: bool = False,
     on_text: OnText | None = None,
@@ -84,7 +89,8 @@ def generate(
 
     With no `style`, a prompt to a run's folder is dressed as the run's training rows were
     (separator, template); to any other model it goes as it is. Messages go through the chat
-    template. fast_decode: see `graft.evaluate.config.DecodingConfig`.
+    template. What chooses the tokens and ends the text: see
+    `graft.evaluate.config.DecodingConfig`.
     """
     if isinstance(model, LoadedModel):
         loaded, style = model, style or PromptStyle()
@@ -100,8 +106,10 @@ def generate(
         loaded.tokenizer,
         ids,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
+        sampling=Sampling(temperature, top_k, top_p),
         seed=seed,
+        stop=stop,
+        max_length=max_length,
         fast=fast_decode,
         on_text=on_text,
     )

@@ -22,8 +22,6 @@ class ChatArguments(DecodingConfig, TrustConfig):
     """A run, a model folder, or a hub id."""
     max_new_tokens: int = 256
     """Most tokens of an answer."""
-    temperature: float = 0.0
-    """0 is greedy; higher samples more freely."""
 
 
 def chat(arguments: ChatArguments) -> None:
@@ -49,8 +47,7 @@ def chat(arguments: ChatArguments) -> None:
             messages if remembers else line,
             style=style,
             max_new_tokens=arguments.max_new_tokens,
-            temperature=arguments.temperature,
-            fast_decode=arguments.fast_decode,
+            **arguments.options(),
             on_text=show_answer,
         )
         show()

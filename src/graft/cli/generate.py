@@ -22,10 +22,6 @@ class GenerateArguments(DecodingConfig, TrustConfig):
     """The prompt; to a run it is dressed as the run's training rows were."""
     max_new_tokens: int = 128
     """Most tokens to generate."""
-    temperature: float = 0.0
-    """0 is greedy; higher samples more freely."""
-    seed: int = 0
-    """Seed of the sampling."""
     raw: bool = False
     """Take the prompt as it is, without the run's separator or template."""
     tokenizer: str | None = None
@@ -49,9 +45,7 @@ def generate(arguments: GenerateArguments) -> None:
         arguments.prompt,
         style=None if arguments.raw else prompt_style(Path(arguments.model)),
         max_new_tokens=arguments.max_new_tokens,
-        temperature=arguments.temperature,
-        seed=arguments.seed,
-        fast_decode=arguments.fast_decode,
+        **arguments.options(),
         on_text=show_answer,
     )
     show()

@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecodingConfig:
-    """How tokens are computed."""
+    """How tokens are computed and chosen, and where a text ends."""
 
     GROUP: ClassVar[str] = "generation"
+
+    temperature: float = 0.0
+    """0 is greedy; higher samples more freely."""
+    top_k: int = 0
+    """Sample among this many of the likeliest tokens alone; 0 means all."""
+    top_p: float = 1.0
+    """Sample among the fewest of the likeliest tokens that have this probability together; 1 means
+    all."""
+    seed: int = 0
+    """Seed of the sampling."""
+    stop: tuple[str, ...] = ()
+    """Texts before the first of which generation ends, wherever the borders of tokens lie; a
+    special token, such as <|im_end|>, is one too. A line's end is $'\\n' in bash."""
+    max_length: int | None = None
+    """Most tokens of prompt and answer together; default: what the model takes."""
 
     fast_decode: bool = False
     """Round what integer weights are multiplied with to 8 bits, in blocks of 32, as llama.cpp does:
     faster on a CPU, but no longer the very logits that were trained. Weights that are no integers
     in groups of 32 or more, and the prompt, are computed as ever."""
+
+    def options(self) -> dict[str, Any]:
+        """Return the fields by name, as `graft.api.evaluate.generate` takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(DecodingConfig)}

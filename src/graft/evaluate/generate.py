@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,13 +11,19 @@ import torch
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
+    StoppingCriteriaList,
 )
 from transformers.generation.streamers import TextStreamer
 
-from graft.errors import GraftError
+from graft.errors import GraftError, raise_problems
+from graft.evaluate.sampling import GREEDY, Sampling
+from graft.evaluate.stopping import Stops
 from graft.model.folder import GENERATION_FILE
 from graft.model.running.decode import Decoder, texts_together, why_not_native
 from graft.understood import tokenizing, understood
@@ -49,6 +54,45 @@ class _Words:
         assert isinstance(text, str)
         return text
 
+    def text(self, ids: Sequence[int]) -> str:
+        """Return what a reader is shown of some tokens."""
+        return self.decode([*ids], skip_special_tokens=True)
+
+    @property
+    def special(self) -> dict[str, int]:
+        """The special tokens, which have no such text."""
+        added = self._tokenizer.added_tokens_decoder
+        return {token.content: number for number, token in added.items() if token.special}
+
+
+class _Ends(StoppingCriteria):
+    """Ends a text where one of some strings stands in it, or is the token that came last."""
+
+    def __init__(self, words: _Words, strings: Sequence[str]) -> None:
+        special = words.special if strings else {}
+        self.stops = Stops(strings, words.text, special.values())
+        self._tokens = {special[one] for one in strings if one in special}
+        self.after = 0
+        """How many tokens stand before the text, where transformers asks."""
+
+    def reached(self, new: Sequence[int]) -> bool:
+        """Return whether the last of the new tokens ends the text."""
+        return bool(new) and (new[-1] in self._tokens or self.stops.reached(new))
+
+    def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
+        ended = self.reached(input_ids[0, self.after :].tolist())
+        return torch.full((len(input_ids),), ended, device=input_ids.device)
+
+
+class _Left(LogitsProcessor):
+    """Leaves the tokens among which `Sampling` chooses."""
+
+    def __init__(self, sampling: Sampling) -> None:
+        self._sampling = sampling
+
+    def __call__(self, input_ids: Any, scores: Any) -> Any:
+        return self._sampling.left(scores)
+
 
 class _Stream(TextStreamer):
     def __init__(self, words: _Words, on_text: OnText) -> None:
@@ -71,23 +115,28 @@ def generate_text(
     prompt_ids: list[int],
     *,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
+    max_length: int | None = None,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
+    stop: Sequence[str] = (),
     fast: bool = False,
     on_text: OnText | None = None,
 ) -> str:
-    """Return the continuation of a tokenised prompt; temperature 0 is greedy.
+    """Return the continuation of a tokenised prompt.
 
-    Generation ends at the end-of-sequence token, after max_new_tokens, or where the model's
+    Generation ends at the end-of-sequence token, before the first of the texts `stop`, after
+    max_new_tokens, where prompt and continuation have max_length tokens, or where the model's
     position limit ends. A model that `graft.model.running.decode` knows is decoded by it, any
-    other by transformers. `fast` is `DecodingConfig.fast_decode`. Raises GraftError when the prompt
-    leaves no room, for a temperature or a number of tokens that cannot be, and where a model cannot
-    be decoded fast.
+    other by transformers; the tokens are chosen by `sampling` either way. `fast` is
+    `DecodingConfig.fast_decode`. Raises GraftError when the prompt leaves no room, for a sampling
+    or a number of tokens that cannot be, and where a model cannot be decoded fast.
     """
-    _check_options(temperature, max_new_tokens)
-    room = _room(model, prompt_ids, max_new_tokens)
+    _check_options(sampling, max_new_tokens, stop)
+    room = _room(model, prompt_ids, max_new_tokens, max_length)
     words = _Words(tokenizer)
-    stream = None if on_text is None else _Stream(words, on_text)
+    ends = _Ends(words, stop)
+    held = None if on_text is None or not stop else ends.stops.held(on_text)
+    stream = None if on_text is None else _Stream(words, held or on_text)
     natively = decodes_natively(model, len(prompt_ids) + room)
     if fast and not natively:
         reason = why_not_native(model, len(prompt_ids) + room)
@@ -95,18 +144,22 @@ def generate_text(
             f"--fast-decode: {reason or f'{GENERATION_FILE} asks for what graft leaves to others'}"
         )
     if natively:
-        new = []
+        new: list[int] = []
         if stream is not None:
             stream.put(torch.tensor(prompt_ids))  # which it skips
-        for _, token, _ in _decoded(model, [prompt_ids], [room], temperature, seed, fast):
+        for _, token, _ in _decoded(model, [prompt_ids], [room], sampling, seed, fast):
             new.append(token)
             if stream is not None:
                 stream.put(torch.tensor([token]))
+            if ends.reached(new):
+                break
         if stream is not None:
             stream.end()
     else:
-        new = _generated(model, tokenizer, prompt_ids, room, temperature, seed, stream)
-    return words.decode(new, skip_special_tokens=True)
+        new = _generated(model, tokenizer, prompt_ids, room, sampling, seed, stream, ends)
+    if held is not None:
+        held.end()
+    return ends.stops.cut(words.text(new))
 
 
 def generate_texts(
@@ -115,7 +168,7 @@ def generate_texts(
     prompts: Sequence[list[int]],
     *,
     max_new_tokens: int = 128,
-    temperature: float = 0.0,
+    sampling: Sampling = GREEDY,
     seed: int = 0,
     on_done: OnDone | None = None,
 ) -> list[str]:
@@ -125,7 +178,7 @@ def generate_texts(
     makes room for the next. Its logits do not depend on the texts beside it. A text that is too
     long for it (a sliding window) is continued by transformers, as it is alone.
     """
-    _check_options(temperature, max_new_tokens)
+    _check_options(sampling, max_new_tokens)
     rooms = [_room(model, prompt, max_new_tokens) for prompt in prompts]
     sizes = [len(ids) + room for ids, room in zip(prompts, rooms, strict=True)]
     fit = {size: decodes_natively(model, size) for size in {*sizes}}
@@ -134,31 +187,45 @@ def generate_texts(
     done = 0
     if together:
         chosen = [prompts[number] for number in together], [rooms[number] for number in together]
-        for place, token, ended in _decoded(model, *chosen, temperature, seed):
+        for place, token, ended in _decoded(model, *chosen, sampling, seed):
             new[together[place]].append(token)
             done += ended
             if ended and on_done is not None:
                 on_done(done)
     for number, (ids, room) in enumerate(zip(prompts, rooms, strict=True)):
         if not fit[sizes[number]]:
-            new[number] = _generated(model, tokenizer, ids, room, temperature, seed, None)
+            new[number] = _generated(model, tokenizer, ids, room, sampling, seed)
             done += 1
             if on_done is not None:
                 on_done(done)
     words = _Words(tokenizer)
-    return [words.decode(ids, skip_special_tokens=True) for ids in new]
+    return [words.text(ids) for ids in new]
 
 
-def _check_options(temperature: float, max_new_tokens: int) -> None:
-    if not 0 <= temperature < math.inf:
-        raise GraftError(f"--temperature is {temperature}; expected 0 or more")
+def _check_options(sampling: Sampling, max_new_tokens: int, stop: Sequence[str] = ()) -> None:
+    problems = sampling.problems()
     if max_new_tokens < 1:
-        raise GraftError(f"--max-new-tokens is {max_new_tokens}; expected more than 0")
+        problems.append(f"--max-new-tokens is {max_new_tokens}; expected more than 0")
+    if "" in stop:
+        problems.append("--stop is an empty text, before which nothing stands; leave it out")
+    raise_problems(problems, "generation")
 
 
-def _room(model: PreTrainedModel, prompt_ids: list[int], max_new_tokens: int) -> int:
+def _room(
+    model: PreTrainedModel,
+    prompt_ids: list[int],
+    max_new_tokens: int,
+    max_length: int | None = None,
+) -> int:
     """Return how many tokens may follow a prompt."""
     limit = getattr(model.config, "max_position_embeddings", None)
+    if max_length is not None and (limit is None or max_length < limit):
+        limit = max_length
+        if prompt_ids and limit <= len(prompt_ids):
+            raise GraftError(
+                f"the prompt has {len(prompt_ids)} tokens, and --max-length {max_length} counts "
+                "them too; give more"
+            )
     room = max_new_tokens if limit is None else min(max_new_tokens, limit - len(prompt_ids))
     if not prompt_ids:
         raise GraftError("the prompt is empty; give at least one token")
@@ -190,18 +257,15 @@ class _Text:
         self.number, self.tokens, self.most = number, list(prompt_ids), len(prompt_ids) + room
         self.random = torch.Generator().manual_seed(seed)
 
-    def choose(self, scores: Tensor, temperature: float) -> int:
-        if temperature == 0:
-            return int(scores.argmax(-1))
-        probabilities = (scores / temperature).softmax(-1)
-        return int(torch.multinomial(probabilities, num_samples=1, generator=self.random))
+    def choose(self, scores: Tensor, sampling: Sampling) -> int:
+        return int(sampling.choose(scores, self.random))
 
 
 def _decoded(
     model: PreTrainedModel,
     prompts: Sequence[list[int]],
     rooms: Sequence[int],
-    temperature: float,
+    sampling: Sampling,
     seed: int,
     fast: bool = False,
 ) -> Iterator[tuple[int, int, bool]]:
@@ -227,7 +291,7 @@ def _decoded(
                 with _asked_for(model):
                     penalise = RepetitionPenaltyLogitsProcessor(penalty)
                     scores = penalise(torch.tensor([text.tokens]), scores)
-            text.tokens.append(text.choose(scores, temperature))
+            text.tokens.append(text.choose(scores, sampling))
             ended = text.tokens[-1] in end or len(text.tokens) == text.most
             if ended:
                 del going[place]
@@ -246,17 +310,21 @@ def _generated(
     tokenizer: PreTrainedTokenizerBase,
     prompt_ids: list[int],
     room: int,
-    temperature: float,
+    sampling: Sampling,
     seed: int,
-    stream: _Stream | None,
+    stream: _Stream | None = None,
+    ends: _Ends | None = None,
 ) -> list[int]:
     """Return the new tokens of transformers' `generate`."""
-    if temperature > 0:
-        torch.manual_seed(seed)
     ids = torch.tensor([prompt_ids], device=model.device)
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_p": 1.0, "top_k": 0}
+    options: dict[str, Any] = {"do_sample": False}
+    if sampling.temperature > 0:
+        torch.manual_seed(seed)
+        options = {"do_sample": True, "temperature": 1.0, "top_p": 1.0, "top_k": 0}
+        options["logits_processor"] = LogitsProcessorList([_Left(sampling)])
+    if ends is not None:
+        ends.after = len(prompt_ids)
+        options["stopping_criteria"] = StoppingCriteriaList([ends])
     pad = tokenizer.pad_token_id
     if pad is None:
         pad = next(iter(_end_tokens(model.generation_config)), 0)
@@ -269,7 +337,7 @@ def _generated(
                 max_new_tokens=room,
                 pad_token_id=pad,
                 streamer=stream,
-                **sampling,
+                **options,
             )
             new: list[int] = out[0, len(prompt_ids) :].tolist()
     except GraftError:
