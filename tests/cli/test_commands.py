@@ -36,14 +36,15 @@ def test_help_imports_nothing_slow(words: list[str]) -> None:
 
 
 def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
-    from graft.cli.commands import COMMANDS
+    from graft.cli.commands import COMMANDS, every_command
 
     assert run("--help") == 0
     overview = capsys.readouterr().out
     for name in COMMANDS:
         assert f"  {name} " in overview and COMMANDS.summary(name) in overview
+    for name in every_command():
         with pytest.raises(SystemExit) as ended:
-            run(name, "--help")
+            run(*name.split(), "--help")
         assert ended.value.code == 0
         assert f"graft {name}" in capsys.readouterr().out
 

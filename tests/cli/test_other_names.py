@@ -11,7 +11,7 @@ import yaml
 
 from graft.api.config import PlanConfig, TrainConfig
 from graft.api.other_names import INSTEAD, SAME, answer, flags_named
-from graft.cli.commands import COMMANDS
+from graft.cli.commands import COMMANDS, every_command
 from graft.cli.fields import flags_of
 from graft.cli.flags import UsageError, parse
 from graft.cli.main import main
@@ -64,7 +64,7 @@ def test_every_name_leads_to_settings_that_there_are() -> None:
 
 
 def test_no_name_of_ours_is_taken_for_another_tools() -> None:
-    for command in COMMANDS.values():
+    for command in every_command().values():
         ours = {flag.name for flag in flags_of(command.arguments) if not flag.positional}
         assert not ours & {*SAME, *INSTEAD}
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from graft.entries import Entries
+
 Arguments = TypeVar("Arguments")
 
 
@@ -28,6 +30,15 @@ class Command(Generic[Arguments]):
     given: Callable[[Mapping[str, Sequence[str]], Mapping[str, Any]], Mapping[str, Any]] = _nothing
     """From the flags' texts by field, and the file's settings, to settings that stand below
     both."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """Commands that are called by two words: `graft adapter show`."""
+
+    about: str
+    """A sentence at the head of the group's help."""
+    commands: Entries[Command[Any]]
 
 
 def is_asked(name: str, texts: Mapping[str, Sequence[str]], settings: Mapping[str, Any]) -> bool:

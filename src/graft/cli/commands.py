@@ -1,6 +1,7 @@
 """The commands, in the order in which `graft --help` lists them, and what it says of each.
 
-Each is the COMMAND of the file in this folder that has its name, imported when it is called.
+Each is the COMMAND of the file in this folder that has its name, imported when it is called: a
+command, or a group of some that are called by two words.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from graft.entries import Entries, Listed
 
 if TYPE_CHECKING:
-    from graft.cli.command import Command
+    from graft.cli.command import Command, Group
 
 _SUMMARIES = {
     "demo": "fine-tune the bundled model on the bundled data and export it: a tour in 2 minutes",
@@ -24,6 +25,7 @@ _SUMMARIES = {
     "eval": "loss and perplexity of a model on a file of examples",
     "generate": "continue a prompt",
     "chat": "talk to a model",
+    "adapter": "extract, merge, list, show, compare and resize adapters",
     "merge": "fold a run's adapter into a model folder",
     "export": "write a run or a model for llama.cpp, Ollama, MLX, ONNX, OpenVINO and others",
     "verify": "load an exported file in its own runtime and compare it with the trained model",
@@ -31,7 +33,21 @@ _SUMMARIES = {
     "doctor": "say what graft finds on this machine, and which kernels it uses",
 }
 
-COMMANDS: Entries[Command[Any]] = Entries(
+COMMANDS: Entries[Command[Any] | Group] = Entries(
     "command",
     {name: Listed(f"graft.cli.{name}:COMMAND", summary) for name, summary in _SUMMARIES.items()},
 )
+
+
+def every_command() -> dict[str, Command[Any]]:
+    """Return every command, imported, by the words that call it: 'train', 'adapter show'."""
+    from graft.cli.command import Group
+
+    found: dict[str, Command[Any]] = {}
+    for name in COMMANDS:
+        entry = COMMANDS[name]
+        if isinstance(entry, Group):
+            found |= {f"{name} {one}": entry.commands[one] for one in entry.commands}
+        else:
+            found[name] = entry
+    return found

@@ -11,11 +11,12 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from graft.cli.commands import COMMANDS
 from graft.cli.show import discard, flush, print_whatever_comes, show
 from graft.cli.signals import Ended, ending
+from graft.entries import Entries
 from graft.errors import GraftError
 from graft.text import quoted, shown
 
@@ -65,24 +66,34 @@ def _run(words: list[str], own: bool) -> int:
     if words[:1] == ["help"]:  # what git and pip take, too
         words = [*words[1:], "--help"]
     if not words or words[0] in ("-h", "--help", "--help-all"):
-        show(_usage())
+        show(_usage(COMMANDS, "graft", _ABOUT))
         return 0
     if words[0] in ("-V", "--version"):
         from importlib.metadata import version
 
         show(f"graft {version('graft-llm')}")
         return 0
-    name = words[0]
-    problem = COMMANDS.problem(name)
+    name, problem = words[0], COMMANDS.problem(words[0])
     if problem is not None:
         show(f"graft: {problem}", error=True)
         return 2
+    from graft.cli.command import Command, Group
     from graft.cli.flags import UsageError, parse
 
     try:
-        command = COMMANDS[name]
+        command, words = COMMANDS[name], words[1:]
+        if isinstance(command, Group):
+            if not words or words[0] in ("-h", "--help", "--help-all"):
+                show(_usage(command.commands, f"graft {name}", command.about))
+                return 0
+            problem = command.commands.problem(words[0])
+            if problem is not None:
+                show(f"graft {name}: {problem}", error=True)
+                return 2
+            name, command, words = f"{name} {words[0]}", command.commands[words[0]], words[1:]
+        assert isinstance(command, Command)
         with ending():
-            parsed = parse(command, words[1:], name)
+            parsed = parse(command, words, name)
             if own and command.loads_models:
                 from graft.model.imports import import_models
 
@@ -106,13 +117,16 @@ def _run(words: list[str], own: bool) -> int:
     return 0
 
 
-def _usage() -> str:
-    width = max(map(len, COMMANDS))
-    lines = "\n".join(f"  {name:<{width}}  {COMMANDS.summary(name)}" for name in COMMANDS)
+_ABOUT = "graft fine-tunes a language model and ships exactly the weights that it trained."
+
+
+def _usage(commands: Entries[Any], called: str, about: str) -> str:
+    width = max(map(len, commands))
+    lines = "\n".join(f"  {name:<{width}}  {commands.summary(name)}" for name in commands)
     return (
-        "graft fine-tunes a language model and ships exactly the weights that it trained.\n\n"
-        f"usage: graft COMMAND ...\n\n{lines}\n\n"
-        "graft COMMAND --help lists a command's flags, --help-all the rare ones too."
+        f"{about}\n\n"
+        f"usage: {called} COMMAND ...\n\n{lines}\n\n"
+        f"{called} COMMAND --help lists a command's flags, --help-all the rare ones too."
     )
 
 

@@ -77,7 +77,8 @@ def read_own_config(folder: Path) -> OwnConfig | None:
     return typed(found, OwnConfig, file)
 
 
-def _read_configs(folder: Path) -> tuple[OwnConfig | None, dict[str, Any]]:
+def read_configs(folder: Path) -> tuple[OwnConfig | None, dict[str, Any]]:
+    """Return what graft's and PEFT's configuration say; raises GraftError for no adapter."""
     own = read_own_config(folder)
     if (folder / PEFT_CONFIG).is_file():
         return own, read_peft_config(folder)
@@ -179,7 +180,7 @@ def load_adapter(
     Every tensor must find its layer and fit it. Raises GraftError with all that do not, before
     the model is changed.
     """
-    own, config = _read_configs(folder)
+    own, config = read_configs(folder)
     files = AdapterFiles(f"adapter {folder}", own, config, read_adapter_tensors(folder))
     return attach_stored(model, files, name, trainable)
 
@@ -239,7 +240,7 @@ def check_adapter(model: nn.Module, folder: Path, name: str = "default") -> None
 
     Names and shapes are read from the header of the file, so it costs nothing.
     """
-    own, config = _read_configs(folder)
+    own, config = read_configs(folder)
     method = method_of_files(None if own is None else own.method, config)
     with WeightFiles(folder, single_file=PEFT_WEIGHTS) as files:
         saved = {_split_key(key, config, method): files.shape(key) for key in files}

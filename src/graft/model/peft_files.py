@@ -55,7 +55,8 @@ _UNREAD = frozenset(
 BESIDE = ("modules_to_save", "trainable_token_indices", "bias")
 """Options that train what is no low-rank update of a linear layer."""
 _OTHER_TASKS = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "SEQ_2_SEQ_LM")
-_VARIANTS = ("use_dora", "use_qalora")
+VARIANTS = ("use_dora", "use_qalora")
+"""Options that make another adapter of a LoRA."""
 _BASE_CHANGING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
@@ -106,6 +107,13 @@ def peft_config(
         name: (adapter.scaling or 0.0) * ranks[name] / adapter.peft_factor(base_layer, as_lora)
         for name, (base_layer, adapter) in layers.items()
     }
+    return lora_config(ranks, alphas, base, first_base.transposed) | settings
+
+
+def lora_config(
+    ranks: Mapping[str, int], alphas: Mapping[str, float], base: str, transposed: bool
+) -> dict[str, Any]:
+    """Return adapter_config.json of an ordinary LoRA, from each layer's rank and alpha."""
     alpha, rank = next(iter(alphas.values())), next(iter(ranks.values()))
     return {
         "peft_type": "LORA",
@@ -121,12 +129,12 @@ def peft_config(
         "lora_dropout": 0.0,
         "lora_bias": False,
         "bias": "none",
-        "fan_in_fan_out": first_base.transposed,
-        "target_modules": list(layers),
+        "fan_in_fan_out": transposed,
+        "target_modules": list(ranks),
         "init_lora_weights": True,
         "use_qalora": False,
         "qalora_group_size": 16,
-    } | settings
+    }
 
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -208,7 +216,7 @@ def peft_problems(config: Mapping[str, Any]) -> list[str]:
         problems.append(
             f"lora_dropout is {config['lora_dropout']!r}; expected 0 up to, but not including, 1"
         )
-    variants = [one for one in _VARIANTS if config.get(one)]
+    variants = [one for one in VARIANTS if config.get(one)]
     if len(variants) > 1:
         problems.append(f"{' and '.join(variants)} are both set, which PEFT itself has not")
     return problems

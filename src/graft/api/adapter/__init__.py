@@ -1,0 +1,1 @@
+"""Work on adapters by themselves: extract, merge, list, show, compare, resize."""
