@@ -53,6 +53,12 @@ GRAFT_API int graft_linear(const graft_weight *weight, const graft_low_rank *low
                            int64_t dtype, const void *x, int64_t tokens, void *y, void *hidden,
                            int64_t threads);
 
+/* y [tokens, rows] = r(x) W^T, where r rounds a token's inputs, or each block of 32 of them, to 127
+   steps either way of the largest (csrc/rounded_products.inc); for int8 weights and for integers in
+   groups of whole blocks. */
+GRAFT_API int graft_rounded_linear(const graft_weight *weight, int64_t dtype, const void *x,
+                                   int64_t tokens, int64_t by_block, void *y, int64_t threads);
+
 /* dx [tokens, cols] = dy [tokens, rows] W + hidden down, where
    hidden [tokens, rank] = scaling * dy up. */
 GRAFT_API int graft_grad_input(const graft_weight *weight, const graft_low_rank *low_rank,
