@@ -1,11 +1,11 @@
 """Prompts, and several sequences at once, beside llama.cpp on the weights that graft exports.
 
-A Llama shape with random weights, int4 in groups of 32 on all seven linear layers, embedding and
+A Llama shape with random weights, int4 (or --format) in groups of 32 on all seven linear layers, embedding and
 head in bf16, exported to GGUF. Three numbers of each contender, in fresh processes that take turns:
 tokens/s of a prompt of 512, of one sequence, and of 8 that go on together (llama.cpp: one
 llama_batch with a token of each). And how far its logits are from those of graft in float32: the
-mean Kullback-Leibler divergence in nats. `graft fast` is --fast-decode, whose inputs have 8 bits as
-llama.cpp's have.
+mean Kullback-Leibler divergence in nats. `graft q8` and `graft q8_token` have --activations: inputs
+of 8 bits, in blocks of 32 as llama.cpp's are or with one scale a token.
 
     python benchmarks/generate.py [--shape tiny] [--threads 2] [--isa avx2 --dtype float32]
 """
@@ -35,7 +35,7 @@ from _timing import (
     summarise,
 )
 
-WHO = ("graft", "graft fast", "llama.cpp")
+WHO = ("graft", "graft q8", "graft q8_token", "llama.cpp")
 GGUF = "model.gguf"
 LENGTH = 512
 """Of the prompt whose speed is measured."""
@@ -68,7 +68,9 @@ def main() -> None:
         folder = Path(temporary) / "model"
         given = {name: getattr(arguments, name) for name in ("threads", "sequences")}
         given["folder"] = str(folder)
-        run_child(__file__, {"do": "write", "shape": arguments.shape, **given})
+        run_child(
+            __file__, {"do": "write", "shape": arguments.shape, "format": arguments.format, **given}
+        )
         exact = {"do": "graft", "dtype": "float32", "logits": str(folder / "exact.npy"), **given}
         run_child(__file__, exact)
         for _ in range(arguments.rounds):
@@ -90,6 +92,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=list(SHAPES), default="1.1b")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
+    parser.add_argument("--format", choices=("int2", "int4", "int8"), default="int4")
     _isa.add_argument(parser)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--sequences", type=int, default=8)
@@ -112,11 +115,11 @@ def _child(do: str, threads: int, folder: str, sequences: int, **options: Any) -
     if do == "write":
         import decode
 
-        return decode._write(Path(folder), options["shape"], "int4")
+        return decode._write(Path(folder), options["shape"], options["format"])
     begin = time.perf_counter()
     contender = _llama_cpp if do == "llama.cpp" else _graft
-    fast = do == "graft fast"
-    runner = contender(Path(folder), threads, sequences, options["dtype"], fast)
+    activations = do.partition(" ")[2] or "float"
+    runner = contender(Path(folder), threads, sequences, options["dtype"], activations)
     tokens = np.random.default_rng(0).integers(3, 259, LENGTH).tolist()
     runner.prompt(tokens[:SHORT])  # what is made ready once
     load = OtherLoad()
@@ -141,15 +144,17 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def _graft(folder: Path, threads: int, sequences: int, dtype: str, fast: bool) -> Runner:
+def _graft(folder: Path, threads: int, sequences: int, dtype: str, activations: str) -> Runner:
+    from graft.layers.activations import compute_with
     from graft.model.load import load_model
     from graft.model.running.decode import Decoder, why_not_native
 
     model = load_model(str(folder), dtype=dtype, device="cpu").model
+    compute_with(model, activations)  # type: ignore[arg-type]
     reason = why_not_native(model, LENGTH + TOKENS)
     if reason is not None:
         raise RuntimeError(reason)
-    decoder = Decoder(model, LENGTH + TOKENS, sequences, fast)
+    decoder = Decoder(model, LENGTH + TOKENS, sequences)
 
     def prompt(tokens: list[int]) -> object:
         decoder.start({0: torch.tensor(tokens)})
@@ -165,7 +170,7 @@ def _graft(folder: Path, threads: int, sequences: int, dtype: str, fast: bool) -
     return Runner(prompt, begin, step)
 
 
-def _llama_cpp(folder: Path, threads: int, sequences: int, dtype: str, fast: bool) -> Runner:
+def _llama_cpp(folder: Path, threads: int, sequences: int, dtype: str, activations: str) -> Runner:
     import llama_cpp
 
     quiet = llama_cpp.llama_log_callback(lambda *_: None)
@@ -221,7 +226,7 @@ def _report(
     arguments: argparse.Namespace,
 ) -> None:
     print(
-        f"\nshape {arguments.shape}, int4 in groups of {GROUP_SIZE}, {arguments.dtype}, "
+        f"\nshape {arguments.shape}, {arguments.format} in groups of {GROUP_SIZE}, {arguments.dtype}, "
         f"{arguments.threads} threads\n"
     )
     works = {"prompt": LENGTH, "1": 1, str(arguments.sequences): arguments.sequences}
@@ -244,7 +249,7 @@ def _report(
         rows.append(row)
     print_table(rows)
     for row in rows:
-        row |= {"shape": arguments.shape, "dtype": arguments.dtype, "threads": arguments.threads}
+        row |= {name: getattr(arguments, name) for name in ("shape", "format", "dtype", "threads")}
     print(f"wrote {write_csv(f'generate-{arguments.shape}', rows)}")
 
 

@@ -183,6 +183,11 @@ int graft_rounded_linear(const graft_weight *weight, int64_t dtype, const void *
     return kernels().rounded_linear(*weight, dtype, x, tokens, by_block, y, threads);
 }
 
+int graft_rounded_inputs(int64_t dtype, const void *x, int64_t tokens, int64_t cols, int64_t by_block, void *out,
+                         int64_t threads) {
+    return kernels().rounded_inputs(dtype, x, tokens, cols, by_block, out, threads);
+}
+
 int graft_grad_input(const graft_weight *weight, const graft_low_rank *low_rank, int64_t dtype, const void *dy,
                      int64_t tokens, void *dx, void *hidden, int64_t threads) {
     return kernels().grad_input(*weight, low_rank, dtype, dy, tokens, dx, hidden, threads);

@@ -59,6 +59,10 @@ GRAFT_API int graft_linear(const graft_weight *weight, const graft_low_rank *low
 GRAFT_API int graft_rounded_linear(const graft_weight *weight, int64_t dtype, const void *x,
                                    int64_t tokens, int64_t by_block, void *y, int64_t threads);
 
+/* out = r(x) [tokens, cols] of dtype, as graft_rounded_linear's r. */
+GRAFT_API int graft_rounded_inputs(int64_t dtype, const void *x, int64_t tokens, int64_t cols,
+                                   int64_t by_block, void *out, int64_t threads);
+
 /* dx [tokens, cols] = dy [tokens, rows] W + hidden down, where
    hidden [tokens, rank] = scaling * dy up. */
 GRAFT_API int graft_grad_input(const graft_weight *weight, const graft_low_rank *low_rank,
@@ -156,8 +160,8 @@ typedef struct graft_decoder {
     int64_t dtype; /* of what it computes: float or bf16 */
     int64_t layers, hidden, intermediate, heads, key_value_heads, head_dim;
     int64_t capacity; /* positions of a sequence's cache */
-    int64_t rounds_inputs; /* 1: inputs meet integer codes in groups of whole blocks of 32 rounded to 8
-                              bits, a scale for each block, as in llama.cpp; 0: no input is rounded so */
+    int64_t rounds_inputs; /* inputs meet integer codes in groups of whole blocks of 32 rounded to 8 bits: 1: with a
+                              scale for each block, as in llama.cpp, 2: with one for all; 0: as they are */
     int64_t folds_inputs; /* 1: there is one sequence, whose sums may be taken another way than those of several */
     float epsilon, attention_scaling;
     const graft_decoder_layer *layer;

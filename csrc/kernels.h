@@ -35,6 +35,7 @@ struct Kernels {
                              void *, int64_t);
     int (*gate)(int64_t, const void *, const void *, int64_t, void *, int64_t);
     int (*gate_backward)(int64_t, const void *, const void *, const void *, int64_t, void *, void *, int64_t);
+    int (*rounded_inputs)(int64_t, const void *, int64_t, int64_t, int64_t, void *, int64_t);
     int (*rounded_linear)(const graft_weight &, int64_t, const void *, int64_t, int64_t, void *, int64_t);
 };
 

@@ -16,7 +16,6 @@ from graft.errors import GraftError
 from graft.evaluate import generate as module
 from graft.evaluate.generate import decodes_natively, generate_text, generate_texts
 from graft.evaluate.sampling import Sampling
-from graft.formats.registry import make_format
 from graft.kernels.backend.native_library import why_unavailable
 from graft.model.load import LoadedModel, load_model
 
@@ -265,19 +264,3 @@ def test_a_long_text_sends_no_other_to_transformers(
     assert sent == [prompts[1]] and done == [1, 2, 3]
     alone = [generate_text(model, tokenizer, one, max_new_tokens=8) for one in prompts]
     assert texts == alone
-
-
-@needs_library
-def test_fast_decoding_is_for_integers(loaded: LoadedModel, tiny_base: Path) -> None:
-    int4 = make_format("int", {"bits": 4, "group_size": 32})
-    quantised = load_model(str(tiny_base), dtype="float32", device="cpu", weight_format=int4)
-    model, tokenizer = quantised.model, quantised.tokenizer
-    assert generate_text(model, tokenizer, PROMPT, max_new_tokens=9, fast=True)
-    with pytest.raises(GraftError, match="--fast-decode is for weights that are integers"):
-        generate_text(loaded.model, tokenizer, PROMPT, fast=True)
-    model.generation_config.num_beams = 2
-    with pytest.raises(GraftError, match=r"--fast-decode: generation_config\.json"):
-        generate_text(model, tokenizer, PROMPT, fast=True)
-    model.generation_config.num_beams = 1
-    with pytest.raises(GraftError, match="--fast-decode: the model is in training mode"):
-        generate_text(model.train(), tokenizer, PROMPT, fast=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -30,7 +31,7 @@ FORMATS = {
 }
 
 
-def head_alone(head: Weight, inputs: Tensor) -> DecoderWeights:
+def head_alone(head: Weight, inputs: Tensor, rounding: int) -> DecoderWeights:
     """Return a decoder whose logits are the head's product with a token's row of inputs.
 
     The layer adds nothing, and a row of ones stays one when it is normalised: so the norm's weight
@@ -52,6 +53,7 @@ def head_alone(head: Weight, inputs: Tensor) -> DecoderWeights:
         head=Projection(head),
         cosines=angles.cos(),
         sines=angles.sin(),
+        rounding=rounding,
     )
 
 
@@ -61,22 +63,21 @@ def made(weight_format: IntGroupFormat) -> tuple[Weight, Tensor]:
     return weight_format.kernel_weight(packed, ROWS, HIDDEN), signs * torch.randn(HIDDEN).abs()
 
 
-def logits(head: Weight, inputs: Tensor, rounds_inputs: bool = True) -> Tensor:
-    decoder = NativeDecoder(head_alone(head, inputs), TOKENS, rounds_inputs)
+def logits(head: Weight, inputs: Tensor, rounding: int = 1) -> Tensor:
+    decoder = NativeDecoder(head_alone(head, inputs, rounding), TOKENS)
     return decoder.next_logits([Next(token, 0, token) for token in range(TOKENS)])
 
 
 def expected_logits(head: Weight, weight_format: IntGroupFormat, inputs: Tensor) -> Tensor:
-    """Return sum of (scale d) (q . codes) + offset (s sum q), s = max |x| / 127, d = fp16(s)."""
+    """Return the sum of d q . (scale codes + offset), d = fp16(max |x| / 127)."""
     scales, offsets = (t.double() for t in head.statistics)
     columns = torch.arange(HIDDEN) // weight_format.group_size
     codes = ((dequantize(head, torch.float32) - offsets[:, columns]) / scales[:, columns]).round()
     blocks = torch.nn.functional.pad(inputs, (0, -HIDDEN % 32)).unflatten(1, (-1, 32))
     step = blocks.abs().amax(-1, keepdim=True) / 127
     q = (blocks * (1 / step)).round().flatten(1)[:, :HIDDEN].double()
-    step = step.expand_as(blocks).flatten(1)[:, :HIDDEN]
-    with_codes = (q * step.half().double()) @ (codes * scales[:, columns]).T
-    return with_codes + (q * step.double()) @ offsets[:, columns].T
+    d = step.half().double().expand_as(blocks).flatten(1)[:, :HIDDEN]
+    return (q * d) @ (codes * scales[:, columns] + offsets[:, columns]).T
 
 
 @pytest.fixture
@@ -98,10 +99,23 @@ def test_products_are_those_of_rounded_inputs_on_every_instruction_set(
     for level in every_level:
         native_library.library().graft_limit(level)
         found.append(logits(head, inputs))
-        exact = logits(head, inputs, rounds_inputs=False)
+        exact = logits(head, inputs, rounding=0)
         assert 1e-4 < (found[-1] - exact).abs().max() / exact.abs().max() < 2e-2
         assert torch.equal(found[-1], found[0])
     assert (found[0] - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+def test_a_token_with_one_scale_is_the_product_of_its_rounded_inputs(
+    every_level: list[int],
+) -> None:
+    head, inputs = made(FORMATS["int4/32/float16"])
+    step = inputs.abs().amax(-1, keepdim=True) / 127
+    met = ((inputs * (1 / step)).round() * step).double()
+    expected = met @ dequantize(head, torch.float32).double().T
+    for level in every_level:
+        native_library.library().graft_limit(level)
+        found = logits(head, inputs, rounding=2)
+        assert (found - expected).abs().max() <= 2e-6 * expected.abs().max()
 
 
 def test_other_weights_meet_their_inputs_as_they_are() -> None:
@@ -112,9 +126,10 @@ def test_other_weights_meet_their_inputs_as_they_are() -> None:
         Weight(Layout("dense", ROWS, HIDDEN), (torch.randn(ROWS, HIDDEN),)),
         small.kernel_weight(packed, ROWS, HIDDEN),
     ):
-        assert torch.equal(logits(head, inputs), logits(head, inputs, rounds_inputs=False))
+        assert torch.equal(logits(head, inputs), logits(head, inputs, rounding=0))
 
 
 def test_inputs_of_nothing_give_nothing() -> None:
     head, inputs = made(FORMATS["int4/32/float16"])
-    assert not logits(head, inputs * 0).any()
+    nothing = dataclasses.replace(head_alone(head, inputs, 1), norm=torch.zeros(HIDDEN))
+    assert not NativeDecoder(nothing, 1).next_logits([Next(0, 0, 0)]).any()

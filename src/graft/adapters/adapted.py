@@ -63,6 +63,7 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the adapted layer's output in x's dtype; x [..., in_features]."""
+        x = self.base.met(x)
         if len(self.active) == 1:
             fused = self.adapter(self.active[0]).fused_output(x, self.base)
             if fused is not None:

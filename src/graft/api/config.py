@@ -11,6 +11,7 @@ from graft.calibrate.config import SolverConfig
 from graft.data.config import DataConfig, ReadingConfig
 from graft.export.config import ExportTarget
 from graft.formats.config import FormatConfig
+from graft.layers.config import ActivationConfig
 from graft.model.config import ModelConfig
 from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
 from graft.train.config import LoopConfig
@@ -20,7 +21,9 @@ AdoptedFormat = Literal["nf4", "fp4", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(LoopConfig, DataConfig, AdapterConfig, SolverConfig, FormatConfig, ModelConfig):
+class TrainConfig(
+    LoopConfig, DataConfig, AdapterConfig, SolverConfig, FormatConfig, ActivationConfig, ModelConfig
+):
     """A training run."""
 
     GROUP: ClassVar[str] = "output"
@@ -49,7 +52,7 @@ class QuantizeConfig(ReadingConfig, SolverConfig, FormatConfig, ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(AdapterConfig, FormatConfig, SolverConfig, ModelConfig):
+class PlanConfig(AdapterConfig, FormatConfig, ActivationConfig, SolverConfig, ModelConfig):
     """A prediction of memory."""
 
     GROUP: ClassVar[str] = "plan"

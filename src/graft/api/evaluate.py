@@ -82,7 +82,6 @@ def generate(
     stop: Sequence[str] = (),
     max_length: int | None = None,
     style: PromptStyle | None = None,
-    fast_decode: bool = False,
     on_text: OnText | None = None,
 ) -> str:
     """Return the model's continuation of a prompt, or its answer to a list of messages.
@@ -110,6 +109,5 @@ def generate(
         seed=seed,
         stop=stop,
         max_length=max_length,
-        fast=fast_decode,
         on_text=on_text,
     )

@@ -51,6 +51,7 @@ from graft.calibrate.registry import SOLVERS
 from graft.evaluate.loss import evaluate_loss
 from graft.export.registry import TARGETS
 from graft.files.write import remove_folder
+from graft.layers.activations import compute_with
 from graft.model.adapter_files import check_adapter, save_adapter
 from graft.model.hub import base_name
 from graft.model.load import LoadedModel
@@ -161,6 +162,7 @@ def _carry_out(
     try:
         loaded = load_base(prepared, run, packer, events)
         parameters = _make_trainable(loaded, prepared)
+        compute_with(loaded.model, config.activations or "float")
     except Exception:
         if resumed is None:  # nothing has begun
             remove_folder(run)

@@ -11,11 +11,12 @@ from graft.cli.command import Command
 from graft.cli.fields import Positional
 from graft.cli.show import show, show_answer
 from graft.evaluate.config import DecodingConfig
+from graft.layers.config import ActivationConfig
 from graft.model.config import TrustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatArguments(DecodingConfig, TrustConfig):
+class ChatArguments(DecodingConfig, ActivationConfig, TrustConfig):
     """The model, and how it answers."""
 
     model: Positional
@@ -27,10 +28,11 @@ class ChatArguments(DecodingConfig, TrustConfig):
 def chat(arguments: ChatArguments) -> None:
     """Talk to a model; an empty line or Ctrl-D ends it."""
     from graft.api.evaluate import generate as run
-    from graft.api.run.folder import load_any, prompt_style
+    from graft.api.run.folder import load_any, prompt_style, round_inputs
     from graft.data.shapes.registry import SHAPES
 
     loaded = load_any(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    round_inputs(loaded, arguments.activations)
     for note in loaded.notes:
         show(note, error=True)
     style = prompt_style(Path(arguments.model))

@@ -9,11 +9,12 @@ from graft.cli.command import Command
 from graft.cli.fields import Positional
 from graft.cli.show import show, show_json
 from graft.data.config import ReadingConfig
+from graft.layers.config import ActivationConfig
 from graft.model.config import TrustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalArguments(ReadingConfig, TrustConfig):
+class EvalArguments(ReadingConfig, ActivationConfig, TrustConfig):
     """What to score, and on what."""
 
     model: Positional
@@ -43,7 +44,7 @@ class EvalArguments(ReadingConfig, TrustConfig):
 def evaluate(arguments: EvalArguments) -> None:
     """Loss and perplexity of a model, masked as in training."""
     from graft.api.evaluate import evaluate_model
-    from graft.api.run.folder import load_any
+    from graft.api.run.folder import load_any, round_inputs
 
     loaded = load_any(
         arguments.model,
@@ -52,6 +53,7 @@ def evaluate(arguments: EvalArguments) -> None:
         arguments.tokenizer,
         arguments.trust_remote_code,
     )
+    round_inputs(loaded, arguments.activations)
     for note in loaded.notes:
         show(note, error=True)
     result = evaluate_model(

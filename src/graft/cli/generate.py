@@ -9,11 +9,12 @@ from graft.cli.command import Command
 from graft.cli.fields import Positional
 from graft.cli.show import show, show_answer
 from graft.evaluate.config import DecodingConfig
+from graft.layers.config import ActivationConfig
 from graft.model.config import TrustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArguments(DecodingConfig, TrustConfig):
+class GenerateArguments(DecodingConfig, ActivationConfig, TrustConfig):
     """The model, the prompt, and how to go on from it."""
 
     model: Positional
@@ -31,13 +32,14 @@ class GenerateArguments(DecodingConfig, TrustConfig):
 def generate(arguments: GenerateArguments) -> None:
     """Continue a prompt."""
     from graft.api.evaluate import generate as run
-    from graft.api.run.folder import load_any, prompt_style
+    from graft.api.run.folder import load_any, prompt_style, round_inputs
 
     loaded = load_any(
         arguments.model,
         tokenizer=arguments.tokenizer,
         trust_remote_code=arguments.trust_remote_code,
     )
+    round_inputs(loaded, arguments.activations)
     for note in loaded.notes:
         show(note, error=True)
     run(

@@ -27,11 +27,6 @@ class DecodingConfig:
     max_length: int | None = None
     """Most tokens of prompt and answer together; default: what the model takes."""
 
-    fast_decode: bool = False
-    """Round what integer weights are multiplied with to 8 bits, in blocks of 32, as llama.cpp does:
-    faster on a CPU, but no longer the very logits that were trained. Weights that are no integers
-    in groups of 32 or more, and the prompt, are computed as ever."""
-
     def options(self) -> dict[str, Any]:
         """Return the fields by name, as `graft.api.evaluate.generate` takes them."""
         return {field.name: getattr(self, field.name) for field in fields(DecodingConfig)}

@@ -119,7 +119,6 @@ def generate_text(
     sampling: Sampling = GREEDY,
     seed: int = 0,
     stop: Sequence[str] = (),
-    fast: bool = False,
     on_text: OnText | None = None,
 ) -> str:
     """Return the continuation of a tokenised prompt.
@@ -127,9 +126,8 @@ def generate_text(
     Generation ends at the end-of-sequence token, before the first of the texts `stop`, after
     max_new_tokens, where prompt and continuation have max_length tokens, or where the model's
     position limit ends. A model that `graft.model.running.decode` knows is decoded by it, any
-    other by transformers; the tokens are chosen by `sampling` either way. `fast` is
-    `DecodingConfig.fast_decode`. Raises GraftError when the prompt leaves no room, for a sampling
-    or a number of tokens that cannot be, and where a model cannot be decoded fast.
+    other by transformers; the tokens are chosen by `sampling` either way. Raises GraftError when
+    the prompt leaves no room, and for a sampling or a number of tokens that cannot be.
     """
     _check_options(sampling, max_new_tokens, stop)
     room = _room(model, prompt_ids, max_new_tokens, max_length)
@@ -138,16 +136,11 @@ def generate_text(
     held = None if on_text is None or not stop else ends.stops.held(on_text)
     stream = None if on_text is None else _Stream(words, held or on_text)
     natively = decodes_natively(model, len(prompt_ids) + room)
-    if fast and not natively:
-        reason = why_not_native(model, len(prompt_ids) + room)
-        raise GraftError(
-            f"--fast-decode: {reason or f'{GENERATION_FILE} asks for what graft leaves to others'}"
-        )
     if natively:
         new: list[int] = []
         if stream is not None:
             stream.put(torch.tensor(prompt_ids))  # which it skips
-        for _, token, _ in _decoded(model, [prompt_ids], [room], sampling, seed, fast):
+        for _, token, _ in _decoded(model, [prompt_ids], [room], sampling, seed):
             new.append(token)
             if stream is not None:
                 stream.put(torch.tensor([token]))
@@ -267,7 +260,6 @@ def _decoded(
     rooms: Sequence[int],
     sampling: Sampling,
     seed: int,
-    fast: bool = False,
 ) -> Iterator[tuple[int, int, bool]]:
     """Yield (prompt's number, token, whether it is the last), as transformers' `generate` chooses.
 
@@ -278,7 +270,7 @@ def _decoded(
     texts = [_Text(*one, seed) for one in zip(range(len(prompts)), prompts, rooms, strict=True)]
     longest = max(text.most for text in texts)
     places = range(min(texts_together(model, longest), len(texts)))
-    decoder = Decoder(model, longest, len(places), fast)
+    decoder = Decoder(model, longest, len(places))
     waiting, going = texts[::-1], dict[int, _Text]()
     while waiting or going:
         free = [place for place in places if place not in going][: len(waiting)]

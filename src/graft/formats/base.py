@@ -85,6 +85,12 @@ class WeightFormat(ABC):
         return None
 
     @property
+    def meets_rounded(self) -> bool:
+        """Whether its weights are integers that meet inputs rounded to 8 bits where these are asked
+        for."""
+        return False
+
+    @property
     def workspace_bytes(self) -> int:
         """Bytes per weight that training needs for the layer at work, beside its gradients."""
         return 0

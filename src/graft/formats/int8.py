@@ -27,6 +27,11 @@ class Int8Format(WeightFormat):
         """Bits per code."""
         return 8
 
+    @property
+    def meets_rounded(self) -> bool:
+        """Whether inputs may be rounded, which they may."""
+        return True
+
     def options(self) -> dict[str, Any]:
         """Return the constructor's arguments as plain JSON values."""
         return {}

@@ -106,6 +106,11 @@ class IntGroupFormat(LatentGrid, OffsetGridFormat):
         """Itself."""
         return self
 
+    @property
+    def meets_rounded(self) -> bool:
+        """Whether groups are whole blocks of 32."""
+        return self.group_size % 32 == 0
+
     def words(self) -> str:
         """Return what it is, for a reader's eyes."""
         return f"{self.bits}-bit integers in groups of {self.group_size}"

@@ -80,6 +80,11 @@ class LatentFormat(GridFormat):
         return self.grid.group_size
 
     @property
+    def meets_rounded(self) -> bool:
+        """Whether the grid's weights meet rounded inputs, once the weight is rounded."""
+        return self.rounds and self.grid.meets_rounded
+
+    @property
     def workspace_bytes(self) -> int:
         """What the grid says, and the weight in float32 where it is kept in 8 bits."""
         return self.grid.latent_workspace + (4 if self.dtype == "int8" else 0)

@@ -16,4 +16,6 @@ import graft.kernels.moves.reference
 import graft.kernels.moves.triton
 import graft.kernels.pointwise.native
 import graft.kernels.pointwise.reference
-import graft.kernels.pointwise.triton  # noqa: F401
+import graft.kernels.pointwise.triton
+import graft.kernels.rounded.native
+import graft.kernels.rounded.reference  # noqa: F401

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from graft.formats.base import Packed, WeightFormat
 from graft.kernels.frozen.ops import linear
 from graft.kernels.packed.weight import Weight
+from graft.kernels.rounded.ops import rounded_inputs, rounded_linear, takes_gradients
+from graft.layers.config import Activations
 
 
 class _Held(NamedTuple):
@@ -32,6 +34,8 @@ class FrozenLinear(nn.Module):
     """
 
     bias: Tensor | None
+    activations: Activations = "float"
+    """What the weight is multiplied with; see `graft.layers.config`."""
 
     def __init__(
         self,
@@ -75,8 +79,20 @@ class FrozenLinear(nn.Module):
         return sum(tensor.numel() * tensor.element_size() for tensor in self.packed.values())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x Wᵀ + bias in x's dtype; x [..., in_features]."""
-        return self.add_bias(linear(x, self.kernel_weight()))
+        """Return x Wᵀ + bias in x's dtype; x [..., in_features], rounded where it is to be."""
+        weight = self.kernel_weight()
+        if self.rounds and not takes_gradients(x, weight):
+            return self.add_bias(rounded_linear(x, weight, self.activations == "q8"))
+        return self.add_bias(linear(self.met(x), weight))
+
+    @property
+    def rounds(self) -> bool:
+        """Whether the weight meets rounded inputs."""
+        return self.activations != "float" and self.weight_format.meets_rounded
+
+    def met(self, x: Tensor) -> Tensor:
+        """Return what the weight meets of x: x, or x rounded to 8 bits."""
+        return rounded_inputs(x, self.activations == "q8") if self.rounds else x
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         """Return the layer's output with other packed tensors in place of its own."""
@@ -118,9 +134,11 @@ class FrozenLinear(nn.Module):
 
     def replaced(self, weight_format: WeightFormat, packed: Packed) -> FrozenLinear:
         """Return a new layer with another weight and this layer's shape and bias."""
-        return type(self)(
+        new = type(self)(
             self.in_features, self.out_features, weight_format, packed, self.bias, self.transposed
         )
+        new.activations = self.activations
+        return new
 
     def extra_repr(self) -> str:
         """Return what print(model) shows."""

@@ -30,6 +30,8 @@ from graft.errors import GraftError, raise_problems
 from graft.files.digest import file_digest
 from graft.files.read import open_regular, read_bytes, read_typed
 from graft.files.write import write_json
+from graft.layers.activations import check_activations, compute_with, formats_of
+from graft.layers.config import Activations
 from graft.model.adapter_files import check_adapter_file, load_adapter
 from graft.model.folder import CONFIG_FILE, QUANTISATION_FILE, check_weights, read_tokenizer
 from graft.model.gguf.file import read_gguf
@@ -123,7 +125,18 @@ def load_any(
         check_adapter_file(folder / ADAPTER)
         loaded = load_run_base(folder, config, dtype, device)
         load_adapter(loaded.model, folder / ADAPTER)
+    compute_with(loaded.model, config.activations or "float")
     return _with_template(loaded, folder)
+
+
+def round_inputs(loaded: LoadedModel, activations: Activations | None) -> None:
+    """Let a model compute with what was asked for; None leaves it as it is.
+
+    Raises GraftError when none of its weights meet rounded inputs.
+    """
+    check_activations(activations, formats_of(loaded.model))
+    if activations is not None:
+        compute_with(loaded.model, activations)
 
 
 def _with_template(loaded: LoadedModel, run: Path) -> LoadedModel:

@@ -11,6 +11,7 @@ from graft.api.config import PlanConfig, TrainConfig
 from graft.errors import raise_problems
 from graft.formats.base import WeightFormat
 from graft.formats.registry import parse_format
+from graft.layers.activations import check_activations
 from graft.model.subject import Subject
 from graft.plan.skeleton import keeps_float32
 
@@ -23,13 +24,16 @@ def base_format(config: TrainConfig | PlanConfig, subject: Subject) -> WeightFor
     """
     if subject.formats:
         _check_stored(config, subject)
+        check_activations(config.activations, subject.formats.values())
         return None
     float32 = keeps_float32(subject.config, config.dtype)
     description = format_description(config, config.method, float32)
     check_solver(chosen_solver(config, config.method, config.bits), description)
     if description is None:
+        check_activations(config.activations, ())
         return None
     weight_format = parse_format(description)
+    check_activations(config.activations, [weight_format.deployed])
     raise_problems(method_of(config).grid_problems(config, weight_format), "configuration")
     return weight_format
 

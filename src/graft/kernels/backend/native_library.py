@@ -56,6 +56,7 @@ class LowRank(ctypes.Structure):
 
 _ARGUMENTS = {
     "linear": (_pointer, _pointer, _int, _pointer, _int, _pointer, _pointer, _int),
+    "rounded_inputs": (_int, _pointer, _int, _int, _int, _pointer, _int),
     "rounded_linear": (_pointer, _int, _pointer, _int, _int, _pointer, _int),
     "grad_input": (_pointer, _pointer, _int, _pointer, _int, _pointer, _pointer, _int),
     "token_product": (_int, _pointer, _int, _pointer, _int, _int, _pointer, _int),

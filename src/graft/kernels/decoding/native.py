@@ -79,14 +79,10 @@ class NativeDecoder:
 
     Up to MOST_SEQUENCES sequences have a cache each, and go on alone or together; a sequence's
     logits do not depend on those beside it. A decoder of one sequence takes sums in a quicker order
-    where there is one (AVX2), so that its logits differ from those by rounding. `rounds_inputs`:
-    where weights are integer codes in groups of 32 or more, what meets them is rounded
-    to 8 bits in blocks of 32, q = round(x / s) with s = max |x| / 127, as llama.cpp does.
+    where there is one (AVX2), so that its logits differ from those by rounding.
     """
 
-    def __init__(
-        self, weights: DecoderWeights, sequences: int = 1, rounds_inputs: bool = False
-    ) -> None:
+    def __init__(self, weights: DecoderWeights, sequences: int = 1) -> None:
         self._alive: list[Any] = []
         self._weights = weights
         capacity, count = len(weights.cosines), len(weights.layers)
@@ -111,7 +107,7 @@ class NativeDecoder:
             key_value_heads=weights.key_value_heads,
             head_dim=weights.head_dim,
             capacity=capacity,
-            rounds_inputs=rounds_inputs,
+            rounds_inputs=weights.rounding,
             folds_inputs=sequences == 1,
             epsilon=weights.epsilon,
             attention_scaling=weights.attention_scaling,

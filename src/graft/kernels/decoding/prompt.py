@@ -11,6 +11,7 @@ from graft.kernels.attention.ops import attention
 from graft.kernels.decoding.weights import DecoderWeights, Projection
 from graft.kernels.frozen.ops import linear
 from graft.kernels.pointwise.ops import rms_norm, silu_gate
+from graft.kernels.rounded.ops import rounded_linear
 
 _LEAST = 17
 """Rows of a pass: a product with fewer is summed in another order, and what is computed of a prompt
@@ -37,6 +38,15 @@ def prompt_caches(
     assert embedding is not None
     hidden = embedding.index_select(0, tokens).to(weights.dtype)
 
+    def projected(x: Tensor, projection: Projection) -> Tensor:
+        """Return x Wᵀ + bias."""
+        weight = projection.weight
+        if weights.rounds(weight):
+            y: Tensor = rounded_linear(x, weight, weights.rounding == 1)
+        else:
+            y = linear(x, weight)
+        return y if projection.bias is None else y.add_(projection.bias)
+
     def heads(x: Tensor, projection: Projection, count: int) -> Tensor:
         return projected(x, projection).view(len(tokens), count, weights.head_dim)
 
@@ -56,12 +66,6 @@ def prompt_caches(
         x = rms_norm(hidden, layer.mlp_norm, weights.epsilon)[0]
         gated = silu_gate(projected(x, layer.gate), projected(x, layer.up))
         hidden += projected(gated, layer.down)
-
-
-def projected(x: Tensor, projection: Projection) -> Tensor:
-    """Return x Wᵀ + bias."""
-    y: Tensor = linear(x, projection.weight)
-    return y if projection.bias is None else y.add_(projection.bias)
 
 
 def _turned(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:

@@ -54,13 +54,15 @@ class DecoderWeights:
     head: Projection
     cosines: Tensor
     sines: Tensor
+    rounding: int = 0
+    """How inputs meet integer weights in groups of 32 or more: 1 rounded to 8 bits in blocks of 32,
+    2 with one scale a token (`graft.kernels.rounded`), 0 as they are."""
 
-    def meet_rounded_inputs(self) -> bool:
-        """Return whether any layer's weight is integer codes in groups of whole blocks of 32."""
-        layouts = (
-            part.weight.layout
-            for layer in self.layers
-            for part in vars(layer).values()
-            if isinstance(part, Projection)
-        )
-        return any(one.kind == "int_group" and one.group_size % 32 == 0 for one in layouts)
+    def rounds(self, weight: Weight) -> bool:
+        """Return whether what meets a weight is rounded."""
+        return self.rounding > 0 and decodes_rounded(weight)
+
+
+def decodes_rounded(weight: Weight) -> bool:
+    """Return whether rounded inputs can meet a weight: integers in groups of whole blocks of 32."""
+    return weight.layout.kind == "int_group" and weight.layout.group_size % 32 == 0

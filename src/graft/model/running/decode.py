@@ -14,11 +14,16 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from graft.adapters.adapted import AdaptedLinear
-from graft.errors import GraftError
 from graft.kernels.backend.native_library import COMPUTE, why_unavailable
 from graft.kernels.decoding.native import MOST_SEQUENCES, STRIDE, NativeDecoder, Next
-from graft.kernels.decoding.weights import DecoderLayer, DecoderWeights, Projection
+from graft.kernels.decoding.weights import (
+    DecoderLayer,
+    DecoderWeights,
+    Projection,
+    decodes_rounded,
+)
 from graft.kernels.packed.weight import dense_weight
+from graft.layers.activations import computes_with
 from graft.layers.frozen import FrozenLinear
 from graft.layers.narrow import NarrowLinear
 from graft.model.families import FAMILIES, is_class
@@ -35,6 +40,10 @@ _CACHE_BYTES = 1 << 30
 """What the caches of texts that go on together may take."""
 _STATIC_ROPES = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose angles do not depend on the length of the text."""
+
+
+_ROUNDING = {"float": 0, "q8": 1, "q8_token": 2}
+"""`DecoderWeights.rounding` by what a model computes with."""
 
 
 def why_not_native(model: PreTrainedModel, positions: int) -> str | None:
@@ -79,6 +88,9 @@ def _weights_reason(model: PreTrainedModel) -> str | None:
             module = module.base
         if type(module) not in (nn.Linear, NarrowLinear, FrozenLinear):
             return f"{name} is a {type(module).__name__}"
+        rounds = isinstance(module, FrozenLinear) and module.rounds
+        if rounds and not decodes_rounded(module.kernel_weight()):
+            return f"{name} has {module.weight_format.name} weights with rounded inputs"
         stored = dict(module.named_parameters()).get("weight")  # of a layer that is not packed
         if stored is not None and stored.dtype not in COMPUTE:
             return f"{name} is stored in {stored.dtype}"
@@ -132,8 +144,6 @@ class Decoder:
     `positions` is the length of the longest text, and bounds each cache's size. Texts are told
     apart by numbers from 0 on; one that has ended leaves its number to another. A text's logits do
     not depend on those beside it; a decoder of one text may round otherwise (`NativeDecoder`).
-
-    `rounds_inputs`: see `NativeDecoder`; raises GraftError where no layer's weight is such.
     """
 
     @torch.no_grad()
@@ -142,15 +152,8 @@ class Decoder:
         model: PreTrainedModel,
         positions: int,
         sequences: int = 1,
-        rounds_inputs: bool = False,
     ) -> None:
-        weights = _describe(model, positions)
-        if rounds_inputs and not weights.meet_rounded_inputs():
-            raise GraftError(
-                "--fast-decode is for weights that are integers in groups of 32 or more (int), and "
-                "no layer of this model is; leave the flag out"
-            )
-        self._native = NativeDecoder(weights, sequences, rounds_inputs)
+        self._native = NativeDecoder(_describe(model, positions), sequences)
         self._lengths = [0] * sequences
 
     def start(self, prompts: Mapping[int, Tensor]) -> None:
@@ -200,4 +203,5 @@ def _describe(model: PreTrainedModel, positions: int) -> DecoderWeights:
         head=_projection(model, "lm_head"),
         cosines=cosines[0],
         sines=sines[0],
+        rounding=_ROUNDING[computes_with(model)],
     )

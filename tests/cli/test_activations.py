@@ -1,4 +1,4 @@
-"""--fast-decode reaches the decoder: a model without integers is refused by it."""
+"""--activations reaches the model: one without integers is refused."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def test_a_model_of_floats_is_refused(
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("the lamp\n"))
     for words in (["generate", str(tiny_base), "--prompt", "the"], ["chat", str(tiny_base)]):
-        assert main([*words, "--fast-decode"]) == 1
-        assert "--fast-decode is for weights that are integers" in capsys.readouterr().err
+        assert main([*words, "--activations", "q8"]) == 1
+        assert "--activations q8 is for weights that are integers" in capsys.readouterr().err
 
 
 def test_a_model_of_integers_is_continued(tiny_base: Path, tmp_path: Path) -> None:
     folder = str(tmp_path / "int4")
     assert main(["quantize", "--model", str(tiny_base), "--out", folder, "--format", "int"]) == 0
     words = ["generate", folder, "--prompt", "the lamp", "--max-new-tokens", "4"]
-    assert main([*words, "--fast-decode"]) == 0
+    assert main([*words, "--activations", "q8"]) == 0

@@ -1,0 +1,1 @@
+"""Products whose inputs are rounded to 8 bits."""
