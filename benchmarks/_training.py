@@ -54,6 +54,7 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "qalora-offsets": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
     "qalora-sampled": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
     "qalora-2": ("int", {"bits": 2, "group_size": GROUP_SIZE}),
+    "qalora-8": ("int", {"bits": 8, "group_size": GROUP_SIZE}),
     "affine": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
     "merge_aware": ("latent", {"bits": 4, "group_size": GROUP_SIZE}),
     "merge_aware-int8": ("latent", {"bits": 4, "group_size": GROUP_SIZE, "dtype": "int8"}),

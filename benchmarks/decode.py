@@ -41,7 +41,7 @@ SLOW_TOKENS = 16
 
 WHO = ("graft", "graft through transformers", "llama.cpp")
 GGUF = "model.gguf"
-FORMATS = {"int4": "qalora", "int2": "qalora-2", "nf4": "qlora"}
+FORMATS = {"int4": "qalora", "int2": "qalora-2", "int8": "qalora-8", "nf4": "qlora"}
 """By the method whose frozen weights have that format."""
 
 

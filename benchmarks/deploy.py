@@ -24,6 +24,7 @@ from _common import as_text, e2e_rows, shared, write_csv, write_jsonl
 
 import graft
 from graft.adapters.attach import frozen_layers
+from graft.layers.activations import compute_with
 from graft.model.gguf.layout import gguf_names, rotary_heads, rows_from_gguf
 
 HELD_OUT_LINES = 200
@@ -36,6 +37,8 @@ def main() -> None:
     parser.add_argument("--model", default="babyllama-361-1m")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--methods", nargs="+", default=["qalora", "affine"])
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--activations", default="float", help="float, q8 or q8_token")
     arguments = parser.parse_args()
     model = shared("models", arguments.model)
     folder = Path(tempfile.mkdtemp())
@@ -46,7 +49,7 @@ def main() -> None:
     evaluation = write_jsonl(folder / "test.jsonl", held_out)
     results: list[dict[str, object]] = []
     for method in arguments.methods:
-        for bits in (4, 3, 2):
+        for bits in arguments.bits:
             run = folder / f"{method}-{bits}"
             report = graft.finetune(
                 graft.TrainConfig(
@@ -58,26 +61,29 @@ def main() -> None:
                     eos=False,
                     max_length=256,
                     dtype="float32",
+                    activations=arguments.activations,
                     steps=arguments.steps,
                     out=str(run),
                 )
             )
             row: dict[str, object] = {"method": method, "bits": bits}
             row["perplexity"] = round(report.perplexity, 5)
-            row |= _checks(run, [line["text"] for line in held_out], prompts)
+            row |= _checks(run, [line["text"] for line in held_out], prompts, arguments.activations)
             results.append(row)
             print(row, flush=True)
     print(f"wrote {write_csv('deploy', results)}")
     shutil.rmtree(folder)
 
 
-def _checks(run: Path, lines: list[str], prompts: list[str]) -> dict[str, object]:
+def _checks(run: Path, lines: list[str], prompts: list[str], activations: Any) -> dict[str, object]:
     merged_folder, file = run / "merged", run / "model.gguf"
     trained, tokenizer = graft.load(run)
     graft.merge(run, merged_folder)
     merged, _ = graft.load(merged_folder)
     graft.export_model(run, "gguf", file)
     exported, _ = graft.load(file, tokenizer=str(merged_folder))
+    for model in (merged, exported):
+        compute_with(model, activations)
     ids = [tokenizer(line, truncation=True, max_length=256)["input_ids"] for line in lines]
     starts = [tokenizer(prompt)["input_ids"][:192] for prompt in prompts]
     with torch.no_grad():

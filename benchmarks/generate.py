@@ -1,11 +1,11 @@
 """Prompts, and several sequences at once, beside llama.cpp on the weights that graft exports.
 
-A Llama shape with random weights, int4 (or --format) in groups of 32 on all seven linear layers, embedding and
-head in bf16, exported to GGUF. Three numbers of each contender, in fresh processes that take turns:
-tokens/s of a prompt of 512, of one sequence, and of 8 that go on together (llama.cpp: one
-llama_batch with a token of each). And how far its logits are from those of graft in float32: the
-mean Kullback-Leibler divergence in nats. `graft q8` and `graft q8_token` have --activations: inputs
-of 8 bits, in blocks of 32 as llama.cpp's are or with one scale a token.
+A Llama shape with random weights, int4 (or --format) in groups of 32 on all seven linear layers,
+embedding and head in bf16, exported to GGUF. Three numbers of each contender, in fresh processes
+that take turns: tokens/s of a prompt of 512, of one sequence, and of 8 that go on together
+(llama.cpp: one llama_batch with a token of each). And how far its logits are from those of graft in
+float32: the mean Kullback-Leibler divergence in nats. `graft q8` and `graft q8_token` have
+--activations: inputs of 8 bits, in blocks of 32 as llama.cpp's are or with one scale a token.
 
     python benchmarks/generate.py [--shape tiny] [--threads 2] [--isa avx2 --dtype float32]
 """
@@ -226,8 +226,8 @@ def _report(
     arguments: argparse.Namespace,
 ) -> None:
     print(
-        f"\nshape {arguments.shape}, {arguments.format} in groups of {GROUP_SIZE}, {arguments.dtype}, "
-        f"{arguments.threads} threads\n"
+        f"\nshape {arguments.shape}, {arguments.format} in groups of {GROUP_SIZE}, "
+        f"{arguments.dtype}, {arguments.threads} threads\n"
     )
     works = {"prompt": LENGTH, "1": 1, str(arguments.sequences): arguments.sequences}
 

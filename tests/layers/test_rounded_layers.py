@@ -51,6 +51,8 @@ def test_what_an_adapter_trains_with_is_what_its_merge_computes() -> None:
     x = torch.randn(20, 64)
     trained, computed = adapted(x.requires_grad_(True)), merged(x.detach())
     torch.testing.assert_close(trained, computed, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        assert torch.equal(adapted(x), computed)
 
 
 def test_weights_that_are_no_integers_meet_their_inputs_as_they_are() -> None:

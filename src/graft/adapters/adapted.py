@@ -63,7 +63,10 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the adapted layer's output in x's dtype; x [..., in_features]."""
-        x = self.base.met(x)
+        if self.base.rounds:
+            if self.moves_grid_only() and not torch.is_grad_enabled():
+                return self.base.linear(x, self.effective_packed())  # as the merged layer computes
+            x = self.base.met(x)
         if len(self.active) == 1:
             fused = self.adapter(self.active[0]).fused_output(x, self.base)
             if fused is not None:

@@ -80,10 +80,12 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x Wᵀ + bias in x's dtype; x [..., in_features], rounded where it is to be."""
-        weight = self.kernel_weight()
+        return self.add_bias(self._product(x, self.kernel_weight()))
+
+    def _product(self, x: Tensor, weight: Weight) -> Tensor:
         if self.rounds and not takes_gradients(x, weight):
-            return self.add_bias(rounded_linear(x, weight, self.activations == "q8"))
-        return self.add_bias(linear(self.met(x), weight))
+            return rounded_linear(x, weight, self.activations == "q8")
+        return linear(self.met(x), weight)
 
     @property
     def rounds(self) -> bool:
@@ -96,7 +98,7 @@ class FrozenLinear(nn.Module):
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:
         """Return the layer's output with other packed tensors in place of its own."""
-        return self.add_bias(linear(x, self._weight_of(packed)))
+        return self.add_bias(self._product(x, self._weight_of(packed)))
 
     def add_bias(self, y: Tensor) -> Tensor:
         """Return y + bias, if there is one."""

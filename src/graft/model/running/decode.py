@@ -88,13 +88,16 @@ def _weights_reason(model: PreTrainedModel) -> str | None:
             module = module.base
         if type(module) not in (nn.Linear, NarrowLinear, FrozenLinear):
             return f"{name} is a {type(module).__name__}"
-        rounds = isinstance(module, FrozenLinear) and module.rounds
-        if rounds and not decodes_rounded(module.kernel_weight()):
-            return f"{name} has {module.weight_format.name} weights with rounded inputs"
+        if isinstance(module, FrozenLinear) and not _decodes(module):
+            return f"{name} has {module.weight_format.name} weights that meet rounded inputs"
         stored = dict(module.named_parameters()).get("weight")  # of a layer that is not packed
         if stored is not None and stored.dtype not in COMPUTE:
             return f"{name} is stored in {stored.dtype}"
     return None
+
+
+def _decodes(layer: FrozenLinear) -> bool:
+    return not layer.rounds or decodes_rounded(layer.kernel_weight())
 
 
 def texts_together(model: PreTrainedModel, positions: int) -> int:
