@@ -6,8 +6,7 @@ from dataclasses import dataclass, replace
 
 WHO = (
     *("peft-lora", "peft-qlora", "graft-lora", "graft-qlora", "graft-qalora", "graft-affine"),
-    *("graft-qalora-offsets", "graft-qalora-sampled"),
-    *("graft-merge_aware", "graft-merge_aware-int8"),
+    *("graft-qalora-offsets", "graft-merge_aware", "graft-merge_aware-int8"),
 )
 CHECKPOINTING = {"peft": ("none", "layers"), "graft": ("none", "products", "half", "layers")}
 DTYPES = ("bfloat16", "float32")
@@ -43,8 +42,7 @@ class Case:
 
     @property
     def method(self) -> str:
-        """lora, qlora, qalora (qalora-offsets: its scales stay, qalora-sampled: their gradient is
-        estimated from a quarter of the tokens), affine, merge_aware (-int8)."""
+        """lora, qlora, qalora (qalora-offsets: its scales stay), affine, merge_aware (-int8)."""
         return self.who.partition("-")[2]
 
     @property
@@ -97,7 +95,6 @@ _COMPARISONS = {
         Comparison("graft-qlora *", "peft-qlora none default", 0.5, "1x256", peak=0.6),
         Comparison("graft-qlora *", "peft-qlora layers default", 0.45, "2x512", peak=0.6),
         Comparison("graft-qalora none", "graft-qlora none default", 1.25, "1x256"),
-        Comparison("graft-qalora-sampled none", "graft-qlora none default", 1.25, "1x256"),
     ),
     ("7b", "bfloat16"): (
         Comparison("graft-qlora *", "peft-qlora layers default", 0.5, "1x256", peak_gb=5.0),

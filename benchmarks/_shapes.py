@@ -17,13 +17,16 @@ BYTES_PER_WEIGHT = {
     "qlora": 4.127 / 8,
     "qalora": 5 / 8,
     "qalora-offsets": 5 / 8,
-    "qalora-sampled": 5 / 8,
     "affine": 5 / 8,
     "merge_aware": 2.125,
     "merge_aware-int8": 1.25,
 }
 """Of the frozen layers: bf16; nf4, doubly quantised; int4 with two fp16 per group of 32; bf16, or
 8 bits with two fp16 of their own, beside those two."""
+
+
+INTEGER_SHARE = 3 / 8
+"""Of a product in floats, one in 7-bit integers: with AVX2, three multiplications for eight."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,8 @@ def step_work(
         adapter_backward = 2 * adapter_forward
     else:  # dyᵀ groupsum(x) for the offsets; the scales need the whole of dyᵀ x
         adapter_backward = 2.0 * tokens * weights / GROUP_SIZE
-        if method != "qalora-offsets":
-            adapter_backward += 2.0 * tokens * weights / (4 if method == "qalora-sampled" else 1)
+        shares = {"qalora-offsets": 0.0, "qalora": INTEGER_SHARE}
+        adapter_backward += 2.0 * tokens * weights * shares.get(method, 1.0)
     operations = 2.0 * tokens * (2 * (weights + head) - first) + 3.5 * attention
     operations += adapter_forward + adapter_backward
     multiplied = 2 * weights

@@ -52,7 +52,6 @@ _FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
     "qlora": ("nf4", {"double_quant": True}),
     "qalora": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
     "qalora-offsets": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
-    "qalora-sampled": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
     "qalora-2": ("int", {"bits": 2, "group_size": GROUP_SIZE}),
     "qalora-8": ("int", {"bits": 8, "group_size": GROUP_SIZE}),
     "affine": ("int", {"bits": 4, "group_size": GROUP_SIZE}),
@@ -83,7 +82,6 @@ def graft_training(
         rank=RANK,
         alpha=ALPHA,
         grid_rank=0 if variant == "offsets" else None,
-        scale_sample=4 if variant == "sampled" else 1,
     )
     attach_adapter(model, select_targets(model, ()), config.resolved(4))
     use_own_pointwise(model)

@@ -23,6 +23,7 @@ import torch
 from _common import RESULTS, ROOT, as_text, e2e_rows, shared, write_csv, write_jsonl
 
 import graft
+from graft.compare.run import compare
 
 CONTENDERS = (
     "base",
@@ -64,7 +65,7 @@ def main() -> None:
         folder = arguments.out / name
         data = write_jsonl(folder.with_suffix(".train.jsonl"), _rows(task, training=True))
         held_out = write_jsonl(folder.with_suffix(".test.jsonl"), _rows(task, training=False))
-        graft.compare(
+        compare(
             graft.CompareConfig(
                 model=str(shared("models", arguments.model)),
                 data=str(data),

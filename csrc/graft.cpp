@@ -199,8 +199,8 @@ int graft_token_product(int64_t dtype, const void *a, int64_t a_cols, const void
 }
 
 int graft_grad_statistics(const graft_weight *weight, int64_t dtype, const void *dy, const void *x, int64_t tokens,
-                          float *scales, float *offsets, int64_t threads) {
-    return kernels().grad_statistics(*weight, dtype, dy, x, tokens, scales, offsets, threads);
+                          int64_t rounds, float *scales, float *offsets, int64_t threads) {
+    return kernels().grad_statistics(*weight, dtype, dy, x, tokens, rounds, scales, offsets, threads);
 }
 
 int graft_pool(int64_t dtype, const void *x, int64_t tokens, int64_t cols, int64_t group_size, void *out,

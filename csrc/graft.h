@@ -74,10 +74,11 @@ GRAFT_API int graft_token_product(int64_t dtype, const void *a, int64_t a_cols, 
                                   int64_t b_cols, int64_t tokens, float *out, int64_t threads);
 
 /* For an int group weight, float [rows, groups]: sums over each group of dy^T x (offsets) and of
-   (dy^T x) * code (scales), both times the weight's scales if it has any. */
+   (dy^T x) * code (scales), both times the weight's scales if it has any. rounds: dy and x may be rounded to 7
+   bits first. */
 GRAFT_API int graft_grad_statistics(const graft_weight *weight, int64_t dtype, const void *dy,
-                                    const void *x, int64_t tokens, float *scales, float *offsets,
-                                    int64_t threads);
+                                    const void *x, int64_t tokens, int64_t rounds, float *scales,
+                                    float *offsets, int64_t threads);
 
 /* out [tokens, ceil(cols / group_size)] of dtype: sums over each group, taken in float. */
 GRAFT_API int graft_pool(int64_t dtype, const void *x, int64_t tokens, int64_t cols,

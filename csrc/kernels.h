@@ -13,7 +13,7 @@ struct Kernels {
                       void *, void *, int64_t);
     int (*token_product)(int64_t, const void *, int64_t, const void *, int64_t, int64_t, float *,
                          int64_t);
-    int (*grad_statistics)(const graft_weight &, int64_t, const void *, const void *, int64_t, float *,
+    int (*grad_statistics)(const graft_weight &, int64_t, const void *, const void *, int64_t, int64_t, float *,
                            float *, int64_t);
     int (*dequantize)(const graft_weight &, int64_t, void *, int64_t);
     int (*codebook_quantize)(int64_t, const void *, int64_t, int64_t, const float *,

@@ -16,6 +16,7 @@ from graft.errors import GraftError
 from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
+from graft.kernels.backend.native_library import native
 from graft.kernels.packed.planes import unpack_codes
 
 GRIDS = [(2, 8), (3, 8), (4, 32), (8, 32)]
@@ -152,8 +153,13 @@ def test_qalora_gradients_pass_straight_through_the_rounding(bits, frozen, rando
         torch.testing.assert_close(mine.grad.double(), true.grad, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rounds", [False, True], ids=["exact", "rounded"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_gradients_of_moving_scales_pass_straight_through(bits, frozen, randomise) -> None:
+def test_gradients_of_moving_scales_pass_straight_through(
+    bits, rounds, frozen, randomise, monkeypatch
+) -> None:
+    if not rounds:  # the reference's formula, in floats
+        monkeypatch.delitem(native.operations, "grad_factors", raising=False)
     base, adapter, layer = moving_layer(frozen, randomise, bits, 8)
     codes, scales, _ = grid_of(base)
     x, grad = torch.randn(7, 44), torch.randn(7, 6)
@@ -167,7 +173,10 @@ def test_gradients_of_moving_scales_pass_straight_through(bits, frozen, randomis
     (x.double() @ update.T).backward(grad.double())
     for name, true in zip(names, (A, B, u_A, u_B), strict=True):
         mine = adapter.get_parameter(name).grad.double()
-        torch.testing.assert_close(mine, true.grad, rtol=1e-5, atol=1e-4)
+        if rounds and name in ("u_A", "u_B"):
+            assert (mine - true.grad).norm() < 0.06 * true.grad.norm()  # of few tokens
+        else:
+            torch.testing.assert_close(mine, true.grad, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -6,10 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
-from graft.adapters.token_sample import drawn, token_sample
 from graft.formats.base import GridUpdate, LowRank, Scaled
 from graft.formats.int_group import IntGroupFormat
+from graft.kernels.backend.native_library import native
 from graft.kernels.frozen.ops import linear
 from graft.kernels.low_rank.ops import low_rank_product
 from graft.kernels.moves import ops
@@ -41,11 +42,14 @@ def test_affine_linear_is_the_chain_through_the_moved_statistics(
         torch.testing.assert_close(got.grad, other.grad, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("rounds", [False, True], ids=["exact", "rounded"])
 @pytest.mark.parametrize("statistics", ["float16", "float32"])
 @pytest.mark.parametrize(("bits", "group_size"), [(2, 8), (3, 32), (4, 32), (8, 64)])
 def test_qalora_grid_linear_is_the_chain_through_the_moved_statistics(
-    bits: int, group_size: int, statistics: str
+    bits: int, group_size: int, statistics: str, rounds: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if not rounds:  # the reference's formula, with the native product in floats
+        monkeypatch.delitem(native.operations, "grad_factors", raising=False)
     weight_format = IntGroupFormat(bits, group_size, statistics)
     packed = weight_format.pack(torch.randn(OUT, IN))
     groups = -(-IN // group_size)
@@ -53,7 +57,7 @@ def test_qalora_grid_linear_is_the_chain_through_the_moved_statistics(
     ours = [(torch.randn(shape) * 0.3).requires_grad_() for shape in shapes]
     x, A, B, u_A, u_B = ours
     weight = weight_format.kernel_weight(packed, OUT, IN)
-    y = ops.qalora_grid_linear(x, weight, A, B, 0.7, u_A, u_B, None, None)
+    y = ops.qalora_grid_linear(x, weight, A, B, 0.7, u_A, u_B)
     grad = torch.randn_like(y)
     y.backward(grad)
     others = [t.detach().clone().requires_grad_() for t in ours]
@@ -63,8 +67,16 @@ def test_qalora_grid_linear_is_the_chain_through_the_moved_statistics(
     expected = linear(x, weight_format.kernel_weight(absorbed, OUT, IN))
     expected.backward(grad)
     assert torch.equal(y, expected)
-    for got, other in zip(ours, others, strict=True):
-        torch.testing.assert_close(got.grad, other.grad, rtol=1e-5, atol=1e-5)
+    gradients = [(got.grad, other.grad) for got, other in zip(ours, others, strict=True)]
+    for got, other in gradients[: 3 if rounds else 5]:
+        torch.testing.assert_close(got, other, rtol=1e-5, atol=1e-5)
+    for got, other in gradients[3:]:
+        assert error(got, other) < 0.06  # of few tokens, and of few numbers
+
+
+def error(got: Tensor, exact: Tensor) -> float:
+    """Return the relative error."""
+    return float((got - exact).norm() / exact.norm())
 
 
 def test_opcheck(opcheck: Callable[..., None]) -> None:
@@ -74,9 +86,7 @@ def test_opcheck(opcheck: Callable[..., None]) -> None:
     x = torch.randn(2, 3, IN, requires_grad=True)
     opcheck(ops.affine_linear, (x, weight, u, v))
     factors = [torch.randn(shape, requires_grad=True) for shape in ((2, 3), (OUT, 2))]
-    opcheck(ops.qalora_grid_linear, (x, weight, *factors, 1.0, *factors, None, None))
-    with drawn(0, 1, 0, (3, 3)):
-        opcheck(ops.qalora_grid_linear, (x, weight, *factors, 1.0, *factors, *token_sample(x, 2)))
+    opcheck(ops.qalora_grid_linear, (x, weight, *factors, 1.0, *factors))
     frozen = [factor.detach() for factor in factors]
     opcheck(ops.move_by_factors, (*weight.statistics, *frozen, 1.0, *frozen))
     moves = packed["offsets"], packed["scales"], u.detach(), torch.float16

@@ -15,6 +15,7 @@ from graft.api.config import TrainConfig
 from graft.data.config import DataConfig
 from graft.data.load import load_train_and_eval
 from graft.formats.registry import parse_format
+from graft.kernels.backend.native_library import native
 from graft.model.load import load_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.objectives.base import LossResult
@@ -96,7 +97,11 @@ def step(
 
 @pytest.mark.parametrize("objective", list(OBJECTIVES))
 @pytest.mark.parametrize("method", list(METHODS))
-def test_two_halves_are_the_whole(method, objective, tiny_base, rows, tmp_path) -> None:
+def test_two_halves_are_the_whole(
+    method, objective, tiny_base, rows, tmp_path, monkeypatch
+) -> None:
+    # What is rounded is rounded by the batch: qalora's gradient is taken in floats here.
+    monkeypatch.delitem(native.operations, "grad_factors", raising=False)
     whole, gradients = step(tiny_base, rows, tmp_path / "whole", method, objective, 16)
     halves, summed = step(tiny_base, rows, tmp_path / "halves", method, objective, 8)
     assert halves == pytest.approx(whole, rel=1e-6)

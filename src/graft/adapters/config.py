@@ -20,7 +20,6 @@ class AdapterConfig:
     RARE: ClassVar[frozenset[str]] = frozenset(
         {
             "grid_rank",
-            "scale_sample",
             "rslora",
             "loftq_rounds",
             "dense_fraction",
@@ -39,9 +38,6 @@ class AdapterConfig:
     """Rank of the moves of the scales (qalora), and of those of the offsets (merge_aware). The
     default is --rank for qalora, where 0 leaves the scales alone and the adapter an ordinary LoRA;
     for merge_aware it is 1 at 2 bits and 0, a grid that stays, at more."""
-    scale_sample: int = 1
-    """Estimate the gradient of the scales (qalora) from one token in so many, drawn anew in each
-    step: 4 shortens a step, and ends a little worse. The default, 1, takes all tokens."""
     alpha: float | None = None
     """Numerator of the scaling alpha/rank; None means rank, so that the scaling is 1."""
     rslora: bool = False

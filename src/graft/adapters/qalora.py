@@ -28,7 +28,6 @@ from graft.adapters.config import AdapterConfig
 from graft.adapters.lora import low_rank, scaling_of
 from graft.adapters.method import Config, Kept, Method, narrow_solver
 from graft.adapters.rates import low_rank_moves_factors, low_rank_rate
-from graft.adapters.token_sample import token_sample
 from graft.errors import GraftError
 from graft.formats.base import GridUpdate, LowRank, Packed, Scaled
 from graft.formats.int_group import IntGroupFormat
@@ -76,7 +75,6 @@ class QALoraAdapter(Adapter):
         alpha: float | None = None,
         rslora: bool = False,
         grid_rank: int = 0,
-        scale_sample: int = 1,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -90,7 +88,7 @@ class QALoraAdapter(Adapter):
             self.B = nn.Parameter(torch.zeros(out_features, groups, device=device))
         else:
             self.A, self.B = low_rank_start(self.rank, groups, out_features, device, in_features)
-        self.grid_rank, self.scale_sample = min(grid_rank, groups), scale_sample
+        self.grid_rank = min(grid_rank, groups)
         if self.grid_rank:
             self.u_A, self.u_B = low_rank_moves(self.grid_rank, out_features, groups, device)
 
@@ -105,7 +103,6 @@ class QALoraAdapter(Adapter):
             config.alpha,
             config.rslora,
             config.grid_rank or 0,
-            config.scale_sample,
             next(layer.parameters()).device,
         )
 
@@ -137,16 +134,15 @@ class QALoraAdapter(Adapter):
     def fused_output(self, x: Tensor, base: FrozenLinear) -> Tensor | None:
         """Return x W'ᵀ, W' with moved statistics.
 
-        The gradients of moved offsets alone are formed from the group sums of x; those of scales
-        need x itself, and bring the offsets' with them.
+        The gradients of moved offsets are formed from the group sums of x; those of scales need x
+        itself.
         """
         if base.weight_format.integers is None:
             return None
         operands = base.kernel_weight(), self.A, self.B, self.scaling
         y: Tensor
         if self.grid_rank:
-            sample = token_sample(x, self.scale_sample)
-            y = qalora_grid_linear(x, *operands, self.u_A, self.u_B, *sample)
+            y = qalora_grid_linear(x, *operands, self.u_A, self.u_B)
         else:
             y = qalora_linear(x, *operands)[0]
         return y
@@ -193,7 +189,7 @@ class QALora(Method):
 
     name = "qalora"
     adapter = QALoraAdapter
-    takes = frozenset({"grid_rank", "scale_sample"})
+    takes = frozenset({"grid_rank"})
     default_format = "int"
     formats = ("int",)
     merges_exactly = True
@@ -202,12 +198,6 @@ class QALora(Method):
         """Return the configuration with grid_rank filled in: the rank, so that the scales move."""
         grid_rank = config.update_rank if config.grid_rank is None else config.grid_rank
         return dataclasses.replace(config, rank=config.update_rank, grid_rank=grid_rank)
-
-    def problems(self, config: AdapterConfig) -> list[str]:
-        """Return which of its options contradict each other."""
-        if config.grid_rank != 0 or config.scale_sample == 1:
-            return []
-        return ["--scale-sample is for scales that move, and --grid-rank 0 keeps them; drop one"]
 
     def default_solver(self, bits: int | str | None) -> str:
         """Return a calibrated solver where what narrow codes lose stays lost."""

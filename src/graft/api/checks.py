@@ -158,13 +158,9 @@ def _bad_numbers(config: TrainConfig) -> list[str]:
     positive = (
         *("rank", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "alpha"),
         *("loftq_rounds", "max_grad_norm", "eval_every", "eval_epochs", "save_every"),
-        *("save_minutes", "patience", "calibration_rows", "scale_sample"),
+        *("save_minutes", "patience", "calibration_rows"),
     )
     problems = _not_positive(config, positive)
-    if config.cuda_graphs and config.scale_sample > 1:
-        problems.append(
-            "--cuda-graphs repeats a step with the tokens that it drew; drop --scale-sample"
-        )
     if config.grid_rank is not None and config.grid_rank < 0:
         problems.append(f"--grid-rank is {config.grid_rank}; expected 0 or more")
     not_negative = {

@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from graft.adapters.token_sample import drawn
 from graft.data.batches import Batch
 from graft.data.examples import Example
 from graft.model.running.memory import give_back_freed
@@ -70,9 +69,7 @@ class StepGradients:
         for index, batch in enumerate(batches):
             if index:
                 self.task.stop.check()
-            lengths = [len(one.input_ids) for one in examples[index]]
-            with drawn(self.config.seed, step, sum(map(len, rows[:index])), lengths):
-                batch_loss, measured = self._add(batch, targets)
+            batch_loss, measured = self._add(batch, targets)
             losses.append(batch_loss)
             sums = {name: sums.get(name, 0.0) + value for name, value in measured.items()}
         clipped = torch.nn.utils.clip_grad_norm_(self.trained, self.config.max_grad_norm)

@@ -60,7 +60,7 @@ _ARGUMENTS = {
     "rounded_linear": (_pointer, _int, _pointer, _int, _int, _pointer, _int),
     "grad_input": (_pointer, _pointer, _int, _pointer, _int, _pointer, _pointer, _int),
     "token_product": (_int, _pointer, _int, _pointer, _int, _int, _pointer, _int),
-    "grad_statistics": (_pointer, _int, _pointer, _pointer, _int, _pointer, _pointer, _int),
+    "grad_statistics": (_pointer, _int, _pointer, _pointer, *2 * [_int], *2 * [_pointer], _int),
     "pool": (_int, _pointer, _int, _int, _int, _pointer, _int),
     "move_offsets": (_int, _pointer, _pointer, _pointer, *3 * [_int], _double, _pointer, _int),
     "move_scaled": (_int, _pointer, _pointer, _pointer, _int, _pointer, _int),

@@ -116,6 +116,17 @@ def int_group_grad_statistics(
     """Compute the group sums of (dyᵀ x) * q and of dyᵀ x, never holding dyᵀ x; float32."""
     if x.dtype not in COMPUTE:
         return reference.int_group_grad_statistics(grad, x, weight, units)
+    return grad_statistics(grad, x, weight, units, rounds=False)
+
+
+def grad_statistics(
+    grad: Tensor, x: Tensor, weight: Weight, units: Tensor | None, rounds: bool
+) -> tuple[Tensor, Tensor]:
+    """Compute `int_group_grad_statistics` of a dtype in COMPUTE.
+
+    rounds: where AVX2 or AVX-512 multiplies integers faster than floats, dy and x are rounded to 7
+    bits first (csrc/rounded_statistics.inc).
+    """
     dy, inputs, layout = grad.contiguous(), x.contiguous(), weight.layout
     check_width(x, layout.in_features)
     shape = layout.out_features, -(-layout.in_features // layout.group_size)
@@ -123,7 +134,7 @@ def int_group_grad_statistics(
         return x.new_zeros(shape, dtype=torch.float32), x.new_zeros(shape, dtype=torch.float32)
     scales, offsets = (x.new_empty(shape, dtype=torch.float32) for _ in range(2))
     struct = prepared(weight.moved(units, None))
-    sizes = DTYPES[x.dtype], address(dy), address(inputs), token_count(x)
+    sizes = DTYPES[x.dtype], address(dy), address(inputs), token_count(x), rounds
     call("grad_statistics", struct.reference, *sizes, address(scales), address(offsets))
     return scales, offsets
 

@@ -16,6 +16,7 @@ import graft.kernels.backends  # noqa: F401  (registers them)
 from graft.kernels.backend.operation import Operation
 from graft.kernels.backend.registry import implementation
 from graft.kernels.frozen.ops import grad_input
+from graft.kernels.low_rank.reference import hidden_and_gradient
 from graft.kernels.packed.weight import Weight, save_weight, saved_weight
 
 # LoRA: y = x Wᵀ + hidden Bᵀ, hidden = scaling x Aᵀ ------------------------------------------------
@@ -164,9 +165,7 @@ def _qalora_backward(ctx: Any, grad: Tensor, _: Tensor | None) -> tuple[Any, ...
         scales, offsets = weight.statistics
         moved = move_offsets(offsets, A, B, ctx.scaling, offsets.dtype)
         grad_x = grad_input(grad, weight.moved(scales, moved))
-    # A low-rank layer without a frozen weight: its product is left out.
-    hidden = (pooled @ A.T.to(pooled.dtype)) * ctx.scaling
-    grad_hidden = (grad @ B.to(grad.dtype)) * ctx.scaling
+    hidden, grad_hidden = hidden_and_gradient(grad, pooled, A, B, ctx.scaling)
     grad_A = token_product(grad_hidden, pooled)
     grad_B = token_product(grad, hidden)
     return grad_x, None, grad_A, grad_B, None

@@ -43,6 +43,14 @@ def updated_gradient(
     return dx + hidden @ A.to(grad.dtype), hidden
 
 
+def hidden_and_gradient(
+    grad: Tensor, inputs: Tensor, A: Tensor, B: Tensor, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """Return hidden = scaling inputs Aᵀ and its gradient, scaling dy B; of them come dB and dA."""
+    hidden = (inputs @ A.T.to(inputs.dtype)) * scaling
+    return hidden, (grad @ B.to(grad.dtype)) * scaling
+
+
 @reference.implements("token_product")
 def token_product(a: Tensor, b: Tensor) -> Tensor:
     """Compute aᵀ b over all tokens, float32."""

@@ -5,8 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graft.kernels.backend.native_library import DTYPES, address, call, native
+from graft.kernels.backend.native_library import COMPUTE, DTYPES, address, call, native
+from graft.kernels.frozen.native import grad_statistics
+from graft.kernels.low_rank.native import pool, token_product
+from graft.kernels.low_rank.reference import hidden_and_gradient
 from graft.kernels.moves import reference
+from graft.kernels.packed.weight import Weight
 
 
 @native.implements("move_offsets")
@@ -55,3 +59,28 @@ def move_by_factors(
     u = _moved(None, u_A, u_B, 1.0, torch.float32)
     moved_scales = move_scaled(scales, scales, u, scales.dtype)
     return moved_scales, move_offsets(offsets, A, B, scaling, offsets.dtype)
+
+
+@native.implements("grad_factors")
+def grad_factors(
+    grad: Tensor,
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    u_A: Tensor,
+    u_B: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute those of A and B from group sums of x, and those of u_A and u_B from a product.
+
+    What that multiplies is rounded to 7 bits with AVX2 and AVX-512.
+    """
+    if x.dtype not in COMPUTE:
+        return reference.grad_factors(grad, x, weight, A, B, scaling, u_A, u_B)
+    pooled = pool(x, weight.layout.group_size)
+    hidden, grad_hidden = hidden_and_gradient(grad, pooled, A, B, scaling)
+    d_A, d_B = token_product(grad_hidden, pooled), token_product(grad, hidden)
+    scales, _ = weight.statistics
+    d_u, _ = grad_statistics(grad, x, weight, scales, rounds=True)
+    return d_A, d_B, u_B.T @ d_u, d_u @ u_A.T

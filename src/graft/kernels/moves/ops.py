@@ -11,7 +11,6 @@ import graft.kernels.backends  # noqa: F401  (registers them)
 from graft.kernels.backend.operation import Operation
 from graft.kernels.backend.registry import implementation
 from graft.kernels.frozen.ops import grad_input, int_group_grad_statistics
-from graft.kernels.moves.sampled import sampled_grad_statistics
 from graft.kernels.packed.weight import Weight, save_weight, saved_weight
 
 
@@ -123,7 +122,8 @@ def _(
 
 
 @Operation
-def qalora_grid_linear(
+def grad_factors(
+    grad: Tensor,
     x: Tensor,
     weight: Weight,
     A: Tensor,
@@ -131,17 +131,32 @@ def qalora_grid_linear(
     scaling: float,
     u_A: Tensor,
     u_B: Tensor,
-    means: Tensor | None,
-    points: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of A, B, u_A and u_B as `qalora_grid_linear` has them; float32.
+
+    Those of u_A and u_B take the group sums of q * (dyᵀ x), a product as large as y and dx. A
+    backend may round dy and x to 7 bits for it, each feature in units of its largest number: the
+    errors are as good as random, about a hundredth of each term. Those of A and B are exact.
+    """
+    compute = implementation("grad_factors", x.device)
+    out: tuple[Tensor, Tensor, Tensor, Tensor]
+    out = compute(grad, x, weight, A, B, scaling, u_A, u_B)
+    return out
+
+
+@grad_factors.register_fake
+def _(grad: Tensor, x: Tensor, weight: Weight, A: Tensor, B: Tensor, *rest: Any) -> Any:
+    return tuple(torch.empty_like(factor) for factor in (A, B, *rest[1:]))
+
+
+@Operation
+def qalora_grid_linear(
+    x: Tensor, weight: Weight, A: Tensor, B: Tensor, scaling: float, u_A: Tensor, u_B: Tensor
 ) -> Tensor:
     """Return y = x Wᵀ, W with offsets + scaling B A and scales (1 + u_B u_A).
 
-    Differentiable in x and the four factors, straight through the rounding; the gradients of the
-    factors come from those of the statistics. Nothing of the size of the statistics is kept between
-    forward and backward.
-
-    means, points: tokens to estimate the scales' gradient from (`sampled_grad_statistics`), which
-    takes as much as a third product beside y and dx otherwise.
+    Differentiable in x and the four factors, straight through the rounding. Nothing of the size of
+    the statistics is kept between forward and backward.
     """
     scales, offsets = weight.statistics
     factors = A, B, scaling, u_A, u_B
@@ -154,25 +169,20 @@ qalora_grid_linear.register_fake(_output_of)
 
 
 def _qalora_grid_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, A, B, ctx.scaling, u_A, u_B, means, points = inputs
-    save_weight(ctx, weight, x, A, B, u_A, u_B, means, points)
+    x, weight, A, B, ctx.scaling, u_A, u_B = inputs
+    save_weight(ctx, weight, x, A, B, u_A, u_B)
 
 
 def _qalora_grid_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    weight, (x, *factors, means, points) = saved_weight(ctx)
-    A, B, u_A, u_B = (factor.detach() for factor in factors)
-    scales, offsets = weight.statistics
+    weight, (x, *saved) = saved_weight(ctx)
+    A, B, u_A, u_B = (factor.detach() for factor in saved)
+    factors = A, B, ctx.scaling, u_A, u_B
     grad, grad_x = grad.contiguous(), None
     if ctx.needs_input_grad[0]:
-        moved = move_by_factors(scales, offsets, A, B, ctx.scaling, u_A, u_B)
+        moved = move_by_factors(*weight.statistics, *factors)
         grad_x = grad_input(grad, weight.moved(*moved))
-    if means is None or points is None:
-        d_scales, d_offsets = int_group_grad_statistics(grad, x, weight, None)
-    else:
-        d_scales, d_offsets = sampled_grad_statistics(grad, x, weight, means, points)
-    d_u, d_offsets = d_scales * scales, d_offsets * ctx.scaling
-    d_A, d_B = B.T @ d_offsets, d_offsets @ A.T
-    return grad_x, None, d_A, d_B, None, u_B.T @ d_u, d_u @ u_A.T, None, None
+    d_A, d_B, d_u_A, d_u_B = grad_factors(grad, x, weight, *factors)
+    return grad_x, None, d_A, d_B, None, d_u_A, d_u_B
 
 
 qalora_grid_linear.register_autograd(_qalora_grid_backward, setup_context=_qalora_grid_save)

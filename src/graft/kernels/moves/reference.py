@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from graft.kernels.backend.reference import reference
+from graft.kernels.backend.registry import implementation
+from graft.kernels.packed.weight import Weight
 
 
 @reference.implements("move_offsets")
@@ -35,6 +37,25 @@ def move_by_factors(
     u = move_offsets(nothing, u_A, u_B, 1.0, torch.float32)
     moved_scales = move_scaled(scales, scales, u, scales.dtype)
     return moved_scales, move_offsets(offsets, A, B, scaling, offsets.dtype)
+
+
+@reference.implements("grad_factors")
+def grad_factors(
+    grad: Tensor,
+    x: Tensor,
+    weight: Weight,
+    A: Tensor,
+    B: Tensor,
+    scaling: float,
+    u_A: Tensor,
+    u_B: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute all four gradients from those of the statistics, which one product gives."""
+    scales, _ = weight.statistics
+    statistics = implementation("int_group_grad_statistics", x.device)
+    d_scales, d_offsets = statistics(grad, x, weight, None)
+    d_u, d_offsets = d_scales * scales, d_offsets * scaling
+    return B.T @ d_offsets, d_offsets @ A.T, u_B.T @ d_u, d_u @ u_A.T
 
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
