@@ -86,7 +86,7 @@ def test_a_randomised_decomposition_is_near_the_whole_one() -> None:
     whole = torch.linalg.svdvals(weight)[:8]
     for steps, near in ((None, 0.05), (2, 0.1), (24, 0.002)):  # None: in parts, from 513 on
         left, sizes, right = leading_svd(weight, 8, steps)
-        assert error(sizes[:4], whole[:4]) < 1e-12
+        assert error(sizes[:4], whole[:4]) < 1e-9
         assert (whole - sizes).abs().max() < near * whole[-1]
         assert error(left.T @ weight @ right.T, sizes.diag()) < 1e-6
     small = weight[:40, :60]
