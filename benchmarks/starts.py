@@ -1,4 +1,4 @@
-"""Which start is worth it? LoRA with every --init on E2E NLG: 200 steps, batch 8, rank 16.
+"""Which start is worth it? LoRA with every --init on E2E NLG: 150 steps, batch 8, rank 16.
 
 Perplexity per token on every 47th test row, of the trained model, on the base as it is (dense), in
 4-bit NormalFloat (nf4) and in integers of 2 bits (int2). With --factors each start is trained at
@@ -34,7 +34,7 @@ Row = dict[str, object]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="babyllama-361-1m")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--bases", nargs="+", default=list(BASES))
     parser.add_argument("--starts", nargs="+", default=list(STARTS))

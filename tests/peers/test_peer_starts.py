@@ -221,7 +221,7 @@ def test_corda_takes_pefts_part_of_each_weight(family, folder, monkeypatch) -> N
     others = their_factors(other)
     for name, (A, B) in our_factors(mine).items():
         other_a, other_b = others[name]
-        assert distance(B @ A, other_b @ other_a) < 2e-3, name  # PEFT inverts in float32
+        assert distance(B @ A, other_b @ other_a) < 1e-2, name  # PEFT inverts in float32
 
 
 @pytest.mark.parametrize("rho", [1.0, 2.0])

@@ -103,11 +103,11 @@ def save_adapter(
     lora, DoRA and qalora are written so that PEFT reads them; affine, merge_aware and a qalora that
     moves the scales too or has groups of several sizes, which PEFT has not, by our own names. With
     `as_lora` a qalora adapter is written as an ordinary LoRA whose A is repeated group-wise, which
-    every LoRA runtime can serve. `init` is kept beside it: an adapter that started as loftq belongs
-    on its quantised base and on no other. began: A and B that each layer's adapter began with, as a
-    part of its weight, which are taken out: s [B, -B0] [A; A0], of twice the rank, is what was
-    trained. Raises GraftError when there is no such adapter, or when
-    `as_lora` is asked of one that is no LoRA.
+    every LoRA runtime can serve. `init` is kept beside it: one that began as a part of quantised
+    weights belongs on those and on no others. began: A and B that each layer's adapter began with,
+    as a part of its weight, which are taken out: s [B, -B0] [A; A0], of twice the rank, is what was
+    trained. Raises GraftError when there is no such adapter, or when `as_lora` is asked of one that
+    is no LoRA.
     """
     layers = {
         layer_name: (layer.base, layer.adapter(name))

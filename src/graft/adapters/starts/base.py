@@ -59,6 +59,9 @@ class Start:
     chooses_ranks: ClassVar[bool] = False
     """Whether each layer has a rank of its own."""
 
+    rate: ClassVar[float] = 1.0
+    """What multiplies the method's default learning rate."""
+
     def problems(
         self,
         config: AdapterConfig,

@@ -9,7 +9,7 @@ from torch import nn
 
 from graft.adapters.config import AdapterConfig
 from graft.adapters.starts.base import Preparation
-from graft.adapters.starts.low_rank import DrawnStart, low_rank_adapters
+from graft.adapters.starts.low_rank import BOTH_FACTORS, DrawnStart, low_rank_adapters
 
 _SIZE = 0.1
 
@@ -23,6 +23,7 @@ class _Orthogonal(DrawnStart):
     """
 
     name = "orthogonal"
+    rate = BOTH_FACTORS
 
     def problems(self, config: AdapterConfig, **facts: Any) -> list[str]:
         problems = super().problems(config, **facts)
