@@ -28,6 +28,8 @@ BASES: dict[str, dict[str, object]] = {
     "nf4": {"method": "qlora"},
     "int2": {"method": "lora", "format": "int", "bits": 2},
 }
+WITH_OPTIONS: dict[str, dict[str, object]] = {"eva, rho 1": {"init": "eva", "eva_rho": 1.0}}
+"""Starts with other options than their defaults, for --starts."""
 Row = dict[str, object]
 
 
@@ -63,7 +65,6 @@ def main() -> None:
                             model=str(model),
                             data=str(train),
                             eval_data=str(test),
-                            init=start,
                             eos=False,
                             max_length=256,
                             batch_size=8,
@@ -72,6 +73,7 @@ def main() -> None:
                             learning_rate=rates.get((base, start), 0) * factor or None,
                             out=str(folder / "run"),
                             **BASES[base],
+                            **WITH_OPTIONS.get(start, {"init": start}),
                         )
                     )
                     shutil.rmtree(folder / "run")

@@ -39,7 +39,7 @@ class AdapterConfig:
     """Estimate the gradient of the scales (qalora) from one token in so many, drawn anew in each
     step: 4 shortens a step, and ends a little worse. The default, 1, takes all tokens."""
     alpha: float | None = None
-    """Numerator of the scaling alpha/rank; None means rank, so that the scaling is 1."""
+    """Numerator of the scaling alpha/rank; None is the rank, a scaling of 1."""
     rslora: bool = False
     """Scale by alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)."""
     dora: bool = False

@@ -161,8 +161,8 @@ class Method:
     ) -> dict[str, nn.Parameter]:
         """Let the frozen target layers of a model train; return what trains, by name.
 
-        targets: the layers that are adapted; the parameters, for a method without an adapter. ranks:
-        see `attach_adapter`.
+        targets: the layers that are adapted; the parameters, for a method without an adapter.
+        ranks: see `attach_adapter`.
         """
         attach_adapter(model, targets, config, ranks=ranks)
         return adapter_parameters(model, "default")
