@@ -76,7 +76,8 @@ def ours(folder: Path, init: str, **options: Any) -> tuple[PreTrainedModel, list
     model = load_model(str(folder), dtype="float32", device="cpu").model
     names = select_targets(model, ())
     freeze_layers(model, names)
-    config = AdapterConfig(method="lora", rank=RANK, alpha=ALPHA, init=init, **options)
+    chosen = {"method": "lora", "rank": RANK, "alpha": ALPHA, "init": init}
+    config = AdapterConfig(**chosen | options)
     start = STARTS[init]
     preparation = start.prepare(config)
     assert preparation is not None
@@ -206,6 +207,26 @@ def test_factors_gradients_and_merged_weights_are_pefts(family, init, folder, tm
         weight = merged.get_submodule(name).weight
         expected = weight.T if layer.transposed else weight
         assert distance(layer.dense_weight(), expected) < SAME, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_peft_reads_a_dora_that_began_as_pissa_on_the_base_as_it_was(
+    family, folder, tmp_path
+) -> None:
+    mine, _ = ours(folder(family), "pissa", method="dora")
+    save_adapter(mine, tmp_path / "start")
+    with torch.no_grad():
+        for pair in our_factors(mine).values():
+            for factor in pair:
+                factor += 0.05 * torch.randn_like(factor)
+    save_adapter(mine, tmp_path / "ours", began=read_factors(tmp_path / "start"))
+    plain = AutoModelForCausalLM.from_pretrained(folder(family), dtype=torch.float32).eval()
+    with torch.no_grad():
+        untouched = plain(input_ids=text()).logits
+        again = peft.PeftModel.from_pretrained(plain, tmp_path / "ours").eval()
+        trained = mine(input_ids=text()).logits
+        assert distance(again(input_ids=text()).logits, trained) < SAME
+        assert distance(untouched, trained) > 0.05
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])

@@ -83,11 +83,11 @@ def merge(
 
     qalora, affine and merge_aware merge exactly into the quantised weights that they were trained
     as. lora and qlora merge into the weights that they were trained on, dequantised
-    (into='trained'), or into the original base (into='original'; of an adapter that started as
-    LoftQ only what was trained since, as its start makes up for a rounding that the original has
-    not), stored in `dtype` (auto: the source's dtype). The original is the base that the run names;
-    where that was quantised already it is `original`, a folder or hub id of the unquantised model.
-    Whatever was rounded is in the report. Raises GraftError when the run is not finished, when the
+    (into='trained'), or into the original base (into='original'; of an adapter that began as a
+    part of quantised weights, which the original has whole, only what was trained since), stored in
+    `dtype` (auto: the source's dtype). The original is the base that the run names; where that was
+    quantised already it is `original`, a folder or hub id of the unquantised model. Whatever was
+    rounded is in the report. Raises GraftError when the run is not finished, when the
     original is none, or when `out` exists.
     """
     events = events or Events()

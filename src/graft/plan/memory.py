@@ -241,6 +241,10 @@ def _plan(
         kept = planned.dtype.itemsize if not in_training else 4
         calibrating = shape.calibration_rows * shape.sequence_length
         rounding = _rounding_bytes(planned, counts, kept, calibrating)
+    looking = 0
+    if shape.looking_rows:  # the weights are there as they train
+        looked = shape.looking_rows * shape.sequence_length
+        looking = _rounding_bytes(planned, counts, 0, looked)
     weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
     held = process + weights + states
     sparing = checkpointing == "layers"
@@ -260,14 +264,16 @@ def _plan(
         MemoryRow("loss", loss, "a chunk of logits; takes turns with the two before"),
         MemoryRow("heap", heap, "gaps between the tensors, which malloc keeps"),
         MemoryRow("rounding", rounding, _rounding_note(rounding, in_training, dtype)),
+        *(
+            [MemoryRow("looking", looking, "at the layers' inputs, before training")]
+            * bool(looking)
+        ),
         MemoryRow("evaluation", evaluating, "loss or workspace; nothing is kept"),
         MemoryRow("merging", merging, "float64 copies of one layer; the merged weights"),
     )
     step = counts.trained_bytes + activations.kept_bytes + backward + heap
     before = 0 if in_training else process + counts.other_bytes + rounding
-    if shape.looking_rows:
-        looked = shape.looking_rows * shape.sequence_length
-        before = max(before, process + weights + _rounding_bytes(planned, counts, 0, looked))
+    before = max(before, process + weights + looking if looking else 0)
     return MemoryPlan(
         rows=rows,
         training_bytes=max(held + step, before, held + rounding if in_training else 0),

@@ -125,7 +125,7 @@ class Residual(Preparation):
             A, B = self.factors(name, dense)
             self.starts[name] = LowRankStart(A.float().contiguous(), B.float().contiguous())
         start = self.starts[name]
-        part = (start.B.double() @ start.A.double()).mul_(self.scaling)
+        part = (start.B.to(dense) @ start.A.to(dense)).mul_(self.scaling)
         self._taken += part.square().sum().item()
         self._whole += dense.square().sum().item()
         return rounding((dense - part).float())
