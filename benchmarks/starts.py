@@ -49,7 +49,11 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp())
     train = write_jsonl(folder / "train.jsonl", as_text(e2e_rows("train")))
     test = write_jsonl(folder / "test.jsonl", as_text(e2e_rows("test", every=47)))
-    rates: dict[tuple[str, str], float] = {}
+    rates = {
+        (str(row["base"]), str(row["start"])): float(str(row["learning_rate"]))
+        for row in rows
+        if float(str(row["times_default"])) == 1
+    }
     for seed in range(arguments.seeds):
         for base in arguments.bases:
             for start in arguments.starts:
