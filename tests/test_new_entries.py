@@ -27,7 +27,7 @@ from graft.adapters.base import Adapter, StoredAdapter, fill
 from graft.adapters.config import AdapterConfig
 from graft.adapters.method import Kept, Method
 from graft.adapters.registry import METHODS
-from graft.adapters.starts.base import Packer, Start
+from graft.adapters.starts.base import Preparation, Start
 from graft.adapters.starts.registry import STARTS
 from graft.api.config import PlanConfig, as_plain
 from graft.api.plan import plan
@@ -106,7 +106,9 @@ class Raised(Start):
     def problems(self, config: AdapterConfig, **facts: Any) -> list[str]:
         return [] if config.method == "gain" else [f"--init raised: {config.method} has no gains"]
 
-    def begin(self, model: nn.Module, packer: Packer | None, name: str = "default") -> str:
+    def begin(
+        self, model: nn.Module, preparation: Preparation | None, name: str = "default"
+    ) -> str:
         with torch.no_grad():
             for _, layer in adapted_layers(model):
                 layer.adapter(name).get_parameter("g").fill_(0.125)

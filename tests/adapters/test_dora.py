@@ -15,7 +15,8 @@ from graft.adapters.dora import DoraAdapter
 from graft.adapters.lora import LoraAdapter
 from graft.adapters.merge import merge
 from graft.adapters.qalora import QALoraAdapter
-from graft.adapters.starts.loftq import LoftQ, start_adapters
+from graft.adapters.starts.loftq import LoftQ
+from graft.adapters.starts.low_rank import set_starts
 from graft.formats.codebook import CodebookFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int8 import Int8Format
@@ -252,6 +253,6 @@ def test_dora_starts_where_loftq_leaves_the_weight() -> None:
     packed = loftq.pack("0", weight, weight_format, weight_format.pack)
     model = torch.nn.Sequential(FrozenLinear(48, 32, weight_format, packed))
     attach_adapter(model, ["0"], AdapterConfig(method="qlora", rank=8, alpha=16.0, dora=True))
-    start_adapters(model, loftq.starts)
+    set_starts(model, loftq.starts)
     lost = (adapted_layer(model, "0").effective_weight() - weight.double()).square().sum().item()
     assert lost == pytest.approx(loftq.starts["0"].error, rel=1e-4)

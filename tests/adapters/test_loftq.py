@@ -7,7 +7,9 @@ from torch import Tensor, nn
 from graft.adapters.attach import adapted_layer, attach_adapter
 from graft.adapters.config import AdapterConfig
 from graft.adapters.merge import merge
-from graft.adapters.starts.loftq import LoftQ, loftq, start_adapters, truncated_svd
+from graft.adapters.starts.loftq import LoftQ, loftq
+from graft.adapters.starts.low_rank import set_starts
+from graft.adapters.svd import truncated_svd
 from graft.formats.dense import DenseFormat
 from graft.formats.registry import make_format
 from graft.layers.frozen import FrozenLinear
@@ -74,7 +76,7 @@ def started_model(weight: Tensor, rank: int) -> tuple[nn.Sequential, LoftQ]:
     packed = init.pack("0", weight, weight_format, weight_format.pack)
     model = nn.Sequential(FrozenLinear(weight.shape[1], weight.shape[0], weight_format, packed))
     attach_adapter(model, ["0"], AdapterConfig(method="qlora", rank=rank, alpha=2.0 * rank))
-    start_adapters(model, init.starts)
+    set_starts(model, init.starts)
     return model, init
 
 

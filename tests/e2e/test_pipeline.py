@@ -179,6 +179,9 @@ def test_a_run_from_before_scales_moved_goes_on(tiny_base, rows, tmp_path):
         ("lora", {"dropout": 0.1}),
         ("qalora", {}),
         ("qlora", {"init": "loftq"}),
+        ("lora", {"init": "pissa"}),
+        ("lora", {"init": "eva"}),
+        ("qlora", {"init": "corda"}),
         # Rounded before, at, and after the checkpoint that is resumed from.
         ("merge_aware", {"dense_fraction": 0.25}),
         ("merge_aware", {"dense_fraction": 0.375}),

@@ -25,6 +25,7 @@ from graft.model.running.checkpointing import CHECKPOINTING, enable_checkpointin
 from graft.model.running.loss import target_loss
 from graft.model.running.packing import check_packing, packed
 from graft.model.targets import freeze_layers, select_targets
+from graft.model.trained import what_trains
 
 CPU = torch.device("cpu")
 LENGTHS = (23, 5, 40, 1, 9)
@@ -157,7 +158,7 @@ def trainable(base, method: str, **changes: object) -> tuple[PreTrainedModel, di
     names = select_targets(model, ())
     if weight_format is None and method != "full":
         freeze_layers(model, names)
-    parameters = method_of(config).make_trainable(model, names, config)
+    parameters = method_of(config).make_trainable(model, what_trains(model, config), config)
     with torch.no_grad():
         for parameter in parameters.values():
             parameter.add_(torch.randn_like(parameter) * 1e-2)

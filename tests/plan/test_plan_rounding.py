@@ -59,3 +59,26 @@ def test_a_base_that_is_calibrated_is_dense_before_training(model_folder):
     assert alone.training_bytes < calibrated.training_bytes
     assert calibrated.training_bytes == rows["other weights"] + rows["rounding"]
     assert {row.name: row.note for row in alone.rows}["rounding"].startswith("each weight")
+
+
+def test_a_start_looks_at_the_inputs_of_the_base_as_it_trains(model_folder):
+    def looking(rows):
+        return plan_memory(
+            str(model_folder("llama")),
+            weight_format=make_format("nf4"),
+            adapter=AdapterConfig(method="qlora", rank=4, init="eva"),
+            dtype="auto",
+            device="cuda",
+            batch_size=1,
+            sequence_length=1,
+            checkpointing="none",
+            looking_rows=rows,
+        )
+
+    never, once = looking(0), looking(1)
+    rows = {row.name: row.bytes for row in once.rows}
+    moments = 8 * (2 * (6 * 48**2 + 172**2) + 4 * 172**2)
+    assert rows["looking"] == 36 * 48 * 172 + moments + 4 * 48 * 4
+    names = ("frozen weights", "other weights", "trained weights", "looking")
+    assert never.training_bytes < once.training_bytes == sum(rows[name] for name in names)
+    assert "looking" not in {row.name for row in never.rows}

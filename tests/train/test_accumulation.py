@@ -18,6 +18,7 @@ from graft.formats.registry import parse_format
 from graft.kernels.backend.native_library import native
 from graft.model.load import load_model
 from graft.model.targets import freeze_layers, select_targets
+from graft.model.trained import what_trains
 from graft.objectives.base import LossResult
 from graft.objectives.registry import OBJECTIVES
 from graft.optimizers.base import OptimizerKind, OptimizerSettings
@@ -73,7 +74,7 @@ def step(
     if weight_format is None and method.trains_adapter:
         freeze_layers(loaded.model, names)
     torch.manual_seed(0)
-    parameters = method.make_trainable(loaded.model, names, config)
+    parameters = method.make_trainable(loaded.model, what_trains(loaded.model, config), config)
     with torch.no_grad():
         for parameter in parameters.values():  # away from a B of zeros, so that A has a gradient
             parameter.add_(torch.randn_like(parameter) * 1e-2)

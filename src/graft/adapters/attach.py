@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -41,28 +41,36 @@ def frozen_layers(model: nn.Module) -> Iterator[tuple[str, FrozenLinear]]:
 
 
 def attach_adapter(
-    model: nn.Module, layer_names: Sequence[str], config: AdapterConfig, name: str = "default"
+    model: nn.Module,
+    layer_names: Sequence[str],
+    config: AdapterConfig,
+    name: str = "default",
+    ranks: Mapping[str, int] | None = None,
 ) -> None:
     """Add an adapter called `name` to the named frozen layers and activate it.
 
-    The random matrices are drawn in the order of the names from torch's global generator. Raises
-    GraftError, with every layer that is at fault, before any layer is changed.
+    ranks: of the update of each layer that has another rank than the configuration's, with the same
+    scaling; a layer of rank 0 gets no adapter. The random matrices are drawn in the order of the
+    names from torch's global generator. Raises GraftError, with every layer that is at fault,
+    before any layer is changed.
     """
     layers: dict[str, FrozenLinear] = dict(frozen_layers(model))
-    problems, made = [], {}
+    problems, made, ranks = [], {}, ranks or {}
     if not name or "." in name or name in dir(nn.ModuleDict()):
         problems.append(
             f"{name!r} cannot be an adapter's name, which becomes a module's; rename it"
         )
     taken = {layer for layer, adapted in adapted_layers(model) if name in adapted.adapters}
     for layer_name in layer_names:
+        rank = ranks.get(layer_name, config.update_rank)
         if layer_name not in layers:
             problems.append(f"{layer_name} is not a frozen linear layer")
         elif layer_name in taken:
             problems.append(f"{layer_name} already has an adapter named {name!r}; remove it first")
-        else:
+        elif rank:
+            own = config if layer_name not in ranks else config.with_rank(rank)
             try:
-                made[layer_name] = make_adapter(layers[layer_name], config)
+                made[layer_name] = make_adapter(layers[layer_name], own)
             except GraftError as error:
                 problems.append(f"{layer_name}: {error}")
     raise_problems(problems, f"cannot attach adapter {name!r}")

@@ -92,6 +92,9 @@ class Adapter(nn.Module, ABC):
         """Return what is added to a latent weight before it is rounded; float32 [out, in]."""
         raise AssertionError(f"{type(self).__name__} trains inside no rounding")
 
+    def started(self, base: FrozenLinear) -> None:
+        """Take note that its factors were set to a start, not trained."""
+
     def let_grid_train(self, trains: bool) -> None:
         """Let what moves the grid train, or wait; of an adapter inside the rounding."""
 

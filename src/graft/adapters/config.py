@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Self
 
 from graft.adapters.registry import METHODS, method_of
@@ -19,12 +20,8 @@ class AdapterConfig:
     GROUP: ClassVar[str] = "method"
     RARE: ClassVar[frozenset[str]] = frozenset(
         {
-            "grid_rank",
-            "rslora",
-            "loftq_rounds",
-            "dense_fraction",
-            "adapter_bias",
-            "train",
+            *("grid_rank", "rslora", "dense_fraction", "adapter_bias", "train"),
+            *("loftq_rounds", "svd_steps", "eva_rho"),
         }
     )
 
@@ -39,7 +36,7 @@ class AdapterConfig:
     default is --rank for qalora, where 0 leaves the scales alone and the adapter an ordinary LoRA;
     for merge_aware it is 1 at 2 bits and 0, a grid that stays, at more."""
     alpha: float | None = None
-    """Numerator of the scaling alpha/rank; None means rank, so that the scaling is 1."""
+    """Numerator of the scaling alpha/rank; None is the rank, a scaling of 1."""
     rslora: bool = False
     """Scale by alpha/sqrt(rank) instead of alpha/rank (arXiv 2312.03732)."""
     dora: bool = False
@@ -49,6 +46,12 @@ class AdapterConfig:
     """How the adapter starts."""
     loftq_rounds: int = 5
     """Times that loftq rounds the weights and fits the adapter to the rest in turn."""
+    svd_steps: int | None = None
+    """Power steps of the randomised singular value decomposition of pissa, corda and eva; the
+    default decomposes in full where a side has at most 512, and takes 4 steps beyond that."""
+    eva_rho: float = 2.0
+    """The largest rank that eva gives a layer, over --rank, which is the mean of all; 1 gives each
+    layer the same."""
     dense_fraction: float | None = None
     """Share of the steps that merge_aware trains as LoRA before it rounds the weights; the default
     is 0.99 at 4 and 8 bits, 0.7 at 3, and 0.5 at 2."""
@@ -68,6 +71,12 @@ class AdapterConfig:
     def update_rank(self) -> int:
         """The rank of the low-rank update."""
         return self.rank or 16
+
+    def with_rank(self, rank: int) -> Self:
+        """Return the configuration of a layer with another rank and the same scaling."""
+        alpha = self.update_rank if self.alpha is None else self.alpha
+        share = rank / self.update_rank
+        return replace(self, rank=rank, alpha=alpha * (math.sqrt(share) if self.rslora else share))
 
     def resolved(self, bits: int | None) -> Self:
         """Return the configuration with the defaults of its method on codes of `bits` filled in."""

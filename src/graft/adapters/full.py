@@ -49,7 +49,11 @@ class Full(Method):
         return "float32" if dtype == "auto" else dtype
 
     def make_trainable(
-        self, model: nn.Module, targets: Sequence[str], config: AdapterConfig
+        self,
+        model: nn.Module,
+        targets: Sequence[str],
+        config: AdapterConfig,
+        ranks: Mapping[str, int] | None = None,
     ) -> dict[str, nn.Parameter]:
         """Free the named weights; return them by name."""
         chosen = {name: model.get_parameter(name) for name in targets}

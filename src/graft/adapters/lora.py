@@ -81,9 +81,6 @@ class LoraAdapter(Adapter):
     def _blank(cls, layer: FrozenLinear, rank: int, dropout: float, bias: bool) -> Self:
         return cls(layer.in_features, layer.out_features, rank, dropout=dropout, bias=bias)
 
-    def started(self, base: FrozenLinear) -> None:
-        """Take note that A and B were set to a start, not trained."""
-
     def added_output(self, x: Tensor, base: FrozenLinear) -> Tensor:
         """Return s (B A x + b) in x's dtype."""
         dropped = functional.dropout(x, self.dropout, self.training)
@@ -146,7 +143,7 @@ class Lora(Method):
     name = "lora"
     on_quantised = "qlora"
     adapter = LoraAdapter
-    adds_low_rank = True
+    low_rank = adds_low_rank = True
     takes = frozenset({"dropout", "adapter_bias"})
     whys = {
         "dropout": "its update is part of the weights, and dropout on the input has no such form"

@@ -51,7 +51,7 @@ def merge(
     format with moved statistics; anything else becomes dense float32. A given target is packed
     to, rounding the update with the weight. With `base` the update is added to that layer's weight
     instead of the one it was trained on; `start` then names the layer's adapter as it was before
-    the first step, when that made up for the rounding of the trained weight (LoftQ): only what was
+    the first step, when it began as a part of the quantised weight (LoftQ, QPiSSA): only what was
     trained since is added. The error says what all of this costs.
     """
     with torch.no_grad():

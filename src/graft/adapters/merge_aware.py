@@ -172,6 +172,7 @@ class MergeAware(Method):
 
     name = "merge_aware"
     adapter = MergeAwareAdapter
+    low_rank = True
     takes = frozenset({"grid_rank", "dense_fraction"})
     default_format = "int"
     rounds_itself = True
@@ -210,10 +211,14 @@ class MergeAware(Method):
         return "qep"
 
     def make_trainable(
-        self, model: nn.Module, targets: Sequence[str], config: AdapterConfig
+        self,
+        model: nn.Module,
+        targets: Sequence[str],
+        config: AdapterConfig,
+        ranks: Mapping[str, int] | None = None,
     ) -> dict[str, nn.Parameter]:
         """Attach the adapters; a grid waits where the base is not rounded yet, and has none."""
-        trained = super().make_trainable(model, targets, config)
+        trained = super().make_trainable(model, targets, config, ranks)
         for _, layer in adapted_layers(model):
             latent = layer.base.weight_format
             if isinstance(latent, LatentFormat) and not latent.rounds:

@@ -56,8 +56,11 @@ class Method:
     """What it is called where a run quantises what it trains on; None: as ever."""
     adapter: ClassVar[type[Adapter] | None] = None
     """What it attaches to each layer; None: it trains the weights themselves."""
+    low_rank: ClassVar[bool] = False
+    """Whether that has factors A [rank, in_features] and B [out_features, rank], which `--init` can
+    draw."""
     adds_low_rank: ClassVar[bool] = False
-    """Whether that is a low-rank update beside the weight, which `--init` can start."""
+    """Whether B A is an update beside the weight, a part of which `--init` can move there."""
     takes: ClassVar[frozenset[str]] = frozenset()
     """The options of `AdapterConfig` that mean something to it."""
     whys: ClassVar[Mapping[str, str]] = {}
@@ -150,13 +153,18 @@ class Method:
     # Training -------------------------------------------------------------------------------------
 
     def make_trainable(
-        self, model: nn.Module, targets: Sequence[str], config: AdapterConfig
+        self,
+        model: nn.Module,
+        targets: Sequence[str],
+        config: AdapterConfig,
+        ranks: Mapping[str, int] | None = None,
     ) -> dict[str, nn.Parameter]:
         """Let the frozen target layers of a model train; return what trains, by name.
 
         targets: the layers that are adapted; the parameters, for a method without an adapter.
+        ranks: see `attach_adapter`.
         """
-        attach_adapter(model, targets, config)
+        attach_adapter(model, targets, config, ranks=ranks)
         return adapter_parameters(model, "default")
 
     def dense_steps(self, config: AdapterConfig, steps: int) -> int:

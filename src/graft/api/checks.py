@@ -54,12 +54,22 @@ def default_solver(method: str | None, bits: int | str | None = None) -> str:
 def calibrating_rows(config: TrainConfig | PlanConfig) -> int:
     """Return on how many rows a run's weights are rounded; 0 where nothing needs any.
 
-    bits auto measures the layers of the dense model.
+    bits auto measures the layers of the dense model, and a start that moves a part of the weights
+    by their inputs looks at that model too.
     """
     solver = SOLVERS[chosen_solver(config, config.method, config.bits)]
     later = method_of(config).rounds_in_training(config)
-    needed = solver.needs_text or later or config.bits == "auto"
+    start = STARTS[config.init]
+    moves = start.reads_inputs and start.changes_base
+    needed = solver.needs_text or later or moves or config.bits == "auto"
     return config.calibration_rows if needed else 0
+
+
+def looking_rows(config: TrainConfig | PlanConfig) -> int:
+    """Return on how many rows a start looks at the base as it trains."""
+    start = STARTS[config.init]
+    looks = start.reads_inputs and not start.changes_base
+    return config.calibration_rows if looks else 0
 
 
 def check_solver(solver: str, description: dict[str, Any] | None) -> None:
@@ -84,6 +94,7 @@ def check_train_config(config: TrainConfig) -> None:
     problems += _rounding_problems(config, method)
     problems += STARTS[config.init].problems(
         config,
+        low_rank=method.low_rank,
         adds_low_rank=method.adds_low_rank,
         quantises=(config.format or method.default_format) != AS_IT_IS,
         solver=config.solver if _needs_model(config.solver) else None,
@@ -157,7 +168,7 @@ _MOST_BATCHES = 1_000_000
 def _bad_numbers(config: TrainConfig) -> list[str]:
     positive = (
         *("rank", "batch_size", "grad_accum", "steps", "epochs", "learning_rate", "alpha"),
-        *("loftq_rounds", "max_grad_norm", "eval_every", "eval_epochs", "save_every"),
+        *("loftq_rounds", "svd_steps", "max_grad_norm", "eval_every", "eval_epochs", "save_every"),
         *("save_minutes", "patience", "calibration_rows"),
     )
     problems = _not_positive(config, positive)

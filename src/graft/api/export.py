@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from graft.adapters.attach import adapted_layers, adapter_names, frozen_layers, replace_module
 from graft.adapters.registry import method_of
+from graft.adapters.starts.base import DEFAULT
 from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.merge import MergeReport, check_biases, merge_loaded
@@ -23,7 +24,7 @@ from graft.api.run.folder import (
     read_base_reference,
     read_run_config,
 )
-from graft.api.run.layout import BASE
+from graft.api.run.layout import ADAPTER, BASE
 from graft.data.shapes.registry import CHAT, PLAIN
 from graft.errors import raise_problems
 from graft.export.base import Origin
@@ -34,6 +35,7 @@ from graft.files.write import check_new, staged
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
+from graft.model.adapter_files import read_own_config
 from graft.model.folder import read_config, stored_formats
 from graft.model.hub import base_name
 from graft.model.load import LoadedModel
@@ -216,7 +218,9 @@ def _origin(model: Path, loaded: LoadedModel) -> Origin:
         changes, base = base_changes(model), base_name(config.model)
         words = changes_in_words(changes) if changes else None
         name = Path(base).name
-        return Origin(style.kind, style.separator, config.init, name, base, words)
+        own = read_own_config(model / ADAPTER)
+        init = DEFAULT.name if own is None else own.init
+        return Origin(style.kind, style.separator, init, name, base, words)
     kind = PLAIN if loaded.tokenizer.chat_template is None else CHAT
     return Origin(kind, name=model.absolute().name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from graft.adapters.attach import code_widths
-from graft.adapters.starts.base import Packer
+from graft.adapters.starts.base import DEFAULT
 from graft.adapters.starts.registry import STARTS
 from graft.api.config import TrainConfig
 from graft.api.events import Events
@@ -44,6 +44,7 @@ from graft.api.run.resume import (
     read_stored,
     settle,
 )
+from graft.api.run.starting import begin_adapters, prepare_layers, taken_out
 from graft.api.run.status import StatusFile, resume_command
 from graft.api.run.watching import Watching
 from graft.calibrate.latents import round_latents
@@ -52,7 +53,7 @@ from graft.evaluate.loss import evaluate_loss
 from graft.export.registry import TARGETS
 from graft.files.write import remove_folder
 from graft.layers.activations import compute_with
-from graft.model.adapter_files import check_adapter, save_adapter
+from graft.model.adapter_files import check_adapter, read_factors, save_adapter
 from graft.model.hub import base_name
 from graft.model.load import LoadedModel
 from graft.model.running.attention import use_own_attention
@@ -158,17 +159,18 @@ def _carry_out(
     config = prepared.config
     checkpoint, step = (None, 0) if resumed is None else (resumed.checkpoint, resumed.step)
     status.begins(step)
-    packer = STARTS[config.init].packer(config)
+    preparation = STARTS[config.init].prepare(config)
     try:
-        loaded = load_base(prepared, run, packer, events)
-        parameters = _make_trainable(loaded, prepared)
+        loaded = load_base(prepared, run, preparation, events, stop)
+        ranks = prepare_layers(loaded, prepared, preparation, run, checkpoint, events, stop)
+        parameters = _make_trainable(loaded, prepared, ranks)
         compute_with(loaded.model, config.activations or "float")
     except Exception:
         if resumed is None:  # nothing has begun
             remove_folder(run)
         raise
     if checkpoint is None:
-        _start(loaded, config, packer, run, events)
+        begin_adapters(loaded, prepared, preparation, run, events)
     task = _task(loaded, prepared, parameters, run, events, stop)
     watching = Watching(run, prepared, loaded, events, trackers)
     task = dataclasses.replace(
@@ -204,7 +206,9 @@ def _carry_out(
     return report
 
 
-def _make_trainable(loaded: LoadedModel, prepared: Prepared) -> dict[str, nn.Parameter]:
+def _make_trainable(
+    loaded: LoadedModel, prepared: Prepared, ranks: Mapping[str, int] | None
+) -> dict[str, nn.Parameter]:
     """Let the method choose what trains, and graft's kernels compute; return it by name."""
     config, model = prepared.config, loaded.model
     torch.manual_seed(config.seed)
@@ -212,23 +216,10 @@ def _make_trainable(loaded: LoadedModel, prepared: Prepared) -> dict[str, nn.Par
     if config.batching == "packed":
         check_packing(model)
     enable_checkpointing(model, prepared.plan.checkpointing)
-    parameters = prepared.method.make_trainable(model, prepared.targets, config)
+    parameters = prepared.method.make_trainable(model, prepared.targets, config, ranks)
     use_own_pointwise(model)  # which leaves norms that train
     use_own_rotary(model)
     return parameters
-
-
-def _start(
-    loaded: LoadedModel, config: TrainConfig, packer: Packer | None, run: Path, events: Events
-) -> None:
-    """Begin the adapters; a start that changed the base is kept, for a merge into another one."""
-    start = STARTS[config.init]
-    note = start.begin(loaded.model, packer)
-    if start.changes_base:
-        remove_folder(run / START)
-        save_adapter(loaded.model, run / START, base=str(run / BASE), init=config.init)
-    if note is not None:
-        events.note(note)
 
 
 def _task(
@@ -301,11 +292,17 @@ def _save_result(loaded: LoadedModel, prepared: Prepared, run: Path) -> None:
     for name in (REPORT, REPORT_TEXT, PLOTS, ADAPTER, MODEL, FAILED_BATCH):
         remove_folder(run / name)
     if prepared.method.trains_adapter:
-        init = prepared.config.init
-        own = STARTS[init].changes_base
-        base = str(run / BASE) if own else base_name(prepared.config.model)
-        save_adapter(loaded.model, run / ADAPTER, base=base, init=init)
-        check_adapter(loaded.model, run / ADAPTER)
+        config, start = prepared.config, STARTS[prepared.config.init]
+        began = read_factors(run / START) if taken_out(prepared) else None
+        own = start.changes_base and began is None
+        save_adapter(
+            loaded.model,
+            run / ADAPTER,
+            base=str(run / BASE) if own else base_name(config.model),
+            init=start.name if began is None else DEFAULT.name,
+            began=began,
+        )
+        check_adapter(loaded.model, run / ADAPTER, began=began)
     else:
         loaded.model.requires_grad_(False)
         save_model(loaded, run / MODEL)

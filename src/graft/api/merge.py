@@ -18,17 +18,18 @@ from graft.adapters.attach import (
     replace_module,
 )
 from graft.adapters.merge import merge_adapters
+from graft.adapters.starts.registry import STARTS
 from graft.api.events import Events
 from graft.api.original import Original, original_layers, take_the_rest
 from graft.api.run.adopted import base_changes
 from graft.api.run.folder import is_run, load_any, read_run_config
-from graft.api.run.layout import MODEL, START
+from graft.api.run.layout import ADAPTER, MODEL, START
 from graft.errors import GraftError
 from graft.files.write import check_new
 from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.layers.frozen import FrozenLinear
-from graft.model.adapter_files import check_adapter_file, load_adapter
+from graft.model.adapter_files import check_adapter_file, load_adapter, read_own_config
 from graft.model.hub import base_name
 from graft.model.load import LoadedModel, load_model
 from graft.model.save import round_as_saved, save_model
@@ -82,11 +83,11 @@ def merge(
 
     qalora, affine and merge_aware merge exactly into the quantised weights that they were trained
     as. lora and qlora merge into the weights that they were trained on, dequantised
-    (into='trained'), or into the original base (into='original'; of an adapter that started as
-    LoftQ only what was trained since, as its start makes up for a rounding that the original has
-    not), stored in `dtype` (auto: the source's dtype). The original is the base that the run names;
-    where that was quantised already it is `original`, a folder or hub id of the unquantised model.
-    Whatever was rounded is in the report. Raises GraftError when the run is not finished, when the
+    (into='trained'), or into the original base (into='original'; of an adapter that began as a
+    part of quantised weights, which the original has whole, only what was trained since), stored in
+    `dtype` (auto: the source's dtype). The original is the base that the run names; where that was
+    quantised already it is `original`, a folder or hub id of the unquantised model. Whatever was
+    rounded is in the report. Raises GraftError when the run is not finished, when the
     original is none, or when `out` exists.
     """
     events = events or Events()
@@ -105,7 +106,8 @@ def merge(
         raise GraftError("--original names what --into original merges into; give both")
     if into == "original":
         unquantised = _original_base(run, original, loaded, device, trust_remote_code)
-        if (run / START).is_dir():
+        own = read_own_config(run / ADAPTER)
+        if own is not None and STARTS[own.init].changes_base:
             start, active = START, adapter_names(loaded.model)
             check_adapter_file(run / START)
             load_adapter(loaded.model, run / START, start)

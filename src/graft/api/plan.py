@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graft.adapters.registry import method_of
-from graft.api.checks import calibrating_rows, check_plan_config
+from graft.api.checks import calibrating_rows, check_plan_config, looking_rows
 from graft.api.config import PlanConfig
 from graft.api.run.formats import base_format
 from graft.model.subject import open_subject
@@ -27,4 +27,5 @@ def plan(config: PlanConfig) -> MemoryPlan:
         checkpointing=config.checkpointing,
         optimizer=config.optimizer,
         calibration_rows=calibrating_rows(adapter),
+        looking_rows=looking_rows(adapter),
     )

@@ -35,7 +35,7 @@ class Origin:
     separator: str = "\n"
     """Between the prompt and the answer of such a row."""
     init: Init = "default"
-    """How its adapter started."""
+    """What its adapter says of its start: one that belongs on its own base is named."""
     name: str = ""
     """Of the model that was trained, or is exported as it is; empty where nobody knows it."""
     base: str | None = None

@@ -84,8 +84,10 @@ class FrozenLinear(nn.Module):
 
     def _product(self, x: Tensor, weight: Weight) -> Tensor:
         if self.rounds and not takes_gradients(x, weight):
-            return rounded_linear(x, weight, self.activations == "q8")
-        return linear(self.met(x), weight)
+            y: Tensor = rounded_linear(x, weight, self.activations == "q8")
+        else:
+            y = linear(self.met(x), weight)
+        return y
 
     @property
     def rounds(self) -> bool:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from graft.adapters.attach import adapted_layer, adapted_layers, adapter_names, frozen_layers
@@ -44,6 +45,7 @@ from graft.text import quoted
 
 OWN_CONFIG = "graft_adapter.json"
 OWN_VERSION = 1
+_FACTORS = {"A": "lora_A.weight", "B": "lora_B.weight"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,15 +96,18 @@ def save_adapter(
     base: str = "",
     as_lora: bool = False,
     init: str = "default",
+    began: Mapping[str, tuple[Tensor, Tensor]] | None = None,
 ) -> None:
     """Write one adapter to a new folder, float32.
 
     lora, DoRA and qalora are written so that PEFT reads them; affine, merge_aware and a qalora that
     moves the scales too or has groups of several sizes, which PEFT has not, by our own names. With
     `as_lora` a qalora adapter is written as an ordinary LoRA whose A is repeated group-wise, which
-    every LoRA runtime can serve. `init` is kept beside it: an adapter that started as loftq belongs
-    on its quantised base and on no other. Raises GraftError when there is no such adapter, or when
-    `as_lora` is asked of one that is no LoRA.
+    every LoRA runtime can serve. `init` is kept beside it: one that began as a part of quantised
+    weights belongs on those and on no others. began: A and B that each layer's adapter began with,
+    as a part of its weight, which are taken out: s [B, -B0] [A; A0], of twice the rank, is what was
+    trained. Raises GraftError when there is no such adapter, or when `as_lora` is asked of one that
+    is no LoRA.
     """
     layers = {
         layer_name: (layer.base, layer.adapter(name))
@@ -116,7 +121,10 @@ def save_adapter(
         layer_name: adapter.lora_tensors(base_layer, as_lora)
         for layer_name, (base_layer, adapter) in layers.items()
     }
-    config = None if None in parts.values() else peft_config(layers, base, as_lora)
+    for layer_name, start in (began or {}).items():
+        parts[layer_name] = _without(parts[layer_name], start)
+    ranks = {name: len(part["A"]) for name, part in parts.items() if part is not None}
+    config = peft_config(layers, ranks, base, as_lora) if len(ranks) == len(parts) else None
     if config is None:
         if as_lora:
             raise GraftError(
@@ -148,6 +156,24 @@ def save_adapter(
             "sha256": digest,
         }
         write_json(part / OWN_CONFIG, own)
+
+
+def _without(part: Mapping[str, Tensor] | None, began: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a low-rank update with what it began with taken out."""
+    assert part is not None, "it has the factors that PEFT's form holds"
+    A, B = (tensor.to(part["A"]) for tensor in began)
+    return {**part, "A": torch.cat([part["A"], A]), "B": torch.cat([part["B"], -B], 1)}
+
+
+def read_factors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return A and B of each layer of a LoRA that graft saved; raises GraftError for damage."""
+    check_adapter_file(folder)
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in read_adapter_tensors(folder).items():
+        layer_name, parameter = split_peft_key(key, _FACTORS)
+        if parameter is not None:
+            found.setdefault(layer_name, {})[parameter] = tensor
+    return {name: (part["A"], part["B"]) for name, part in found.items()}
 
 
 def check_adapter_file(folder: Path) -> None:
@@ -202,7 +228,7 @@ def attach_stored(
             by_layer.setdefault(layer_name, {})[parameter] = tensor
     if own is not None and STARTS[own.init].changes_base:
         problems += [
-            f"{layer_name} is dense, and this adapter makes up for the rounding of the weights in "
+            f"{layer_name} is dense, and this adapter began as a part of the quantised weights in "
             f"{quoted(own.base)}: load it on those"
             for layer_name in by_layer
             if not layers[layer_name].weight_format.quantised
@@ -235,10 +261,16 @@ def attach_stored(
     return method
 
 
-def check_adapter(model: nn.Module, folder: Path, name: str = "default") -> None:
+def check_adapter(
+    model: nn.Module,
+    folder: Path,
+    name: str = "default",
+    began: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> None:
     """Raise GraftError unless a saved adapter holds exactly the tensors that the model trained.
 
-    Names and shapes are read from the header of the file, so it costs nothing.
+    began: as in `save_adapter`. Names and shapes are read from the header of the file, so it costs
+    nothing.
     """
     own, config = read_configs(folder)
     method = method_of_files(None if own is None else own.method, config)
@@ -250,6 +282,9 @@ def check_adapter(model: nn.Module, folder: Path, name: str = "default") -> None
         if name in layer.adapters
         for key, parameter in layer.adapter(name).named_parameters()
     }
+    for layer_name, (A, B) in (began or {}).items():
+        rank = len(A) + trained[layer_name, "A"][0]
+        trained |= {(layer_name, "A"): (rank, A.shape[1]), (layer_name, "B"): (len(B), rank)}
     problems = [
         f"{layer_name}.{key}: the file has {_sizes(saved, layer_name, key)}, what was trained "
         f"{_sizes(trained, layer_name, key)}"

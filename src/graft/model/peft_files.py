@@ -87,12 +87,16 @@ def foreign_tensor(key: str) -> str:
 
 
 def peft_config(
-    layers: Mapping[str, tuple[FrozenLinear, Adapter]], base: str, as_lora: bool
+    layers: Mapping[str, tuple[FrozenLinear, Adapter]],
+    ranks: Mapping[str, int],
+    base: str,
+    as_lora: bool,
 ) -> dict[str, Any] | None:
     """Return adapter_config.json of low-rank adapters by layer; None where PEFT cannot hold them.
 
-    It has one group size for all layers. as_lora: their tensors are written as those of an ordinary
-    LoRA. Raises GraftError for kinds of adapters that neither PEFT nor our own form can mix.
+    It has one group size for all layers. ranks: by layer, of the tensors that are written. as_lora:
+    these are those of an ordinary LoRA. Raises GraftError for kinds of adapters that neither PEFT
+    nor our own form can mix.
     """
     first_base, first = next(iter(layers.values()))
     settings = first.peft_settings(as_lora)
@@ -102,7 +106,6 @@ def peft_config(
         raise GraftError(f"its layers carry {' and '.join(sorted(kinds))}; PEFT holds one kind")
     if len({one.get("qalora_group_size") for one in others}) > 1 and not as_lora:
         return None
-    ranks = {name: adapter.get_parameter("A").shape[0] for name, (_, adapter) in layers.items()}
     alphas: dict[str, float] = {
         name: (adapter.scaling or 0.0) * ranks[name] / adapter.peft_factor(base_layer, as_lora)
         for name, (base_layer, adapter) in layers.items()

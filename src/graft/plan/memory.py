@@ -126,6 +126,7 @@ def plan_memory(
     checkpointing: Checkpointing | Literal["auto"],
     optimizer: str = DEFAULT_OPTIMIZER,
     calibration_rows: int = 0,
+    looking_rows: int = 0,
     tokens: int | None = None,
     trust_remote_code: bool = False,
 ) -> MemoryPlan:
@@ -137,7 +138,8 @@ def plan_memory(
     states in their own dtype. sequence_length: the longest row's, in tokens. tokens: the most that
     are trained at once, where rows are packed; an evaluation pads. calibration_rows: how
     many rows the codes are calibrated on, before training or between two steps; 0 for a solver that
-    needs none. A GPU's plan counts its memory alone.
+    needs none. looking_rows: on how many a start looks at the base as it trains. A GPU's plan
+    counts its memory alone.
 
     checkpointing 'auto' gives the plan of the first of none, products, half and layers whose peak
     of training fits into 80 % of the memory that is free now, and of layers when none does.
@@ -157,7 +159,7 @@ def plan_memory(
     )
     check_checkpointing(planned.model, checkpointing)
     padded = batch_size * sequence_length
-    shape = _Shape(batch_size, sequence_length, tokens or padded, calibration_rows)
+    shape = _Shape(batch_size, sequence_length, tokens or padded, calibration_rows, looking_rows)
     plan_choice = partial(_plan, planned, adapter, shape, OPTIMIZERS[optimizer])
     if checkpointing != "auto":
         return plan_choice(checkpointing)
@@ -196,6 +198,7 @@ class _Shape(NamedTuple):
     sequence_length: int
     tokens: int
     calibration_rows: int
+    looking_rows: int
 
     def __str__(self) -> str:
         padded = self.batch_size * self.sequence_length
@@ -238,6 +241,10 @@ def _plan(
         kept = planned.dtype.itemsize if not in_training else 4
         calibrating = shape.calibration_rows * shape.sequence_length
         rounding = _rounding_bytes(planned, counts, kept, calibrating)
+    looking = 0
+    if shape.looking_rows:  # the weights are there as they train
+        looked = shape.looking_rows * shape.sequence_length
+        looking = _rounding_bytes(planned, counts, 0, looked)
     weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
     held = process + weights + states
     sparing = checkpointing == "layers"
@@ -257,14 +264,19 @@ def _plan(
         MemoryRow("loss", loss, "a chunk of logits; takes turns with the two before"),
         MemoryRow("heap", heap, "gaps between the tensors, which malloc keeps"),
         MemoryRow("rounding", rounding, _rounding_note(rounding, in_training, dtype)),
+        *(
+            [MemoryRow("looking", looking, "at the layers' inputs, before training")]
+            * bool(looking)
+        ),
         MemoryRow("evaluation", evaluating, "loss or workspace; nothing is kept"),
         MemoryRow("merging", merging, "float64 copies of one layer; the merged weights"),
     )
     step = counts.trained_bytes + activations.kept_bytes + backward + heap
     before = 0 if in_training else process + counts.other_bytes + rounding
+    before = max(before, process + weights + looking if looking else 0)
     return MemoryPlan(
         rows=rows,
-        training_bytes=max(held + step, held + rounding if in_training else before),
+        training_bytes=max(held + step, before, held + rounding if in_training else 0),
         evaluation_bytes=held + evaluating,
         saving_bytes=process + weights + merging,
         weight_file_bytes=planned.file_bytes,

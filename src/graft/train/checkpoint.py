@@ -163,6 +163,16 @@ def read_position(path: Path) -> Position:
     return Position(state.step, state.sampler, state.metrics, state.best, state.evaluated)
 
 
+def parameter_shapes(path: Path, ending: str) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of a checkpoint's parameters whose names end so, by the name before it."""
+    with WeightFiles(path, single_file=_TENSORS) as files:
+        return {
+            key.removeprefix("parameter.").removesuffix(ending): files.shape(key)
+            for key in files
+            if key.startswith("parameter.") and key.endswith(ending)
+        }
+
+
 def load_checkpoint(
     path: Path,
     parameters: Mapping[str, nn.Parameter],

@@ -7,13 +7,14 @@ from collections.abc import Mapping
 
 from graft.adapters.config import AdapterConfig
 from graft.adapters.registry import method_of
+from graft.adapters.starts.registry import STARTS
 from graft.errors import GraftError
 from graft.train.config import LoopConfig
 
 
 def default_learning_rate(config: AdapterConfig, hidden_size: int) -> float:
-    """Return the default peak learning rate of AdamW, which is the method's to say."""
-    return method_of(config).learning_rate(config, hidden_size)
+    """Return the default peak learning rate of AdamW: the method's, times the start's factor."""
+    return method_of(config).learning_rate(config, hidden_size) * STARTS[config.init].rate
 
 
 def rate_factors(

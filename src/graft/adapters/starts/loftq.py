@@ -8,23 +8,18 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from graft.adapters.attach import adapted_layers
 from graft.adapters.base import lora_scaling
 from graft.adapters.config import AdapterConfig
-from graft.adapters.lora import LoraAdapter
-from graft.adapters.starts.base import Packer, Start
+from graft.adapters.starts.base import Preparation, Start
+from graft.adapters.starts.low_rank import LowRankStart, set_starts
+from graft.adapters.svd import truncated_svd
 from graft.formats.base import Packed, WeightFormat
-
-_OVERSAMPLING = 8
-_POWER_STEPS = 4
 
 
 @dataclass(frozen=True)
-class LoftQStart:
-    """A [k, in_features] and B [out_features, k], float32, k = min(rank, in, out features)."""
+class LoftQStart(LowRankStart):
+    """What a layer's adapter begins with, and what that makes up for."""
 
-    A: Tensor
-    B: Tensor
     rounding_error: float
     """Squared error |W - Q|² of rounding alone."""
     error: float
@@ -32,7 +27,7 @@ class LoftQStart:
 
 
 @dataclass
-class LoftQ:
+class LoftQ(Preparation):
     """Rounds layers one after another and keeps the start of each one's adapter in `starts`."""
 
     rank: int
@@ -96,41 +91,6 @@ def loftq(
     return best
 
 
-def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the largest singular values s [k] with their vectors u [rows, k] and v [k, columns].
-
-    k = min(rank, rows, columns). Randomised subspace iteration with power steps and a fixed seed
-    (Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4): the cost grows with the rank,
-    where a full decomposition of a large layer takes minutes.
-    """
-    rows, columns = matrix.shape
-    rank = min(rank, rows, columns)
-    width = min(rank + _OVERSAMPLING, rows, columns)
-    generator = torch.Generator().manual_seed(0)
-    probes = torch.randn(columns, width, generator=generator, dtype=matrix.dtype)
-    basis = torch.linalg.qr(matrix @ probes.to(matrix.device)).Q
-    for _ in range(_POWER_STEPS):
-        basis = torch.linalg.qr(matrix.T @ basis).Q
-        basis = torch.linalg.qr(matrix @ basis).Q
-    left, sizes, right = torch.linalg.svd(basis.T @ matrix, full_matrices=False)
-    return basis @ left[:, :rank], sizes[:rank], right[:rank]
-
-
-def start_adapters(model: nn.Module, starts: dict[str, LoftQStart], name: str = "default") -> None:
-    """Set the named LoRA adapter of every layer in `starts` to its start.
-
-    What goes beyond the sides of a small layer stays as it was drawn.
-    """
-    with torch.no_grad():
-        for layer_name, layer in adapted_layers(model):
-            if layer_name in starts and name in layer.adapters:
-                adapter, start = layer.adapter(name), starts[layer_name]
-                assert isinstance(adapter, LoraAdapter)
-                adapter.A[: len(start.A)] = start.A.to(adapter.A)
-                adapter.B[:, : len(start.A)] = start.B.to(adapter.B)
-                adapter.started(layer.base)
-
-
 class _LoftQStart(Start):
     name = "loftq"
     changes_base = True
@@ -139,6 +99,7 @@ class _LoftQStart(Start):
         self,
         config: AdapterConfig,
         *,
+        low_rank: bool,
         adds_low_rank: bool,
         quantises: bool,
         solver: str | None,
@@ -161,16 +122,18 @@ class _LoftQStart(Start):
             )
         return problems
 
-    def packer(self, config: AdapterConfig) -> LoftQ:
+    def prepare(self, config: AdapterConfig) -> LoftQ:
         scaling = lora_scaling(config.update_rank, config.alpha, config.rslora)
         return LoftQ(config.update_rank, scaling, config.loftq_rounds)
 
-    def begin(self, model: nn.Module, packer: Packer | None, name: str = "default") -> str:
-        assert isinstance(packer, LoftQ)
-        start_adapters(model, packer.starts, name)
+    def begin(
+        self, model: nn.Module, preparation: Preparation | None, name: str = "default"
+    ) -> str:
+        assert isinstance(preparation, LoftQ)
+        set_starts(model, preparation.starts, name)
         return (
-            f"loftq: with the adapter's start the weights' squared error is {packer.left():.2f} "
-            "times that of rounding alone"
+            "loftq: with the adapter's start the weights' squared error is "
+            f"{preparation.left():.2f} times that of rounding alone"
         )
 
     def export_note(self, base: str) -> str:

@@ -4,11 +4,11 @@ RUN/: config.yaml (resolved), prompt.json, inputs.json (the SHA-256 of data and 
 (how it stands), skipped.jsonl (bad rows that --skip-bad-rows passed over), base/ (packed) or
 base.json (a path with its fingerprint), tokenizer/ (where an adopted adapter brought
 another than that base's), adapter/ or model/ (method full), start/ (the adapter
-before the first step, where it was not zero), metrics.jsonl, checkpoints/ (the last two, that of
-the end among them), report.json, report.md, plots/loss.png, export/; failed-batch.safetensors where
-a loss or gradient was not finite; best/ (the parameters of the best evaluation, where it was not
-the last), general.safetensors (what the base said of the general text), samples.jsonl and
-tensorboard/ where they were asked for. `PARTS` are all of them.
+before the first step, where it was a part of the weights), metrics.jsonl, checkpoints/ (the last
+two, that of the end among them), report.json, report.md, plots/loss.png, export/;
+failed-batch.safetensors where a loss or gradient was not finite; best/ (the parameters of the best
+evaluation, where it was not the last), general.safetensors (what the base said of the general
+text), samples.jsonl and tensorboard/ where they were asked for. `PARTS` are all of them.
 """
 
 from __future__ import annotations

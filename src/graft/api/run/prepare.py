@@ -9,7 +9,7 @@ from pathlib import Path
 
 from graft.adapters.method import Method
 from graft.adapters.registry import method_of
-from graft.api.checks import calibrating_rows, check_train_config, chosen_solver
+from graft.api.checks import calibrating_rows, check_train_config, chosen_solver, looking_rows
 from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.export import check_bias_exports, check_exports
@@ -170,6 +170,7 @@ def _resolved(
         checkpointing=config.checkpointing,
         optimizer=config.optimizer,
         calibration_rows=calibrating_rows(config),
+        looking_rows=looking_rows(config),
     )
     if plan.left_out is not None:
         events.note(plan.left_out)

@@ -82,7 +82,7 @@ class RunReport:
     peak_memory_bytes: int
     planned_memory_bytes: int
     init: str
-    """How the adapter started: default or loftq."""
+    """How the adapter started."""
     checkpointing: str
     """What the layers kept for the backward pass, and why."""
     trainable_parameters: int
