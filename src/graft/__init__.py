@@ -18,6 +18,19 @@ from typing import TYPE_CHECKING, Any
 from graft.errors import GraftError
 
 if TYPE_CHECKING:
+    from graft.api.adapter.extract import extract_adapter
+    from graft.api.adapter.merge import combine_adapters
+    from graft.api.adapter.resize import resize_adapter
+    from graft.api.adapters import (
+        active_adapters,
+        adapter_names,
+        load_adapter,
+        merge_in_memory,
+        no_adapters,
+        remove_adapter,
+        set_adapters,
+        unmerge,
+    )
     from graft.api.adopt import adopt
     from graft.api.config import QuantizeConfig, TrainConfig
     from graft.api.convert import convert_model
@@ -38,16 +51,27 @@ _HOME = {
     "Stop": "graft.train.stop",
     "StoppedError": "graft.train.stop",
     "TrainConfig": "graft.api.config",
+    "active_adapters": "graft.api.adapters",
+    "adapter_names": "graft.api.adapters",
     "adopt": "graft.api.adopt",
+    "combine_adapters": "graft.api.adapter.merge",
     "compare": "graft.compare.run",
     "convert_model": "graft.api.convert",
     "evaluate_model": "graft.api.evaluate",
     "export_model": "graft.api.export",
+    "extract_adapter": "graft.api.adapter.extract",
     "finetune": "graft.api.finetune",
     "generate": "graft.api.evaluate",
     "load": "graft.api.load",
+    "load_adapter": "graft.api.adapters",
     "merge": "graft.api.merge",
+    "merge_in_memory": "graft.api.adapters",
+    "no_adapters": "graft.api.adapters",
     "quantize": "graft.api.quantize",
+    "remove_adapter": "graft.api.adapters",
+    "resize_adapter": "graft.api.adapter.resize",
+    "set_adapters": "graft.api.adapters",
+    "unmerge": "graft.api.adapters",
     "verify": "graft.api.verify",
 }
 
@@ -58,16 +82,27 @@ __all__ = [
     "Stop",
     "StoppedError",
     "TrainConfig",
+    "active_adapters",
+    "adapter_names",
     "adopt",
+    "combine_adapters",
     "compare",
     "convert_model",
     "evaluate_model",
     "export_model",
+    "extract_adapter",
     "finetune",
     "generate",
     "load",
+    "load_adapter",
     "merge",
+    "merge_in_memory",
+    "no_adapters",
     "quantize",
+    "remove_adapter",
+    "resize_adapter",
+    "set_adapters",
+    "unmerge",
     "verify",
 ]
 

@@ -14,7 +14,7 @@ import graft
 from graft.adapters.combine import COMBINATIONS, dare, dare_ties, ties
 from graft.api.adapter.files import ADAPTER_REPORT
 from graft.api.adapter.listing import list_adapters
-from graft.api.adapter.merge import merge_adapters
+from graft.api.adapter.merge import combine_adapters
 from graft.api.adapter.resize import resize_adapter
 from graft.api.adapter.show import compare_adapters, show_adapter
 from graft.api.run.folder import load_any
@@ -44,7 +44,7 @@ def test_merged_updates_equal_the_combination_of_the_dense_ones(
     combine = {"ties": ties, "dare": dare, "dare_ties": dare_ties}.get(how)
     settings = {"density": 0.4, "seed": 3, "energy": 1.0} if combine else {}
     settings = {"rank": 10} if how == "svd" else settings
-    merge_adapters(two, tmp_path / "merged", weights=[0.7, -0.2], how=how, **settings)
+    combine_adapters(two, tmp_path / "merged", weights=[0.7, -0.2], how=how, **settings)
     draws = torch.Generator().manual_seed(3)
     for name in sorted(LAYERS):
         dense = [update(folder, name) for folder in two]
@@ -55,7 +55,7 @@ def test_merged_updates_equal_the_combination_of_the_dense_ones(
 
 
 def test_a_cut_combination_is_the_nearest_one(two: tuple[Path, Path], tmp_path: Path) -> None:
-    report = merge_adapters(two, tmp_path / "merged", how="svd")
+    report = combine_adapters(two, tmp_path / "merged", how="svd")
     assert set(report.ranks.values()) == {6} and report.weights == (0.5, 0.5)
     lost = total = 0.0
     for name in LAYERS:
@@ -69,7 +69,7 @@ def test_a_cut_combination_is_the_nearest_one(two: tuple[Path, Path], tmp_path: 
 def test_a_model_computes_the_sum_of_what_was_merged(
     two: tuple[Path, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
-    merge_adapters(two, tmp_path / "merged", weights=[1, 1])
+    combine_adapters(two, tmp_path / "merged", weights=[1, 1])
     logits = []
     for adapters in (two, [tmp_path / "merged"]):
         loaded = load_any(tiny_base, "float32", "cpu")
@@ -85,32 +85,32 @@ def test_factors_themselves_are_combined_where_that_is_asked(
     two: tuple[Path, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     third = a_lora(tmp_path / "third", str(tiny_base), rank=4, seed=7, scaling=0.5)
-    merge_adapters([two[0], third], tmp_path / "merged", weights=[1, 4], factors=True)
+    combine_adapters([two[0], third], tmp_path / "merged", weights=[1, 4], factors=True)
     one, other = read_lora(two[0]), read_lora(third)
     for name in LAYERS:
         A = read_lora(tmp_path / "merged").layers[name].A
         expected = 0.5**0.5 * one.layers[name].A + 2.0**0.5 * other.layers[name].A
         torch.testing.assert_close(A, expected)
     with pytest.raises(GraftError, match=r"ranks \[4, 6\] cannot be added"):
-        merge_adapters(two, tmp_path / "out", factors=True)
+        combine_adapters(two, tmp_path / "out", factors=True)
 
 
 def test_what_cannot_be_merged_is_told_at_once(
     two: tuple[Path, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(GraftError) as told:
-        merge_adapters(two[:1], tmp_path / "out", weights=[1, 2], how="ties", rank=1, energy=0.5)
+        combine_adapters(two[:1], tmp_path / "out", weights=[1, 2], how="ties", rank=1, energy=0.5)
     for words in ("two adapters or more", "2 values for 1 adapters", "--density is missing"):
         assert words in str(told.value)
     with pytest.raises(GraftError, match="give one of --rank and --energy"):
-        merge_adapters(two, tmp_path / "out", how="svd", rank=1, energy=0.5)
+        combine_adapters(two, tmp_path / "out", how="svd", rank=1, energy=0.5)
     with pytest.raises(GraftError, match="linear keeps the sum of the ranks"):
-        merge_adapters(two, tmp_path / "out", rank=2)
+        combine_adapters(two, tmp_path / "out", rank=2)
     starts = shutil.copytree(two[0], tmp_path / "starts")
     own = json.loads((starts / "graft_adapter.json").read_text())
     (starts / "graft_adapter.json").write_text(json.dumps(own | {"init": "loftq"}))
     with pytest.raises(GraftError, match="started as loftq, and makes up for the rounding"):
-        merge_adapters([starts, two[1]], tmp_path / "out")
+        combine_adapters([starts, two[1]], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

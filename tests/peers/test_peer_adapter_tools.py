@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from graft.adapters.combine import dare, dare_ties, ties
 from graft.api.adapter.extract import extract_adapter
-from graft.api.adapter.merge import merge_adapters
+from graft.api.adapter.merge import combine_adapters
 from graft.api.adapter.resize import resize_adapter
 from graft.model.lora_files import read_lora
 
@@ -109,7 +109,7 @@ def test_merged_adapters_are_those_of_add_weighted_adapter(
     base = tiny_model("mistral", vocab_size=160)
     folders = [trained(tmp_path / f"a{seed}", base, 4, seed) for seed in range(3)]
     weights = [0.7, -0.4, 1.2]
-    merge_adapters(folders, tmp_path / "merged", weights=weights, how=how, **ours)
+    combine_adapters(folders, tmp_path / "merged", weights=weights, how=how, **ours)
     model = peft.PeftModel.from_pretrained(base, folders[0], adapter_name="a0")
     for number in (1, 2):
         model.load_adapter(folders[number], f"a{number}")

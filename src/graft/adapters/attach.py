@@ -106,16 +106,46 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(names)
 
 
-def activate_adapters(model: nn.Module, names: Sequence[str]) -> None:
+def activate_adapters(model: nn.Module, names: Sequence[str] | Mapping[str, float]) -> None:
     """Make exactly these adapters active, in this order; none restores the base's outputs.
 
-    Raises GraftError for a name that no layer has.
+    With a mapping each one's update is multiplied by its weight. Raises GraftError for a name that
+    no layer has, for a weight other than 1 of an adapter that moves a grid, whose moves are
+    rounded, and for a model whose adapters are merged in memory.
     """
+    check_unmerged(model)
     known = adapter_names(model)
     problems = [f"{name!r}{did_you_mean(name, known)}" for name in names if name not in known]
     raise_problems(problems, "no such adapter")
+    given = names if isinstance(names, Mapping) else dict.fromkeys(names, 1.0)
+    weights = {name: float(weight) for name, weight in given.items()}
+    problems = [
+        f"the weight of {name!r} is {weight}; expected a number"
+        for name, weight in weights.items()
+        if not abs(weight) < float("inf")
+    ]
+    weights = {name: weight for name, weight in weights.items() if weight != 1}
+    grids = {
+        name
+        for _, layer in adapted_layers(model)
+        for name in weights
+        if name in layer.adapters and layer.adapter(name).moves_grid
+    }
+    problems += [
+        f"{name!r} moves scales and offsets of quantised weights, which are rounded: there is no "
+        "part of it, so its weight is 1"
+        for name in sorted(grids)
+    ]
+    raise_problems(problems, "adapters cannot be weighted so")
     for _, layer in adapted_layers(model):
         layer.active = tuple(name for name in names if name in layer.adapters)
+        layer.weights = {name: weight for name, weight in weights.items() if name in layer.active}
+
+
+def check_unmerged(model: nn.Module) -> None:
+    """Raise GraftError where adapters are merged in memory: they compute, whatever is switched."""
+    if any(layer.merged is not None for _, layer in adapted_layers(model)):
+        raise GraftError("the adapters are merged in memory; unmerge them first")
 
 
 def remove_adapter(model: nn.Module, name: str) -> None:
@@ -124,12 +154,14 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     Raises GraftError for a name that no layer has.
     """
     known = adapter_names(model)
+    check_unmerged(model)
     if name not in known:
         raise GraftError(f"no adapter {name!r} to remove{did_you_mean(name, known)}")
     for layer_name, layer in list(adapted_layers(model)):
         if name in layer.adapters:
             del layer.adapters[name]
             layer.active = tuple(active for active in layer.active if active != name)
+            layer.weights.pop(name, None)
         if not layer.adapters:
             replace_module(model, layer_name, layer.base)
 

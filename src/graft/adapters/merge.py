@@ -81,12 +81,11 @@ def _exact_packed(layer: AdaptedLinear) -> dict[str, Tensor] | None:
 
 
 def _add_bias(merged: FrozenLinear, layer: AdaptedLinear) -> None:
-    updates = [adapter.delta_bias() for adapter in layer.active_adapters()]
-    moves = [update for update in updates if update is not None]
-    if moves:
-        old = torch.zeros_like(moves[0]) if merged.bias is None else merged.bias.double()
+    move = layer.delta_bias()
+    if move is not None:
+        old = torch.zeros_like(move) if merged.bias is None else merged.bias.double()
         dtype = torch.float32 if merged.bias is None else merged.bias.dtype
-        merged.bias = torch.nn.Parameter(sum(moves, old).to(dtype), requires_grad=False)
+        merged.bias = torch.nn.Parameter((old + move).to(dtype), requires_grad=False)
 
 
 def _measure(merged: FrozenLinear, trained: Tensor, base: Tensor) -> MergeError:
@@ -122,3 +121,31 @@ def merge_adapters(
         if on_layer is not None:
             on_layer(done, len(layers))
     return errors
+
+
+def merge_in_memory(
+    model: torch.nn.Module,
+    target: WeightFormat | None = None,
+    on_layer: Callable[[int, int], None] | None = None,
+) -> dict[str, MergeError]:
+    """Let every adapted layer compute with one merged weight; return each layer's error.
+
+    The adapters and the layers that they were trained on stay beside it, so that `unmerge` gives
+    back the very bits. `target` and `on_layer` are as in `merge_adapters`.
+    """
+    layers = [(name, layer) for name, layer in adapted_layers(model) if layer.active]
+    results = {}
+    for done, (name, layer) in enumerate(layers, start=1):
+        results[name] = merge(layer, target)
+        if on_layer is not None:
+            on_layer(done, len(layers))
+    for name, layer in layers:
+        results[name].layer.train(layer.training)
+        layer.compute_with(results[name].layer)
+    return {name: result.error for name, result in results.items()}
+
+
+def unmerge(model: torch.nn.Module) -> None:
+    """Let every layer compute with its base and adapters again."""
+    for _, layer in adapted_layers(model):
+        layer.compute_with(None)

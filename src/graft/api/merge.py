@@ -132,8 +132,7 @@ def check_biases(loaded: LoadedModel) -> None:
     names = [
         name
         for name, layer in adapted_layers(loaded.model)
-        if layer.base.bias is None
-        and any(adapter.delta_bias() is not None for adapter in layer.active_adapters())
+        if layer.base.bias is None and layer.delta_bias() is not None
     ]
     if names:
         raise GraftError(

@@ -42,11 +42,11 @@ class CombineArguments:
 def merge(arguments: CombineArguments) -> None:
     """Combine adapters of one base into one adapter."""
     from graft.api.adapter.files import ADAPTER_REPORT, in_words
-    from graft.api.adapter.merge import merge_adapters
+    from graft.api.adapter.merge import combine_adapters
     from graft.cli.progress import progress
 
     with progress() as events:
-        report = merge_adapters(
+        report = combine_adapters(
             arguments.adapters,
             arguments.out,
             weights=arguments.weights,

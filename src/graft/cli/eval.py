@@ -9,12 +9,13 @@ from graft.cli.command import Command
 from graft.cli.fields import Positional
 from graft.cli.show import show, show_json
 from graft.data.config import ReadingConfig
+from graft.evaluate.config import AdaptersConfig
 from graft.layers.config import ActivationConfig
 from graft.model.config import TrustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalArguments(ReadingConfig, ActivationConfig, TrustConfig):
+class EvalArguments(ReadingConfig, ActivationConfig, AdaptersConfig, TrustConfig):
     """What to score, and on what."""
 
     model: Positional
@@ -44,10 +45,12 @@ class EvalArguments(ReadingConfig, ActivationConfig, TrustConfig):
 def evaluate(arguments: EvalArguments) -> None:
     """Loss and perplexity of a model, masked as in training."""
     from graft.api.evaluate import evaluate_model
-    from graft.api.run.folder import load_any, round_inputs
+    from graft.api.run.folder import round_inputs
+    from graft.api.run.several import load_with_adapters
 
-    loaded = load_any(
+    loaded = load_with_adapters(
         arguments.model,
+        arguments,
         arguments.dtype,
         arguments.device,
         arguments.tokenizer,

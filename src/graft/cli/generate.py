@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
 from graft.cli.show import show, show_answer
-from graft.evaluate.config import DecodingConfig
+from graft.evaluate.config import AdaptersConfig, DecodingConfig
 from graft.layers.config import ActivationConfig
 from graft.model.config import TrustConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateArguments(DecodingConfig, ActivationConfig, TrustConfig):
+class GenerateArguments(DecodingConfig, ActivationConfig, AdaptersConfig, TrustConfig):
     """The model, the prompt, and how to go on from it."""
 
     model: Positional
@@ -32,10 +31,12 @@ class GenerateArguments(DecodingConfig, ActivationConfig, TrustConfig):
 def generate(arguments: GenerateArguments) -> None:
     """Continue a prompt."""
     from graft.api.evaluate import generate as run
-    from graft.api.run.folder import load_any, prompt_style, round_inputs
+    from graft.api.run.folder import PromptStyle, round_inputs
+    from graft.api.run.several import load_with_adapters, style_with_adapters
 
-    loaded = load_any(
+    loaded = load_with_adapters(
         arguments.model,
+        arguments,
         tokenizer=arguments.tokenizer,
         trust_remote_code=arguments.trust_remote_code,
     )
@@ -45,7 +46,7 @@ def generate(arguments: GenerateArguments) -> None:
     run(
         loaded,
         arguments.prompt,
-        style=None if arguments.raw else prompt_style(Path(arguments.model)),
+        style=PromptStyle() if arguments.raw else style_with_adapters(arguments.model, arguments),
         max_new_tokens=arguments.max_new_tokens,
         **arguments.options(),
         on_text=show_answer,

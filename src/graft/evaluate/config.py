@@ -1,4 +1,4 @@
-"""How texts are generated; imports no torch."""
+"""How texts are generated, and with which adapters; imports no torch."""
 
 from __future__ import annotations
 
@@ -30,3 +30,18 @@ class DecodingConfig:
     def options(self) -> dict[str, Any]:
         """Return the fields by name, as `graft.api.evaluate.generate` takes them."""
         return {field.name: getattr(self, field.name) for field in fields(DecodingConfig)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdaptersConfig:
+    """Which adapters a model computes with."""
+
+    GROUP: ClassVar[str] = "adapters"
+
+    adapter: tuple[str, ...] = ()
+    """Adapters that are on beside the model's own: runs, or folders that PEFT or graft wrote. Their
+    updates are added."""
+    adapter_weights: tuple[float, ...] = ()
+    """What each update is multiplied by, a number for each --adapter; default: 1."""
+    no_adapter: bool = False
+    """Leave a run's adapter out: its base, bit for bit."""

@@ -56,6 +56,9 @@ class FrozenLinear(nn.Module):
             self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
         self._packed_names = tuple(packed)
         self._held: _Held | None = None
+        self.stands_for: tuple[nn.Module, ...] = ()
+        """The plain module in whose place it is, without its parameters; none where it was read
+        packed. A tuple, so that it is no module of this one."""
         frozen_bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self.register_parameter("bias", frozen_bias)
 

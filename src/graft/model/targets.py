@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from copy import copy
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,6 +11,7 @@ from transformers import PreTrainedModel
 from graft.adapters.attach import adapted_layers, frozen_layers, replace_module
 from graft.errors import raise_problems
 from graft.formats.dense import DenseFormat
+from graft.layers.frozen import FrozenLinear
 from graft.layers.registry import find_kind, kind_of
 from graft.model.read_past import read_past
 from graft.model.text_modules import text_modules
@@ -114,4 +116,26 @@ def freeze_layers(model: PreTrainedModel, names: Iterable[str]) -> None:
         weight = kind.rows(module, module.get_parameter(kind.weight).detach())
         weight_format = DenseFormat(str(weight.dtype).removeprefix("torch."))
         layer = kind.frozen(module, weight_format, {"weight": weight}, kind.bias(module))
+        shell = copy(module)
+        shell.__dict__["_parameters"] = dict.fromkeys(module._parameters)
+        layer.stands_for = (shell,)
         replace_module(model, name, layer)
+
+
+def thaw_layers(model: PreTrainedModel) -> None:
+    """Put plain modules in the place of the layers that `freeze_layers` froze and nothing adapts.
+
+    They share the weights, and compute what the model computed before, bit for bit.
+    """
+    inside = {f"{name}.base" for name, _ in adapted_layers(model)}
+    for name, layer in list(model.named_modules()):
+        if not isinstance(layer, FrozenLinear) or name in inside or not layer.stands_for:
+            continue
+        module = copy(layer.stands_for[0])
+        module.__dict__["_parameters"] = dict(module._parameters)
+        kind = kind_of(module)
+        weight = kind.stored(module, layer.packed["weight"].detach())
+        setattr(module, kind.weight, nn.Parameter(weight, requires_grad=False))
+        if layer.bias is not None:
+            module.bias = layer.bias
+        replace_module(model, name, module)

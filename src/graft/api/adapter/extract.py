@@ -165,10 +165,9 @@ class _Weights:
         """Return the bias that a linear layer adds; float64 [out], or None."""
         own = kind_of(self._module(name)).bias(self._module(name))
         total = None if own is None else own.detach().double()
-        for adapter in self._adapted[name].active_adapters() if name in self._adapted else ():
-            move = adapter.delta_bias()
-            if move is not None:
-                total = move if total is None else total + move
+        move = self._adapted[name].delta_bias() if name in self._adapted else None
+        if move is not None:
+            total = move if total is None else total + move
         return total
 
     def others(self) -> dict[str, Tensor]:

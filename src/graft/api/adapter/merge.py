@@ -42,7 +42,7 @@ class CombineReport:
     parameters: int
 
 
-def merge_adapters(
+def combine_adapters(
     adapters: Sequence[str | Path],
     out: str | Path,
     *,

@@ -41,7 +41,7 @@ from graft.model.gguf.tokens import read_tokens
 from graft.model.gguf.words import check_tokens
 from graft.model.load import LoadedModel, load_model
 from graft.model.subject import open_subject
-from graft.model.targets import freeze_layers, select_targets
+from graft.model.targets import freeze_layers, select_targets, thaw_layers
 from graft.text import quoted
 
 _TOKENIZER_FILES = (
@@ -98,10 +98,12 @@ def load_any(
     device: str = "auto",
     tokenizer: str | None = None,
     trust_remote_code: bool = False,
+    with_adapter: bool = True,
 ) -> LoadedModel:
     """Load a base folder or hub id, a quantised or merged folder, a RUN folder, or a GGUF file.
 
-    A RUN gives its base with the trained adapter active; a GGUF file that graft wrote needs the
+    A RUN gives its base with the trained adapter active, or, without `with_adapter`, as it was
+    before training; a GGUF file that graft wrote needs the
     folder of a tokenizer. Trust in a model's own code is the caller's alone, whatever a run was
     trained with. Raises GraftError when it is none of them or is not whole.
     """
@@ -115,7 +117,15 @@ def load_any(
     config = dataclasses.replace(read_run_config(folder), trust_remote_code=trust_remote_code)
     if dtype == "exact" and base_changes(folder):
         dtype = "float32"  # which what an adapter brought for a 16-bit base may need
-    if (folder / MODEL).is_dir():
+    if not with_adapter:
+        if method_of(config).adapter is None:
+            raise GraftError(
+                f"{folder} trained the weights themselves and has no adapter to leave out; its "
+                f"base is {config.model}"
+            )
+        loaded = load_run_base(folder, config, dtype, device)
+        thaw_layers(loaded.model)
+    elif (folder / MODEL).is_dir():
         loaded = load_model(
             str(folder / MODEL), dtype=dtype, device=device, trust_remote_code=trust_remote_code
         )
@@ -125,8 +135,9 @@ def load_any(
         check_adapter_file(folder / ADAPTER)
         loaded = load_run_base(folder, config, dtype, device)
         load_adapter(loaded.model, folder / ADAPTER)
-    compute_with(loaded.model, config.activations or "float")
-    return _with_template(loaded, folder)
+    if with_adapter:
+        compute_with(loaded.model, config.activations or "float")
+    return with_template(loaded, folder)
 
 
 def round_inputs(loaded: LoadedModel, activations: Activations | None) -> None:
@@ -139,7 +150,7 @@ def round_inputs(loaded: LoadedModel, activations: Activations | None) -> None:
         compute_with(loaded.model, activations)
 
 
-def _with_template(loaded: LoadedModel, run: Path) -> LoadedModel:
+def with_template(loaded: LoadedModel, run: Path) -> LoadedModel:
     """Give a model's tokenizer the chat template that the run was trained with.
 
     What there is to tell of its base was told when it was trained.
@@ -187,7 +198,7 @@ def load_run_base(
         )
         if adapts:  # beside layers that are dense, too
             freeze_layers(loaded.model, select_targets(loaded.model, config.targets))
-        return _with_template(loaded, run)
+        return with_template(loaded, run)
     reference = read_base_reference(run)
     base = Path(reference.path)
     if not base.is_dir():
@@ -204,7 +215,7 @@ def load_run_base(
     loaded = load_model(subject, dtype=dtype, device=device, trains_whole=not adapts)
     if adapts:
         freeze_layers(loaded.model, select_targets(loaded.model, config.targets))
-    return _with_template(loaded, run)
+    return with_template(loaded, run)
 
 
 def _check_base(run: Path) -> None:

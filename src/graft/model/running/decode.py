@@ -83,9 +83,9 @@ def _weights_reason(model: PreTrainedModel) -> str | None:
     for name in _linears(model):
         module = model.get_submodule(name)
         if isinstance(module, AdaptedLinear):
-            if not module.moves_grid_only():
+            if module.merged is None and not module.moves_grid_only():
                 return f"{name} has an adapter that adds to its output"
-            module = module.base
+            module = module.merged or module.base
         if type(module) not in (nn.Linear, NarrowLinear, FrozenLinear):
             return f"{name} is a {type(module).__name__}"
         if isinstance(module, FrozenLinear) and not _decodes(module):
@@ -129,6 +129,8 @@ def _projection(model: PreTrainedModel, name: str) -> Projection:
     Adapters that move the grid are part of the weight, just as a merge makes them.
     """
     module = model.get_submodule(name)
+    if isinstance(module, AdaptedLinear) and module.merged is not None:
+        module = module.merged
     base = module.base if isinstance(module, AdaptedLinear) else module
     if isinstance(module, AdaptedLinear):
         shape = module.base.out_features, module.base.in_features
