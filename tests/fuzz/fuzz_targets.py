@@ -147,6 +147,31 @@ def adopt(place: Place) -> tuple[str, ...]:
     return ("adopt", str(place.copy), *model, "--out", str(place.out))
 
 
+def adapter_show(place: Place) -> tuple[str, ...]:
+    return ("adapter", "show", str(place.copy), "--json")
+
+
+def adapter_resize(place: Place) -> tuple[str, ...]:
+    return ("adapter", "resize", str(place.copy), "--energy", "0.9", "--out", str(place.out))
+
+
+def adapter_merge(place: Place) -> tuple[str, ...]:
+    copy = str(place.copy)
+    return ("adapter", "merge", copy, copy, "--how", "svd", "--out", str(place.out))
+
+
+def adapter_list(place: Place) -> tuple[str, ...]:
+    return ("adapter", "list", str(place.copy))
+
+
+def evaluate_adapter(place: Place) -> tuple[str, ...]:
+    base = str(place.corpus / "base")
+    return ("eval", base, "--adapter", str(place.copy), "--data", _rows(place), "--json")
+
+
+_ADAPTERS = (adapter_show, adapter_resize, adapter_merge, evaluate_adapter)
+
+
 def verify(place: Place) -> tuple[str, ...]:
     folder = place.corpus / "hf"
     return ("verify", str(place.copy), str(folder), "--data", _rows(place), "--json")
@@ -241,6 +266,8 @@ TARGETS: dict[str, Target] = {
     "nf4-weights": Target("nf4", "model.safetensors", SAFETENSORS, _READ_NF4),
     "peft-config": Target("peft", "adapter_config.json", JSON, (adopt,)),
     "peft-weights": Target("peft", "adapter_model.safetensors", SAFETENSORS, (adopt,)),
+    "lora-config": Target("peft", "adapter_config.json", JSON, (*_ADAPTERS, adapter_list), False),
+    "lora-weights": Target("peft", "adapter_model.safetensors", SAFETENSORS, _ADAPTERS, False),
     "adapter-config": Target("adapter", "adapter_config.json", JSON, (adopt,)),
     "adapter-weights": Target("adapter", "adapter_model.safetensors", SAFETENSORS, (adopt,)),
     "adapter-tokenizer": Target("adapter", "tokenizer.json", TOKENIZER, (adopt,)),

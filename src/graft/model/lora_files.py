@@ -12,6 +12,7 @@ from graft.adapters.lora import LoraAdapter
 from graft.adapters.low_rank import LowRank
 from graft.adapters.starts.registry import STARTS
 from graft.errors import GraftError, raise_problems
+from graft.files.bounds import bound
 from graft.files.write import new_folder, write_json
 from graft.model.adapter_files import (
     OWN_CONFIG,
@@ -140,6 +141,8 @@ def _problem(part: Mapping[str, Tensor]) -> str | None:
     A, B = part["A"], part["B"]
     if A.ndim != 2 or B.ndim != 2 or not A.numel() or not B.numel() or len(A) != B.shape[1]:
         return f"lora_A is {list(A.shape)} and lora_B {list(B.shape)}, which give no product"
+    if len(A) > bound(max(len(B), A.shape[1])):
+        return f"its rank is {len(A):,}, above both of its sizes, {len(B):,} and {A.shape[1]:,}"
     if not all(bool(tensor.isfinite().all()) for tensor in part.values()):
         return "it holds what is infinite or no number"
     return None
