@@ -14,6 +14,7 @@ from tests.api.adapters_of_one_base import tuned
 import graft
 from graft.api.adapter.extract import CURVE_PICTURE, extract_adapter
 from graft.api.adapter.files import ADAPTER_REPORT
+from graft.api.adapter.listing import list_adapters
 from graft.api.adopt import adopt
 from graft.api.run.folder import load_any
 from graft.errors import GraftError
@@ -79,6 +80,8 @@ def test_what_is_in_no_linear_layer_is_named_and_kept(tiny_base: Path, tmp_path:
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     tied = {f"base_model.model.{name}.weight" for name in ("model.embed_tokens", "lm_head")}
     assert tied <= saved.keys()
+    (listed,) = list_adapters([tmp_path / "adapter"])
+    assert sum(listed.targets.values()) == 14 and "proj" in "".join(listed.targets)
     adopt(tmp_path / "adapter", tmp_path / "run", model=str(tiny_base))
     assert (logits(tmp_path / "run") - logits(other)).abs().max() < 1e-4
     dropped = extract_adapter(tiny_base, other, tmp_path / "dropped", energy=1.0, rest="drop")

@@ -96,7 +96,8 @@ def _read(name: Path, folder: Path) -> AdapterSummary:
             layer, _, part = key.removesuffix(".weight").rpartition(".")
             if part in ("lora_A", "A") and shape:
                 ranks.add(shape[0])
-            layers[layer] = None
+            if part == "lora_A" or not config:  # PEFT's form may hold whole modules too
+                layers[layer] = None
         targets.update(layer.rpartition(".")[2] for layer in layers)
     alpha = config.get("lora_alpha")
     return AdapterSummary(
