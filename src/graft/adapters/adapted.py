@@ -88,17 +88,16 @@ class AdaptedLinear(nn.Module):
         if self._merged:
             merged: Tensor = self._merged[0](x)
             return merged
-        if self.base.rounds:
-            if self.moves_grid_only() and not torch.is_grad_enabled():
-                return self.base.linear(x, self.effective_packed())  # as the merged layer computes
-            x = self.base.met(x)
+        if self.base.rounds and self.moves_grid_only() and not torch.is_grad_enabled():
+            return self.base.linear(x, self.effective_packed())  # as the merged layer computes
+        met = self.base.met(x)
         if len(self.active) == 1 and not self.weights:
-            fused = self.adapter(self.active[0]).fused_output(x, self.base)
+            fused = self.adapter(self.active[0]).fused_output(met, self.base)
             if fused is not None:
                 return self.base.add_bias(fused)
         y = self.base.linear(x, self.effective_packed())
         for name in self.active:
-            added = self.adapter(name).added_output(x, self.base)
+            added = self.adapter(name).added_output(met, self.base)
             if added is not None:
                 y = y + (added * self.weights[name] if name in self.weights else added)
         return y
