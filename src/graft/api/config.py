@@ -12,6 +12,7 @@ from graft.data.config import DataConfig, ReadingConfig
 from graft.export.config import ExportTarget
 from graft.formats.config import FormatConfig
 from graft.model.config import ModelConfig
+from graft.objectives.config import ObjectiveConfig
 from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
 from graft.train.config import LoopConfig
 
@@ -49,7 +50,7 @@ class QuantizeConfig(ReadingConfig, SolverConfig, FormatConfig, ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(AdapterConfig, FormatConfig, SolverConfig, ModelConfig):
+class PlanConfig(AdapterConfig, FormatConfig, SolverConfig, ObjectiveConfig, ModelConfig):
     """A prediction of memory."""
 
     GROUP: ClassVar[str] = "plan"

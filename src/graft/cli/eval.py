@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
 from graft.cli.show import show, show_json
 from graft.data.config import ReadingConfig
 from graft.model.config import TrustConfig
+from graft.objectives.registry import OBJECTIVES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +30,8 @@ class EvalArguments(ReadingConfig, TrustConfig):
     """Text between prompt and completion."""
     chat_template: str | None = None
     """Name of one of the tokenizer's chat templates, or a .jinja file."""
+    objective: Annotated[str, OBJECTIVES] | None = None
+    """What is measured; default: what a run learnt, and of any other model the next token."""
     batch_size: int = 16
     """Rows computed at once."""
     json: bool = False
@@ -42,8 +46,10 @@ class EvalArguments(ReadingConfig, TrustConfig):
 
 def evaluate(arguments: EvalArguments) -> None:
     """Loss and perplexity of a model, masked as in training."""
-    from graft.api.evaluate import evaluate_model
+    from graft.api.evaluate import evaluate_model, run_objective
     from graft.api.run.folder import load_any
+
+    objective, before = run_objective(Path(arguments.model), arguments.objective)
 
     loaded = load_any(
         arguments.model,
@@ -64,9 +70,20 @@ def evaluate(arguments: EvalArguments) -> None:
         separator=arguments.separator,
         chat_template=arguments.chat_template,
         batch_size=arguments.batch_size,
+        objective=objective,
+        before=before,
     )
     if arguments.json:
         show_json(result, indent=None)
+        return
+    if "perplexity" not in result:
+        words = [f"{objective.name} loss {result['loss']:.4f} {objective.unit}"]
+        words += [
+            f"{name.replace('_', ' ')} {value:.4f}"
+            for name, value in result.items()
+            if isinstance(value, float) and name != "loss"
+        ]
+        show(", ".join([*words, f"{result['rows']:,} rows ({result['cut_rows']:,} cut)"]))
         return
     show(
         f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.4f} over "

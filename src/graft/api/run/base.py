@@ -38,7 +38,7 @@ def load_base(prepared: Prepared, run: Path, packer: Packer | None, events: Even
         weight_format=prepared.weight_format,
         solver=default_solver(None) if prepared.dense_steps else config.solver,
         targets=config.targets,
-        calibration=prepared.training.examples[: config.calibration_rows],
+        calibration=prepared.calibration,
         damping=config.damping,
         start=None if packer is None else packer.pack,
         budget=config.budget,

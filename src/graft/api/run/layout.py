@@ -7,7 +7,8 @@ another than that base's), adapter/ or model/ (method full), start/ (the adapter
 before the first step, where it was not zero), metrics.jsonl, checkpoints/ (the last two, that of
 the end among them), report.json, report.md, plots/loss.png, export/; failed-batch.safetensors where
 a loss or gradient was not finite; best/ (the parameters of the best evaluation, where it was not
-the last), general.safetensors (what the base said of the general text), samples.jsonl and
+the last), general.safetensors (what the base said of the general text), reference.safetensors (what
+it said of rows of preferences), samples.jsonl and
 tensorboard/ where they were asked for. `PARTS` are all of them.
 """
 
@@ -33,10 +34,11 @@ EXPORTS = "export"
 BEST = "best"
 GENERAL = "general.safetensors"
 SAMPLES = "samples.jsonl"
+REFERENCE = "reference.safetensors"
 SKIPPED = "skipped.jsonl"
 TENSORBOARD = "tensorboard"
 
-WATCHED = (BEST, GENERAL, SAMPLES, TENSORBOARD)
+WATCHED = (BEST, GENERAL, REFERENCE, SAMPLES, TENSORBOARD)
 """What is kept beside the training itself."""
 PARTS = frozenset(
     {
