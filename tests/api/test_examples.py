@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from graft.api.settings import checked_settings
 from graft.cli.main import main
 from graft.demo.run import BASE, TRAINING
 from graft.files.read import read_yaml
+from graft.objectives.registry import DEFAULT_OBJECTIVE
 
 FILES = sorted((Path(__file__).resolve().parents[2] / "examples").glob("*.yaml"))
 NEEDED = {"model": str(BASE), "data": str(TRAINING), "out": "run"}
@@ -26,14 +28,32 @@ def config_of(file: Path) -> TrainConfig:
 def words_of(file: Path, folder: Path) -> list[str]:
     """Return what runs an example on a few of the bundled rows, in a folder's `run`."""
     data = folder / "few.jsonl"
-    data.write_text("".join(TRAINING.read_text(encoding="utf-8").splitlines(True)[:40]))
+    lines = TRAINING.read_text(encoding="utf-8").splitlines(True)[:40]
+    if config_of(file).objective != DEFAULT_OBJECTIVE:
+        rows = [json.loads(line) for line in lines]
+        lines = [
+            json.dumps(
+                {
+                    "prompt": row["prompt"],
+                    "chosen": row["completion"],
+                    "rejected": f"not {row['completion']}",
+                }
+            )
+            + "\n"
+            for row in rows
+        ]
+    data.write_text("".join(lines))
     return [str(file), "--model", str(BASE), "--data", str(data), "--out", str(folder / "run")]
 
 
 def test_every_method_has_an_example_of_its_name() -> None:
-    assert {file.stem: method_of(config_of(file)).name for file in FILES} == {
+    configs = {file.stem: config_of(file) for file in FILES}
+    ours = {name: one for name, one in configs.items() if one.objective == DEFAULT_OBJECTIVE}
+    assert {name: method_of(one).name for name, one in ours.items()} == {
         name: name for name in METHODS
     }
+    others = configs.keys() - ours.keys()
+    assert all(configs[name].objective == name for name in others)
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)

@@ -29,6 +29,22 @@ ROWS: dict[str, dict[str, Any]] = {
         ]
     },
 }
+ROWS["prompt_pair"] = {**ROWS["prompt"], "rejected": {"prompt": "p", "completion": "d"}}
+ROWS["instruction_pair"] = {
+    **ROWS["instruction"],
+    "rejected": {"instruction": "i", "input": "n", "output": "d"},
+}
+ROWS["messages_pair"] = {
+    **ROWS["messages"],
+    "rejected": {
+        "messages": [
+            {"role": "user", "content": "u"},
+            {"role": "assistant", "content": "d"},
+        ]
+    },
+}
+ROWS["prompt_labelled"] = {**ROWS["prompt"], "label": True}
+ROWS["messages_labelled"] = {**ROWS["messages"], "label": False}
 
 
 class QuestionShape(AnsweredShape):
@@ -92,7 +108,8 @@ def test_a_comparison_shows_what_differs_from_row_to_row():
         for name, row in ROWS.items()
         if SHAPES[name].has_prompts
     }
-    assert shown == {"prompt": ("p", "c"), "instruction": ("n", "o"), "messages": ("v", "b")}
+    plain = {"prompt": ("p", "c"), "instruction": ("n", "o"), "messages": ("v", "b")}
+    assert shown == {name: plain[name.partition("_")[0]] for name in shown}
     bare = {"instruction": "i", "input": "", "output": "o"}
     assert SHAPES["instruction"].continuation(bare).text == "i"
 

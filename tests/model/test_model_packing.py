@@ -201,7 +201,7 @@ def test_gradients_are_those_of_padded_rows_with_checkpointing(checkpointing, ti
 
 
 def test_a_model_that_runs_as_a_whole_packs_too(tiny_base, monkeypatch) -> None:
-    monkeypatch.setattr("graft.model.running.loss._splits", lambda model, ids: False)
+    monkeypatch.setattr("graft.model.running.loss.splits", lambda model, ids: False)
     assert_as_padded(*trainable(tiny_base, "lora"))
 
 

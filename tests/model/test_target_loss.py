@@ -26,7 +26,7 @@ from transformers import (
 
 from graft.adapters.attach import attach_adapter
 from graft.adapters.config import AdapterConfig
-from graft.model.running.loss import IGNORED, _cross_entropy, _splits, chunk_tokens, target_loss
+from graft.model.running.loss import IGNORED, chunk_tokens, cross_entropy, splits, target_loss
 from graft.model.targets import freeze_layers
 
 
@@ -186,7 +186,7 @@ def test_gradients_are_those_of_all_logits(name: str, frozen_head: bool) -> None
     model = MODELS[name]()
     model.get_output_embeddings().requires_grad_(not frozen_head)
     assert_as_full_logits(model)
-    assert _splits(model, small_batch()[0])
+    assert splits(model, small_batch()[0])
 
 
 @pytest.mark.usefixtures("chunks_of_seven")
@@ -211,7 +211,7 @@ def test_a_model_with_another_way_to_its_logits_runs_as_a_whole(kind) -> None:
     model = kind(config)
     assert_as_full_logits(model)
     ids, labels = small_batch()
-    assert not _splits(model, ids)
+    assert not splits(model, ids)
     nothing, count = target_loss(model, ids, torch.full_like(labels, IGNORED))
     assert (nothing.item(), count) == (0.0, 0)
 
@@ -253,7 +253,7 @@ def test_looking_at_a_model_changes_nothing_in_it() -> None:
     model.transformer.h[1].eval()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    assert _splits(model, ids)
+    assert splits(model, ids)
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(torch.get_rng_state(), state)
     assert not model.transformer._forward_hooks
@@ -268,11 +268,11 @@ def test_no_targets_give_no_gradient() -> None:
 
 def test_an_impossible_target_costs_infinitely_much() -> None:
     logits, losses = torch.tensor([[0.0, 1.0, -200.0]]), torch.empty(1)
-    _cross_entropy(logits, torch.tensor([2]), losses, None)
+    cross_entropy(logits, torch.tensor([2]), losses, None)
     assert losses.item() == pytest.approx(201 + math.log(1 + math.exp(-1)), rel=1e-6)
-    _cross_entropy(torch.tensor([[0.0, -math.inf]]), torch.tensor([1]), losses, None)
+    cross_entropy(torch.tensor([[0.0, -math.inf]]), torch.tensor([1]), losses, None)
     assert losses.item() == math.inf
-    _cross_entropy(torch.tensor([[math.nan, 0.0]]), torch.tensor([1]), losses, None)
+    cross_entropy(torch.tensor([[math.nan, 0.0]]), torch.tensor([1]), losses, None)
     assert math.isnan(losses.item())
 
 

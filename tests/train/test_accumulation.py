@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +13,16 @@ from torch import Tensor
 from graft.adapters.registry import METHODS, method_of
 from graft.api.checks import format_description
 from graft.api.config import TrainConfig
+from graft.api.run.reference import with_reference
 from graft.data.config import DataConfig
 from graft.data.load import load_train_and_eval
+from graft.data.shapes.registry import SHAPES
 from graft.formats.registry import parse_format
 from graft.kernels.backend.native_library import native
 from graft.model.load import load_model
 from graft.model.targets import freeze_layers, select_targets
 from graft.model.trained import what_trains
-from graft.objectives.base import LossResult
+from graft.objectives.base import LossResult, Objective
 from graft.objectives.registry import OBJECTIVES
 from graft.optimizers.base import OptimizerKind, OptimizerSettings
 from graft.train.config import LoopConfig
@@ -78,14 +81,21 @@ def step(
     with torch.no_grad():
         for parameter in parameters.values():  # away from a B of zeros, so that A has a gradient
             parameter.add_(torch.randn_like(parameter) * 1e-2)
-    data = DataConfig(data=str(rows), max_length=48)
-    training, _ = load_train_and_eval(data, loaded.tokenizer, 48, 0)
+    minimised = OBJECTIVES[objective]
+    data = DataConfig(data=str(_rows_for(minimised, rows)), max_length=48)
+    training, _ = load_train_and_eval(data, loaded.tokenizer, 48, 0, holds=minimised.holds)
+    training = minimised.arranged(training, 48)
+    examples = training.examples
+    if minimised.needs_reference:
+        examples = with_reference(examples, loaded, 8)
+    if minimised.needs_teacher:
+        minimised = minimised.taught(load_model(str(base), dtype="float32").model)
     recorder = Recorder()
     task = TrainingTask(
         model=loaded.model,
         parameters=parameters,
-        examples=training.examples,
-        objective=OBJECTIVES[objective],
+        examples=examples,
+        objective=minimised,
         evaluate=lambda: LossResult(1.0, 1),
         optimizer=recorder,
         learning_rate=1.0,
@@ -96,7 +106,27 @@ def step(
     return train(task, loop).last["loss"], recorder.gradients
 
 
-@pytest.mark.parametrize("objective", list(OBJECTIVES))
+def _rows_for(objective: Objective, rows: Path) -> Path:
+    """Rows that an objective takes, made of those of prompts and completions."""
+    if objective.takes(SHAPES["prompt"]):
+        return rows
+    found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    path = rows.with_name("pairs.jsonl")
+    lines = [
+        json.dumps(
+            {
+                "prompt": one["prompt"],
+                "chosen": one["completion"],
+                "rejected": other["completion"] + "!",
+            }
+        )
+        for one, other in zip(found, found[1:] + found[:1], strict=True)
+    ]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("objective", [name for name in OBJECTIVES if OBJECTIVES[name].adds_up])
 @pytest.mark.parametrize("method", list(METHODS))
 def test_two_halves_are_the_whole(
     method, objective, tiny_base, rows, tmp_path, monkeypatch

@@ -20,7 +20,8 @@ from graft.export.registry import TARGETS
 from graft.files.bounds import bound
 from graft.formats.choice import described
 from graft.formats.config import FormatConfig
-from graft.formats.registry import AS_IT_IS, make_format
+from graft.formats.registry import AS_IT_IS, FORMATS, make_format
+from graft.objectives.config import ObjectiveConfig
 from graft.objectives.registry import OBJECTIVES
 from graft.optimizers.registry import OPTIMIZERS
 from graft.train.trackers import TRACKERS
@@ -90,6 +91,7 @@ def check_train_config(config: TrainConfig) -> None:
     problems += _watching_problems(config)
     method = method_of(config)
     problems += _refused_options(config, method)
+    problems += _objective_problems(config)
     problems += method.problems(config)
     problems += _rounding_problems(config, method)
     problems += STARTS[config.init].problems(
@@ -128,7 +130,10 @@ _LARGE = 2**31
 
 def check_plan_config(config: PlanConfig) -> None:
     """Raise GraftError with every number that no training could have."""
+    unknown = OBJECTIVES.problem(config.objective)
+    raise_problems([] if unknown is None else [unknown], "configuration")
     problems = _not_positive(config, ("rank", "batch_size", "max_length", "alpha"))
+    problems += _objective_problems(config)
     raise_problems(problems + _no_numbers(config), "configuration")
 
 
@@ -219,6 +224,25 @@ def _refused_options(config: TrainConfig, method: Method) -> list[str]:
     """Return why the method has no use for options that were given."""
     given = [one.name for one in fields(AdapterConfig) if getattr(config, one.name) != one.default]
     return [found for option in given if (found := refusal(method, option)) is not None]
+
+
+def _objective_problems(config: TrainConfig | PlanConfig) -> list[str]:
+    """Return why the objective has no use for options that were given, and which cannot be."""
+    objective = OBJECTIVES[config.objective]
+    problems = []
+    for option in fields(ObjectiveConfig):
+        takers = [name for name in OBJECTIVES if option.name in OBJECTIVES[name].options]
+        given = getattr(config, option.name) != option.default
+        if given and takers and option.name not in objective.options:
+            flag = option.name.replace("_", "-")
+            problems.append(
+                f"--{flag} belongs to {' and '.join(takers)}, not to --objective "
+                f"{config.objective}; drop it"
+            )
+    if config.teacher_format is not None:
+        problem = FORMATS.problem(config.teacher_format)
+        problems += [] if problem is None else [f"--teacher-format: {problem}"]
+    return problems + objective.problems(config)
 
 
 def _rounding_problems(config: TrainConfig, method: Method) -> list[str]:

@@ -13,6 +13,7 @@ from graft.export.config import ExportTarget
 from graft.formats.config import FormatConfig
 from graft.layers.config import ActivationConfig
 from graft.model.config import ModelConfig
+from graft.objectives.config import ObjectiveConfig
 from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
 from graft.train.config import LoopConfig
 
@@ -52,7 +53,9 @@ class QuantizeConfig(ReadingConfig, SolverConfig, FormatConfig, ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanConfig(AdapterConfig, FormatConfig, ActivationConfig, SolverConfig, ModelConfig):
+class PlanConfig(
+    AdapterConfig, FormatConfig, ActivationConfig, SolverConfig, ObjectiveConfig, ModelConfig
+):
     """A prediction of memory."""
 
     GROUP: ClassVar[str] = "plan"

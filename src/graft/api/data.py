@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from graft.api.run.folder import is_run, read_run_config
 from graft.data.config import DataConfig
 from graft.data.conversations.named import choose_template
 from graft.data.encode import EncodedData
-from graft.data.examples import Example
+from graft.data.examples import Example, sequences_of, side_names
 from graft.data.joint import joint_notes
 from graft.data.load import load_train_and_eval, resolve_max_length
 from graft.data.near import near_rows
@@ -26,6 +26,7 @@ from graft.model.pieces import Piece, pieces_of
 from graft.model.subject import Subject
 from graft.model.text_part import check_text_only
 from graft.model.tokens import check_tokens
+from graft.objectives.registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from graft.text import listed
 from graft.train.gates import data_notes
 
@@ -115,14 +116,16 @@ def look_at_data(
     seed: int = 0,
     rows: int = 3,
     row: int | None = None,
+    objective: str = DEFAULT_OBJECTIVE,
     trust_remote_code: bool = False,
 ) -> DataReport:
     """Return what a model would be trained on; nothing is trained, and no weight is read.
 
     model: a model folder, one with a tokenizer alone, or a hub id, of which no weights are fetched.
     rows: how many training rows are shown token by token; row: which one is instead, by the number
-    behind its file's name in every message. Raises GraftError with every problem that training
-    would raise for the data.
+    behind its file's name in every message. objective: what is to be learnt from them, on which it
+    depends how they are read. Raises GraftError with every problem that training would raise for
+    the data.
     """
     if rows < 0:
         raise GraftError(f"--rows is {rows}; expected 0 or more")
@@ -140,7 +143,8 @@ def look_at_data(
     tokenizer = subject.tokenizer if subject else read_tokenizer(folder, trust_remote_code)
     choose_template(tokenizer, config.chat_template)
     limit = None if subject is None else subject.position_limit
-    training, held_out = load_train_and_eval(config, tokenizer, limit, seed)
+    holds = OBJECTIVES[objective].holds
+    training, held_out = load_train_and_eval(config, tokenizer, limit, seed, holds=holds)
     if subject is not None:
         check_tokens(subject.skeleton, tokenizer, training.examples, held_out.examples)
     assert training.overlap is not None, "loading counts it"
@@ -157,11 +161,13 @@ def look_at_data(
         overlap=training.overlap,
         twins=twins,
         notes=[
-            *joint_notes(config, tokenizer),
+            *joint_notes(config, tokenizer, holds),
             *_notes(training, held_out, config.eos),
             *_near_note(twins, held_out.row_count),
         ],
-        rows=[shown_row(one, tokenizer, is_held_out) for one, is_held_out in chosen],
+        rows=[
+            side for one, is_held_out in chosen for side in shown_sides(one, tokenizer, is_held_out)
+        ],
     )
 
 
@@ -204,6 +210,17 @@ def shown_row(
     """Return an example as it is shown."""
     pieces = pieces_of(example, tokenizer)
     return ShownRow(example.where, held_out, pieces, example.cut, example.lost, example.window)
+
+
+def shown_sides(
+    example: Example, tokenizer: PreTrainedTokenizerBase, held_out: bool = False
+) -> list[ShownRow]:
+    """Return an example as it is shown: the sides of a pair one after the other, each named."""
+    found = []
+    for side, name in zip(sequences_of(example), side_names(example), strict=True):
+        shown = shown_row(side, tokenizer, held_out)
+        found.append(replace(shown, where=f"{shown.where}, {name}") if name else shown)
+    return found
 
 
 def histogram(facts: Facts) -> Histogram:

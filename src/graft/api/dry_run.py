@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from graft.api.config import TrainConfig
-from graft.api.data import ShownRow, shown_row
+from graft.api.data import ShownRow, shown_sides
 from graft.api.events import Events
 from graft.api.run.prepare import prepare
 from graft.api.run.resume import as_settings
@@ -20,8 +20,8 @@ class DryRun:
     settings: dict[str, object]
     """Every setting, defaults filled in, as the run's config.yaml would have it."""
     plan: MemoryPlan
-    row: ShownRow
-    """The first training row."""
+    rows: list[ShownRow]
+    """The first training row: of a pair both sides."""
 
 
 def dry_run(config: TrainConfig, events: Events | None = None) -> DryRun:
@@ -36,5 +36,5 @@ def dry_run(config: TrainConfig, events: Events | None = None) -> DryRun:
     return DryRun(
         settings=as_settings(prepared.config),
         plan=prepared.plan,
-        row=shown_row(first, prepared.subject.tokenizer),
+        rows=shown_sides(first, prepared.subject.tokenizer),
     )

@@ -31,6 +31,7 @@ from graft.api.run.layout import (
     START,
 )
 from graft.api.run.prepare import Prepared, prepare
+from graft.api.run.reference import References
 from graft.api.run.report import RunReport, make_report, stored_bits_per_weight, write_report
 from graft.api.run.resume import (
     Resumed,
@@ -46,9 +47,11 @@ from graft.api.run.resume import (
 )
 from graft.api.run.starting import begin_adapters, prepare_layers, taken_out
 from graft.api.run.status import StatusFile, resume_command
+from graft.api.run.teacher import load_teacher
 from graft.api.run.watching import Watching
 from graft.calibrate.latents import round_latents
 from graft.calibrate.registry import SOLVERS
+from graft.data.examples import Example
 from graft.evaluate.loss import evaluate_loss
 from graft.export.registry import TARGETS
 from graft.files.write import remove_folder
@@ -64,7 +67,7 @@ from graft.model.running.pointwise import use_own_pointwise
 from graft.model.running.prefetch import prefetch_layers
 from graft.model.running.rotary import use_own_rotary
 from graft.model.save import save_model
-from graft.objectives.base import LossResult
+from graft.objectives.base import LossResult, Objective
 from graft.objectives.registry import OBJECTIVES
 from graft.optimizers.registry import OPTIMIZERS
 from graft.train.loop import train
@@ -160,6 +163,10 @@ def _carry_out(
     checkpoint, step = (None, 0) if resumed is None else (resumed.checkpoint, resumed.step)
     status.begins(step)
     preparation = STARTS[config.init].prepare(config)
+    objective = OBJECTIVES[config.objective].configured(config)
+    references = References(run, prepared, events) if objective.needs_reference else None
+    if references is not None and checkpoint is not None:
+        references.read()  # before the model is there, beside which another might find no room
     try:
         loaded = load_base(prepared, run, preparation, events, stop)
         ranks = prepare_layers(loaded, prepared, preparation, run, checkpoint, events, stop)
@@ -171,7 +178,14 @@ def _carry_out(
         raise
     if checkpoint is None:
         begin_adapters(loaded, prepared, preparation, run, events)
-    task = _task(loaded, prepared, parameters, run, events, stop)
+    rows = prepared.training.examples, prepared.held_out.examples
+    if references is not None:
+        if checkpoint is None:
+            references.find_out(loaded)
+        rows = references.training(), references.held_out()
+    if prepared.teacher is not None:
+        objective = objective.taught(load_teacher(prepared.teacher, config).model)
+    task = _task(loaded, prepared, objective, rows, parameters, run, events, stop)
     watching = Watching(run, prepared, loaded, events, trackers)
     task = dataclasses.replace(
         task, checkpoint=checkpoint, on_saved=status.saved, on_evaluated=watching.evaluated
@@ -225,24 +239,25 @@ def _make_trainable(
 def _task(
     loaded: LoadedModel,
     prepared: Prepared,
+    objective: Objective,
+    rows: tuple[Sequence[Example], Sequence[Example]],
     parameters: dict[str, nn.Parameter],
     run: Path,
     events: Events,
     stop: Stop,
 ) -> TrainingTask:
+    """Return what the loop works on; rows: those that train, and those that are held out."""
     config = prepared.config
-    objective = OBJECTIVES[config.objective]
 
     def evaluate() -> LossResult:
-        examples = prepared.held_out.examples
-        return evaluate_loss(loaded.model, examples, config.batch_size, objective, stop.check)
+        return evaluate_loss(loaded.model, rows[1], config.batch_size, objective, stop.check)
 
     widths = code_widths(loaded.model, parameters)
     rounding = _rounding(loaded, prepared, run, events, stop)
     return TrainingTask(
         model=loaded.model,
         parameters=parameters,
-        examples=prepared.training.examples,
+        examples=rows[0],
         objective=objective,
         evaluate=evaluate,
         optimizer=OPTIMIZERS[config.optimizer],
@@ -262,7 +277,7 @@ def _rounding(
 ) -> Callable[[int], None]:
     """Return what rounds the weights before the step after the last dense one."""
     config = prepared.config
-    rows = prepared.training.examples[: config.calibration_rows]
+    rows = prepared.calibration
 
     def on_layer(done: int, total: int) -> None:
         stop.check()

@@ -17,7 +17,7 @@ from graft.api.events import Events
 from graft.api.export import bytes_on_disk, export_model, merge_for_export
 from graft.api.run.folder import is_run, load_any, read_run_config
 from graft.data.config import DataConfig
-from graft.data.examples import Example
+from graft.data.examples import Example, sequences_of
 from graft.data.load import load_examples, load_train_and_eval, resolve_max_length
 from graft.errors import GraftError
 from graft.evaluate.fidelity import Fidelity, FidelitySum
@@ -28,6 +28,7 @@ from graft.export.runtimes import Runtime
 from graft.files.write import scratch_folder, write_json
 from graft.model.load import LoadedModel
 from graft.model.subject import build_skeleton
+from graft.objectives.registry import OBJECTIVES
 from graft.understood import tokenizing
 
 ROWS, TOKENS = 40, 128
@@ -118,13 +119,14 @@ def _held_out(
         run = read_run_config(model)
         if not run.data:
             raise GraftError(f"{model} was adopted, so it has no held-out rows; give --data")
-        _, encoded = load_train_and_eval(run, loaded.tokenizer, limit, run.seed)
+        holds = OBJECTIVES[run.objective].holds
+        _, encoded = load_train_and_eval(run, loaded.tokenizer, limit, run.seed, holds=holds)
     else:
         raise GraftError(f"{model} is no run, so it has no held-out rows; give --data")
     length = min(TOKENS, limit or TOKENS)
     cut = (
         dataclasses.replace(row, input_ids=row.input_ids[:length], targets=row.targets[:length])
-        for row in encoded.examples
+        for row in (sequences_of(example)[0] for example in encoded.examples)
     )
     rows = list(islice((row for row in cut if any(row.targets)), ROWS))
     if not rows:

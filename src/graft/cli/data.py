@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
@@ -14,6 +14,7 @@ from graft.cli.show import show, show_json
 from graft.data.config import DataConfig
 from graft.errors import GraftError
 from graft.model.config import TrustConfig
+from graft.objectives.registry import DEFAULT_OBJECTIVE, OBJECTIVES
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -40,6 +41,8 @@ class DataArguments(DataConfig, TrustConfig, _Model):
     """Training rows that are shown token by token."""
     row: int | None = None
     """One row to show instead, by the number that stands behind its file's name in messages."""
+    objective: Annotated[str, OBJECTIVES] = DEFAULT_OBJECTIVE
+    """What is to be learnt: of rows of preferences dpo, orpo and kto take both answers."""
     html: str | None = None
     """File to write a page of all this to, which needs no network."""
     seed: int = 0
@@ -63,6 +66,7 @@ def data(arguments: DataArguments) -> None:
         seed=arguments.seed,
         rows=arguments.rows,
         row=arguments.row,
+        objective=arguments.objective,
         trust_remote_code=arguments.trust_remote_code,
     )
     if arguments.html is not None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 from graft.cli.command import Command
 from graft.cli.fields import Positional
@@ -12,6 +13,7 @@ from graft.data.config import ReadingConfig
 from graft.evaluate.config import AdaptersConfig
 from graft.layers.config import ActivationConfig
 from graft.model.config import TrustConfig
+from graft.objectives.registry import OBJECTIVES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +32,8 @@ class EvalArguments(ReadingConfig, ActivationConfig, AdaptersConfig, TrustConfig
     """Text between prompt and completion."""
     chat_template: str | None = None
     """Name of one of the tokenizer's chat templates, or a .jinja file."""
+    objective: Annotated[str, OBJECTIVES] | None = None
+    """What is measured; default: what a run learnt, and of any other model the next token."""
     batch_size: int = 16
     """Rows computed at once."""
     json: bool = False
@@ -44,10 +48,11 @@ class EvalArguments(ReadingConfig, ActivationConfig, AdaptersConfig, TrustConfig
 
 def evaluate(arguments: EvalArguments) -> None:
     """Loss and perplexity of a model, masked as in training."""
-    from graft.api.evaluate import evaluate_model
+    from graft.api.evaluate import evaluate_model, run_objective
     from graft.api.run.folder import round_inputs
     from graft.api.run.several import load_with_adapters
 
+    objective, before = run_objective(Path(arguments.model), arguments.objective)
     loaded = load_with_adapters(
         arguments.model,
         arguments,
@@ -69,9 +74,20 @@ def evaluate(arguments: EvalArguments) -> None:
         separator=arguments.separator,
         chat_template=arguments.chat_template,
         batch_size=arguments.batch_size,
+        objective=objective,
+        before=before,
     )
     if arguments.json:
         show_json(result, indent=None)
+        return
+    if "perplexity" not in result:
+        words = [f"{objective.name} loss {result['loss']:.4f} {objective.unit}"]
+        words += [
+            f"{name.replace('_', ' ')} {value:.4f}"
+            for name, value in result.items()
+            if isinstance(value, float) and name != "loss"
+        ]
+        show(", ".join([*words, f"{result['rows']:,} rows ({result['cut_rows']:,} cut)"]))
         return
     show(
         f"loss {result['loss']:.4f}, perplexity {result['perplexity']:.4f} over "

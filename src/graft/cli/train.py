@@ -51,8 +51,9 @@ def _show_dry_run(config: TrainConfig) -> None:
     widths = [max(len(row[column]) for row in table) for column in (0, 1)]
     lines = ["", "planned memory"]
     lines += [f"  {what:<{widths[0]}}  {size:>{widths[1]}}  {note}" for what, size, note in table]
-    lines += ["", f"first training row: {heading(found.row)}", LEGEND]
-    lines += marked(found.row.pieces).split("\n")
+    for row in found.rows:
+        lines += ["", f"first training row: {heading(row)}", LEGEND]
+        lines += marked(row.pieces).split("\n")
     for line in lines:
         show(f"# {line}".rstrip())
 
@@ -62,7 +63,7 @@ def _train(config: TrainConfig) -> None:
     from graft.api.finetune import finetune
     from graft.api.run.folder import is_run
     from graft.api.run.layout import ADAPTER
-    from graft.api.run.report import drift_words, held_out_words
+    from graft.api.run.report import drift_words, held_out_words, margin_words
     from graft.api.run.status import resume_command
     from graft.cli.progress import progress
 
@@ -76,8 +77,9 @@ def _train(config: TrainConfig) -> None:
         ended.args = (f"{ended}; go on with: {resume_command(out, config.trust_remote_code)}",)
         raise
     perplexity = "" if report.perplexity is None else f", perplexity {report.perplexity:.4f}"
+    margin = "" if (found := margin_words(report)) is None else f", reward margin {found}"
     show(
-        f"held-out loss {held_out_words(report)}{perplexity}, {report.steps_done} steps in "
+        f"held-out loss {held_out_words(report)}{perplexity}{margin}, {report.steps_done} steps in "
         f"{report.seconds:.0f} s\n"
         f"end: {report.ended}; kept: {report.kept}\n"
         f"drift from the base on general text: {drift_words(report)}\n"

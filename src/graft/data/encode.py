@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -208,13 +209,24 @@ class RowEncoder:
         examples: list[Example] = []
         for chunk in self._chunks(rows, problem):
             self.remarks.update(remark for _, found in chunk for remark in found.remarks)
-            encoded = self._encoder.encode([found for _, found in chunk])
-            for (where, found), tokens in zip(chunk, encoded, strict=True):
+            encoded = self._encoder.encode(
+                [text for _, found in chunk for text in (found, *found.others)]
+            )
+            taken = iter(encoded)
+            for where, found in chunk:
+                tokens = next(taken)
+                if found.others:
+                    sides = [tokens, *islice(taken, len(found.others))]
+                    try:
+                        examples.append(self._cutting.sides(where, found, sides))
+                    except GraftError as error:
+                        problem(f"{where}: {error}")
+                    continue
                 for example in self._cutting.examples(where, found, tokens, self._is_document):
                     if any(example.targets):
                         examples.append(example)
                     else:
-                        problem(f"{where}: {self._why_no_target(example)}")
+                        problem(f"{where}: {self._cutting.why_no_target(example)}")
         return examples
 
     def _chunks(
@@ -226,12 +238,13 @@ class RowEncoder:
         for row in rows:
             try:
                 found = render_row(self.kind, row, self._tokenizer, self._encoding.separator)
-                self._check_length(found.text)
+                for text in (found, *found.others):
+                    self._check_length(text.text)
             except GraftError as error:
                 problem(f"{row.where}: {error}")
                 continue
             chunk.append((row.where, found))
-            characters += len(found.text)
+            characters += sum(len(text.text) for text in (found, *found.others))
             if len(chunk) == _CHUNK or characters > _CHUNK_CHARACTERS:
                 yield chunk
                 chunk, characters = [], 0
@@ -241,14 +254,6 @@ class RowEncoder:
         if len(text) > self._most:
             cut = f"{self._most:,}, of which {self._encoding.max_length:,} tokens are left,"
             raise_beyond("its text", f"{len(text):,} characters", cut)
-
-    def _why_no_target(self, example: Example) -> str:
-        if not example.cut:
-            return f"{len(example.input_ids)} token(s), none of which is trained; remove the row"
-        return (
-            f"no trained token is left after the cut to {self._encoding.max_length} tokens; "
-            "raise --max-length, or shorten or remove the row"
-        )
 
 
 def encode_prompt(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from graft.data.shapes.base import Rendered
-from graft.data.storage.keys import Keys, keys_of
+from graft.data.storage.keys import Keys, keys_of, text_key
 from graft.data.tokens import Tokens
+from graft.errors import GraftError
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,50 @@ class Example:
     """Those of its row, which all of its windows share."""
 
 
+def sequences_of(example: Example) -> list[Example]:
+    """Return an example's sequences, each as one of its own: itself, or the sides of a pair.
+
+    The others lie behind the first in its tokens, and `values` say how long each is.
+    """
+    lengths = example.values.get("lengths")
+    if lengths is None:
+        return [example]
+    found, begin = [], 0
+    wanted: list[bool] = example.values.get("wanted", [])
+    for number, length in enumerate(lengths):
+        part = slice(begin, begin + length)
+        ids, targets = example.input_ids[part], example.targets[part]
+        values = {"wanted": wanted[number : number + 1]}
+        found.append(Example(ids, targets, example.where, example.cut, values=values))
+        begin += length
+    return found
+
+
+def side_names(example: Example) -> list[str]:
+    """Return what each of an example's sequences is to a reader; '' where it is a plain row."""
+    wanted: list[bool] = example.values.get("wanted", [])
+    names = {True: "chosen", False: "rejected"}  # of a pair
+    if len(wanted) == 1:
+        names = {True: "wanted", False: "not wanted"}
+    return [names[one] for one in wanted] or [""]
+
+
+def _beside(sides: Sequence[Example], row: Rendered) -> Example:
+    """Return the sequences of a row as one example, which holds one behind the other."""
+    first = sides[0]
+    texts = "\n".join([row.text, *(one.text for one in row.others)])
+    return Example(
+        [token for side in sides for token in side.input_ids],
+        [target for side in sides for target in side.targets],
+        first.where,
+        any(side.cut for side in sides),
+        any(side.trains_eos for side in sides),
+        {**row.values, "lengths": [len(side.input_ids) for side in sides]},
+        sum(side.lost for side in sides),
+        keys=Keys(text_key(texts), first.keys.prompt),
+    )
+
+
 @dataclass(frozen=True)
 class Cutting:
     """How long an example may be, and how a row ends."""
@@ -43,6 +88,30 @@ class Cutting:
     stride: int | None = None
     """Tokens from the beginning of a document's window to that of the next; None leaves out no
     token and repeats as few as can be."""
+
+    def sides(self, where: str, row: Rendered, tokens: Sequence[Tokens]) -> Example:
+        """Return a row of several sequences as one example, each cut to the same length.
+
+        Raises GraftError when none of a sequence's trained tokens is left.
+        """
+        texts = (row, *row.others)
+        found = [
+            next(self.examples(where, text, one, is_document=False))
+            for text, one in zip(texts, tokens, strict=True)
+        ]
+        for side in found:
+            if not any(side.targets):
+                raise GraftError(self.why_no_target(side))
+        return _beside(found, row)
+
+    def why_no_target(self, example: Example) -> str:
+        """Return why an example trains nothing, and what to do."""
+        if not example.cut:
+            return f"{len(example.input_ids)} token(s), none of which is trained; remove the row"
+        return (
+            f"no trained token is left after the cut to {self.max_length} tokens; "
+            "raise --max-length, or shorten or remove the row"
+        )
 
     def examples(
         self, where: str, row: Rendered, tokens: Tokens, is_document: bool

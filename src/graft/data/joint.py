@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from graft.data.config import DataConfig
 from graft.data.rows import Reading, RowStream
-from graft.data.shapes.base import Tokenizer
+from graft.data.shapes.base import Holds, Tokenizer
 from graft.data.shapes.registry import SHAPES
 from graft.text import quoted
 
@@ -12,12 +12,14 @@ _SHOWN = 30
 """Characters on either side."""
 
 
-def joint_notes(config: DataConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
+def joint_notes(
+    config: DataConfig, tokenizer: Tokenizer, holds: tuple[Holds, ...] = ("answers",)
+) -> tuple[str, ...]:
     """Return a line that shows where prompt and answer of the first row meet, if rows have both.
 
     Raises GraftError when there is no first row.
     """
-    stream = RowStream(config.data, Reading.of(config.data, config))
+    stream = RowStream(config.data, Reading.of(config.data, config, holds))
     row = next(iter(stream))
     shape = SHAPES[stream.kind]
     if not shape.uses_separator:

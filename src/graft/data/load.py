@@ -10,7 +10,7 @@ from graft.data.config import DataConfig
 from graft.data.encode import EncodedData, check_tokenizer
 from graft.data.mixing import weighted
 from graft.data.overlap import overlap, without_duplicates
-from graft.data.shapes.base import Tokenizer
+from graft.data.shapes.base import Holds, Tokenizer
 from graft.data.sources.places import weights_of
 from graft.data.split import held_out_examples
 from graft.data.storage.bulk import Listener, encoded_file
@@ -47,13 +47,14 @@ def load_examples(
     config: DataConfig,
     max_length: int,
     listener: Listener | None = None,
+    holds: tuple[Holds, ...] = ("answers",),
 ) -> EncodedData:
-    """Read, check and encode one file.
+    """Read, check and encode one file; holds: what there is to learn from its rows.
 
     Raises GraftError that lists every bad row with file and line.
     """
     check_tokenizer(tokenizer, config.eos)
-    return encoded_file(path, tokenizer, config, max_length, listener)
+    return encoded_file(path, tokenizer, config, max_length, listener, holds)
 
 
 def load_train_and_eval(
@@ -62,6 +63,7 @@ def load_train_and_eval(
     model_limit: int | None,
     seed: int,
     listener: Listener | None = None,
+    holds: tuple[Holds, ...] = ("answers",),
 ) -> tuple[EncodedData, EncodedData]:
     """Return training and held-out data; the split depends on the seed and row count alone.
 
@@ -73,13 +75,13 @@ def load_train_and_eval(
     if config.eval_data is None:
         if not 0 < config.eval_fraction < 1:
             raise GraftError(f"--eval-fraction {config.eval_fraction}: expected between 0 and 1")
-        data = encoded_file(config.data, tokenizer, config, max_length, listener)
+        data = encoded_file(config.data, tokenizer, config, max_length, listener, holds)
         train, held_out = _split(data, config, seed)
     else:
         found, problems = [], []
         for path in (config.data, config.eval_data):
             try:
-                found.append(encoded_file(path, tokenizer, config, max_length, listener))
+                found.append(encoded_file(path, tokenizer, config, max_length, listener, holds))
             except GraftError as error:
                 problems.append(str(error))
         if problems:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from graft.data.config import DataConfig
+from graft.data.shapes.base import Holds
 from graft.data.shapes.conversions import LEFT_OUT, as_conversation, can_talk
 from graft.data.shapes.recognition import ColumnsError, Recogniser, not_a_row
 from graft.data.shapes.registry import SHAPES
@@ -29,9 +30,11 @@ class Reading:
     columns: tuple[str, ...] = ()
     data_format: str | None = None
     skip_bad_rows: bool = False
+    holds: tuple[Holds, ...] = ("answers",)
+    """What there is to learn from the rows."""
 
     @classmethod
-    def of(cls, path: str, config: DataConfig) -> Reading:
+    def of(cls, path: str, config: DataConfig, holds: tuple[Holds, ...] = ("answers",)) -> Reading:
         """Return how the flags say that a file is read.
 
         --data-format is for --data, and for another file whose suffix does not say what it holds.
@@ -39,7 +42,7 @@ class Reading:
         data_format = config.data_format
         if path != config.data and known_format(Path(path)) is not None:
             data_format = None
-        return cls(config.columns, data_format, config.skip_bad_rows)
+        return cls(config.columns, data_format, config.skip_bad_rows, holds)
 
 
 _AS_IT_IS = Reading()
@@ -84,6 +87,7 @@ class RowStream:
         """The name of their shape, known from the first row on."""
         self.skipped = Skipped() if reading.skip_bad_rows else None
         """Takes the rows that are bad; None where they are refused."""
+        self._holds = reading.holds
         self._sources = sources_of(path, reading.columns, reading.data_format)
         self._ignored: set[str] = set()
         self._said: dict[str, None] = {}
@@ -116,7 +120,7 @@ class RowStream:
         count = 0
         self.kind = self._common_kind()
         for source in self._sources:
-            recogniser = Recogniser(source.columns)
+            recogniser = Recogniser(source.columns, self._holds)
             if source.said is not None:
                 self._said[source.said] = None
             for record in source.records(recogniser.needed()):
@@ -137,7 +141,7 @@ class RowStream:
         """Return the kind that the rows of a mixture become, or '' where the first row says it."""
         kinds: dict[str, str] = {}
         for source in self._sources if any(one.is_mixed for one in self._sources) else ():
-            recogniser = Recogniser(source.columns)
+            recogniser = Recogniser(source.columns, self._holds)
             for record in source.records(recogniser.needed()):
                 found = self._recognised(record, recogniser, RowProblems(""))
                 if found is not None:
@@ -146,6 +150,7 @@ class RowStream:
         if len(kinds) < 2:
             return ""
         talks = [kind for kind in SHAPES if SHAPES[kind].is_conversation]
+        talks = [kind for kind in talks if SHAPES[kind].holds == "answers"]
         plain = [kind for kind in kinds if kind not in talks and not can_talk(kind)]
         if plain:
             others = listed(f"{where} is {_a(kind)} row" for kind, where in kinds.items())

@@ -21,7 +21,7 @@ from graft.model.trained import of_total
 from graft.optimizers.base import OptimizerKind
 from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
 from graft.plan.activations import Activations, plan_activations
-from graft.plan.skeleton import PlannedModel, WeightCounts, plan_model
+from graft.plan.skeleton import PlannedModel, WeightCounts, plan_frozen, plan_model
 
 PROCESS_BYTES = 450 * 2**20
 """What Python holds beside the model when the weights are about to be read, on Linux (x86-64, torch
@@ -128,6 +128,8 @@ def plan_memory(
     calibration_rows: int = 0,
     looking_rows: int = 0,
     tokens: int | None = None,
+    teacher: Subject | None = None,
+    teacher_format: WeightFormat | None = None,
     trust_remote_code: bool = False,
 ) -> MemoryPlan:
     """Return the memory plan of a training run on a model folder, hub id or subject.
@@ -138,8 +140,8 @@ def plan_memory(
     states in their own dtype. sequence_length: the longest row's, in tokens. tokens: the most that
     are trained at once, where rows are packed; an evaluation pads. calibration_rows: how
     many rows the codes are calibrated on, before training or between two steps; 0 for a solver that
-    needs none. looking_rows: on how many a start looks at the base as it trains. A GPU's plan
-    counts its memory alone.
+    needs none. looking_rows: on how many a start looks at the base as it trains. teacher: a frozen
+    model beside it, and its format. A GPU's plan counts its memory alone.
 
     checkpointing 'auto' gives the plan of the first of none, products, half and layers whose peak
     of training fits into 80 % of the memory that is free now, and of layers when none does.
@@ -160,7 +162,8 @@ def plan_memory(
     check_checkpointing(planned.model, checkpointing)
     padded = batch_size * sequence_length
     shape = _Shape(batch_size, sequence_length, tokens or padded, calibration_rows, looking_rows)
-    plan_choice = partial(_plan, planned, adapter, shape, OPTIMIZERS[optimizer])
+    taught_by = None if teacher is None else plan_frozen(teacher, teacher_format, dtype, device)
+    plan_choice = partial(_plan, planned, adapter, shape, OPTIMIZERS[optimizer], taught_by)
     if checkpointing != "auto":
         return plan_choice(checkpointing)
     plans = [plan_choice(choice) for choice in CHECKPOINTING]
@@ -212,6 +215,7 @@ def _plan(
     adapter: AdapterConfig,
     shape: _Shape,
     optimizer: OptimizerKind,
+    teacher: PlannedModel | None,
     checkpointing: Checkpointing,
 ) -> MemoryPlan:
     activations = plan_activations(
@@ -227,6 +231,11 @@ def _plan(
     tokens, padded = shape.tokens, shape.batch_size * shape.sequence_length
     process = 0 if planned.device.type == "cuda" else PROCESS_BYTES
     loss = _loss_bytes(planned, tokens)
+    teacher_rows: tuple[MemoryRow, ...] = ()
+    if teacher is not None:
+        loss += _divergence_bytes(planned, teacher, tokens)
+        beside = teacher.counts.frozen_bytes + teacher.counts.other_bytes
+        teacher_rows = (MemoryRow("teacher", beside, "its weights; nothing of it trains"),)
     workspace = _workspace_bytes(planned, counts, tokens, activations.widest)
     evaluating = max(
         _loss_bytes(planned, padded),
@@ -246,7 +255,7 @@ def _plan(
         looked = shape.looking_rows * shape.sequence_length
         looking = _rounding_bytes(planned, counts, 0, looked)
     weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
-    held = process + weights + states
+    held = process + weights + states + sum(row.bytes for row in teacher_rows)
     sparing = checkpointing == "layers"
     heap = _heap_bytes(planned, tokens, activations, sparing)
     if heap and tokens < padded:
@@ -257,6 +266,7 @@ def _plan(
     rows = (
         MemoryRow("process", process, "Python, PyTorch, Transformers"),
         *_weight_rows(counts, dtype),
+        *teacher_rows,
         MemoryRow("optimizer", states, optimizer.memory_note),
         MemoryRow("activations", activations.kept_bytes, kept_note),
         MemoryRow("recomputation", activations.recomputed_bytes, "of one layer's activations"),
@@ -325,6 +335,16 @@ def _loss_bytes(planned: PlannedModel, tokens: int) -> int:
     trained = sum(p.numel() for p in head.parameters() if p.requires_grad) if head else 0
     itemsize = planned.dtype.itemsize
     return 2 * itemsize * (chunk + tokens * hidden) + 2 * 4 * block + 4 * trained
+
+
+def _divergence_bytes(planned: PlannedModel, teacher: PlannedModel, tokens: int) -> int:
+    """Return what a divergence adds to the loss: of a chunk of tokens five more matrices of logits
+    in float32, and the hidden states of both models, whose gradient is found later.
+    """
+    vocabulary, hidden = planned.model.get_input_embeddings().get_parameter("weight").shape
+    chunk = min(tokens, chunk_tokens(vocabulary)) * vocabulary
+    wide = teacher.model.get_input_embeddings().get_parameter("weight").shape[1]
+    return 5 * 4 * chunk + tokens * (hidden + wide) * planned.dtype.itemsize
 
 
 def _buffer_bytes(planned: PlannedModel, tokens: int, widest: int) -> int:

@@ -22,7 +22,7 @@ from graft.model.left_out import left_out
 from graft.model.narrow import keep_narrow
 from graft.model.save import named_tensors
 from graft.model.subject import Subject, open_subject
-from graft.model.targets import linear_shape
+from graft.model.targets import linear_shape, select_targets
 from graft.model.trained import what_trains
 
 
@@ -88,6 +88,22 @@ def plan_model(
         freeze_on_meta(skeleton, {name: dense for name in targets if name not in formats})
     method.make_trainable(skeleton, targets, adapter)
     return PlannedModel(skeleton, compute, source_dtype, place, file_bytes, rest)
+
+
+def plan_frozen(
+    subject: Subject, weight_format: WeightFormat | None, dtype: str, device: str
+) -> PlannedModel:
+    """Build a model of which nothing trains, as `plan_model` builds one of which something does."""
+    place = _device(device)
+    compute = _compute_dtype(dtype, subject.source_dtype, place)
+    skeleton = subject.new_model().requires_grad_(False)
+    formats = dict(subject.formats)
+    if weight_format is not None:
+        formats |= dict.fromkeys(select_targets(skeleton, ()), weight_format)
+    freeze_on_meta(skeleton, formats)
+    keep_narrow(skeleton, compute, place, lambda _: subject.source_dtype)
+    file_bytes = _file_bytes(skeleton, compute, subject.source_dtype)
+    return PlannedModel(skeleton, compute, subject.source_dtype, place, file_bytes)
 
 
 def keeps_float32(config: PreTrainedConfig, dtype: str) -> bool:

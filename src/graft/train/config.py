@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
-from graft.objectives.registry import DEFAULT_OBJECTIVE, OBJECTIVES
+from graft.objectives.config import ObjectiveConfig
 from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
 from graft.train.trackers import TRACKERS
 
@@ -13,7 +13,7 @@ Batching = Literal["auto", "packed", "grouped", "padded"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoopConfig:
+class LoopConfig(ObjectiveConfig):
     """The training loop."""
 
     GROUP: ClassVar[str] = "training"
@@ -44,8 +44,6 @@ class LoopConfig:
     which sees another; loss and gradients are those of padded rows. grouped: padded to the longest,
     in batches of rows of about one length. padded: padded, in batches as they come. auto packs
     where the model can, and groups otherwise."""
-    objective: Annotated[str, OBJECTIVES] = DEFAULT_OBJECTIVE
-    """What is learnt from the rows."""
     optimizer: Annotated[str, OPTIMIZERS] = DEFAULT_OPTIMIZER
     """What steps from the gradients to new weights."""
     learning_rate: float | None = None

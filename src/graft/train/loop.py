@@ -183,7 +183,9 @@ class _Loop:
                 "step_seconds": seconds,
                 "tokens_per_second": added.tokens / seconds,
                 "memory_bytes": resident_bytes(self.device),
-                **{name: value / added.targets for name, value in added.measured.items()},
+                **self.task.objective.measured(
+                    {name: value / added.targets for name, value in added.measured.items()}
+                ),
             }
         )
 

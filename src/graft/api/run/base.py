@@ -46,7 +46,7 @@ def load_base(
         weight_format=prepared.weight_format,
         solver=default_solver(None) if prepared.dense_steps else config.solver,
         targets=config.targets,
-        calibration=prepared.training.examples[: config.calibration_rows],
+        calibration=prepared.calibration,
         damping=config.damping,
         start=None if preparation is None else preparation.pack,
         budget=config.budget,

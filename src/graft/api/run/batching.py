@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from graft.api.config import TrainConfig
 from graft.data.encode import EncodedData
+from graft.data.examples import sequences_of
 from graft.data.sampler import make_sampler, measure_batches
 from graft.errors import GraftError
 from graft.model.internals import attention_of
@@ -22,7 +23,9 @@ class Batches:
     tokens: int
     """Most tokens that are computed at once, padding included."""
     longest: int
-    """Tokens of the longest row."""
+    """Tokens of the longest sequence; never too low."""
+    sequences: int
+    """Most sequences of a batch."""
     words: str
 
 
@@ -52,15 +55,18 @@ def _why_not_packed(config: TrainConfig, subject: Subject) -> str | None:
     return None
 
 
-def plan_batches(config: TrainConfig, training: EncodedData, steps: int) -> Batches:
+def plan_batches(
+    config: TrainConfig, training: EncodedData, steps: int, max_length: int
+) -> Batches:
     """Return what the batches of so many steps hold, with the batching that was chosen."""
+    sequences = config.batch_size * len(sequences_of(training.examples[0]))
     name = config.batching
     lengths = training.facts.lengths
     sampler = make_sampler(name, training.examples, config.batch_size, config.seed)
     sizes = measure_batches(sampler, lengths, steps * config.grad_accum)
-    longest = int(lengths.max())
+    longest = min(int(lengths.max()), max_length)
     if name == "packed":
         words = f"packed; padded, {sizes.padding:.0%} of the tokens would be padding"
-        return Batches(sizes.most_tokens, longest, words)
+        return Batches(sizes.most_tokens, longest, sequences, words)
     words = f"{name}; {sizes.padding:.0%} of the tokens are padding"
-    return Batches(config.batch_size * longest, longest, words)
+    return Batches(sequences * longest, longest, sequences, words)

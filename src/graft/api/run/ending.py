@@ -63,6 +63,11 @@ class Ending:
         return next(one for one in reversed(entries) if one["step"] == self.kept_step)
 
     @property
+    def first_evaluation(self) -> Mapping[str, Any]:
+        """The metrics of the first evaluation, before any step."""
+        return next(entry for entry in self.history if "eval_loss" in entry)
+
+    @property
     def loss(self) -> float:
         """Held-out loss of what is kept."""
         return float(self.kept_evaluation["eval_loss"])

@@ -8,7 +8,8 @@ before the first step, where it was a part of the weights), metrics.jsonl, check
 two, that of the end among them), report.json, report.md, plots/loss.png, export/;
 failed-batch.safetensors where a loss or gradient was not finite; best/ (the parameters of the best
 evaluation, where it was not the last), general.safetensors (what the base said of the general
-text), samples.jsonl and tensorboard/ where they were asked for. `PARTS` are all of them.
+text), reference.safetensors (what it said of rows of preferences), samples.jsonl and tensorboard/
+where they were asked for. `PARTS` are all of them.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ EXPORTS = "export"
 BEST = "best"
 GENERAL = "general.safetensors"
 SAMPLES = "samples.jsonl"
+REFERENCE = "reference.safetensors"
 SKIPPED = "skipped.jsonl"
 TENSORBOARD = "tensorboard"
 
-WATCHED = (BEST, GENERAL, SAMPLES, TENSORBOARD)
+WATCHED = (BEST, GENERAL, REFERENCE, SAMPLES, TENSORBOARD)
 """What is kept beside the training itself."""
 PARTS = frozenset(
     {

@@ -17,12 +17,14 @@ from graft.api.run.batching import chosen_batching, plan_batches
 from graft.api.run.folder import is_run, prompt_style
 from graft.api.run.formats import base_format, exported_formats
 from graft.api.run.status import taken
+from graft.api.run.teacher import open_teacher, teacher_format
 from graft.api.run.watched import Watched, watched
 from graft.data.chat import DEFAULT_CHAT_TEMPLATE
 from graft.data.conversations.named import choose_template
 from graft.data.encode import EncodedData
+from graft.data.examples import Example, sequences_of, side_names
 from graft.data.joint import joint_notes
-from graft.data.load import load_train_and_eval
+from graft.data.load import load_train_and_eval, resolve_max_length
 from graft.data.shapes.registry import SHAPES
 from graft.errors import Problems
 from graft.formats.base import WeightFormat
@@ -34,7 +36,7 @@ from graft.model.subject import Subject, open_subject
 from graft.model.tokenizer_itself import tokenizer_note
 from graft.model.tokens import check_tokens
 from graft.model.trained import trained_note, what_trains
-from graft.objectives.registry import OBJECTIVES
+from graft.objectives.registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from graft.plan.memory import MemoryPlan, plan_memory
 from graft.train.gates import data_notes
 from graft.train.schedule import default_learning_rate, steps_to_train
@@ -62,6 +64,15 @@ class Prepared:
     batching: str
     """How the rows become tensors, and what that saves, in words."""
     watched: Watched
+    teacher: Subject | None = None
+    """The model that it learns from, beside the rows."""
+
+    @property
+    def calibration(self) -> list[Example]:
+        """Rows that a solver may look at, each sequence of a pair as one of its own."""
+        some = self.training.examples[: self.config.calibration_rows]
+        sides = [side for example in some for side in sequences_of(example)]
+        return sides[: self.config.calibration_rows]
 
 
 def prepare(
@@ -89,12 +100,18 @@ def prepare(
     with problems.collecting():
         choose_template(tokenizer, config.chat_template, _begun_with(config))
         limit = subject.position_limit
-        training, held_out = load_train_and_eval(config, tokenizer, limit, config.seed, events)
+        known = config.objective in OBJECTIVES
+        objective = OBJECTIVES[config.objective if known else DEFAULT_OBJECTIVE]
+        training, held_out = load_train_and_eval(
+            config, tokenizer, limit, config.seed, events, objective.holds
+        )
+        longest = resolve_max_length(config, limit)
+        training, held_out = (objective.arranged(one, longest) for one in (training, held_out))
         kind = training.kind
         if SHAPES[kind].is_conversation and tokenizer.chat_template is None:
             tokenizer.chat_template = DEFAULT_CHAT_TEMPLATE  # which is saved with the model
-        if config.objective in OBJECTIVES:
-            OBJECTIVES[config.objective].check_rows(kind)
+        if known:
+            objective.check_rows(kind)
         check_tokens(subject.skeleton, tokenizer, training.examples, held_out.examples)
         seen = watched(config, subject, held_out)
     with problems.collecting():
@@ -104,6 +121,10 @@ def prepare(
         weight_format = base_format(config, subject)
         exported = exported_formats(config, subject, weight_format, targets)
         check_exports(config, subject.config, exported, tokenizer, kind)
+    teacher: Subject | None = None
+    with problems.collecting():
+        if config.teacher is not None:
+            teacher = open_teacher(config, subject)
     problems.raise_all("nothing was started")
     asked = method_of(config).compute_dtype(config.dtype)
     computed = resolve_dtype(asked, subject.source_dtype, resolve_device(config.device))
@@ -111,17 +132,22 @@ def prepare(
         events.note(note)
     for name, data in (("training", training), ("held out", held_out)):
         events.note(f"{name}: {data.summary()}")
-    for note in filter(None, [tokenizer_note(tokenizer), *joint_notes(config, tokenizer)]):
+    for note in filter(
+        None, [tokenizer_note(tokenizer), *joint_notes(config, tokenizer, objective.holds)]
+    ):
         events.note(note)
     first = training.examples[0]
-    row = one_line(pieces_of(first, tokenizer))
-    events.note(f"the first training row ({first.where}), [trained] in brackets: {row}")
+    for side, name in zip(sequences_of(first), side_names(first), strict=False):
+        row = one_line(pieces_of(side, tokenizer))
+        place = f"{first.where}, {name}" if name else first.where
+        events.note(f"the first training row ({place}), [trained] in brackets: {row}")
     for text in data_notes(training, held_out, config.eos):
         events.note(text)
     both = training, held_out
-    return _resolved(
-        config, subject, weight_format, targets, both, seen, events, dense_steps, unrounded
+    resolved = _resolved(
+        config, subject, weight_format, targets, both, seen, events, dense_steps, unrounded, teacher
     )
+    return dataclasses.replace(resolved, teacher=teacher)
 
 
 def _begun_with(config: TrainConfig) -> str | None:
@@ -150,13 +176,16 @@ def _resolved(
     events: Events,
     dense_steps: int | None,
     unrounded: int,
+    teacher: Subject | None,
 ) -> Prepared:
     """Fill in the defaults, which follow from the method, the model, the data and the memory."""
     training, held_out = data
     method = method_of(config)
     config = config.resolved(None if weight_format is None else weight_format.bits)
     steps = steps_to_train(config, len(training.examples))
-    batches = plan_batches(config, training, steps)
+    batches = plan_batches(
+        config, training, steps, resolve_max_length(config, subject.position_limit)
+    )
     events.note(f"batches: {batches.words}")
     plan = plan_memory(
         subject,
@@ -164,9 +193,11 @@ def _resolved(
         adapter=config,
         dtype=method.compute_dtype(config.dtype),
         device=config.device,
-        batch_size=config.batch_size,
+        batch_size=batches.sequences,
         sequence_length=batches.longest,
         tokens=batches.tokens,
+        teacher=teacher,
+        teacher_format=teacher_format(config),
         checkpointing=config.checkpointing,
         optimizer=config.optimizer,
         calibration_rows=calibrating_rows(config),

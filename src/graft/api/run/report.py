@@ -28,6 +28,7 @@ from graft.formats.base import storage_bytes
 from graft.model.hub import hub_id_of
 from graft.model.running.memory import peak_bytes
 from graft.model.trained import of_total
+from graft.objectives.registry import DEFAULT_OBJECTIVE, OBJECTIVES
 from graft.plan.memory import MemoryPlan
 from graft.text import markdown
 from graft.train.loop import Trained
@@ -109,6 +110,15 @@ class RunReport:
     """What stays as it is besides embeddings, head and norms; None where nothing does."""
     batching: str = "padded"
     """How rows became tensors, and what that saved."""
+    objective: str = DEFAULT_OBJECTIVE
+    loss_unit: str = "nats per token"
+    """Of what the losses are means."""
+    reward_margin: float | None = None
+    """By how much more the held-out answers that are chosen are rewarded than the others, of what
+    is kept; None for an objective that measures no such thing."""
+    reward_margin_before: float | None = None
+    reward_accuracy: float | None = None
+    """Share of the held-out answers whose reward is on the right side."""
 
     @property
     def worse(self) -> bool:
@@ -201,6 +211,11 @@ def make_report(
         versions=versions(),
         left_out=plan.left_out,
         batching=batching,
+        objective=config.objective,
+        loss_unit=OBJECTIVES[config.objective].unit,
+        reward_margin=ending.kept_evaluation.get("eval_reward_margin"),
+        reward_margin_before=ending.first_evaluation.get("eval_reward_margin"),
+        reward_accuracy=ending.kept_evaluation.get("eval_reward_accuracy"),
     )
 
 
@@ -228,7 +243,8 @@ def write_report(run: Path, report: RunReport, history: Sequence[dict[str, Any]]
     """Write report.json, report.md and plots/loss.png into the run's folder."""
     write_json(run / REPORT, asdict(report))
     title = f"{_described(report)}, {report.steps_done} steps"
-    plot_loss(history, run / "plots" / "loss.png", title, report.kept_step)
+    path = run / "plots" / "loss.png"
+    plot_loss(history, path, title, report.kept_step, report.loss_unit)
     write_text(run / "report.md", _markdown(report))
 
 
@@ -236,6 +252,16 @@ def held_out_words(report: RunReport) -> str:
     """Return the held-out loss before and after, and plainly whether it got worse."""
     change = f"{report.eval_loss_before:.4f} → {report.eval_loss:.4f}"
     return f"{change}, worse than before training" if report.worse else change
+
+
+def margin_words(report: RunReport) -> str | None:
+    """Return the held-out reward margin before and after; None where none is measured."""
+    if report.reward_margin is None or report.reward_margin_before is None:
+        return None
+    words = f"{report.reward_margin_before:.4f} → {report.reward_margin:.4f}"
+    if report.reward_accuracy is not None:
+        words += f", on the right side in {report.reward_accuracy:.0%}"
+    return words
 
 
 def drift_words(report: RunReport) -> str:
@@ -289,9 +315,11 @@ def _described(report: RunReport) -> str:
 
 
 def _markdown(report: RunReport) -> str:
+    margin = margin_words(report)
     bits = "-" if report.bits_per_weight is None else f"{report.bits_per_weight:.3f}"
     rows = {
-        "held-out loss (nats per token)": held_out_words(report),
+        f"held-out loss ({report.loss_unit})": held_out_words(report),
+        **({} if margin is None else {"held-out reward margin": margin}),
         "held-out perplexity": "-" if report.perplexity is None else f"{report.perplexity:.4f}",
         "kept": report.kept,
         "end": report.ended,

@@ -5,10 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from graft.errors import GraftError
 from graft.text import listed
+
+Holds = Literal["answers", "pairs", "judgements"]
+"""answers: texts to imitate. pairs: a chosen and a rejected answer to one prompt. judgements: an
+answer, and whether it is a wanted one."""
 
 
 class Tokenizer(Protocol):
@@ -64,6 +68,9 @@ class Rendered:
     """Further places that no token straddles: both ends of an answer that is not trained."""
     remarks: tuple[str, ...] = ()
     """What the user should know of the row, as clauses that complete 'in N rows'."""
+    others: tuple[Rendered, ...] = ()
+    """Further sequences of the row, each as a text of its own, which stay with it: the rejected
+    answer of a pair, with its prompt."""
 
 
 class Continuation(NamedTuple):
@@ -98,6 +105,8 @@ class RowShape(ABC):
     """Whether a row has a prompt that a model can continue, and an answer to compare that with."""
     continued_by_default = False
     """Whether a comparison of models continues prompts without being asked to."""
+    holds: Holds = "answers"
+    """What rows of it have to learn from."""
 
     def fields(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Return what is read of a row, by key."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from graft.data.shapes.layouts import RowLayout, layouts
+from graft.data.shapes.layouts import RowLayout
 from graft.data.sources.record import Layout
 from graft.errors import GraftError, did_you_mean, raise_problems
 from graft.text import listed, quoted
@@ -30,10 +30,11 @@ _DEPTH = 3
 class Columns:
     """Names columns anew: each KEY=COLUMN, where a.b or a.0 is a part of a column."""
 
-    def __init__(self, words: Iterable[str]) -> None:
+    def __init__(self, words: Iterable[str], known_layouts: Sequence[RowLayout]) -> None:
         """Take the words of --columns; raises GraftError with all that is wrong with them."""
+        self._layouts = known_layouts
         self._paths: dict[str, tuple[str, ...]] = {}
-        known = dict.fromkeys(key for layout in layouts() for key in layout.keys)
+        known = dict.fromkeys(key for layout in self._layouts for key in layout.keys)
         problems = []
         for word in words:
             key, mark, path = word.partition("=")
@@ -60,7 +61,7 @@ class Columns:
         Thus the columns that are named decide how a row is read, whatever else it holds.
         """
         wanted = set(self._paths)
-        found = tuple(layout for layout in layouts() if wanted.issubset(layout.keys))
+        found = tuple(layout for layout in self._layouts if wanted.issubset(layout.keys))
         if not found:
             raise GraftError(
                 f"--columns: no kind of rows has all of the keys {listed(self._paths)}; give "
@@ -71,7 +72,7 @@ class Columns:
     def needed(self) -> list[Layout]:
         """Return the columns to read of a file of columns; see `Layout`."""
         if not self:
-            return [Layout(one.required, one.keys, one.fits is None) for one in layouts()]
+            return [Layout(one.required, one.keys, one.fits is None) for one in self._layouts]
         return [Layout((), tuple(key for one in self.layouts() for key in self._sources(one.keys)))]
 
     def _sources(self, keys: Iterable[str]) -> Iterator[str]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
+from os.path import commonprefix
 from typing import Any
 
 from graft.data.shapes.turns import as_messages, is_table, untrained, with_system
@@ -12,6 +14,11 @@ Fields = Mapping[str, Any]
 Conversion = Callable[[Fields], Fields]
 """Raises GraftError for a row whose values do not make one."""
 Test = Callable[[Fields], bool]
+
+Side = tuple[str, str]
+CHOSEN: Side = ("chosen", "rejected")
+REJECTED: Side = ("rejected", "chosen")
+"""Which of two answers is taken, and which is the other."""
 
 LEFT_OUT: Fields = {"": "left out"}
 """What a row becomes that is not to be trained on."""
@@ -65,37 +72,74 @@ def joined(asked: str, answer: str) -> Conversion:
     return convert
 
 
-def preferred(asked: str) -> Conversion:
-    """Return what joins a prompt and the chosen one of two answers, or takes the chosen whole."""
-    join = joined(asked, "chosen")
+def preferred(asked: str, side: Side = CHOSEN) -> Conversion:
+    """Return what joins a prompt and one of two answers, or takes a whole one."""
+    join, whole = joined(asked, side[0]), preferred_whole(side)
 
     def convert(row: Fields) -> Fields:
-        chosen = _spoken(row["chosen"], "assistant")
-        first = chosen[0] if isinstance(chosen, list) and chosen else None
+        answer = _spoken(row[side[0]], "assistant")
+        first = answer[0] if isinstance(answer, list) and answer else None
         is_answer = isinstance(first, Mapping) and first.get("role") == "assistant"
-        return join(row) if is_answer else preferred_whole(row)
+        return join(row) if is_answer else whole(row)
 
     return convert
 
 
-def preferred_whole(row: Fields) -> Fields:
-    """Return the chosen one of two conversations, trained from where they part."""
-    chosen, rejected = as_messages(row["chosen"]), as_messages(row["rejected"])
-    if not isinstance(chosen, list):
-        return {"messages": chosen}
-    shared = 0
-    for one, other in zip(chosen, rejected if isinstance(rejected, list) else (), strict=False):
-        if one != other:
-            break
-        shared += 1
-    if chosen and shared == len(chosen):
-        raise GraftError("'chosen' has nothing that 'rejected' has not; remove the row")
-    return _conversation(untrained(chosen, shared), row)
+def preferred_whole(side: Side = CHOSEN) -> Conversion:
+    """Return what takes one of two conversations, trained from where they part."""
+
+    def convert(row: Fields) -> Fields:
+        taken, left = as_messages(row[side[0]]), as_messages(row[side[1]])
+        if not isinstance(taken, list):
+            return {"messages": taken}
+        shared = 0
+        for one, other in zip(taken, left if isinstance(left, list) else (), strict=False):
+            if one != other:
+                break
+            shared += 1
+        if taken and shared == len(taken):
+            raise GraftError(f"{side[0]!r} has nothing that {side[1]!r} has not; remove the row")
+        return _conversation(untrained(taken, shared), row)
+
+    return convert
 
 
-def preferred_transcript(row: Fields) -> Fields:
-    """Return the chosen one of two texts in which Human and Assistant speak in turn."""
-    return preferred_whole({key: _speakers(row[key]) for key in ("chosen", "rejected")})
+def preferred_transcript(side: Side = CHOSEN) -> Conversion:
+    """Return what takes one of two texts in which Human and Assistant speak in turn."""
+    whole = preferred_whole(side)
+    return lambda row: whole({key: _speakers(row[key]) for key in side})
+
+
+def paired(chosen: Conversion, rejected: Conversion) -> Conversion:
+    """Return what makes a pair of two rows: the chosen one, and the other under its key."""
+    return lambda row: {**chosen(row), "rejected": rejected(row)}
+
+
+def parted(row: Fields) -> Fields:
+    """Return two texts as a pair of answers to what both begin with, up to white space."""
+    chosen, rejected = row["chosen"], row["rejected"]
+    shared = commonprefix([chosen, rejected])
+    end = max((place.end() for place in re.finditer(r"\s", shared)), default=0)
+    return {
+        "prompt": shared[:end],
+        "completion": chosen[end:],
+        "rejected": {"prompt": shared[:end], "completion": rejected[end:]},
+    }
+
+
+def are_texts(row: Fields) -> bool:
+    """Return whether two answers are texts."""
+    return isinstance(row["chosen"], str) and isinstance(row["rejected"], str)
+
+
+def labelled(key: str, conversion: Conversion | None) -> Conversion:
+    """Return a conversion of rows that say whether their answer is a wanted one, which is kept."""
+
+    def convert(row: Fields) -> Fields:
+        found = row if conversion is None else conversion(row)
+        return {**found, "label": str(row[key]).lower() == "true"}
+
+    return convert
 
 
 def wanted(key: str, conversion: Conversion | None) -> Conversion:

@@ -5,10 +5,11 @@ The first layout that fits a row is taken, so the order of the table is the orde
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from graft.data.shapes import conversions as to
+from graft.data.shapes.base import Holds
 from graft.data.shapes.registry import SHAPES
 
 
@@ -35,10 +36,11 @@ class RowLayout:
         return self.required + self.optional
 
 
-def layouts() -> tuple[RowLayout, ...]:
-    """Return all layouts, by preference; a shape that somebody added comes first."""
-    added = [_own(name) for name in SHAPES if name not in _BUILT_IN]
-    return (*added, *_LAYOUTS)
+def layouts(holds: Sequence[Holds] = ("answers",)) -> tuple[RowLayout, ...]:
+    """Return the layouts of rows to learn from, by preference; an added shape comes first."""
+    built_in = {one.kind for table in _LAYOUTS.values() for one in table}
+    added = [_own(name) for name in SHAPES if name not in built_in and SHAPES[name].holds in holds]
+    return (*added, *(one for name in holds for one in _LAYOUTS[name]))
 
 
 def _own(name: str, *beside: str) -> RowLayout:
@@ -75,13 +77,13 @@ _PAIRS = (
     ("meaning_representation", "human_reference"),
 )
 _CHOSEN = "rows of preferences: 'chosen' is trained as the answer, 'rejected' is not"
-_BUILT_IN = ("text", "prompt", "instruction", "messages")
+_IMPLICIT = "rows of two texts: their prompt is what both begin with, up to white space"
 
 
 def _conversations() -> Iterator[RowLayout]:
     for key in _CONVERSATIONS:
         # What is wrong with the value of a shape's own key is told, so it fits whatever it holds.
-        fits = None if key in _BUILT_IN else to.is_list(key)
+        fits = None if key in SHAPES else to.is_list(key)
         named = {"messages": key}
         yield RowLayout("messages", (key,), _BESIDE, to.turns(key), fits, columns=named)
     fits = to.is_spoken("prompt", "completion")
@@ -89,32 +91,42 @@ def _conversations() -> Iterator[RowLayout]:
     yield RowLayout("messages", ("prompt", "completion"), _BESIDE, convert, fits)
 
 
-def _preferences() -> Iterator[RowLayout]:
-    pair = ("chosen", "rejected")
+def _preferences(side: to.Side = to.CHOSEN) -> Iterator[RowLayout]:
+    """Yield layouts of rows with two answers, of which one side is taken."""
+    pair, answer = to.CHOSEN, side[0]
     for key in _CONVERSATIONS:
         fits = to.is_answer_to(key)
-        yield RowLayout("messages", (key, *pair), _BESIDE, to.preferred(key), fits, _CHOSEN)
+        yield RowLayout("messages", (key, *pair), _BESIDE, to.preferred(key, side), fits, _CHOSEN)
     for key in _ASKED:
         fits = to.is_spoken(key, "chosen")
-        yield RowLayout("messages", (key, *pair), _BESIDE, to.preferred(key), fits, _CHOSEN)
+        yield RowLayout("messages", (key, *pair), _BESIDE, to.preferred(key, side), fits, _CHOSEN)
     fits = to.is_spoken("chosen")
-    yield RowLayout("messages", pair, _BESIDE, to.preferred_whole, fits, _CHOSEN)
+    yield RowLayout("messages", pair, _BESIDE, to.preferred_whole(side), fits, _CHOSEN)
     for key in _ASKED:
         given = _GIVEN if key == "instruction" else ()
-        chat = to.exchange(key, "chosen", given)
+        chat = to.exchange(key, answer, given)
         for system in to.SYSTEM:
             beside = (*given, "history")
             yield RowLayout("messages", (key, *pair, system), beside, chat, None, _CHOSEN)
         if given:
-            plain = to.instruction(key, given, "chosen")
+            plain = to.instruction(key, given, answer)
             named = {"output": "chosen"}
             yield RowLayout("instruction", (key, *pair), given, plain, None, _CHOSEN, named)
         else:
+            plain = to.renamed(prompt=key, completion=answer)
             named = {"prompt": key, "completion": "chosen"}
-            plain = to.renamed(**named)
             yield RowLayout("prompt", (key, *pair), (), plain, None, _CHOSEN, named)
-    transcript = to.preferred_transcript
+    transcript = to.preferred_transcript(side)
     yield RowLayout("messages", pair, (), transcript, to.is_transcript, _CHOSEN)
+
+
+def _pairs_of_answers() -> Iterator[RowLayout]:
+    """Yield the layouts of preferences with both answers."""
+    for chosen, rejected in zip(_preferences(), _preferences(to.REJECTED), strict=True):
+        assert chosen.convert is not None and rejected.convert is not None
+        convert = to.paired(chosen.convert, rejected.convert)
+        yield replace(chosen, kind=f"{chosen.kind}_pair", convert=convert, said=None)
+    yield RowLayout("prompt_pair", to.CHOSEN, (), to.parted, to.are_texts, _IMPLICIT)
 
 
 def _instructions() -> Iterator[RowLayout]:
@@ -141,25 +153,37 @@ def _pairs() -> Iterator[RowLayout]:
         yield RowLayout("prompt", (asked, answer), (), to.renamed(**named), columns=named)
 
 
-def _judged() -> Iterator[RowLayout]:
-    """Yield layouts with a key that says whether an answer is a wanted one."""
+def _judged() -> Iterator[tuple[str, RowLayout]]:
+    """Yield layouts with a key that says whether an answer is a wanted one, and that key."""
     for layout in (*_conversations(), RowLayout("prompt", ("prompt", "completion"))):
         for key in ("label", "kto_tag"):
-            yield RowLayout(
-                layout.kind,
-                (*layout.required, key),
-                layout.optional,
-                to.wanted(key, layout.convert),
-                to.is_truth(key, layout.fits),
-                f"rows in which {key!r} is false are left out, as their answers are not wanted",
-            )
+            required = (*layout.required, key)
+            yield key, replace(layout, required=required, fits=to.is_truth(key, layout.fits))
 
 
-_LAYOUTS = (
-    *_preferences(),
-    *_judged(),
-    *_conversations(),
-    *_instructions(),
-    *_pairs(),
-    RowLayout("text", ("text",)),
-)
+def _wanted() -> Iterator[RowLayout]:
+    """Yield layouts of judged rows of which those with a wanted answer are taken."""
+    for key, layout in _judged():
+        said = f"rows in which {key!r} is false are left out, as their answers are not wanted"
+        yield replace(layout, convert=to.wanted(key, layout.convert), said=said)
+
+
+def _labelled() -> Iterator[RowLayout]:
+    """Yield layouts of judged rows with their judgement."""
+    for key, layout in _judged():
+        convert = to.labelled(key, layout.convert)
+        yield replace(layout, kind=f"{layout.kind}_labelled", convert=convert)
+
+
+_LAYOUTS: dict[Holds, tuple[RowLayout, ...]] = {
+    "answers": (
+        *_preferences(),
+        *_wanted(),
+        *_conversations(),
+        *_instructions(),
+        *_pairs(),
+        RowLayout("text", ("text",)),
+    ),
+    "pairs": tuple(_pairs_of_answers()),
+    "judgements": tuple(_labelled()),
+}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from graft.data.shapes.base import type_in_words
+from graft.data.shapes.base import Holds, type_in_words
 from graft.data.shapes.columns import Columns, renaming
 from graft.data.shapes.layouts import RowLayout, layouts
 from graft.data.shapes.registry import SHAPES
@@ -20,10 +20,15 @@ _REMEMBERED = 1000
 class Recogniser:
     """Recognises the rows of one file; rows that have the same keys are looked up."""
 
-    def __init__(self, columns: Iterable[str] = ()) -> None:
-        """Take the words of --columns; raises GraftError for those that mean nothing."""
-        self.columns = Columns(columns)
-        self._layouts = self.columns.layouts() if self.columns else layouts()
+    def __init__(self, columns: Iterable[str] = (), holds: Sequence[Holds] = ("answers",)) -> None:
+        """Take the words of --columns; raises GraftError for those that mean nothing.
+
+        holds: what there is to learn from the rows; others are refused.
+        """
+        known = layouts(holds)
+        self._holds = holds
+        self.columns = Columns(columns, known)
+        self._layouts = self.columns.layouts() if self.columns else known
         self._known: dict[tuple[str, ...], tuple[RowLayout, ...]] = {}
         self.ignored: set[str] = set()
         """Keys that nobody has read so far."""
@@ -90,7 +95,7 @@ class Recogniser:
             return ""
         self._told = True
         # Of a row among others that are fine the names of the columns are not what is wrong.
-        return f"; {_accepted()}" + ("" if self._seen else f"; {renaming(row)}")
+        return f"; {_accepted(self._holds)}" + ("" if self._seen else f"; {renaming(row)}")
 
     def _remember(self, keys: tuple[str, ...]) -> tuple[RowLayout, ...]:
         if len(self._known) >= _REMEMBERED:
@@ -130,10 +135,10 @@ def _misfit(layout: RowLayout, row: Mapping[str, Any]) -> str:
     return f"{key!r} is {type_in_words(row[key])}, and no conversation"
 
 
-def _accepted() -> str:
+def _accepted(holds: Sequence[Holds] = ("answers",)) -> str:
     """Return which keys a row may have, in words."""
     choices = []
-    for shape in SHAPES.values():
+    for shape in (one for one in SHAPES.values() if one.holds in holds):
         perhaps = f" and perhaps {', '.join(shape.optional)}" if shape.optional else ""
         choices.append(", ".join(shape.required) + perhaps)
     return f"accepted keys of a row: {'; or '.join(choices)}"

@@ -18,6 +18,25 @@ SHAPES: Entries[RowShape] = Entries(
             "graft.data.shapes.instruction:INSTRUCTION", "an instruction and its output"
         ),
         "messages": Listed("graft.data.shapes.messages:MESSAGES", "a conversation"),
+        "prompt_pair": Listed(
+            "graft.data.shapes.judged:PROMPT_PAIR", "a prompt, a chosen and a rejected completion"
+        ),
+        "instruction_pair": Listed(
+            "graft.data.shapes.judged:INSTRUCTION_PAIR",
+            "an instruction, a chosen and a rejected output",
+        ),
+        "messages_pair": Listed(
+            "graft.data.shapes.judged:MESSAGES_PAIR",
+            "a conversation with a chosen and a rejected end",
+        ),
+        "prompt_labelled": Listed(
+            "graft.data.shapes.judged:PROMPT_LABELLED",
+            "a prompt, its completion, and whether that is wanted",
+        ),
+        "messages_labelled": Listed(
+            "graft.data.shapes.judged:MESSAGES_LABELLED",
+            "a conversation, and whether its answers are wanted",
+        ),
     },
 )
 

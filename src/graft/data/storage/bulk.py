@@ -16,7 +16,7 @@ from graft.data.config import DataConfig
 from graft.data.encode import EncodedData, Encoding, RowEncoder, bad_rows
 from graft.data.examples import Example
 from graft.data.rows import Reading, Row, RowStream
-from graft.data.shapes.base import Tokenizer
+from graft.data.shapes.base import Holds, Tokenizer
 from graft.data.sources.hub import HUB
 from graft.data.sources.places import sources_of
 from graft.data.storage.cache import content_key, entry_key, keep, recall
@@ -76,8 +76,11 @@ def encoded_file(
     config: DataConfig,
     max_length: int,
     listener: Listener | None = None,
+    holds: tuple[Holds, ...] = ("answers",),
 ) -> EncodedData:
     """Read, check and encode a data file, or map what an earlier call has kept of it.
+
+    holds: what there is to learn from its rows.
 
     Raises GraftError that lists every bad row with file and line.
     """
@@ -85,11 +88,12 @@ def encoded_file(
     name = str(Path(path))
     key = None
     # Which rows are skipped is not kept.
-    if config.cache and not config.skip_bad_rows and _size(path, config) > _SMALL_FILE:
-        key = entry_key(path, tokenizer, config, max_length)
+    reading = Reading.of(path, config, holds)
+    if config.cache and not config.skip_bad_rows and _size(path, reading) > _SMALL_FILE:
+        key = entry_key(path, tokenizer, config, max_length, holds)
         if (found := recall(key, name, told.note)) is not None:
             return _data(*found)
-    work = _Work(path, tokenizer, config, max_length, told)
+    work = _Work(path, reading, tokenizer, config, max_length, told)
     if not work.is_large:
         return work.in_memory()
     if key is not None:
@@ -102,7 +106,7 @@ def encoded_file(
                 f"the encoded rows are not kept for another time, as {cache_folder()} cannot be "
                 f"written: {cause.strerror}; name another folder in the variable GRAFT_CACHE"
             )
-            work = _Work(path, tokenizer, config, max_length, told)
+            work = _Work(path, reading, tokenizer, config, max_length, told)
     try:
         with tempfile.TemporaryFile() as file:
             write_batches(file, work.batches())
@@ -114,12 +118,11 @@ def encoded_file(
         ) from error
 
 
-def _size(path: str, config: DataConfig) -> int:
+def _size(path: str, reading: Reading) -> int:
     """Return the bytes of all files that are read; of data of the hub some.
 
     0 for what cannot be read, which its reader will tell.
     """
-    reading = Reading.of(path, config)
     try:
         sources = sources_of(path, reading.columns, reading.data_format)
         return sum(
@@ -134,10 +137,16 @@ class _Work:
     """A data file that is read and encoded once, from its beginning."""
 
     def __init__(
-        self, path: str, tokenizer: Tokenizer, config: DataConfig, max_length: int, told: Listener
+        self,
+        path: str,
+        reading: Reading,
+        tokenizer: Tokenizer,
+        config: DataConfig,
+        max_length: int,
+        told: Listener,
     ) -> None:
         """Read until it is known whether the file is a large one."""
-        self._path, self._reading = path, Reading.of(path, config)
+        self._path, self._reading = path, reading
         self._stream = RowStream(path, self._reading)
         self._name = str(Path(path))
         self._told = told
@@ -152,7 +161,7 @@ class _Work:
             self.is_large = rows > FEW_ROWS or size > FEW_BYTES
             if self.is_large:
                 break
-        self._total = round(_size(path, config) / size * rows) if size else 0
+        self._total = round(_size(path, reading) / size * rows) if size else 0
         encoding = Encoding(max_length, config.eos, config.separator, config.stride)
         self._encoder = RowEncoder(self._stream.kind, tokenizer, encoding)
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from graft.data.config import DataConfig
 from graft.data.rows import Reading
-from graft.data.shapes.base import Tokenizer
+from graft.data.shapes.base import Holds, Tokenizer
 from graft.data.sources.places import sources_of
 from graft.data.storage.store import Stored, write_batches
 from graft.errors import GraftError
@@ -65,13 +65,17 @@ class About:
 
 
 def entry_key(
-    path: str, tokenizer: Tokenizer, config: DataConfig, max_length: int
+    path: str,
+    tokenizer: Tokenizer,
+    config: DataConfig,
+    max_length: int,
+    holds: tuple[Holds, ...] = ("answers",),
 ) -> tuple[str, ...]:
     """Return what the examples of --data or --eval-data depend on, in words and digests.
 
     Raises GraftError when it cannot be read.
     """
-    reading = Reading.of(path, config)
+    reading = Reading.of(path, config, holds)
     options = {one.name: getattr(config, one.name) for one in fields(DataConfig)}
     options = {name: value for name, value in options.items() if name not in NO_MATTER}
     template = json.dumps(tokenizer.chat_template, default=repr, sort_keys=True)

@@ -30,7 +30,7 @@ BLOCK_LOGITS = 2**18
 """Logits whose softmax a CPU computes at once: small enough to stay in the core's own cache."""
 
 _found_to_split: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-"""What `_splits` found out about each model."""
+"""What `splits` found out about each model."""
 
 
 def target_loss(
@@ -52,11 +52,12 @@ def target_loss(
     asked = functional.pad(labels[:, 1:] != IGNORED, (0, 1))
     targets = labels.roll(-1, dims=1)[asked]
     layout = {} if starts is None else packed(starts.cpu(), input_ids.device)
-    if _splits(model, input_ids):
-        (output,), _ = _run(model, input_ids, torch.zeros_like(input_ids[0, :1]), layout)
-        loss = _chunked_loss(_Head(model, output), output["last_hidden_state"], asked, targets)
+    if splits(model, input_ids):
+        (output,), _ = run_body(model, input_ids, torch.zeros_like(input_ids[0, :1]), layout)
+        loss = _chunked_loss(Head(model, output), output["last_hidden_state"], asked, targets)
     else:
-        loss = _whole_loss(model, input_ids, asked, targets, layout)
+        logits = whole_logits(model, input_ids, asked, layout).float()
+        loss = functional.cross_entropy(logits, targets, reduction="sum")
     return loss, targets.numel()
 
 
@@ -67,14 +68,16 @@ def fixed_loss(model: PreTrainedModel, input_ids: Tensor, labels: Tensor) -> Ten
     it. The model must have our attention, without a window. Raises GraftError where the model's
     logits are no function of each position's last hidden state.
     """
-    if not _splits(model, input_ids):
+    if not splits(model, input_ids):
         raise GraftError(
             f"--cuda-graphs: the logits of {type(model).__name__} depend on more than each "
             "position's last hidden state; train without --cuda-graphs"
         )
     targets = functional.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    (output,), _ = _run(model, input_ids, torch.zeros_like(input_ids[0, :1]), unmasked(input_ids))
-    head, hidden = _Head(model, output), output["last_hidden_state"].flatten(0, 1)
+    (output,), _ = run_body(
+        model, input_ids, torch.zeros_like(input_ids[0, :1]), unmasked(input_ids)
+    )
+    head, hidden = Head(model, output), output["last_hidden_state"].flatten(0, 1)
     loss: Tensor = _ChunkedLoss.apply(hidden, None, targets, head, *head.trained())
     return loss
 
@@ -87,11 +90,11 @@ def each_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[tuple[sli
     flattened batch a chunk has; there are never more logits than those of a chunk, or of a row
     where the model is run as a whole.
     """
-    if _splits(model, input_ids):
-        (output,), _ = _run(model, input_ids, torch.zeros_like(input_ids[0, :1]))
+    if splits(model, input_ids):
+        (output,), _ = run_body(model, input_ids, torch.zeros_like(input_ids[0, :1]))
         hidden: Tensor = output["last_hidden_state"].flatten(0, 1)
-        head = _Head(model, output)
-        for part in _parts(len(hidden), chunk_tokens(head.vocabulary)):
+        head = Head(model, output)
+        for part in parts(len(hidden), chunk_tokens(head.vocabulary)):
             yield part, head(hidden[part])
     else:
         length = input_ids.shape[1]
@@ -105,7 +108,7 @@ def chunk_tokens(vocabulary: int) -> int:
     return min(512, max(128, CHUNK_BYTES // (4 * vocabulary)))
 
 
-class _Head:
+class Head:
     """The model's own way from the last hidden states to the logits, whatever it does there.
 
     It is a shallow copy of the model with a body that has run already and returns what it is given.
@@ -134,7 +137,7 @@ class _Head:
         return [parameter for parameter in found if parameter.requires_grad]
 
 
-def _run(
+def run_body(
     model: PreTrainedModel,
     input_ids: Tensor,
     positions: Tensor,
@@ -155,8 +158,8 @@ def _run(
     return caught, out.logits
 
 
-def _splits(model: PreTrainedModel, input_ids: Tensor) -> bool:
-    """Return whether `_Head` gives the model's logits, bit for bit.
+def splits(model: PreTrainedModel, input_ids: Tensor) -> bool:
+    """Return whether `Head` gives the model's logits, bit for bit.
 
     The first call for a model takes a few tokens through it to find out; nothing is changed.
     """
@@ -173,33 +176,32 @@ def _takes_positions(model: PreTrainedModel) -> bool:
 
 def _agrees(model: PreTrainedModel, input_ids: Tensor) -> bool:
     with torch.no_grad(), evaluating(model):
-        outputs, logits = _run(model, input_ids, torch.arange(input_ids.shape[1]).to(input_ids))
+        outputs, logits = run_body(model, input_ids, torch.arange(input_ids.shape[1]).to(input_ids))
         if len(outputs) != 1 or not isinstance(outputs[0], ModelOutput):
             return False
         hidden = outputs[0].get("last_hidden_state")
-        return hidden is not None and torch.equal(_Head(model, outputs[0])(hidden[0]), logits[0])
+        return hidden is not None and torch.equal(Head(model, outputs[0])(hidden[0]), logits[0])
 
 
-def _whole_loss(
-    model: PreTrainedModel,
-    input_ids: Tensor,
-    asked: Tensor,
-    targets: Tensor,
-    layout: Mapping[str, Any],
+def whole_logits(
+    model: PreTrainedModel, input_ids: Tensor, asked: Tensor, layout: Mapping[str, Any]
 ) -> Tensor:
-    """Return the loss from logits that are there at once, of no more positions than need be."""
+    """Return the logits [asked positions, vocabulary], there at once with few others.
+
+    asked: bool [batch, length]. layout: what the model is told of rows that are packed.
+    """
     kept = asked.any(dim=0)
     kept[0] = True  # no model is asked for no logits at all
     if _takes_positions(model):
         positions = kept.nonzero().squeeze(1)
         out = model(input_ids=input_ids, use_cache=False, logits_to_keep=positions, **layout)
-        logits = out.logits[asked[:, positions]]
-    else:
-        logits = model(input_ids=input_ids, use_cache=False, **layout).logits[asked]
-    return functional.cross_entropy(logits.float(), targets, reduction="sum")
+        logits: Tensor = out.logits[asked[:, positions]]
+        return logits
+    logits = model(input_ids=input_ids, use_cache=False, **layout).logits[asked]
+    return logits
 
 
-def _chunked_loss(head: _Head, hidden: Tensor, asked: Tensor, targets: Tensor) -> Tensor:
+def _chunked_loss(head: Head, hidden: Tensor, asked: Tensor, targets: Tensor) -> Tensor:
     """Return the loss of the asked positions, bool [batch, length], of the hidden states."""
     rows, positions = hidden.flatten(0, 1), asked.flatten().nonzero().squeeze(1)
     trained = head.trained() if torch.is_grad_enabled() else []
@@ -223,7 +225,7 @@ class _ChunkedLoss(torch.autograd.Function):
         hidden: Tensor,
         positions: Tensor | None,
         targets: Tensor,
-        head: _Head,
+        head: Head,
         *trained: Tensor,
     ) -> Tensor:
         leaves = (hidden, *trained)
@@ -232,17 +234,17 @@ class _ChunkedLoss(torch.autograd.Function):
         losses = torch.empty(len(targets), device=hidden.device)
         buffer: Tensor | None = None  # all chunks share it: a fresh one costs its page faults
         ignores = positions is None
-        for part in _parts(len(targets), chunk_tokens(head.vocabulary)):
+        for part in parts(len(targets), chunk_tokens(head.vocabulary)):
             at = part if positions is None else positions[part]
             rows = hidden[at].requires_grad_(hidden.requires_grad)
             with torch.set_grad_enabled(any(leaf.requires_grad for leaf in leaves)):
                 logits = head(rows)
             if logits.requires_grad:
                 buffer = torch.empty_like(logits) if buffer is None else buffer[: len(rows)]
-                _cross_entropy(logits.detach(), targets[part], losses[part], buffer, ignores)
+                cross_entropy(logits.detach(), targets[part], losses[part], buffer, ignores)
                 _add_gradients(gradients, at, (rows, *trained), logits, buffer)
             else:
-                _cross_entropy(logits, targets[part], losses[part], None, ignores)
+                cross_entropy(logits, targets[part], losses[part], None, ignores)
             del logits  # before the next chunk's are there
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [leaf.dtype for leaf in leaves]
@@ -258,14 +260,14 @@ class _ChunkedLoss(torch.autograd.Function):
         return scaled[0], None, None, None, *scaled[1:]
 
 
-def _parts(count: int, most: int) -> Iterator[slice]:
+def parts(count: int, most: int) -> Iterator[slice]:
     """Yield slices of 0..count of about the same length, none longer than `most`."""
     step = -(-count // max(1, -(-count // most))) or 1
     for begin in range(0, count, step):
         yield slice(begin, begin + step)
 
 
-def _cross_entropy(
+def cross_entropy(
     logits: Tensor,
     targets: Tensor,
     losses: Tensor,
@@ -279,7 +281,7 @@ def _cross_entropy(
     compute = implementation("cross_entropy", logits.device)
     tokens, vocabulary = logits.shape
     most = max(1, BLOCK_LOGITS // vocabulary) if logits.device.type == "cpu" else tokens
-    for part in _parts(tokens, most):
+    for part in parts(tokens, most):
         outward = None if gradient is None else gradient[part]
         compute(logits[part], targets[part], losses[part], outward, ignores)
 
