@@ -9,7 +9,7 @@ Perplexity per token on held-out TinyStories (characters on babyllama-361-1m), a
 - both tuned for --steps by qalora, whose result has the same bytes, and unrounded factors tuned by
   full --train factors.
 
-    python benchmarks/compress.py [--models babyllama-361-1m mixed-13m] [--rows 64] [--steps 150]
+    python benchmarks/compress.py [--models babyllama-361-1m mixed-13m] [--steps 150] [--parts rounded]
 """
 
 from __future__ import annotations
@@ -39,12 +39,13 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="that calibrate")
     parser.add_argument("--eval-rows", type=int, default=60)
     parser.add_argument("--steps", type=int, default=150, help="0: nothing is tuned")
+    parser.add_argument("--parts", nargs="+", default=["unrounded", "rounded"])
     arguments = parser.parse_args()
     for model in arguments.models:
         folder = Path(tempfile.mkdtemp())
         rows = _Rows(model, folder, arguments)
-        rows.unrounded()
-        rows.rounded()
+        for part in arguments.parts:
+            {"unrounded": rows.unrounded, "rounded": rows.rounded}[part]()
         print(f"wrote {write_csv(f'compress-{model}', rows.results)}")
         shutil.rmtree(folder)
         worse = [row for row in rows.pairs if row[1] >= row[2]]

@@ -19,7 +19,8 @@ from graft.errors import GraftError
 
 if TYPE_CHECKING:
     from graft.api.adopt import adopt
-    from graft.api.config import QuantizeConfig, TrainConfig
+    from graft.api.compress import compress
+    from graft.api.config import CompressConfig, QuantizeConfig, TrainConfig
     from graft.api.convert import convert_model
     from graft.api.evaluate import evaluate_model, generate
     from graft.api.export import export_model
@@ -34,12 +35,14 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CompareConfig": "graft.compare.config",
+    "CompressConfig": "graft.api.config",
     "QuantizeConfig": "graft.api.config",
     "Stop": "graft.train.stop",
     "StoppedError": "graft.train.stop",
     "TrainConfig": "graft.api.config",
     "adopt": "graft.api.adopt",
     "compare": "graft.compare.run",
+    "compress": "graft.api.compress",
     "convert_model": "graft.api.convert",
     "evaluate_model": "graft.api.evaluate",
     "export_model": "graft.api.export",
@@ -53,6 +56,7 @@ _HOME = {
 
 __all__ = [
     "CompareConfig",
+    "CompressConfig",
     "GraftError",
     "QuantizeConfig",
     "Stop",
@@ -60,6 +64,7 @@ __all__ = [
     "TrainConfig",
     "adopt",
     "compare",
+    "compress",
     "convert_model",
     "evaluate_model",
     "export_model",

@@ -26,6 +26,13 @@ class Factored(nn.Module):
         super().__init__()
         self.down, self.up, self.transposed = down, up, transposed
 
+    @property
+    def weight(self) -> Tensor:
+        """The product of unquantised factors as the layer's own code stores it, which a family's
+        initialisation asks for."""
+        product = self.up.get_parameter("weight") @ self.down.get_parameter("weight")
+        return product.T if self.transposed else product
+
     def forward(self, x: Tensor) -> Tensor:
         """Return y [..., out_features] in x's dtype; x [..., in_features]."""
         y: Tensor = self.up(self.down(x))
