@@ -9,7 +9,7 @@ Perplexity per token on held-out TinyStories (characters on babyllama-361-1m), a
 - both tuned for --steps by qalora, whose result has the same bytes, and unrounded factors tuned by
   full --train factors.
 
-    python benchmarks/compress.py [--models babyllama-361-1m mixed-13m] [--steps 150] [--parts rounded]
+    python benchmarks/compress.py [--models mixed-13m] [--steps 150] [--parts rounded]
 """
 
 from __future__ import annotations

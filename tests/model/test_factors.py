@@ -152,6 +152,16 @@ def test_biases_stay_with_the_second_factor(load, compressed) -> None:
     assert isinstance(whole, FrozenLinear) and torch.equal(whole.bias, layer.up.bias)
 
 
+def test_a_bias_of_the_first_factor_goes_through_the_second(compressed, logits) -> None:
+    model = compressed("qwen2").model
+    for name in ("self_attn.q_proj", "mlp.up_proj"):  # with a bias of its own, and without
+        down = model.get_submodule(f"model.layers.0.{name}.down")
+        down.bias = nn.Parameter(torch.randn(9), requires_grad=False)
+    before = logits(model)
+    multiply_factors(model)
+    torch.testing.assert_close(logits(model), before, rtol=1e-4, atol=1e-4)
+
+
 def test_a_subject_knows_the_factors_without_weights(compressed, tmp_path) -> None:
     loaded = compressed("llama")
     save_model(loaded, tmp_path / "saved")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,14 +15,14 @@ from graft.api.config import CompressConfig
 from graft.api.events import Events
 from graft.api.quantize import Rounding, load_quantised, round_loaded, text_rows
 from graft.calibrate.factoring import ChooseRank, FactoredLayer, factor_model
-from graft.calibrate.low_rank import rank_for_ratio
+from graft.calibrate.low_rank import Spectrum, rank_for_ratio
 from graft.calibrate.registry import SOLVERS
 from graft.data.examples import Example
 from graft.errors import GraftError, Problems
 from graft.evaluate.curve import plot_curve
 from graft.evaluate.loss import evaluate_loss
 from graft.files.write import check_new, make_folders, write_json
-from graft.formats.base import WeightFormat
+from graft.formats.base import WeightFormat, storage_bytes
 from graft.formats.registry import parse_format
 from graft.layers.factored import DOWN, UP
 from graft.model.load import LoadedModel, load_model
@@ -169,14 +170,30 @@ def _checked(
             asked = "--bits auto" if config.bits == "auto" else f"--solver {solver}"
             raise GraftError(f"{asked} needs --data, whose text calibrates it")
     found.raise_all("nothing was started")
-    wanted = {f"ratio {value:g}": _by_ratio(value) for value in config.ratio}
+    weight_format = None if description is None else parse_format(description)
+    wanted = {f"ratio {value:g}": _by_ratio(value, weight_format) for value in config.ratio}
     wanted |= {f"energy {value:g}": _by_energy(value) for value in config.energy}
     wanted |= {f"rank {value}": _by_rank(value) for value in config.rank}
-    return wanted, None if description is None else parse_format(description), solver
+    return wanted, weight_format, solver
 
 
-def _by_ratio(ratio: float) -> ChooseRank:
-    return lambda seen: rank_for_ratio(ratio, *seen.weight.shape)
+def _by_ratio(ratio: float, weight_format: WeightFormat | None) -> ChooseRank:
+    """Return what gives the largest rank of that share of the weights, or of the bytes once they
+    are rounded: rows of codes are filled up to whole blocks."""
+    if weight_format is None:
+        return lambda seen: rank_for_ratio(ratio, *seen.weight.shape)
+
+    def choose(seen: Spectrum) -> int:
+        out_features, in_features = seen.weight.shape
+
+        def stored(rank: int) -> int:
+            down = storage_bytes(weight_format, rank, in_features)
+            return down + storage_bytes(weight_format, out_features, rank)
+
+        most = ratio * storage_bytes(weight_format, out_features, in_features)
+        return max(1, bisect_right(range(1, len(seen.values) + 1), most, key=stored))
+
+    return choose
 
 
 def _by_energy(energy: float) -> ChooseRank:

@@ -61,7 +61,8 @@ class CompressConfig(ReadingConfig, SolverConfig, FormatConfig, ModelConfig):
     out: str
     """Folder to write the compressed model to; of several, a folder for each and their curve."""
     ratio: tuple[float, ...] = ()
-    """Share of its weights that each matrix keeps, as 0.5; give several for a curve."""
+    """Share of its weights (with --bits of its bytes) that each matrix keeps, as 0.5; several give
+    a curve."""
     energy: tuple[float, ...] = ()
     """Instead: share of the squared singular values that each matrix keeps, as 0.95."""
     rank: tuple[int, ...] = ()

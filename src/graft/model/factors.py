@@ -60,7 +60,7 @@ def multiply_factors(model: PreTrainedModel) -> dict[str, int]:
             weight.shape[0],
             DenseFormat(str(dtype).removeprefix("torch.")),
             {"weight": weight.to(dtype)},
-            kind_of(layer.up).bias(layer.up),
+            bias_of(layer),
             layer.transposed,
         )
         replace_module(model, name, whole)
@@ -71,6 +71,19 @@ def product_of(layer: Factored) -> Tensor:
     """Return B A of a factored layer, adapters merged, as float32 [out_features, in_features]."""
     product = _factor_weight(layer.up).double() @ _factor_weight(layer.down).double()
     return product.float()
+
+
+def bias_of(layer: Factored) -> Tensor | None:
+    """Return what a factored layer adds to its product; [out_features], or None.
+
+    That is the bias of `up`, and what `up` makes of one of `down`, which an adapter may have left.
+    """
+    found = (dict(_bare(part).named_parameters(recurse=False)) for part in (layer.down, layer.up))
+    down, up = (one.get("bias") for one in found)
+    if down is None:
+        return up
+    moved = _factor_weight(layer.up).double() @ down.double()
+    return (moved if up is None else moved + up.double()).to(down.dtype)
 
 
 def products_note(ranks: Mapping[str, int]) -> str:
@@ -92,5 +105,9 @@ def _factor_weight(module: nn.Module) -> Tensor:
 
 
 def _factor_shape(module: nn.Module) -> tuple[int, int]:
-    base = module.base if isinstance(module, AdaptedLinear) else module
+    base = _bare(module)
     return kind_of(base).shape(base)
+
+
+def _bare(module: nn.Module) -> nn.Module:
+    return module.base if isinstance(module, AdaptedLinear) else module

@@ -21,7 +21,7 @@ from graft.adapters.attach import adapted_layers, frozen_layers
 from graft.errors import GraftError
 from graft.layers.factored import factored_layers
 from graft.layers.registry import kind_of
-from graft.model.factors import product_of
+from graft.model.factors import bias_of, product_of
 from graft.text import quoted
 
 
@@ -57,9 +57,8 @@ def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     for name, product in products.items():
         weight = product_of(product)
         tensors[f"{name}.weight"] = weight.T.contiguous() if product.transposed else weight
-        bias = state.get(f"{name}.up.base.bias", state.get(f"{name}.up.bias"))
-        if bias is not None:
-            tensors[f"{name}.bias"] = bias
+        if (bias := bias_of(product)) is not None:
+            tensors[f"{name}.bias"] = bias.detach()
     return tensors
 
 
