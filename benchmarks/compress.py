@@ -21,11 +21,12 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from _common import shared, write_csv, write_jsonl
+from _common import RESULTS, shared, write_csv, write_jsonl
 
 import graft
-from graft.api.compress import Point, compress
+from graft.api.compress import Point, compress, drawn
 from graft.api.config import CompressConfig, QuantizeConfig
+from graft.evaluate.curve import plot_curve
 
 RATIOS = (0.8, 0.6, 0.4, 0.2)
 EQUAL = {0.8: 3, 0.6: 2}
@@ -73,6 +74,10 @@ class _Rows:
             self._note(one, "for the inputs", ratio)
             assert one.perplexity is not None and other.perplexity is not None
             self.pairs.append((ratio, one.perplexity, other.perplexity))
+        curves = {"plain SVD": drawn(plain.points), "for the inputs": drawn(aware.points)}
+        picture = RESULTS / f"compress-{self.model}.png"
+        RESULTS.mkdir(exist_ok=True)
+        plot_curve(curves, drawn(plain.beside), picture, f"{self.model}: low-rank factors")
         if self.arguments.steps:
             for ratio in (0.6, 0.4):
                 folder = self.folder / "aware" / f"ratio-{ratio:g}"

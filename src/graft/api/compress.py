@@ -128,7 +128,8 @@ def compress(config: CompressConfig, events: Events | None = None) -> Curve:
     )
     if several:
         write_json(out / CURVE, asdict(curve))
-        plot_curve(_drawn(curve.points), _drawn(curve.beside), out / PICTURE, _title(curve))
+        curves = {"low-rank factors": drawn(curve.points)}
+        plot_curve(curves, drawn(curve.beside), out / PICTURE, _title(curve))
     return curve
 
 
@@ -323,7 +324,7 @@ def _root_mean(values: Sequence[float]) -> float:
     return math.sqrt(sum(values) / len(values))
 
 
-def _drawn(points: Sequence[Point]) -> list[tuple[str, float, float | None, float]]:
+def drawn(points: Sequence[Point]) -> list[tuple[str, float, float | None, float]]:
     """Return of each point its name, its size in MiB, the perplexity, and the weights' error."""
     return [(one.name, one.bytes / 2**20, one.perplexity, one.weight_error) for one in points]
 
