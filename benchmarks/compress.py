@@ -4,8 +4,8 @@ Perplexity per token on held-out TinyStories (characters on babyllama-361-1m), a
 
 - factors of the weights' plain SVD, and those that are the best for the layers' inputs on training
   rows, at several ratios, unrounded. The second must be lower at every ratio;
-- the second, rounded to INT4 by gptq, beside integers alone of as many bytes: of the 5 bits that
-  INT4 takes in groups of 32, 0.8 is what INT3 takes and 0.6 what INT2 takes;
+- the second, rounded to INT4 by --solver, beside integers alone of as many bytes: of the 5 bits
+  that INT4 takes in groups of 32, 0.8 is what INT3 takes and 0.6 what INT2 takes;
 - both tuned for --steps by qalora, whose result has the same bytes, and unrounded factors tuned by
   full --train factors.
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="that calibrate")
     parser.add_argument("--eval-rows", type=int, default=60)
     parser.add_argument("--steps", type=int, default=150, help="0: nothing is tuned")
+    parser.add_argument("--solver", default="gptq")
     parser.add_argument("--parts", nargs="+", default=["unrounded", "rounded"])
     arguments = parser.parse_args()
     for model in arguments.models:
@@ -86,10 +87,10 @@ class _Rows:
                 self._row("for the inputs, factors tuned", ratio, size, tuned)
 
     def rounded(self) -> None:
-        settings = {"data": self.train, "format": "int", "bits": 4, "solver": "gptq"}
-        curve = compress(self._config("int4", ratio=RATIOS[:3], **settings))
+        settings = {"data": self.train, "format": "int", "bits": 4, "solver": self.arguments.solver}
+        curve = compress(self._config("int4", ratio=tuple(EQUAL), **settings))
         self._note(curve.beside[1], "INT4 alone")
-        for ratio, point in zip(RATIOS, curve.points, strict=False):
+        for ratio, point in zip(EQUAL, curve.points, strict=True):
             self._note(point, "for the inputs, INT4", ratio)
         for ratio, bits in EQUAL.items():
             alone = self.folder / f"int{bits}"
