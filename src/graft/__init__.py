@@ -32,7 +32,8 @@ if TYPE_CHECKING:
         unmerge,
     )
     from graft.api.adopt import adopt
-    from graft.api.config import QuantizeConfig, TrainConfig
+    from graft.api.compress import compress
+    from graft.api.config import CompressConfig, QuantizeConfig, TrainConfig
     from graft.api.convert import convert_model
     from graft.api.evaluate import evaluate_model, generate
     from graft.api.export import export_model
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "CompareConfig": "graft.compare.config",
+    "CompressConfig": "graft.api.config",
     "QuantizeConfig": "graft.api.config",
     "Stop": "graft.train.stop",
     "StoppedError": "graft.train.stop",
@@ -56,6 +58,7 @@ _HOME = {
     "adopt": "graft.api.adopt",
     "combine_adapters": "graft.api.adapter.merge",
     "compare": "graft.compare.run",
+    "compress": "graft.api.compress",
     "convert_model": "graft.api.convert",
     "evaluate_model": "graft.api.evaluate",
     "export_model": "graft.api.export",
@@ -77,6 +80,7 @@ _HOME = {
 
 __all__ = [
     "CompareConfig",
+    "CompressConfig",
     "GraftError",
     "QuantizeConfig",
     "Stop",
@@ -87,6 +91,7 @@ __all__ = [
     "adopt",
     "combine_adapters",
     "compare",
+    "compress",
     "convert_model",
     "evaluate_model",
     "export_model",

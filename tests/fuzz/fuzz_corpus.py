@@ -50,6 +50,7 @@ def build_corpus(folder: Path, small: bool = False) -> None:
     shape = ("--group-size", "32")
     _graft("quantize", "--model", base, "--out", str(folder / "int"), *shape, "--format", "int")
     _graft("quantize", "--model", base, "--out", str(folder / "nf4"), "--format", "nf4")
+    _graft("compress", "--model", base, "--out", str(folder / "factored"), "--rank", "6")
     (folder / "gguf").mkdir()
     _graft("export", run, "--to", "gguf", "--out", str(folder / "gguf" / "model.gguf"))
     _graft("export", run, "--to", "hf", "--out", str(folder / "hf"))

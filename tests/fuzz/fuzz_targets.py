@@ -125,6 +125,10 @@ def quantize(place: Place) -> tuple[str, ...]:
     return ("quantize", "--model", str(place.copy), "--out", str(place.out), "--format", "int")
 
 
+def compress(place: Place) -> tuple[str, ...]:
+    return ("compress", "--model", str(place.copy), "--out", str(place.out), "--rank", "6")
+
+
 def plan(place: Place) -> tuple[str, ...]:
     return ("plan", "--model", str(place.copy), "--json", *_TRAIN[2:])
 
@@ -221,7 +225,7 @@ _TXT = choose([(3, TEXT), (2, BYTES)])
 _METRICS = choose([(3, JSONL), (1, TEXT)])
 _READ_DATA = (_train_on(), evaluate_on, look_at)
 _SKIPPING = _train_on("--skip-bad-rows")
-_READ_BASE = (generate, evaluate, train_model, quantize, plan, export_to("gguf"), chat)
+_READ_BASE = (generate, evaluate, train_model, quantize, compress, plan, export_to("gguf"), chat)
 _READ_INT = (generate, evaluate, train_model, plan, export_to("gguf"), export_to("hf"))
 _READ_WEIGHTS = tuple(one for one in _READ_BASE if one is not plan)
 """A plan reads the headers of weights alone, and asks for no tensor by its name."""
@@ -262,6 +266,8 @@ TARGETS: dict[str, Target] = {
     "int-config": Target("int", "config.json", JSON, _READ_INT),
     "int-graft-json": Target("int", "graft.json", JSON, _READ_INT),
     "int-weights": Target("int", "model.safetensors", SAFETENSORS, _READ_INT_WEIGHTS),
+    "factored-graft-json": Target("factored", "graft.json", JSON, _READ_INT),
+    "factored-weights": Target("factored", "model.safetensors", SAFETENSORS, _READ_INT_WEIGHTS),
     "nf4-graft-json": Target("nf4", "graft.json", JSON, _READ_NF4),
     "nf4-weights": Target("nf4", "model.safetensors", SAFETENSORS, _READ_NF4),
     "peft-config": Target("peft", "adapter_config.json", JSON, (adopt,)),

@@ -53,6 +53,37 @@ class QuantizeConfig(ReadingConfig, SolverConfig, FormatConfig, ModelConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CompressConfig(ReadingConfig, SolverConfig, FormatConfig, ModelConfig):
+    """A compression into low-rank factors, at one size or several."""
+
+    GROUP: ClassVar[str] = "compression"
+    RARE: ClassVar[frozenset[str]] = frozenset({"calibration_length", "eval_rows"})
+
+    out: str
+    """Folder to write the compressed model to; of several, a folder for each and their curve."""
+    ratio: tuple[float, ...] = ()
+    """Share of its weights (with --bits of its bytes) that each matrix keeps, as 0.5; several give
+    a curve."""
+    energy: tuple[float, ...] = ()
+    """Instead: share of the squared singular values that each matrix keeps, as 0.95."""
+    rank: tuple[int, ...] = ()
+    """Instead: the rank of every matrix."""
+    targets: tuple[str, ...] = ()
+    """Layers to factor: names, suffixes, or regular expressions; none means every linear layer but
+    the output head."""
+    data: str | None = None
+    """File of examples: factors are then the best for the inputs that its text gives each layer;
+    without it they are the plain SVD of the weights. It calibrates solvers too."""
+    eval_data: str | None = None
+    """File whose text the perplexity is measured on; by default rows of --data behind those that
+    calibrate."""
+    eval_rows: int = 128
+    """Most rows that the perplexity is measured on."""
+    calibration_length: int = 512
+    """Most tokens of a row."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanConfig(
     AdapterConfig, FormatConfig, ActivationConfig, SolverConfig, ObjectiveConfig, ModelConfig
 ):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from graft.api.run.folder import (
 from graft.api.run.layout import ADAPTER, BASE
 from graft.data.shapes.registry import CHAT, PLAIN
 from graft.errors import raise_problems
-from graft.export.base import Origin
+from graft.export.base import FACTORED_BASE, Origin, Target
 from graft.export.card import GRAFT_TAG, front_matter
 from graft.export.config import ExportTarget
 from graft.export.registry import TARGETS
@@ -36,6 +36,7 @@ from graft.formats.base import WeightFormat
 from graft.formats.dense import DenseFormat
 from graft.formats.int_group import IntGroupFormat
 from graft.model.adapter_files import read_own_config
+from graft.model.factors import multiply_factors, products_note
 from graft.model.folder import read_config, stored_formats
 from graft.model.hub import base_name
 from graft.model.load import LoadedModel
@@ -98,6 +99,7 @@ def export_model(
         if not target.holds_new_biases:
             check_biases(loaded)
         merged = merge_for_export(loaded, to, requantize, events)
+    products = () if target.takes_adapter else _multiplied(loaded, target, requantize, events)
     weights = weights_in_words(loaded)
     with staged(path) as part:
         notes = target.write(
@@ -108,6 +110,7 @@ def export_model(
         )
         if target.keeps_tokenizer:
             notes += beyond_notes(loaded.model, loaded.tokenizer)
+        notes += products
         report = ExportReport(path, bytes_on_disk(part), merged, notes)
         write_card(source, target, part, loaded.folder, weights, merged, license, notes)
     return report
@@ -201,6 +204,31 @@ def merge_for_export(
     if not report.exact:
         events.note(report.summary())
     return report
+
+
+def _multiplied(
+    loaded: LoadedModel, target: Target, requantize: bool, events: Events
+) -> tuple[str, ...]:
+    """Put the products of low-rank factors in their place, which no other program knows; return
+    that it was done."""
+    ranks = multiply_factors(loaded.model)
+    if not ranks:
+        return ()
+    if requantize and target.requantizes:
+        _requantize_dense(loaded)
+    note = products_note(ranks)
+    events.note(note)
+    return (note,)
+
+
+def check_factor_exports(config: TrainConfig, factors: Collection[str]) -> None:
+    """Raise GraftError where a run on a compressed base is to export its adapter by itself."""
+    problems = [
+        f"--export {name}: {FACTORED_BASE}"
+        for name in config.export
+        if factors and TARGETS[name].takes_adapter
+    ]
+    raise_problems(problems, "exports")
 
 
 def _requantize_dense(loaded: LoadedModel) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graft.adapters.attach import frozen_layers
 from graft.api.checks import check_solver, chosen_solver, format_description
-from graft.api.config import QuantizeConfig
+from graft.api.config import CompressConfig, QuantizeConfig
 from graft.api.events import Events
 from graft.calibrate.registry import SOLVERS
 from graft.calibrate.widths import choose_widths
@@ -104,9 +104,30 @@ def load_quantised(
     if formats is None or not solver.needs_model:
         return load(formats, _packing(rounding), reading)
     loaded = load(None, heard=reading)
-    names = select_targets(loaded.model, rounding.targets)
+    _round(loaded, select_targets(loaded.model, rounding.targets), formats, rounding, events)
+    return loaded
+
+
+def round_loaded(
+    loaded: LoadedModel, names: Sequence[str], rounding: Rounding, events: Events
+) -> None:
+    """Round the named layers of a dense model in memory as `load_quantised` rounds its targets."""
+    formats: WeightFormat | Mapping[str, WeightFormat] | None = rounding.weight_format
+    if rounding.budget is not None:
+        formats = _widths(loaded, names, rounding, rounding.budget, events)
+    assert formats is not None
+    _round(loaded, names, formats, rounding, events)
+
+
+def _round(
+    loaded: LoadedModel,
+    names: Sequence[str],
+    formats: WeightFormat | Mapping[str, WeightFormat],
+    rounding: Rounding,
+    events: Events,
+) -> None:
     freeze_layers(loaded.model, names)
-    note = solver.round_model(
+    note = SOLVERS[rounding.solver].round_model(
         loaded.model,
         formats if isinstance(formats, Mapping) else dict.fromkeys(names, formats),
         rounding.batches,
@@ -115,15 +136,20 @@ def load_quantised(
     )
     if note is not None:
         events.note(note)
-    return loaded
 
 
 def _chosen_widths(
     dense: LoadedModel, rounding: Rounding, budget: float, events: Events
 ) -> dict[str, WeightFormat]:
-    """Return the format of each layer: the one of the rounding, in one of its widths."""
-    assert rounding.weight_format is not None
+    """Return the format of each target: the one of the rounding, in one of its widths."""
     names = select_targets(dense.model, rounding.targets)
+    return _widths(dense, names, rounding, budget, events)
+
+
+def _widths(
+    dense: LoadedModel, names: Sequence[str], rounding: Rounding, budget: float, events: Events
+) -> dict[str, WeightFormat]:
+    assert rounding.weight_format is not None
     freeze_layers(dense.model, names)
     description = describe_format(rounding.weight_format)
     candidates = {parse_format(description | {"bits": bits}): bits for bits in rounding.widths}
@@ -173,7 +199,9 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
         weight_format=parse_format(description),
         solver=solver,
         targets=config.targets,
-        calibration=_calibration(config, subject) if reads_text or config.bits == "auto" else (),
+        calibration=calibration_rows(config, subject)
+        if reads_text or config.bits == "auto"
+        else (),
         damping=config.damping,
         budget=config.budget,
     )
@@ -195,19 +223,28 @@ def quantize(config: QuantizeConfig, events: Events | None = None) -> Path:
     return out
 
 
-def _calibration(config: QuantizeConfig, subject: Subject) -> Sequence[Example]:
+def calibration_rows(
+    config: QuantizeConfig | CompressConfig, subject: Subject
+) -> Sequence[Example]:
+    """Return the rows of text that solvers look at; raises GraftError for text that is none."""
     assert config.data is not None
+    return text_rows(config, subject, config.data)[: config.calibration_rows]
+
+
+def text_rows(
+    config: QuantizeConfig | CompressConfig, subject: Subject, file: str
+) -> Sequence[Example]:
+    """Return the rows of a file of text, as they calibrate."""
     limit = subject.position_limit
     length = min(config.calibration_length, limit or config.calibration_length)
     settings = DataConfig(
-        data=config.data,
+        data=file,
         columns=config.columns,
         data_format=config.data_format,
         max_length=length,
         eos=False,
     )
     longest = resolve_max_length(settings, limit)
-    encoded = load_examples(config.data, subject.tokenizer, settings, longest)
-    examples = encoded.examples[: config.calibration_rows]
+    examples = load_examples(file, subject.tokenizer, settings, longest).examples
     check_tokens(subject.skeleton, subject.tokenizer, examples)
     return examples

@@ -18,6 +18,7 @@ _SUMMARIES = {
     "plan": "predict the memory of a run from config.json alone",
     "convert": "bring GPTQ, AWQ, bitsandbytes, MLX, GGUF or pickled weights into graft's folder",
     "quantize": "write a model folder with quantised weights",
+    "compress": "write low-rank factors of a model's matrices, and a curve of what sizes cost",
     "data": "show what a model would be trained on, token by token, and what is odd about it",
     "train": "fine-tune a model on a file of examples",
     "runs": "list the runs below a folder, or compare some",

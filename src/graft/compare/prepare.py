@@ -46,7 +46,6 @@ from graft.evaluate.scores import missing_scorers, why_no_scorers
 from graft.files.read import read_json
 from graft.files.write import write_json, write_text
 from graft.formats.registry import parse_format
-from graft.model.folder import QUANTISATION_FILE
 from graft.model.running.checkpointing import check_checkpointing
 from graft.model.subject import Subject, open_subject
 from graft.model.targets import select_targets
@@ -162,7 +161,7 @@ def _read_base(config: CompareConfig, problems: Problems) -> Subject | None:
         with problems.collecting():
             select_targets(base.skeleton, config.targets)
             check_checkpointing(base.skeleton, config.checkpointing)
-        if (base.folder / QUANTISATION_FILE).is_file():
+        if base.formats:
             problems.found.append(
                 f"{base.folder} is quantised already; a comparison quantises in several ways, so "
                 "give the unquantised model"

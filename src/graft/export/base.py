@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 
 CARD = "README.md"
 """The model card in a folder; that of a single file lies beside it, see `Target.card_path`."""
+FACTORED_BASE = (
+    "the base is compressed into low-rank factors, which no other program loads, and the adapter "
+    "is theirs; export the whole model (--to hf)"
+)
+"""Why an adapter is not exported by itself."""
 OnTensor = Callable[[int, int], None]
 """Called after each tensor with (tensors written, all tensors)."""
 

@@ -34,9 +34,9 @@ GENERATION_FILE = "generation_config.json"
 QUANTISATION_FILE = "graft.json"
 FORMAT_VERSION = 1
 CONFIG_MARKER = {"packed_by": "graft"}
-"""The quantization_config of a quantised folder. Readers without graft must refuse it rather than
-start from random weights: transformers ignores a quant_method that it does not know, with a
-warning, but raises when there is none."""
+"""The quantization_config of a folder with quantised or factored layers. Readers without graft must
+refuse it rather than start from random weights: transformers ignores a quant_method that it does
+not know, with a warning, but raises when there is none."""
 
 _WEIGHTS = "*.safetensors"
 _FETCHED = [_WEIGHTS, "*.json", "*.model", "*.txt", "*.jinja", "README.md"]
@@ -194,6 +194,9 @@ class Quantisation:
     """That of the weights before they were packed."""
     sha256: Mapping[str, str] | None = None
     """Of each weight file; folders of earlier versions do not say it."""
+    factors: Mapping[str, Any] | None = None
+    """The rank of each layer that is two low-rank factors, `down` and `up` under its name; those of
+    the factors that are quantised are layers in their own right."""
 
 
 def read_quantisation(folder: Path) -> Quantisation:

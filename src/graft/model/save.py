@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from graft.files.write import new_folder, write_json
 from graft.formats.registry import describe_format
 from graft.layers.frozen import FrozenLinear
 from graft.layers.registry import kind_of
+from graft.model.factors import factor_ranks
 from graft.model.folder import (
     CONFIG_MARKER,
     FORMAT_VERSION,
@@ -40,11 +42,12 @@ def save_model(
 ) -> None:
     """Write model and tokenizer to a new folder; raises GraftError when that fails.
 
-    Without quantised layers the folder is a plain Hugging Face one, in `dtype` (default: the
-    dtype that the model computes in; `exact`: each tensor in the source's where that loses
-    nothing), which AutoModelForCausalLM loads. With quantised layers it
+    Without quantised or factored layers the folder is a plain Hugging Face one, in `dtype`
+    (default: the dtype that the model computes in; `exact`: each tensor in the source's where that
+    loses nothing), which AutoModelForCausalLM loads. With quantised layers it
     holds the packed tensors as they are, `graft.json` with each layer's format, and the other
-    tensors in the dtype that the source had where that loses nothing. `beside` are values of JSON
+    tensors in the dtype that the source had where that loses nothing. Factored layers are there as
+    their factors, with their ranks in `graft.json`. `beside` are values of JSON
     files that belong into it, by their names.
     """
     beside = beside or {}
@@ -56,8 +59,12 @@ def save_model(
         for name, layer in frozen_layers(model)
         if layer.weight_format.quantised
     }
-    if not quantised:
+    factors = factor_ranks(model)
+    if not quantised and not factors:
         save_plain_model(loaded, folder, dtype or loaded.dtype, beside=beside)
+        return
+    if not quantised:
+        _save_factors(loaded, folder, dtype or loaded.dtype, factors, beside)
         return
     packed = {
         f"{name}.{key}"
@@ -72,7 +79,23 @@ def save_model(
     with new_folder(folder) as part:
         digest = save_tensors(tensors, part / SINGLE_FILE)
         write_model_files(loaded, part, loaded.dtype, True)
-        write_quantisation(part, quantised, loaded.source_dtype, digest)
+        write_quantisation(part, quantised, loaded.source_dtype, digest, factors)
+        _write_beside(part, beside)
+
+
+def _save_factors(
+    loaded: LoadedModel,
+    folder: Path,
+    dtype: torch.dtype | Literal["exact"],
+    factors: Mapping[str, int],
+    beside: Mapping[str, object],
+) -> None:
+    """Write a folder like a plain one, but for the factors that some of its layers are."""
+    with new_folder(folder) as part:
+        digest = write_tensor_file(part / SINGLE_FILE, list(_plain_tensors(loaded, dtype)))
+        said = loaded.source_dtype if dtype == "exact" else dtype
+        write_model_files(replace(loaded, source_dtype=said), part, said, True)
+        write_quantisation(part, {}, said, digest, factors)
         _write_beside(part, beside)
 
 
@@ -141,18 +164,23 @@ def _dense(layer: FrozenLinear, dtype: torch.dtype) -> Tensor:
 
 
 def write_quantisation(
-    folder: Path, layers: Mapping[str, Mapping[str, Any]], source_dtype: torch.dtype, digest: str
+    folder: Path,
+    layers: Mapping[str, Mapping[str, Any]],
+    source_dtype: torch.dtype,
+    digest: str,
+    factors: Mapping[str, int] | None = None,
 ) -> None:
     """Write graft.json, which makes a folder a quantised one.
 
     layers: what `describe_format` says of each quantised layer's format, by name. digest: SHA-256
-    of model.safetensors.
+    of model.safetensors. factors: the ranks of factored layers.
     """
     description = {
         "format_version": FORMAT_VERSION,
         "source_dtype": str(source_dtype).removeprefix("torch."),
         "sha256": {SINGLE_FILE: digest},
         "layers": layers,
+        **({"factors": factors} if factors else {}),
     }
     write_json(folder / QUANTISATION_FILE, description)
 

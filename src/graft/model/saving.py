@@ -1,4 +1,4 @@
-"""What Transformers' own saving writes of a model with packed or adapted layers.
+"""What Transformers' own saving writes of a model with packed, adapted or factored layers.
 
 `save_pretrained`, and `push_to_hub` and `Trainer` through it, write a model's tensors under their
 names. Those of packed and adapted layers are graft's, and `from_pretrained` would start from random
@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.attach import adapted_layers, frozen_layers
 from graft.errors import GraftError
+from graft.layers.factored import factored_layers
 from graft.layers.registry import kind_of
+from graft.model.factors import bias_of, product_of
 from graft.text import quoted
 
 
@@ -28,7 +30,7 @@ def saved_whole(model: PreTrainedModel) -> PreTrainedModel:
 
     A model without packed or adapted layers stays as it is.
     """
-    if any(True for _ in frozen_layers(model)):
+    if any(True for _ in (*frozen_layers(model), *factored_layers(model))):
         model.__class__ = _saving(type(model))  # type: ignore[arg-type]
     return model
 
@@ -36,11 +38,14 @@ def saved_whole(model: PreTrainedModel) -> PreTrainedModel:
 def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """Return a model's tensors under the names that Transformers gives them.
 
-    Packed and adapted layers give the weight that they compute with, adapters merged, in float32.
+    Packed, adapted and factored layers give the weight that they compute with, adapters merged, in
+    float32.
     """
+    products = dict(factored_layers(model))
+    parts = tuple(f"{name}." for name in products)
     adapted: dict[str, AdaptedLinear] = dict(adapted_layers(model))
-    layers = dict(frozen_layers(model))
-    inside = tuple(f"{name}." for name in layers)
+    layers = {name: layer for name, layer in frozen_layers(model) if not name.startswith(parts)}
+    inside = (*parts, *(f"{name}." for name in layers))
     state = model.state_dict()
     tensors = {name: tensor for name, tensor in state.items() if not name.startswith(inside)}
     for name, layer in layers.items():
@@ -49,6 +54,11 @@ def plain_weights(model: PreTrainedModel) -> dict[str, Tensor]:
         tensors[f"{name}.{kind.weight}"] = kind.stored(layer, weight.float()).contiguous()
         if layer.bias is not None:
             tensors[f"{name}.bias"] = layer.bias.detach()
+    for name, product in products.items():
+        weight = product_of(product)
+        tensors[f"{name}.weight"] = weight.T.contiguous() if product.transposed else weight
+        if (bias := bias_of(product)) is not None:
+            tensors[f"{name}.bias"] = bias.detach()
     return tensors
 
 
@@ -88,7 +98,9 @@ class _Whole(PreTrainedModel):
         merged = [
             name
             for name in state_dict
-            if name not in own and name.rpartition(".")[0] in dict(frozen_layers(self))
+            if name not in own
+            and name.rpartition(".")[0]
+            in {**dict(frozen_layers(self)), **dict(factored_layers(self))}
         ]
         if merged:
             raise GraftError(

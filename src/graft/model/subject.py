@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from graft.formats.base import WeightFormat
 from graft.model.causal import check_attention, check_config
+from graft.model.factors import build_factors
 from graft.model.families import Family, family_of
 from graft.model.folder import (
     QUANTISATION_FILE,
@@ -116,6 +118,13 @@ class Subject:
             return {}
         model = self.skeleton
         return stored_formats(self.folder, {*linear_layers(model), *kept_layers(model)})
+
+    @cached_property
+    def factors(self) -> dict[str, Any]:
+        """The ranks of the layers that are low-rank factors in the folder, by name."""
+        if not (self.folder / QUANTISATION_FILE).is_file():
+            return {}
+        return dict(read_quantisation(self.folder).factors or {})
 
     @cached_property
     def weight_files(self) -> WeightFiles:
@@ -227,6 +236,8 @@ class Subject:
         marked.dtype = _MARK
         tensors = 0 if self.config_alone else len(self.weight_files)
         model = build_skeleton(marked, self.trust_remote_code, tensors)
+        if self.factors:
+            build_factors(model, self.factors, str(self.folder / QUANTISATION_FILE))
         typed = frozenset(name for name, tensor in _tensors(model) if tensor.dtype == _MARK)
         _set_dtype(model, typed, config.dtype if isinstance(config.dtype, torch.dtype) else None)
         return model, typed

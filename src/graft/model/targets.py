@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from graft.adapters.attach import adapted_layers, frozen_layers, replace_module
 from graft.errors import raise_problems
 from graft.formats.dense import DenseFormat
+from graft.layers.factored import factored_layers
 from graft.layers.frozen import FrozenLinear
 from graft.layers.registry import find_kind, kind_of
 from graft.model.read_past import read_past
@@ -62,7 +63,8 @@ def select_targets(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]
     """Return the names of the layers that the patterns choose, in the model's order.
 
     No pattern chooses every linear layer but the head. A pattern is a full name, a suffix of whole
-    name parts ('q_proj', 'attn.c_attn'), or a regular expression that matches a full name.
+    name parts ('q_proj', 'attn.c_attn'), or a regular expression that matches a full name. A layer
+    that is two low-rank factors is chosen by its name or that of either.
     Raises GraftError when a pattern matches nothing, with the names that there are.
     """
     names = list(linear_layers(model))
@@ -74,10 +76,16 @@ def select_targets(model: PreTrainedModel, patterns: Sequence[str]) -> list[str]
         return names
     problems = []
     chosen: set[str] = set()
-    for pattern, expression in zip(patterns, match_names(patterns, names), strict=True):
-        matched = {name for name in names if name == pattern or name.endswith("." + pattern)}
+    # A factored layer's name stands for both of its factors.
+    inside = {
+        whole: [name for name in names if name.startswith(f"{whole}.")]
+        for whole, _ in factored_layers(model)
+    }
+    known = [*names, *inside]
+    for pattern, expression in zip(patterns, match_names(patterns, known), strict=True):
+        matched = {name for name in known if name == pattern or name.endswith("." + pattern)}
         matched.update(expression.names)
-        chosen |= matched
+        chosen.update(part for name in matched for part in inside.get(name, [name]))
         if expression.problem and not matched:
             problems.append(f"{quoted(pattern)} {expression.problem}")
         elif not matched and (reason := _reason(model, pattern)):

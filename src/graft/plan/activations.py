@@ -13,6 +13,7 @@ from graft.adapters.adapted import AdaptedLinear
 from graft.adapters.config import AdapterConfig
 from graft.adapters.method import Kept
 from graft.adapters.registry import method_of
+from graft.layers.factored import DOWN, UP, factored_layers
 from graft.model.decoder_layers import by_decoder_layer, decoder_layer_of
 from graft.model.running.checkpointing import (
     Checkpointing,
@@ -176,11 +177,32 @@ def _decoder_layers(
     model: PreTrainedModel, adapter: AdapterConfig, dtype: torch.dtype
 ) -> list[list[_Linear]]:
     """Return the linear layers of each decoder layer."""
-    modules = linear_layers(model)
+    modules, factors = linear_layers(model), dict(factored_layers(model))
+
+    def seen(name: str) -> list[_Linear]:
+        parent, _, last = name.rpartition(".")
+        if parent not in factors:
+            return [_linear(parent, modules[name], adapter, dtype)]
+        if last == UP:  # it stands in its pair
+            return []
+        pair = (_linear("", modules[f"{parent}.{part}"], adapter, dtype) for part in (DOWN, UP))
+        return [_paired(parent.rpartition(".")[0], *pair)]
+
     return [
-        [_linear(name.rpartition(".")[0], modules[name], adapter, dtype) for name in names]
+        [one for name in names for one in seen(name)]
         for names in by_decoder_layer(modules).values()
     ]
+
+
+def _paired(parent: str, down: _Linear, up: _Linear) -> _Linear:
+    """Return two factors as the layer that they are together."""
+    kept = Kept(
+        (*down.kept.products, *up.kept.products),
+        keeps_input=down.kept.keeps_input,
+        per_token=down.kept.per_token + up.kept.per_token + down.out_features,
+        constant_bytes=down.kept.constant_bytes + up.kept.constant_bytes,
+    )
+    return _Linear(parent, down.in_features, up.out_features, kept)
 
 
 def _linear(parent: str, module: nn.Module, adapter: AdapterConfig, dtype: torch.dtype) -> _Linear:

@@ -47,18 +47,24 @@ def exported_formats(
     """Return the formats of the layers that are still quantised when a run is merged.
 
     An update that no grid absorbs makes the layers dense that it is merged into, and those with
-    them that other programs' files do not hold.
+    them that other programs' files do not hold. Low-rank factors are exported as their products,
+    which are dense.
     """
+    factored = {name for name in (*targets, *subject.formats) if _is_factor(name, subject)}
     stored = subject.formats if weight_format is None else {}
     merges_exactly = method_of(config).merges_exactly
     kept = [
         chosen
         for name, chosen in stored.items()
-        if merges_exactly or (name not in targets and chosen.portable)
+        if name not in factored and (merges_exactly or (name not in targets and chosen.portable))
     ]
-    if weight_format is not None and merges_exactly:
+    if weight_format is not None and merges_exactly and not factored.issuperset(targets):
         kept.append(weight_format.deployed)
     return list(dict.fromkeys(kept))
+
+
+def _is_factor(name: str, subject: Subject) -> bool:
+    return name.rpartition(".")[0] in subject.factors
 
 
 def _check_stored(config: TrainConfig | PlanConfig, subject: Subject) -> None:

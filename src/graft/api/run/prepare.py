@@ -12,7 +12,7 @@ from graft.adapters.registry import method_of
 from graft.api.checks import calibrating_rows, check_train_config, chosen_solver, looking_rows
 from graft.api.config import TrainConfig
 from graft.api.events import Events
-from graft.api.export import check_bias_exports, check_exports
+from graft.api.export import check_bias_exports, check_exports, check_factor_exports
 from graft.api.run.batching import chosen_batching, plan_batches
 from graft.api.run.folder import is_run, prompt_style
 from graft.api.run.formats import base_format, exported_formats
@@ -96,6 +96,7 @@ def prepare(
         targets = what_trains(subject.skeleton, config)
         check_checkpointing(subject.skeleton, config.checkpointing)
         check_bias_exports(config, subject.skeleton, targets)
+        check_factor_exports(config, subject.factors)
     kind: str | None = None
     with problems.collecting():
         choose_template(tokenizer, config.chat_template, _begun_with(config))

@@ -10,7 +10,8 @@ from graft.adapters.config import AdapterConfig
 from graft.adapters.registry import method_of
 from graft.adapters.starts.registry import STARTS
 from graft.errors import GraftError
-from graft.export.base import OnTensor, Origin, Target, Usage
+from graft.export.base import FACTORED_BASE, OnTensor, Origin, Target, Usage
+from graft.layers.factored import factored_layers
 from graft.model.adapter_files import save_adapter
 from graft.model.load import LoadedModel
 
@@ -34,6 +35,8 @@ class PeftTarget(Target):
             raise GraftError(
                 "--to peft exports an adapter, and this model carries none; give a RUN"
             )
+        if any(True for _ in factored_layers(loaded.model)):
+            raise GraftError(f"--to peft: {FACTORED_BASE}")
         if origin.base_changes is not None:
             raise GraftError(
                 f"--to peft exports low-rank updates, and this run's base is its own: it has "
