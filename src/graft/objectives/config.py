@@ -12,7 +12,7 @@ from graft.objectives.registry import DEFAULT_OBJECTIVE, OBJECTIVES
 class ObjectiveConfig:
     """The objective that a run minimises."""
 
-    GROUP: ClassVar[str] = "objective"
+    GROUP: ClassVar[str] = "training"
     RARE: ClassVar[frozenset[str]] = frozenset(
         {
             *("beta", "label_smoothing", "wanted_weight", "unwanted_weight"),

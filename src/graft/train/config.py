@@ -38,7 +38,7 @@ class LoopConfig(ObjectiveConfig):
     batch_size: int = 16
     """Rows that are computed at once."""
     grad_accum: int = 1
-    """Batches that are added up to one optimizer step."""
+    """Batches added up to one optimizer step."""
     batching: Batching = "auto"
     """How the rows of a batch become tensors. packed: one behind the other without padding, none of
     which sees another; loss and gradients are those of padded rows. grouped: padded to the longest,
