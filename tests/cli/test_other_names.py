@@ -64,9 +64,11 @@ def test_every_name_leads_to_settings_that_there_are() -> None:
 
 
 def test_no_name_of_ours_is_taken_for_another_tools() -> None:
-    for command in every_command().values():
+    for name, command in every_command().items():
         ours = {flag.name for flag in flags_of(command.arguments) if not flag.positional}
-        assert not ours & {*SAME, *INSTEAD}
+        # A command's own flag is taken first: axolotl's `adapter` is asked of `train` alone.
+        allowed = {"adapter"} if name in ("generate", "chat", "eval") else set()
+        assert ours & {*SAME, *INSTEAD} <= allowed
 
 
 @pytest.mark.parametrize(("name", "named"), NEVER_OURS.items())

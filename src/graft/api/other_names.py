@@ -204,7 +204,6 @@ INSTEAD: Mapping[str, str] = {
     "report_to": "give --track tensorboard, or nothing: metrics.jsonl has every step",
     "wandb_project": "give --track tensorboard, or nothing: metrics.jsonl has every step",
     "do_train": f"graft train trains; {_LEAVE_OUT}",
-    "train": f"graft train trains; {_LEAVE_OUT}",
     "do_eval": "held-out rows are always evaluated; --eval-every says how often",
     "group_by_length": "give --batching grouped; auto, the default, packs where the model can",
     "packing": _PACKING,

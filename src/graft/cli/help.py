@@ -126,7 +126,8 @@ def _text(flag: Flag, width: int, limit: int | None) -> list[str]:
     if limit is None:
         return _wrapped(" ".join(part for part in (before, flag.text, after) if part), width)
     if len(before) > width:  # more than a line of names
-        before = before[: before.rindex(",", 0, width - 20) + 1] + f" ... {len(choices)} in all}}"
+        end = max(before.rfind(",", 0, max(0, width - 20)), before.index(","))
+        before = before[: end + 1] + f" ... {len(choices)} in all}}"
     for shorter in _shorter(flag.sentence):
         lines = _wrapped(" ".join(part for part in (before, shorter, after) if part), width)
         if len(lines) <= limit:

@@ -45,7 +45,7 @@ class LoopConfig(ObjectiveConfig):
     in batches of rows of about one length. padded: padded, in batches as they come. auto packs
     where the model can, and groups otherwise."""
     optimizer: Annotated[str, OPTIMIZERS] = DEFAULT_OPTIMIZER
-    """What steps from the gradients to new weights."""
+    """What takes the steps."""
     learning_rate: float | None = None
     """Peak learning rate; the default follows from method, hidden size, rank and alpha."""
     warmup_fraction: float = 0.05
