@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 
 from _common import RESULTS, shared, write_csv, write_jsonl
+from safetensors.torch import load_file
 
 import graft
 from graft.api.compress import Point, compress, drawn
@@ -98,13 +99,13 @@ class _Rows:
             graft.quantize(
                 QuantizeConfig(model=self.base, out=str(alone), **settings, **self._calibration())
             )
-            size = sum(file.stat().st_size for file in alone.glob("*.safetensors"))
+            size = _tensor_bytes(alone)
             found = graft.evaluate_model(alone, self.held_out, max_length=LENGTH, eos=False)
             self._row(f"INT{bits} alone", None, size, found["perplexity"])
             if self.arguments.steps:
                 self._row(f"INT{bits} alone, tuned", None, size, self._tuned(alone))
                 both = self.folder / "int4" / f"ratio-{ratio:g}"
-                size = sum(file.stat().st_size for file in both.glob("*.safetensors"))
+                size = _tensor_bytes(both)
                 self._row("for the inputs, INT4, tuned", ratio, size, self._tuned(both))
 
     def _calibration(self) -> dict[str, int]:
@@ -158,6 +159,11 @@ class _Rows:
         }
         self.results.append(row)
         print(row, flush=True)
+
+
+def _tensor_bytes(folder: Path) -> int:
+    """Return the bytes of a folder's tensors, as a point of a curve counts them."""
+    return sum(tensor.nbytes for tensor in load_file(folder / "model.safetensors").values())
 
 
 def _stories(split: str) -> list[dict[str, str]]:
