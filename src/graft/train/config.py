@@ -32,7 +32,7 @@ class LoopConfig(ObjectiveConfig):
     out: str
     """Folder of the run, made new; with --resume the folder of the run to go on with."""
     steps: int | None = None
-    """Optimizer steps to train; give this or --epochs (default: 1 epoch)."""
+    """Steps to train, or give --epochs (default: 1 epoch)."""
     epochs: float | None = None
     """Passes over the training rows; give this or --steps."""
     batch_size: int = 16
