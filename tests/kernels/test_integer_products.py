@@ -12,7 +12,7 @@ from graft.formats.base import WeightFormat
 from graft.formats.int8 import Int8Format
 from graft.formats.int_group import IntGroupFormat
 from graft.kernels.backend import native_library
-from graft.kernels.packed.weight import Weight
+from graft.kernels.packed.weight import Weight, weight_of
 from graft.kernels.rounded import native, reference
 from graft.kernels.rounded.ops import rounded_inputs, rounded_linear
 
@@ -46,26 +46,36 @@ def made(weight_format: WeightFormat, rows: int, columns: int) -> Weight:
 
 
 def expected(x: Tensor, weight: Weight, weight_format: WeightFormat, by_block: bool) -> Tensor:
-    """Return the sum of d q . (scale codes + offset), block by block, in float64."""
+    """Return the sum of scale d q . codes + offset t, block by block, in float64.
+
+    t is d sum(q), in blocks of integers in groups (max |x| / 127) sum(q) as float16.
+    """
     rows, columns = weight.layout.out_features, weight.layout.in_features
-    if isinstance(weight_format, IntGroupFormat):
+    scales = torch.zeros(rows, columns, dtype=torch.float64)
+    offsets = torch.zeros(rows, columns, dtype=torch.float64)
+    in_groups = isinstance(weight_format, IntGroupFormat)
+    if in_groups:
         groups = torch.arange(columns) // weight_format.group_size
         scales, offsets = (t.double()[:, groups] for t in weight.statistics)
     else:
         stored = weight.tensors[1]
         assert stored is not None
-        scales = stored.double()[:, None].expand(rows, columns)
-        offsets = torch.zeros(rows, columns, dtype=torch.float64)
+        scales += stored.double()[:, None]
     dense = reference.linear(torch.eye(columns), weight).double().T
     codes = ((dense - offsets) / scales).round()
     out = torch.zeros(len(x), rows, dtype=torch.float64)
     for token, row in enumerate(x.float()):
-        for begin in range(0, columns, 32 if by_block else columns):
-            some = slice(begin, begin + 32 if by_block else columns)
-            step = row[some].abs().max() / 127
-            q = (row[some] * (1 / step if step > 0 else step)).round().double()
-            d = step.half().double() if by_block else step.double()
-            out[token] += (codes[:, some] * scales[:, some] + offsets[:, some]) @ q * d
+        for begin in range(0, columns, 32):
+            some = slice(begin, begin + 32)
+            most = row[some].abs().max() if by_block else row.abs().max()
+            q = (row[some] * (127 / most if most > 0 else most)).round()
+            step = most / 127
+            d = step.half() if by_block else step
+            total = d.double() * q.double().sum()
+            if by_block and in_groups:
+                total = (step * q.sum()).half()
+            out[token] += (codes[:, some] * scales[:, some]) @ q.double() * d.double()
+            out[token] += offsets[:, begin] * total.double()
     return out
 
 
@@ -140,6 +150,34 @@ def test_a_number_that_is_not_finite_stays_to_be_seen(by_block: bool) -> None:
         ):
             assert not y[7].isfinite().any()
             assert y[6].isfinite().all() and y[8].isfinite().all()
+
+
+@needs_library
+@pytest.mark.parametrize("by_block", [True, False])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_reference_computes_the_same_products(name: str, by_block: bool) -> None:
+    weight, x = made(FORMATS[name], 70, 200), torch.randn(2, 5, 200)
+    found, truth = (one.rounded_linear(x, weight, by_block) for one in (native, reference))
+    torch.testing.assert_close(found, truth, rtol=0, atol=2e-5 * float(truth.abs().max()))
+
+
+def test_gradients_of_products_are_those_of_what_is_met() -> None:
+    weight = made(FORMATS["int4/32"], 40, 96)
+    x = torch.randn(6, 96, requires_grad=True)
+    codes, high, scales, offsets = weight.tensors
+    assert scales is not None and offsets is not None
+    moved = scales.float().requires_grad_(True), offsets.float().requires_grad_(True)
+    trained = weight_of(weight.layout.text(), codes, high, *moved)
+    grad = torch.randn(6, 40)
+    rounded_linear(x, trained, True).backward(grad)
+    met = reference.rounded_inputs(x.detach(), True)
+    product = (grad.T @ met).unflatten(1, (-1, 32))
+    dense = reference.linear(torch.eye(96), weight).T
+    torch.testing.assert_close(x.grad, grad @ dense, rtol=0, atol=1e-4)
+    torch.testing.assert_close(moved[1].grad, product.sum(-1), rtol=0, atol=1e-3)
+    values = dense.unflatten(1, (-1, 32)) - offsets.float().unsqueeze(-1)
+    expected_scales = (product * (values / scales.float().unsqueeze(-1)).round()).sum(-1)
+    torch.testing.assert_close(moved[0].grad, expected_scales, rtol=0, atol=1e-2)
 
 
 def test_the_gradient_passes_straight_through() -> None:

@@ -69,15 +69,20 @@ def logits(head: Weight, inputs: Tensor, rounding: int = 1) -> Tensor:
 
 
 def expected_logits(head: Weight, weight_format: IntGroupFormat, inputs: Tensor) -> Tensor:
-    """Return the sum of d q . (scale codes + offset), d = fp16(max |x| / 127)."""
+    """Return the sum of d q . scale codes + offset t, in blocks as llama.cpp's Q8_1."""
     scales, offsets = (t.double() for t in head.statistics)
     columns = torch.arange(HIDDEN) // weight_format.group_size
     codes = ((dequantize(head, torch.float32) - offsets[:, columns]) / scales[:, columns]).round()
     blocks = torch.nn.functional.pad(inputs, (0, -HIDDEN % 32)).unflatten(1, (-1, 32))
-    step = blocks.abs().amax(-1, keepdim=True) / 127
-    q = (blocks * (1 / step)).round().flatten(1)[:, :HIDDEN].double()
-    d = step.half().double().expand_as(blocks).flatten(1)[:, :HIDDEN]
-    return (q * d) @ (codes * scales[:, columns] + offsets[:, columns]).T
+    most = blocks.abs().amax(-1, keepdim=True)
+    q = (blocks * (127 / most)).round()
+    step = most / 127
+    met = (q.double() * step.half().double()).flatten(1)[:, :HIDDEN]
+    sums = (step * q.sum(-1, keepdim=True)).half().double().squeeze(-1)
+    in_group = weight_format.group_size // 32
+    sums = torch.nn.functional.pad(sums, (0, -sums.shape[-1] % in_group))
+    sums = sums.unflatten(-1, (-1, in_group))
+    return met @ (codes * scales[:, columns]).T + sums.sum(-1) @ offsets.T
 
 
 @pytest.fixture
@@ -109,8 +114,8 @@ def test_a_token_with_one_scale_is_the_product_of_its_rounded_inputs(
     every_level: list[int],
 ) -> None:
     head, inputs = made(FORMATS["int4/32/float16"])
-    step = inputs.abs().amax(-1, keepdim=True) / 127
-    met = ((inputs * (1 / step)).round() * step).double()
+    most = inputs.abs().amax(-1, keepdim=True)
+    met = ((inputs * (127 / most)).round() * (most / 127)).double()
     expected = met @ dequantize(head, torch.float32).double().T
     for level in every_level:
         native_library.library().graft_limit(level)

@@ -88,14 +88,11 @@ class AdaptedLinear(nn.Module):
         if self._merged:
             merged: Tensor = self._merged[0](x)
             return merged
-        if self.base.rounds and self.moves_grid_only() and not torch.is_grad_enabled():
-            return self.base.linear(x, self.effective_packed())  # as the merged layer computes
-        met = self.base.met(x)
-        if len(self.active) == 1 and not self.weights:
-            fused = self.adapter(self.active[0]).fused_output(met, self.base)
+        if len(self.active) == 1 and not self.weights and not self.base.rounds:
+            fused = self.adapter(self.active[0]).fused_output(x, self.base)
             if fused is not None:
                 return self.base.add_bias(fused)
-        y = self.base.linear(x, self.effective_packed())
+        y, met = self.base.linear(x, self.effective_packed()), self.base.met(x)
         for name in self.active:
             added = self.adapter(name).added_output(met, self.base)
             if added is not None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from graft.formats.base import Packed, WeightFormat
 from graft.kernels.frozen.ops import linear
 from graft.kernels.packed.weight import Weight
-from graft.kernels.rounded.ops import rounded_inputs, rounded_linear, takes_gradients
+from graft.kernels.rounded.ops import rounded_inputs, rounded_linear
 from graft.layers.config import Activations
 
 
@@ -86,10 +86,11 @@ class FrozenLinear(nn.Module):
         return self.add_bias(self._product(x, self.kernel_weight()))
 
     def _product(self, x: Tensor, weight: Weight) -> Tensor:
-        if self.rounds and not takes_gradients(x, weight):
-            y: Tensor = rounded_linear(x, weight, self.activations == "q8")
+        y: Tensor
+        if self.rounds:
+            y = rounded_linear(x, weight, self.activations == "q8")
         else:
-            y = linear(self.met(x), weight)
+            y = linear(x, weight)
         return y
 
     @property
@@ -98,7 +99,7 @@ class FrozenLinear(nn.Module):
         return self.activations != "float" and self.weight_format.meets_rounded
 
     def met(self, x: Tensor) -> Tensor:
-        """Return what the weight meets of x: x, or x rounded to 8 bits."""
+        """Return what the weight meets of x, and adapters beside it: x, or x rounded to 8 bits."""
         return rounded_inputs(x, self.activations == "q8") if self.rounds else x
 
     def linear(self, x: Tensor, packed: Packed) -> Tensor:

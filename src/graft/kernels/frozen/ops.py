@@ -66,7 +66,7 @@ def _(grad: Tensor, weight: Weight) -> Tensor:
     return grad.new_empty((*grad.shape[:-1], weight.layout.in_features))
 
 
-def _trained(ctx: Any, weight: Weight) -> tuple[bool, bool]:
+def trained_statistics(ctx: Any, weight: Weight) -> tuple[bool, bool]:
     """Return whether the scales and the offsets of a weight need gradients."""
     scales, offsets = ctx.needs_input_grad[3:5]  # the weight's third and fourth tensor
     is_grid = weight.layout.kind == "int_group"
@@ -76,12 +76,13 @@ def _trained(ctx: Any, weight: Weight) -> tuple[bool, bool]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, weight = inputs
     # x is needed for the statistics' gradients alone; a frozen layer does not keep it alive.
-    save_weight(ctx, weight, x if any(_trained(ctx, weight)) else None)
+    save_weight(ctx, weight, x if any(trained_statistics(ctx, weight)) else None)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def linear_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    """Return the gradients of x and of the weight's parts, of what `save_weight` kept."""
     weight, (x,) = saved_weight(ctx)
-    need_scales, need_offsets = _trained(ctx, weight)
+    need_scales, need_offsets = trained_statistics(ctx, weight)
     grad = grad.contiguous()
     grad_x = grad_input(grad, weight) if ctx.needs_input_grad[0] else None
     if not (need_scales or need_offsets):
@@ -98,7 +99,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return grad_x, (None, None, grad_scales, grad_offsets)
 
 
-linear.register_autograd(_backward, setup_context=_save)
+linear.register_autograd(linear_backward, setup_context=_save)
 
 # int group: w = scale * q + offset ---------------------------------------------------------------
 
