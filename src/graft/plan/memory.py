@@ -329,7 +329,7 @@ def _loss_bytes(planned: PlannedModel, tokens: int) -> int:
     a block of them in float32, the hidden states' gradient twice, and the head's, if it trains.
     """
     vocabulary, hidden = planned.model.get_input_embeddings().get_parameter("weight").shape
-    chunk = min(tokens, chunk_tokens(vocabulary)) * vocabulary
+    chunk = min(tokens, chunk_tokens(vocabulary, planned.device)) * vocabulary
     block = min(chunk, max(BLOCK_LOGITS, vocabulary)) if planned.device.type == "cpu" else chunk
     head = planned.model.get_output_embeddings()
     trained = sum(p.numel() for p in head.parameters() if p.requires_grad) if head else 0
@@ -342,7 +342,7 @@ def _divergence_bytes(planned: PlannedModel, teacher: PlannedModel, tokens: int)
     in float32, and the hidden states of both models, whose gradient is found later.
     """
     vocabulary, hidden = planned.model.get_input_embeddings().get_parameter("weight").shape
-    chunk = min(tokens, chunk_tokens(vocabulary)) * vocabulary
+    chunk = min(tokens, chunk_tokens(vocabulary, planned.device)) * vocabulary
     wide = teacher.model.get_input_embeddings().get_parameter("weight").shape[1]
     return 5 * 4 * chunk + tokens * (hidden + wide) * planned.dtype.itemsize
 

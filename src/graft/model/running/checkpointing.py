@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -22,8 +24,9 @@ Checkpointing = Literal["none", "products", "half", "layers"]
 
 none: everything. products: its input and the outputs of its products. half: of those, not every
 second one that is at least twice as wide as its input (in Llama: the MLP's second). layers: its
-input and the outputs of the products that narrow theirs (in Llama: the MLP's last, grouped keys and
-values)."""
+input and the outputs of the products that narrow theirs (in Llama: grouped keys and values, and the
+MLP's last). The layer's last product is not computed again either, and where it is only added to
+the residual stream, as in Llama, its output is not kept: nothing reads it."""
 
 CHECKPOINTING: tuple[Checkpointing, ...] = get_args(Checkpointing)
 """From the quickest, which needs the most memory, to the slowest."""
@@ -112,7 +115,22 @@ def keeps_attention(checkpointing: Checkpointing, width: int, length: int) -> bo
 
 def _contexts(checkpointing: Checkpointing, hidden_size: int) -> Any:
     """Return the contexts of one layer's forward pass and of its recomputation."""
-    return create_selective_checkpoint_contexts(_Policy(checkpointing, hidden_size))
+    policy = _Policy(checkpointing, hidden_size)
+    forward, recomputation = create_selective_checkpoint_contexts(policy)
+    return _releasing(policy, forward), recomputation
+
+
+@contextmanager
+def _releasing(policy: _Policy, forward: AbstractContextManager[Any]) -> Iterator[None]:
+    """Run a layer, and give back the memory of a last output that was added and is not read again.
+
+    A sum keeps none of its terms, and the recomputation ends with what the last product keeps.
+    """
+    with forward:
+        yield
+    if policy.added is not None:
+        policy.added.untyped_storage().resize_(0)
+        policy.added = None
 
 
 class _Policy:
@@ -121,6 +139,8 @@ class _Policy:
     def __init__(self, checkpointing: Checkpointing, hidden_size: int) -> None:
         self.checkpointing, self.hidden_size = checkpointing, hidden_size
         self.wide = {False: 0, True: 0}  # layers so far; some versions of torch ask once more
+        self.added: Tensor | None = None
+        """The output of the layer's last product, as long as it is the term of sums alone."""
 
     def __call__(
         self, context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
@@ -141,6 +161,10 @@ class _Policy:
             wide = self.wide[context.is_recompute] if of_layer else 0
             keep = keeps_product(self.checkpointing, *shape, wide)
             self.wide[context.is_recompute] += of_layer and is_wide(*shape)
+            if not context.is_recompute:
+                self.added = _widest(context) if keep and of_layer else None
+        elif name_of(op) not in ("aten::add", "aten::detach"):
+            self.added = None
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -168,6 +192,12 @@ def _out_features(context: SelectiveCheckpointContext, op: Any, args: Any) -> in
 def _features_of_shapes(op: Any, *args: Any) -> int:
     without_data = (arg.on_meta() if isinstance(arg, _Like) else arg for arg in args)
     return _features(op(*without_data))
+
+
+def _widest(context: SelectiveCheckpointContext) -> Tensor | None:
+    """Return a product's output; None where torch asks before there is one."""
+    outputs = [one for one in tree_leaves(getattr(context, "op_output", None)) if one is not None]
+    return max(outputs, key=Tensor.numel, default=None)
 
 
 def _features(output: Any) -> int:
