@@ -17,7 +17,7 @@ from torch.utils.checkpoint import (
 from transformers import PreTrainedModel
 
 from graft.errors import GraftError
-from graft.model.internals import OpOverload, arguments_of, name_of, tree_leaves
+from graft.model.internals import OpOverload, arguments_of, forget_output, name_of, tree_leaves
 
 Checkpointing = Literal["none", "products", "half", "layers"]
 """What a decoder layer keeps for its backward pass; it recomputes the rest.
@@ -122,15 +122,14 @@ def _contexts(checkpointing: Checkpointing, hidden_size: int) -> Any:
 
 @contextmanager
 def _releasing(policy: _Policy, forward: AbstractContextManager[Any]) -> Iterator[None]:
-    """Run a layer, and give back the memory of a last output that was added and is not read again.
+    """Run a layer, and do not keep its last product's output where that was added and nothing else.
 
     A sum keeps none of its terms, and the recomputation ends with what the last product keeps.
     """
     with forward:
         yield
-    if policy.added is not None:
-        policy.added.untyped_storage().resize_(0)
-        policy.added = None
+    if policy.last is not None and policy.added:
+        forget_output(forward, policy.last)
 
 
 class _Policy:
@@ -139,8 +138,10 @@ class _Policy:
     def __init__(self, checkpointing: Checkpointing, hidden_size: int) -> None:
         self.checkpointing, self.hidden_size = checkpointing, hidden_size
         self.wide = {False: 0, True: 0}  # layers so far; some versions of torch ask once more
-        self.added: Tensor | None = None
-        """The output of the layer's last product, as long as it is the term of sums alone."""
+        self.last: int | None = None
+        """Where the output of the last product lies, as long as nothing but sums follows."""
+        self.added = False
+        """Whether one of these sums took it."""
 
     def __call__(
         self, context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
@@ -162,9 +163,12 @@ class _Policy:
             keep = keeps_product(self.checkpointing, *shape, wide)
             self.wide[context.is_recompute] += of_layer and is_wide(*shape)
             if not context.is_recompute:
-                self.added = _widest(context) if keep and of_layer else None
-        elif name_of(op) not in ("aten::add", "aten::detach"):
-            self.added = None
+                self.last, self.added = _place(context) if keep else None, False
+        elif not context.is_recompute and self.last is not None:
+            if name_of(op) == "aten::add":
+                self.added |= self.last in [_data_ptr(argument) for argument in args]
+            elif name_of(op) != "aten::detach":
+                self.last = None
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -194,10 +198,14 @@ def _features_of_shapes(op: Any, *args: Any) -> int:
     return _features(op(*without_data))
 
 
-def _widest(context: SelectiveCheckpointContext) -> Tensor | None:
-    """Return a product's output; None where torch asks before there is one."""
+def _place(context: SelectiveCheckpointContext) -> int | None:
+    """Return where a product's output lies; None where torch asks before there is one."""
     outputs = [one for one in tree_leaves(getattr(context, "op_output", None)) if one is not None]
-    return max(outputs, key=Tensor.numel, default=None)
+    return max(outputs, key=Tensor.numel).data_ptr() if outputs else None
+
+
+def _data_ptr(argument: object) -> int | None:
+    return argument.data_ptr() if isinstance(argument, Tensor) else None
 
 
 def _features(output: Any) -> int:
