@@ -68,6 +68,8 @@ class _Setting:
     unfused_attention: bool
     """Computed in float32, as it is on a CPU when it drops out weights."""
     residual_dropout: bool
+    adds_last: bool
+    """A layer's last output is only added to the residual stream: no norm or dropout reads it."""
     on_cpu: bool
 
 
@@ -141,6 +143,7 @@ def _setting(
     heads = int(getattr(config, "num_attention_heads", 1))
     hidden = model.get_input_embeddings().get_parameter("weight").shape[1]
     head_dim = getattr(config, "head_dim", None) or hidden // heads
+    residual_dropout = bool(_first(config, "resid_pdrop", "hidden_dropout", "dropout"))
     return _Setting(
         itemsize=dtype.itemsize,
         sequence_length=sequence_length,
@@ -153,7 +156,9 @@ def _setting(
         own_gates=has_kernels and bool(own_gates(model)),
         activation=str(_first(config, "hidden_act", "activation_function", "hidden_activation")),
         unfused_attention=on_cpu and bool(_first(config, "attention_dropout", "attn_pdrop")),
-        residual_dropout=bool(_first(config, "resid_pdrop", "hidden_dropout", "dropout")),
+        residual_dropout=residual_dropout,
+        adds_last=not residual_dropout
+        and not any("post_feedforward" in name for name, _ in model.named_modules()),
         on_cpu=on_cpu,
     )
 
@@ -230,9 +235,10 @@ def _checkpointed_bytes(
     """Return what a layer keeps that is recomputed: its input, some products, its attention."""
     values, kept, wide = setting.hidden, 0, 0
     for linear in linears:
+        read = linear is not linears[-1] or not setting.adds_last
         for width in linear.kept.products:
             shape = setting.hidden, linear.in_features, width
-            if keeps_product(checkpointing, *shape, wide):
+            if keeps_product(checkpointing, *shape, wide) and (read or width < linear.out_features):
                 values += width
             wide += is_wide(*shape)
     for _, block in groupby(linears, key=lambda linear: linear.parent):

@@ -167,7 +167,7 @@ class _Policy:
         elif not context.is_recompute and self.last is not None:
             if name_of(op) == "aten::add":
                 self.added |= self.last in [_data_ptr(argument) for argument in args]
-            elif name_of(op) != "aten::detach":
+            elif name_of(op) not in ("aten::detach", "aten::view", "aten::_unsafe_view"):
                 self.last = None
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
