@@ -69,7 +69,7 @@ class _Setting:
     """Computed in float32, as it is on a CPU when it drops out weights."""
     residual_dropout: bool
     adds_last: bool
-    """A layer's last output is only added to the residual stream: no norm or dropout reads it."""
+    """A layer's last output is only added: no norm, dropout or DoRA reads it before."""
     on_cpu: bool
 
 
@@ -100,8 +100,7 @@ def plan_activations(
     layers = _decoder_layers(model, adapter, dtype)
     layers = layers[_first_trained(model, len(layers)) :]
     whole = [_layer_bytes(linears, setting, tokens) for linears in layers]
-    norm_itemsize = _norm_itemsize(setting)
-    last_norm = norm_itemsize + (2 * setting.itemsize if setting.norms_train else 0)
+    last_norm = _norm_itemsize(setting) + setting.itemsize * _trained_at_the_end(model)
     kept, recomputed = tokens * setting.hidden * last_norm, 0
     if checkpointing == "none":
         kept += sum(whole)
@@ -122,6 +121,20 @@ def _first_trained(model: PreTrainedModel, layers: int) -> int:
         return 0
     found = [numbers.get(decoder_layer_of(name) or "", layers) for name in trained]
     return min(found, default=0)
+
+
+def _trained_at_the_end(model: PreTrainedModel) -> int:
+    """Return how many of the last norm and the head train: each keeps its input for its weight."""
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and decoder_layer_of(name) is None
+    ]
+    ends = [*norms[-1:], model.get_output_embeddings()]
+    return sum(
+        module is not None and any(one.requires_grad for one in module.parameters())
+        for module in ends
+    )
 
 
 def _setting(
@@ -158,6 +171,7 @@ def _setting(
         unfused_attention=on_cpu and bool(_first(config, "attention_dropout", "attn_pdrop")),
         residual_dropout=residual_dropout,
         adds_last=not residual_dropout
+        and not adapter.dora
         and not any("post_feedforward" in name for name, _ in model.named_modules()),
         on_cpu=on_cpu,
     )
@@ -235,11 +249,12 @@ def _checkpointed_bytes(
     """Return what a layer keeps that is recomputed: its input, some products, its attention."""
     values, kept, wide = setting.hidden, 0, 0
     for linear in linears:
-        read = linear is not linears[-1] or not setting.adds_last
+        # Of several products (LoRA that drops out) none is only added to the residual stream.
+        only_added = linear is linears[-1] and setting.adds_last and len(linear.kept.products) == 1
         for width in linear.kept.products:
             shape = setting.hidden, linear.in_features, width
-            if keeps_product(checkpointing, *shape, wide) and (read or width < linear.out_features):
-                values += width
+            if keeps_product(checkpointing, *shape, wide):
+                values += width - linear.out_features * only_added
             wide += is_wide(*shape)
     for _, block in groupby(linears, key=lambda linear: linear.parent):
         *_, last = block
