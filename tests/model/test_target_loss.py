@@ -333,7 +333,7 @@ def test_logits_that_a_gradient_needs_are_not_written_over() -> None:
     ended.weight = head.weight
     model.set_output_embeddings(ended)
     assert_as_full_logits(model)
-    assert _splits(model, small_batch()[0])
+    assert splits(model, small_batch()[0])
 
 
 def test_logits_lie_once_in_memory() -> None:
