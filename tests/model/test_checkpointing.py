@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -60,6 +63,22 @@ def llama() -> PreTrainedModel:
 def gpt2() -> PreTrainedModel:
     """Drops out a tenth of the embeddings, attention weights and block outputs."""
     return GPT2LMHeadModel(GPT2Config(n_embd=HIDDEN, n_layer=LAYERS, n_head=4, **_TOKENS))
+
+
+def gemma2() -> PreTrainedModel:
+    """Has a norm between its MLP and the sum."""
+    return Gemma2ForCausalLM(
+        Gemma2Config(
+            hidden_size=HIDDEN,
+            intermediate_size=172,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=16,
+            pad_token_id=0,
+            **_TOKENS,
+        )
+    )
 
 
 MODELS = {"llama": llama, "gpt2": gpt2}
@@ -180,6 +199,33 @@ def test_what_is_kept_is_not_computed_again(family, method) -> None:
     # up; of GPT-2's two wide products the second
     assert recomputed["half"] == (LAYERS, 0)
     assert recomputed["layers"] == ((in_a_layer - narrowing) * LAYERS, attention)
+
+
+def kept_bytes(family: str, checkpointing: Checkpointing) -> int:
+    """Return the memory of the outputs that the layers keep of a forward pass."""
+    model = adapted(family, "qlora", checkpointing)
+    with torch.no_grad():
+        target_loss(model, *batch())
+    gc.collect()
+    loss, _ = target_loss(model, *batch())
+    kept = [one.val for one in gc.get_objects() if type(one).__name__ == "_VersionWrapper"]
+    storages = {one.data_ptr(): one.untyped_storage() for one in kept if isinstance(one, Tensor)}
+    loss.backward()
+    return sum(storage.nbytes() for storage in storages.values() if storage.nbytes() > 4)
+
+
+@pytest.mark.parametrize("checkpointing", ["products", "half", "layers"])
+@pytest.mark.parametrize(("family", "forgotten"), [("llama", LAYERS), ("gpt2", 0), ("gemma2", 0)])
+def test_a_last_output_that_is_only_added_is_not_kept(
+    family, forgotten, checkpointing, monkeypatch
+) -> None:
+    """Dropout (GPT-2's) or a norm (Gemma 2's) between the product and the sum reads it again."""
+    monkeypatch.setitem(MODELS, "gemma2", gemma2)
+    found = kept_bytes(family, checkpointing)
+    monkeypatch.setattr("graft.model.running.checkpointing.forget_output", lambda *_: None)
+    everything = kept_bytes(family, checkpointing)
+    assert everything - found == forgotten * 4 * 2 * LENGTH * HIDDEN
+    assert everything > 0
 
 
 @pytest.mark.skipif(native_library.why_unavailable() is not None, reason="no native backend")

@@ -175,7 +175,7 @@ def assert_as_full_logits(model: nn.Module) -> None:
 
 @pytest.fixture
 def chunks_of_seven(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("graft.model.running.loss.chunk_tokens", lambda vocabulary: 7)
+    monkeypatch.setattr("graft.model.running.loss.chunk_tokens", lambda vocabulary, device: 7)
     monkeypatch.setattr("graft.model.running.loss.BLOCK_LOGITS", 3 * 50)
 
 
@@ -298,22 +298,70 @@ def test_no_more_logits_than_a_chunk_has(dtype: torch.dtype) -> None:
     model.requires_grad_(False)
     model.model.layers[0].self_attn.q_proj.requires_grad_(True)
     ids = torch.randint(vocabulary, (4, 160))
-    assert 128 <= chunk_tokens(vocabulary) <= 2**25 / (4 * vocabulary) < tokens / 3
+    chunk = chunk_tokens(vocabulary, torch.device("cpu"))
+    assert 128 <= chunk <= 2**25 / (4 * vocabulary) < tokens / 3
     for grad in (True, False):
         with torch.set_grad_enabled(grad), _Largest() as largest:
             loss, _ = target_loss(model, ids, ids)
             if grad:
                 loss.backward()
         weight = vocabulary * 16
-        assert weight < largest.elements <= chunk_tokens(vocabulary) * vocabulary
+        assert weight < largest.elements <= chunk * vocabulary
     assert model.model.layers[0].self_attn.q_proj.weight.grad.any()
 
 
 @pytest.mark.parametrize("vocabulary", [50, 32_000, 128_256, 262_144])
-def test_a_chunk_is_neither_large_nor_slow(vocabulary: int) -> None:
-    tokens = chunk_tokens(vocabulary)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_chunk_is_neither_large_nor_slow(vocabulary: int, device: str) -> None:
+    tokens = chunk_tokens(vocabulary, torch.device(device))
     assert 128 <= tokens <= 512
     assert tokens == 128 or 4 * tokens * vocabulary <= 32 * 2**20
+
+
+class _EndsWithTanh(nn.Linear):
+    """A head whose last operation keeps the logits for its gradient."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+@pytest.mark.usefixtures("chunks_of_seven")
+def test_logits_that_a_gradient_needs_are_not_written_over() -> None:
+    model = MODELS["llama"]()
+    head = model.get_output_embeddings()
+    ended = _EndsWithTanh(head.in_features, head.out_features, bias=False)
+    ended.weight = head.weight
+    model.set_output_embeddings(ended)
+    assert_as_full_logits(model)
+    assert splits(model, small_batch()[0])
+
+
+def test_logits_lie_once_in_memory() -> None:
+    """Their gradient takes their place, and goes back through the head without a copy."""
+    model = LlamaForCausalLM(LlamaConfig(**(_SMALL | {"vocab_size": 40_000, "hidden_size": 16})))
+    model.requires_grad_(False)
+    model.model.layers[0].self_attn.q_proj.requires_grad_(True)
+    ids = torch.randint(40_000, (1, 20))
+    target_loss(model, ids, ids)
+    with _Count(19 * 40_000) as count:
+        target_loss(model, ids, ids)
+    assert count.fresh == 1
+
+
+class _Count(TorchDispatchMode):
+    """Counts the places in memory where outputs of as many numbers were put."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.fresh = elements, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        given = {leaf.data_ptr() for leaf in tree_leaves(args) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and leaf.numel() == self.elements:
+                self.fresh += leaf.data_ptr() not in given
+        return out
 
 
 def test_bfloat16_gradients_are_as_good_as_those_of_all_logits() -> None:

@@ -267,7 +267,7 @@ def test_the_loss_needs_a_chunk_of_logits_and_no_more(tmp_path):
         for length in (512, 4096)
     )
     assert long - short == 2 * 2 * (4096 - 512) * 4096  # the hidden states' gradient
-    assert short == 2 * 2 * (262 * 32000 + 512 * 4096) + 8 * 2**18
+    assert short == 2 * 2 * (131 * 32000 + 512 * 4096) + 8 * 2**18
 
 
 def test_a_head_that_trains_has_a_gradient_of_its_own_in_the_loss(model_folder):

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -25,6 +25,7 @@ __all__ = [
     "arguments_of",
     "attention_of",
     "converted_patterns",
+    "forget_output",
     "ignored_patterns",
     "initialise",
     "name_of",
@@ -54,6 +55,20 @@ def arguments_of(op: OpOverload) -> list[Any]:
     A policy gets positional and named ones, and there is no other list of what they are called.
     """
     return list(op._schema.arguments)
+
+
+def forget_output(forward: Any, place: int) -> None:
+    """Let a layer's selective checkpoint keep the shape alone of the output that lies at a place.
+
+    forward: the context of its forward pass. Who reads the output after all finds no numbers. A
+    policy can only say that an output is kept or computed again, and this one is neither.
+    """
+    for kept in forward.storage.values():
+        for wrapper in tree_leaves(list(kept.values())):
+            output = getattr(wrapper, "val", None)
+            if isinstance(output, Tensor) and output.data_ptr() == place:
+                wrapper.val = output.new_tensor(torch.nan).expand(output.shape)
+                wrapper.version = writes_to(wrapper.val)
 
 
 def attention_of(model: PreTrainedModel) -> str | None:

@@ -68,6 +68,8 @@ class _Setting:
     unfused_attention: bool
     """Computed in float32, as it is on a CPU when it drops out weights."""
     residual_dropout: bool
+    adds_last: bool
+    """A layer's last output is only added: no norm, dropout or DoRA reads it before."""
     on_cpu: bool
 
 
@@ -98,8 +100,7 @@ def plan_activations(
     layers = _decoder_layers(model, adapter, dtype)
     layers = layers[_first_trained(model, len(layers)) :]
     whole = [_layer_bytes(linears, setting, tokens) for linears in layers]
-    norm_itemsize = _norm_itemsize(setting)
-    last_norm = norm_itemsize + (2 * setting.itemsize if setting.norms_train else 0)
+    last_norm = _norm_itemsize(setting) + setting.itemsize * _trained_at_the_end(model)
     kept, recomputed = tokens * setting.hidden * last_norm, 0
     if checkpointing == "none":
         kept += sum(whole)
@@ -122,6 +123,20 @@ def _first_trained(model: PreTrainedModel, layers: int) -> int:
     return min(found, default=0)
 
 
+def _trained_at_the_end(model: PreTrainedModel) -> int:
+    """Return how many of the last norm and the head train: each keeps its input for its weight."""
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if "norm" in type(module).__name__.lower() and decoder_layer_of(name) is None
+    ]
+    ends = [*norms[-1:], model.get_output_embeddings()]
+    return sum(
+        module is not None and any(one.requires_grad for one in module.parameters())
+        for module in ends
+    )
+
+
 def _setting(
     model: PreTrainedModel,
     adapter: AdapterConfig,
@@ -141,6 +156,7 @@ def _setting(
     heads = int(getattr(config, "num_attention_heads", 1))
     hidden = model.get_input_embeddings().get_parameter("weight").shape[1]
     head_dim = getattr(config, "head_dim", None) or hidden // heads
+    residual_dropout = bool(_first(config, "resid_pdrop", "hidden_dropout", "dropout"))
     return _Setting(
         itemsize=dtype.itemsize,
         sequence_length=sequence_length,
@@ -153,7 +169,10 @@ def _setting(
         own_gates=has_kernels and bool(own_gates(model)),
         activation=str(_first(config, "hidden_act", "activation_function", "hidden_activation")),
         unfused_attention=on_cpu and bool(_first(config, "attention_dropout", "attn_pdrop")),
-        residual_dropout=bool(_first(config, "resid_pdrop", "hidden_dropout", "dropout")),
+        residual_dropout=residual_dropout,
+        adds_last=not residual_dropout
+        and not adapter.dora
+        and not any("post_feedforward" in name for name, _ in model.named_modules()),
         on_cpu=on_cpu,
     )
 
@@ -230,10 +249,12 @@ def _checkpointed_bytes(
     """Return what a layer keeps that is recomputed: its input, some products, its attention."""
     values, kept, wide = setting.hidden, 0, 0
     for linear in linears:
+        # Of several products (LoRA that drops out) none is only added to the residual stream.
+        only_added = linear is linears[-1] and setting.adds_last and len(linear.kept.products) == 1
         for width in linear.kept.products:
             shape = setting.hidden, linear.in_features, width
             if keeps_product(checkpointing, *shape, wide):
-                values += width
+                values += width - linear.out_features * only_added
             wide += is_wide(*shape)
     for _, block in groupby(linears, key=lambda linear: linear.parent):
         *_, last = block

@@ -13,6 +13,7 @@ from graft.adapters.registry import method_of
 from graft.errors import raise_problems
 from graft.formats.base import WeightFormat
 from graft.kernels.backend import native_library
+from graft.model.imports import is_lean
 from graft.model.running.checkpointing import CHECKPOINTING, Checkpointing, check_checkpointing
 from graft.model.running.loss import BLOCK_LOGITS, chunk_tokens
 from graft.model.running.memory import free_bytes
@@ -24,8 +25,9 @@ from graft.plan.activations import Activations, plan_activations
 from graft.plan.skeleton import PlannedModel, WeightCounts, plan_frozen, plan_model
 
 PROCESS_BYTES = 450 * 2**20
+COMMAND_BYTES = 340 * 2**20
 """What Python holds beside the model when the weights are about to be read, on Linux (x86-64, torch
-2.13 for the CPU, transformers 5.23)."""
+2.13 for the CPU, transformers 5.23): where graft is a library, and in a process of its commands."""
 
 HEAP_BYTES = 40 * 2**20
 HEAP_BUFFERS = 5
@@ -173,6 +175,11 @@ def plan_memory(
     return _pick(plans, free_bytes(planned.device))
 
 
+def process_bytes() -> int:
+    """Return what a process that is like this one holds beside the model, on a CPU."""
+    return COMMAND_BYTES if is_lean() else PROCESS_BYTES
+
+
 def _pick(plans: list[MemoryPlan], free: int | None) -> MemoryPlan:
     """Return the first plan whose peak of training fits into the free memory, else the last."""
     usable = 0 if free is None else USABLE_MEMORY * free
@@ -229,7 +236,7 @@ def _plan(
     )
     counts = planned.counts
     tokens, padded = shape.tokens, shape.batch_size * shape.sequence_length
-    process = 0 if planned.device.type == "cuda" else PROCESS_BYTES
+    process = 0 if planned.device.type == "cuda" else process_bytes()
     loss = _loss_bytes(planned, tokens)
     teacher_rows: tuple[MemoryRow, ...] = ()
     if teacher is not None:
@@ -327,9 +334,10 @@ def _weight_rows(counts: WeightCounts, dtype: str) -> tuple[MemoryRow, ...]:
 def _loss_bytes(planned: PlannedModel, tokens: int) -> int:
     """Return what the loss needs: logits and their gradient for a chunk of tokens, the softmax of
     a block of them in float32, the hidden states' gradient twice, and the head's, if it trains.
+    The gradient takes the logits' place; on a CPU the head's product takes a copy of it.
     """
     vocabulary, hidden = planned.model.get_input_embeddings().get_parameter("weight").shape
-    chunk = min(tokens, chunk_tokens(vocabulary)) * vocabulary
+    chunk = min(tokens, chunk_tokens(vocabulary, planned.device)) * vocabulary
     block = min(chunk, max(BLOCK_LOGITS, vocabulary)) if planned.device.type == "cpu" else chunk
     head = planned.model.get_output_embeddings()
     trained = sum(p.numel() for p in head.parameters() if p.requires_grad) if head else 0
@@ -342,7 +350,7 @@ def _divergence_bytes(planned: PlannedModel, teacher: PlannedModel, tokens: int)
     in float32, and the hidden states of both models, whose gradient is found later.
     """
     vocabulary, hidden = planned.model.get_input_embeddings().get_parameter("weight").shape
-    chunk = min(tokens, chunk_tokens(vocabulary)) * vocabulary
+    chunk = min(tokens, chunk_tokens(vocabulary, planned.device)) * vocabulary
     wide = teacher.model.get_input_embeddings().get_parameter("weight").shape[1]
     return 5 * 4 * chunk + tokens * (hidden + wide) * planned.dtype.itemsize
 

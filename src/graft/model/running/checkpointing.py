@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -15,15 +17,16 @@ from torch.utils.checkpoint import (
 from transformers import PreTrainedModel
 
 from graft.errors import GraftError
-from graft.model.internals import OpOverload, arguments_of, name_of, tree_leaves
+from graft.model.internals import OpOverload, arguments_of, forget_output, name_of, tree_leaves
 
 Checkpointing = Literal["none", "products", "half", "layers"]
 """What a decoder layer keeps for its backward pass; it recomputes the rest.
 
 none: everything. products: its input and the outputs of its products. half: of those, not every
 second one that is at least twice as wide as its input (in Llama: the MLP's second). layers: its
-input and the outputs of the products that narrow theirs (in Llama: the MLP's last, grouped keys and
-values)."""
+input and the outputs of the products that narrow theirs (in Llama: grouped keys and values, and the
+MLP's last). The layer's last product is not computed again either, and where it is only added to
+the residual stream, as in Llama, its output is not kept: nothing reads it."""
 
 CHECKPOINTING: tuple[Checkpointing, ...] = get_args(Checkpointing)
 """From the quickest, which needs the most memory, to the slowest."""
@@ -112,7 +115,21 @@ def keeps_attention(checkpointing: Checkpointing, width: int, length: int) -> bo
 
 def _contexts(checkpointing: Checkpointing, hidden_size: int) -> Any:
     """Return the contexts of one layer's forward pass and of its recomputation."""
-    return create_selective_checkpoint_contexts(_Policy(checkpointing, hidden_size))
+    policy = _Policy(checkpointing, hidden_size)
+    forward, recomputation = create_selective_checkpoint_contexts(policy)
+    return _releasing(policy, forward), recomputation
+
+
+@contextmanager
+def _releasing(policy: _Policy, forward: AbstractContextManager[Any]) -> Iterator[None]:
+    """Run a layer, and do not keep its last product's output where that was added and nothing else.
+
+    A sum keeps none of its terms, and the recomputation ends with what the last product keeps.
+    """
+    with forward:
+        yield
+    if policy.last is not None and policy.added:
+        forget_output(forward, policy.last)
 
 
 class _Policy:
@@ -121,6 +138,10 @@ class _Policy:
     def __init__(self, checkpointing: Checkpointing, hidden_size: int) -> None:
         self.checkpointing, self.hidden_size = checkpointing, hidden_size
         self.wide = {False: 0, True: 0}  # layers so far; some versions of torch ask once more
+        self.last: int | None = None
+        """Where the output of the last product lies, as long as nothing but sums follows."""
+        self.added = False
+        """Whether one of these sums took it."""
 
     def __call__(
         self, context: SelectiveCheckpointContext, op: Any, *args: Any, **kwargs: Any
@@ -141,6 +162,13 @@ class _Policy:
             wide = self.wide[context.is_recompute] if of_layer else 0
             keep = keeps_product(self.checkpointing, *shape, wide)
             self.wide[context.is_recompute] += of_layer and is_wide(*shape)
+            if not context.is_recompute:
+                self.last, self.added = _place(context) if keep else None, False
+        elif not context.is_recompute and self.last is not None:
+            if name_of(op) == "aten::add":
+                self.added |= self.last in [_data_ptr(argument) for argument in args]
+            elif name_of(op) not in ("aten::detach", "aten::view", "aten::_unsafe_view"):
+                self.last = None
         return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -168,6 +196,16 @@ def _out_features(context: SelectiveCheckpointContext, op: Any, args: Any) -> in
 def _features_of_shapes(op: Any, *args: Any) -> int:
     without_data = (arg.on_meta() if isinstance(arg, _Like) else arg for arg in args)
     return _features(op(*without_data))
+
+
+def _place(context: SelectiveCheckpointContext) -> int | None:
+    """Return where a product's output lies; None where torch asks before there is one."""
+    outputs = [one for one in tree_leaves(getattr(context, "op_output", None)) if one is not None]
+    return max(outputs, key=Tensor.numel).data_ptr() if outputs else None
+
+
+def _data_ptr(argument: object) -> int | None:
+    return argument.data_ptr() if isinstance(argument, Tensor) else None
 
 
 def _features(output: Any) -> int:

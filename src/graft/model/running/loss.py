@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -12,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
@@ -24,7 +26,8 @@ from graft.model.running.modes import evaluating
 from graft.model.running.packing import packed, unmasked
 
 CHUNK_BYTES = 32 * 2**20
-"""Of a chunk's logits in float32, as long as the chunk has between 128 and 512 tokens."""
+"""Of a chunk's logits in float32, as long as the chunk has between 128 and 512 tokens, and on a CPU
+of the copy of their gradient that the head's product takes."""
 
 BLOCK_LOGITS = 2**18
 """Logits whose softmax a CPU computes at once: small enough to stay in the core's own cache."""
@@ -94,7 +97,7 @@ def each_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[tuple[sli
         (output,), _ = run_body(model, input_ids, torch.zeros_like(input_ids[0, :1]))
         hidden: Tensor = output["last_hidden_state"].flatten(0, 1)
         head = Head(model, output)
-        for part in parts(len(hidden), chunk_tokens(head.vocabulary)):
+        for part in parts(len(hidden), chunk_tokens(head.vocabulary, hidden.device)):
             yield part, head(hidden[part])
     else:
         length = input_ids.shape[1]
@@ -103,9 +106,10 @@ def each_logits(model: PreTrainedModel, input_ids: Tensor) -> Iterator[tuple[sli
             yield part, model(input_ids=ids[None], use_cache=False).logits[0]
 
 
-def chunk_tokens(vocabulary: int) -> int:
+def chunk_tokens(vocabulary: int, device: torch.device) -> int:
     """Return the most tokens whose logits are computed at once."""
-    return min(512, max(128, CHUNK_BYTES // (4 * vocabulary)))
+    copies = 2 if device.type == "cpu" else 1
+    return min(512, max(128, CHUNK_BYTES // (4 * copies * vocabulary)))
 
 
 class Head:
@@ -124,9 +128,13 @@ class Head:
         self._model = with_child(model, model.base_model_prefix, body)
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        return self.whole(hidden)[0]
+
+    def whole(self, hidden: Tensor) -> Tensor:
+        """Return the logits [1, tokens, vocabulary] as the head gives them: no view of others."""
         self._output["last_hidden_state"] = hidden[None]
         ids = torch.zeros(1, len(hidden), dtype=torch.long, device=hidden.device)
-        logits: Tensor = self._model.forward(input_ids=ids, use_cache=False).logits[0]
+        logits: Tensor = self._model.forward(input_ids=ids, use_cache=False).logits
         return logits
 
     def trained(self) -> list[nn.Parameter]:
@@ -214,9 +222,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
     Without positions there is a target for each of the hidden states, `IGNORED` where none is.
 
-    With p = softmax(logits), d logits = p - onehot(target); one backward pass through the head
-    takes it to the hidden states and to what trains in the head. What is kept for the backward pass
-    are these gradients alone: the hidden states' in their dtype, the head's in float32.
+    With p = softmax(logits), d logits = p - onehot(target), which takes the logits' place; one
+    backward pass through the head takes it to the hidden states and to what trains in the head.
+    What is kept for the backward pass are these gradients alone: the hidden states' in their dtype,
+    the head's in float32.
     """
 
     @staticmethod
@@ -232,20 +241,22 @@ class _ChunkedLoss(torch.autograd.Function):
         gradients: list[Tensor | None] = [None] * len(leaves)
         gradients[0] = torch.zeros_like(hidden) if hidden.requires_grad else None
         losses = torch.empty(len(targets), device=hidden.device)
-        buffer: Tensor | None = None  # all chunks share it: a fresh one costs its page faults
         ignores = positions is None
-        for part in parts(len(targets), chunk_tokens(head.vocabulary)):
+        for part in parts(len(targets), chunk_tokens(head.vocabulary, hidden.device)):
             at = part if positions is None else positions[part]
             rows = hidden[at].requires_grad_(hidden.requires_grad)
-            with torch.set_grad_enabled(any(leaf.requires_grad for leaf in leaves)):
-                logits = head(rows)
-            if logits.requires_grad:
-                buffer = torch.empty_like(logits) if buffer is None else buffer[: len(rows)]
-                cross_entropy(logits.detach(), targets[part], losses[part], buffer, ignores)
-                _add_gradients(gradients, at, (rows, *trained), logits, buffer)
-            else:
-                cross_entropy(logits, targets[part], losses[part], None, ignores)
-            del logits  # before the next chunk's are there
+            kept = set[int]()
+            with torch.set_grad_enabled(any(leaf.requires_grad for leaf in leaves)), _noting(kept):
+                logits = head.whole(rows)
+            outward = None
+            if logits.requires_grad:  # the gradient takes their place where nothing needs them
+                written_over = logits.untyped_storage().data_ptr() not in kept
+                outward = logits.detach() if written_over else torch.empty_like(logits)
+            scores, gradient = logits.detach()[0], None if outward is None else outward[0]
+            cross_entropy(scores, targets[part], losses[part], gradient, ignores)
+            if outward is not None:
+                _add_gradients(gradients, at, (rows, *trained), logits, outward)
+            del logits, scores, outward, gradient  # before the next chunk's are there
         ctx.save_for_backward(*gradients)
         ctx.dtypes = [leaf.dtype for leaf in leaves]
         return losses.sum()
@@ -258,6 +269,18 @@ class _ChunkedLoss(torch.autograd.Function):
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return scaled[0], None, None, None, *scaled[1:]
+
+
+@contextmanager
+def _noting(kept: set[int]) -> Iterator[None]:
+    """Note where the tensors lie that the operations of the block keep for their gradients."""
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor if tensor.is_leaf else tensor.detach()  # a result would keep itself for ever
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield
 
 
 def parts(count: int, most: int) -> Iterator[slice]:
@@ -276,7 +299,8 @@ def cross_entropy(
 ) -> None:
     """Write -log softmax(logits)[target] to `losses`, softmax(logits) - onehot to `gradient`.
 
-    logits, gradient: [tokens, vocabulary]; losses: float32 [tokens]. Computed in float32.
+    logits, gradient: [tokens, vocabulary], the same tensor or two; losses: float32 [tokens].
+    Computed in float32.
     """
     compute = implementation("cross_entropy", logits.device)
     tokens, vocabulary = logits.shape

@@ -143,7 +143,7 @@ class _TargetLosses(torch.autograd.Function):
         keeps = ctx.once and hidden.requires_grad
         gradient = torch.empty_like(hidden) if keeps else None
         buffer: Tensor | None = None
-        for part in parts(len(targets), chunk_tokens(head.vocabulary)):
+        for part in parts(len(targets), chunk_tokens(head.vocabulary, hidden.device)):
             rows = hidden[part].detach().requires_grad_(keeps)
             with torch.set_grad_enabled(keeps):
                 logits = head(rows)
@@ -191,7 +191,7 @@ class _Distilled(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         losses = torch.empty(len(targets), device=hidden.device)
         divergences = torch.empty_like(losses)
-        for part in parts(len(targets), chunk_tokens(head.vocabulary)):
+        for part in parts(len(targets), chunk_tokens(head.vocabulary, hidden.device)):
             with torch.no_grad():
                 logits = head(hidden[part])
                 cross_entropy(logits, targets[part], losses[part], None)
@@ -230,7 +230,7 @@ def _through_head(
     """
     by_hidden = torch.empty_like(hidden)
     sums: list[Tensor | None] = [None] * len(trained)
-    for part in parts(len(hidden), chunk_tokens(head.vocabulary)):
+    for part in parts(len(hidden), chunk_tokens(head.vocabulary, hidden.device)):
         rows = hidden[part].detach().requires_grad_()
         with torch.enable_grad():
             logits = head(rows)
