@@ -88,8 +88,10 @@ class AdaptedLinear(nn.Module):
         if self._merged:
             merged: Tensor = self._merged[0](x)
             return merged
-        if len(self.active) == 1 and not self.weights and not self.base.rounds:
-            fused = self.adapter(self.active[0]).fused_output(x, self.base)
+        if len(self.active) == 1 and not self.weights:
+            adapter = self.adapter(self.active[0])
+            fuses = not self.base.rounds or (torch.is_grad_enabled() and adapter.moves_codes)
+            fused = adapter.fused_output(self.base.met(x), self.base) if fuses else None
             if fused is not None:
                 return self.base.add_bias(fused)
         y, met = self.base.linear(x, self.effective_packed()), self.base.met(x)

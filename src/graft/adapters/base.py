@@ -45,6 +45,8 @@ class Adapter(nn.Module, ABC):
     """What its files call it."""
     moves_grid: ClassVar[bool] = False
     """Whether it is a grid adapter, so that a merge loses nothing."""
+    moves_codes: ClassVar[bool] = False
+    """Whether it moves codes too, which a gradient reaches through `fused_output` alone."""
     needed_format: ClassVar[str | None] = None
     """The one format that it trains on; None: any."""
     scaling: float | None = None

@@ -53,6 +53,7 @@ class MergeAwareAdapter(Adapter):
     method = "merge_aware"
     scaling: float
     moves_grid = True
+    moves_codes = True
     needed_format = "latent"
     own_names = ("A", "B", *_GRID_PARAMETERS)
 

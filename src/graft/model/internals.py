@@ -25,6 +25,7 @@ __all__ = [
     "arguments_of",
     "attention_of",
     "converted_patterns",
+    "copied",
     "forget_output",
     "ignored_patterns",
     "initialise",
@@ -106,6 +107,17 @@ def with_child(model: Model, name: str, child: nn.Module) -> Model:
     """
     changed = copy.copy(model)
     changed._modules = {**model._modules, name: child}
+    return changed
+
+
+def copied(module: Model, parameters: bool) -> Model:
+    """Return a shallow copy of a module whose parameters are its own to set.
+
+    They are the module's, or, where `parameters` is false, None under the same names.
+    """
+    changed = copy.copy(module)
+    names = module._parameters
+    changed._parameters = dict(names) if parameters else dict.fromkeys(names)
     return changed
 
 

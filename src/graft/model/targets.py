@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from copy import copy
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -14,6 +13,7 @@ from graft.formats.dense import DenseFormat
 from graft.layers.factored import factored_layers
 from graft.layers.frozen import FrozenLinear
 from graft.layers.registry import find_kind, kind_of
+from graft.model.internals import copied
 from graft.model.read_past import read_past
 from graft.model.text_modules import text_modules
 from graft.patterns import match_names
@@ -124,9 +124,7 @@ def freeze_layers(model: PreTrainedModel, names: Iterable[str]) -> None:
         weight = kind.rows(module, module.get_parameter(kind.weight).detach())
         weight_format = DenseFormat(str(weight.dtype).removeprefix("torch."))
         layer = kind.frozen(module, weight_format, {"weight": weight}, kind.bias(module))
-        shell = copy(module)
-        shell.__dict__["_parameters"] = dict.fromkeys(module._parameters)
-        layer.stands_for = (shell,)
+        layer.stands_for = (copied(module, parameters=False),)
         replace_module(model, name, layer)
 
 
@@ -139,8 +137,7 @@ def thaw_layers(model: PreTrainedModel) -> None:
     for name, layer in list(model.named_modules()):
         if not isinstance(layer, FrozenLinear) or name in inside or not layer.stands_for:
             continue
-        module = copy(layer.stands_for[0])
-        module.__dict__["_parameters"] = dict(module._parameters)
+        module = copied(layer.stands_for[0], parameters=True)
         kind = kind_of(module)
         weight = kind.stored(module, layer.packed["weight"].detach())
         setattr(module, kind.weight, nn.Parameter(weight, requires_grad=False))

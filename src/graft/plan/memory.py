@@ -7,21 +7,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from graft.adapters.attach import frozen_layers
 from graft.adapters.config import AdapterConfig
 from graft.adapters.registry import method_of
 from graft.errors import raise_problems
 from graft.formats.base import WeightFormat
-from graft.kernels.backend import native_library
 from graft.model.imports import is_lean
 from graft.model.running.checkpointing import CHECKPOINTING, Checkpointing, check_checkpointing
-from graft.model.running.loss import BLOCK_LOGITS, chunk_tokens
 from graft.model.running.memory import free_bytes
 from graft.model.subject import Subject
 from graft.model.trained import of_total
 from graft.optimizers.base import OptimizerKind
 from graft.optimizers.registry import DEFAULT_OPTIMIZER, OPTIMIZERS
 from graft.plan.activations import Activations, plan_activations
+from graft.plan.passing import (
+    buffer_bytes,
+    divergence_bytes,
+    loss_bytes,
+    merging_bytes,
+    rounding_bytes,
+    workspace_bytes,
+)
 from graft.plan.skeleton import PlannedModel, WeightCounts, plan_frozen, plan_model
 
 PROCESS_BYTES = 450 * 2**20
@@ -42,10 +47,6 @@ HEAP_UNEVEN = 30 * 2**20
 
 USABLE_MEMORY = 0.8
 """Share of the memory that is free which `checkpointing` "auto" plans to use."""
-
-MERGE_BYTES = 36
-"""Per weight of the layer that is being merged: four float64 matrices (trained, base, difference
-and its square) and the merged one in float32."""
 
 
 @dataclass(frozen=True)
@@ -237,30 +238,30 @@ def _plan(
     counts = planned.counts
     tokens, padded = shape.tokens, shape.batch_size * shape.sequence_length
     process = 0 if planned.device.type == "cuda" else process_bytes()
-    loss = _loss_bytes(planned, tokens)
+    loss = loss_bytes(planned, tokens)
     teacher_rows: tuple[MemoryRow, ...] = ()
     if teacher is not None:
-        loss += _divergence_bytes(planned, teacher, tokens)
+        loss += divergence_bytes(planned, teacher, tokens)
         beside = teacher.counts.frozen_bytes + teacher.counts.other_bytes
         teacher_rows = (MemoryRow("teacher", beside, "its weights; nothing of it trains"),)
-    workspace = _workspace_bytes(planned, counts, tokens, activations.widest)
+    workspace = workspace_bytes(planned, counts, tokens, activations.widest)
     evaluating = max(
-        _loss_bytes(planned, padded),
-        _workspace_bytes(planned, counts, padded, activations.widest),
+        loss_bytes(planned, padded),
+        workspace_bytes(planned, counts, padded, activations.widest),
     )
     states = optimizer.state_bytes(counts.trained, counts.trained_bytes)
-    merging = _merging_bytes(planned, counts, adapter)
+    merging = merging_bytes(planned, counts, adapter)
     method = method_of(adapter)
     in_training = method.rounds_in_training(adapter)
     rounding = 0
     if shape.calibration_rows:
         kept = planned.dtype.itemsize if not in_training else 4
         calibrating = shape.calibration_rows * shape.sequence_length
-        rounding = _rounding_bytes(planned, counts, kept, calibrating)
+        rounding = rounding_bytes(planned, counts, kept, calibrating)
     looking = 0
     if shape.looking_rows:  # the weights are there as they train
         looked = shape.looking_rows * shape.sequence_length
-        looking = _rounding_bytes(planned, counts, 0, looked)
+        looking = rounding_bytes(planned, counts, 0, looked)
     weights = counts.frozen_bytes + counts.other_bytes + counts.trained_bytes
     held = process + weights + states + sum(row.bytes for row in teacher_rows)
     sparing = checkpointing == "layers"
@@ -314,7 +315,7 @@ def _heap_bytes(planned: PlannedModel, tokens: int, activations: Activations, sp
     if sparing:  # what is large leaves no gaps
         return HEAP_BYTES
     transient = activations.kept_bytes + activations.recomputed_bytes
-    buffers = _buffer_bytes(planned, tokens, activations.widest)
+    buffers = buffer_bytes(planned, tokens, activations.widest)
     return HEAP_BYTES + HEAP_BUFFERS * buffers + int(HEAP_SHARE * transient)
 
 
@@ -329,78 +330,6 @@ def _weight_rows(counts: WeightCounts, dtype: str) -> tuple[MemoryRow, ...]:
         ),
         MemoryRow("gradients", counts.trained_bytes, "one per trained parameter"),
     )
-
-
-def _loss_bytes(planned: PlannedModel, tokens: int) -> int:
-    """Return what the loss needs: logits and their gradient for a chunk of tokens, the softmax of
-    a block of them in float32, the hidden states' gradient twice, and the head's, if it trains.
-    The gradient takes the logits' place; on a CPU the head's product takes a copy of it.
-    """
-    vocabulary, hidden = planned.model.get_input_embeddings().get_parameter("weight").shape
-    chunk = min(tokens, chunk_tokens(vocabulary, planned.device)) * vocabulary
-    block = min(chunk, max(BLOCK_LOGITS, vocabulary)) if planned.device.type == "cpu" else chunk
-    head = planned.model.get_output_embeddings()
-    trained = sum(p.numel() for p in head.parameters() if p.requires_grad) if head else 0
-    itemsize = planned.dtype.itemsize
-    return 2 * itemsize * (chunk + tokens * hidden) + 2 * 4 * block + 4 * trained
-
-
-def _divergence_bytes(planned: PlannedModel, teacher: PlannedModel, tokens: int) -> int:
-    """Return what a divergence adds to the loss: of a chunk of tokens five more matrices of logits
-    in float32, and the hidden states of both models, whose gradient is found later.
-    """
-    vocabulary, hidden = planned.model.get_input_embeddings().get_parameter("weight").shape
-    chunk = min(tokens, chunk_tokens(vocabulary, planned.device)) * vocabulary
-    wide = teacher.model.get_input_embeddings().get_parameter("weight").shape[1]
-    return 5 * 4 * chunk + tokens * (hidden + wide) * planned.dtype.itemsize
-
-
-def _buffer_bytes(planned: PlannedModel, tokens: int, widest: int) -> int:
-    """Return four of the widest features of the layer at work: an MLP's, or their gradients."""
-    return 4 * tokens * widest * planned.dtype.itemsize
-
-
-def _workspace_bytes(planned: PlannedModel, counts: WeightCounts, tokens: int, widest: int) -> int:
-    """Return what the layer at work needs: its buffers and, but for the native backend, a quantised
-    weight in float32 and the compute dtype; a latent weight two float32 gradients of its size, and
-    itself in float32 where it is kept in 8 bits.
-    """
-    in_pieces = planned.device.type == "cpu" and native_library.why_unavailable() is None
-    bytes_each = 0 if in_pieces else 4 + planned.dtype.itemsize
-    formats = [layer.weight_format for _, layer in frozen_layers(planned.model)]
-    bytes_each += max((one.workspace_bytes for one in formats), default=0)
-    return bytes_each * counts.largest_quantised + _buffer_bytes(planned, tokens, widest)
-
-
-def _merging_bytes(planned: PlannedModel, counts: WeightCounts, adapter: AdapterConfig) -> int:
-    """Return what merging and saving adds to the weights.
-
-    An update that no grid absorbs turns into dense weights in the source's dtype, which take the
-    frozen ones' place layer by layer; methods that merge exactly keep their size.
-    """
-    method = method_of(adapter)
-    if not method.trains_adapter:
-        return 0
-    grown = 0
-    if not method.merges_exactly:
-        dense = counts.frozen_weights * planned.source_dtype.itemsize
-        grown = max(0, dense - counts.frozen_bytes)
-    return grown + MERGE_BYTES * counts.largest_layer
-
-
-def _rounding_bytes(planned: PlannedModel, counts: WeightCounts, itemsize: int, tokens: int) -> int:
-    """Return what calibrated rounding holds: the dense weights, of so many bytes each, the float64
-    copies of the layer at work, float64 Hessians (those of one decoder layer's linear layers, as
-    many of the drift, and four more of the widest, which GPTQ factors), and a layer's inputs and
-    outputs for all tokens, rounded and not.
-    """
-    text = planned.model.config.get_text_config()
-    widths = [layer.in_features for _, layer in frozen_layers(planned.model)]
-    squares = sum(width * width for width in widths) // text.num_hidden_layers
-    squares = 2 * squares + 4 * max(widths) ** 2
-    hidden = 4 * tokens * text.hidden_size * planned.dtype.itemsize
-    weights = itemsize * counts.frozen_weights
-    return weights + MERGE_BYTES * counts.largest_layer + 8 * squares + hidden
 
 
 def _rounding_note(rounding: int, in_training: bool, dtype: str) -> str:

@@ -87,7 +87,7 @@ class LoopConfig(ObjectiveConfig):
     track: tuple[Annotated[str, TRACKERS], ...] = ()
     """Who else is told of metrics and samples."""
     save_every: int | None = None
-    """Steps between checkpoints, besides those of --save-minutes."""
+    """Steps between checkpoints, beside --save-minutes."""
     save_minutes: float = 10.0
     """Minutes between checkpoints. The last two are kept, and one is written at the end, so that a
     finished run can be given more steps."""
