@@ -6,12 +6,10 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from unittest.mock import Mock
 
 import gguf
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import graft
@@ -124,42 +122,6 @@ def test_into_original_says_what_quantisation_had_cost(tiny_base, rows, tmp_path
     )
 
 
-def test_full_training_and_subset_training(tiny_base, rows, tmp_path):
-    before = AutoModelForCausalLM.from_pretrained(tiny_base).state_dict()
-    graft.finetune(settings(tiny_base, rows, tmp_path / "full", method="full"))
-    after = AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "model").state_dict()
-    assert not any(torch.equal(before[name], after[name]) for name in before)
-    some = settings(tiny_base, rows, tmp_path / "some", method="full", targets=("v_proj",))
-    graft.finetune(some)
-    after = AutoModelForCausalLM.from_pretrained(tmp_path / "some" / "model").state_dict()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {f"model.layers.{i}.self_attn.v_proj.weight" for i in range(2)}
-
-
-def test_a_subset_by_words_trains_alone_resumes_and_is_counted(tiny_base, rows, tmp_path):
-    before = AutoModelForCausalLM.from_pretrained(tiny_base).state_dict()
-    run, events = tmp_path / "run", Mock(spec=Events)
-    words = ("layers.1-1.mlp, norms",)
-    config = settings(tiny_base, rows, run, method="full", train=words, steps=2, save_every=1)
-    report = graft.finetune(config, events)
-    mlp = [f"model.layers.1.mlp.{part}_proj.weight" for part in ("gate", "up", "down")]
-    chosen = {*mlp, *(name for name in before if "norm" in name)}
-    after = AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
-    assert {name for name in before if not torch.equal(before[name], after[name])} == chosen
-    count = sum(before[name].numel() for name in chosen)
-    assert report.trainable_parameters == count
-    assert f"{count:,} of {report.total_parameters:,} (" in (run / "report.md").read_text()
-    notes = [call.args[0] for call in events.note.call_args_list]
-    assert any(note.startswith(f"trains {len(chosen)} of ") for note in notes)
-    state = load_file(run / "checkpoints" / "step-00000002" / "state.safetensors")
-    kept = {name.removeprefix("parameter.") for name in state if name.startswith("parameter.")}
-    assert kept == chosen
-    shutil.rmtree(run / "checkpoints" / "step-00000002")
-    graft.finetune(dataclasses.replace(config, resume=True))
-    again = AutoModelForCausalLM.from_pretrained(run / "model").state_dict()
-    assert all(torch.equal(again[name], after[name]) for name in after)
-
-
 def test_a_run_from_before_scales_moved_goes_on(tiny_base, rows, tmp_path):
     run = tmp_path / "run"
     config = settings(tiny_base, rows, run, method="qalora", grid_rank=0, save_every=2, steps=4)
@@ -199,8 +161,6 @@ def test_a_resumed_run_ends_bit_for_bit_as_an_unbroken_one(
 
     class StoppedError(Exception):
         pass
-
-    from graft.api.events import Events
 
     class StopAtStep5(Events):
         def metrics(self, metrics):
@@ -257,7 +217,6 @@ def test_checkpointing_changes_no_gradient(tiny_base, rows, tmp_path):
 
 
 def test_checkpointing_is_picked_by_the_plan(tiny_base, rows, tmp_path, monkeypatch):
-    from graft.api.events import Events
 
     notes: list[str] = []
 

@@ -42,7 +42,7 @@ class DataConfig(ReadingConfig):
     """Examples: a file, folder, .yaml mixture or hub:NAME."""
 
     eval_data: str | None = None
-    """File of held-out examples; without it a share of the rows of --data is held out."""
+    """Held-out examples; without it a share of the rows of --data is held out."""
 
     eval_fraction: float = 0.05
     """Share of the rows that is held out when --eval-data is not given (1 to 500 rows)."""
