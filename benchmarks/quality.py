@@ -23,7 +23,7 @@ import torch
 from _common import RESULTS, ROOT, as_text, e2e_rows, shared, write_csv, write_jsonl
 
 import graft
-from graft.compare.run import compare
+from graft.comparison.run import compare
 
 CONTENDERS = (
     "base",

@@ -207,3 +207,15 @@ def test_every_excuse_is_needed() -> None:
 def test_a_stray_question_is_found(code: str) -> None:
     found, _ = _strays({"train/somewhere.py": code})
     assert found
+
+
+def test_no_subpackage_takes_the_place_of_a_name_of_graft() -> None:
+    subpackages = {path.stem for path in SOURCE.iterdir()}
+    assert not subpackages & (set(graft.__all__) - {"GraftError"})
+
+
+def test_graft_compare_is_a_function_however_often_it_is_asked_for() -> None:
+    config = graft.CompareConfig(model="nowhere", data="nothing.jsonl", steps=0)
+    for _ in range(2):
+        with pytest.raises(graft.GraftError):
+            graft.compare(config)

@@ -42,12 +42,12 @@ if TYPE_CHECKING:
     from graft.api.merge import merge
     from graft.api.quantize import quantize
     from graft.api.verify import verify
-    from graft.compare.config import CompareConfig
-    from graft.compare.run import compare
+    from graft.comparison.config import CompareConfig
+    from graft.comparison.run import compare
     from graft.train.stop import Stop, StoppedError
 
 _HOME = {
-    "CompareConfig": "graft.compare.config",
+    "CompareConfig": "graft.comparison.config",
     "CompressConfig": "graft.api.config",
     "QuantizeConfig": "graft.api.config",
     "Stop": "graft.train.stop",
@@ -57,7 +57,7 @@ _HOME = {
     "adapter_names": "graft.api.adapters",
     "adopt": "graft.api.adopt",
     "combine_adapters": "graft.api.adapter.merge",
-    "compare": "graft.compare.run",
+    "compare": "graft.comparison.run",
     "compress": "graft.api.compress",
     "convert_model": "graft.api.convert",
     "evaluate_model": "graft.api.evaluate",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-import graft.compare.run as comparing
+import graft.comparison.run as comparing
 from graft.api.config import QuantizeConfig
 from graft.api.evaluate import evaluate_model
 from graft.api.finetune import finetune
@@ -16,8 +16,8 @@ from graft.api.merge import merge
 from graft.api.quantize import quantize
 from graft.api.run.folder import load_any
 from graft.cli.main import main
-from graft.compare.config import CompareConfig
-from graft.compare.run import Comparison, compare
+from graft.comparison.config import CompareConfig
+from graft.comparison.run import Comparison, compare
 from graft.errors import GraftError
 from graft.files.lock import LOCK, owned
 from graft.train.stop import Stop, StoppedError
@@ -332,7 +332,7 @@ def test_rows_without_prompts_are_not_continued(tiny_base: Path, tmp_path: Path)
 def test_the_last_answer_of_a_conversation_is_the_reference(
     tiny_base: Path, tmp_path: Path
 ) -> None:
-    from graft.compare.prepare import prepare
+    from graft.comparison.prepare import prepare
 
     turns = [("user", "red"), ("assistant", "lamp"), ("user", "blue"), ("assistant", "chair")]
     row = {"messages": [{"role": role, "content": content} for role, content in turns]}
@@ -377,7 +377,7 @@ def test_the_demo_stands_for_the_bundled_model_and_data() -> None:
 def test_a_document_is_one_row_of_a_comparison_however_long(
     tiny_base: Path, tmp_path: Path
 ) -> None:
-    from graft.compare.prepare import prepare
+    from graft.comparison.prepare import prepare
 
     texts = [f"the lamp is red and number {number} " * 20 for number in range(8)]
     data = tmp_path / "texts.jsonl"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from graft.compare.contenders import (
+from graft.comparison.contenders import (
     Contender,
     entries,
     learning_rates,

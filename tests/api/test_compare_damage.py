@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from graft.api.events import Events
-from graft.compare import run as comparing
-from graft.compare.config import CompareConfig
-from graft.compare.contenders import Contender, Entry, entries, parse_contenders
-from graft.compare.prepare import _write_rows
-from graft.compare.results import Result, read_result
-from graft.compare.run import compare
+from graft.comparison import run as comparing
+from graft.comparison.config import CompareConfig
+from graft.comparison.contenders import Contender, Entry, entries, parse_contenders
+from graft.comparison.prepare import _write_rows
+from graft.comparison.results import Result, read_result
+from graft.comparison.run import compare
 from graft.data.rows import Row, read_rows
 from graft.errors import GraftError
 

@@ -6,10 +6,10 @@ import math
 
 import pytest
 
-from graft.compare.charts import Point, bars, scatter
-from graft.compare.page import PageContent, render_page
-from graft.compare.prepare import Prompt
-from graft.compare.results import Result, Spread, row_as_dict, summarise, training_rows
+from graft.comparison.charts import Point, bars, scatter
+from graft.comparison.page import PageContent, render_page
+from graft.comparison.prepare import Prompt
+from graft.comparison.results import Result, Spread, row_as_dict, summarise, training_rows
 
 
 def result(contender: str, seed: int | None, perplexity: float | None, **more: object) -> Result:

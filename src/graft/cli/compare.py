@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 from graft.cli.command import Command, is_asked
 from graft.cli.show import show
 from graft.cli.signals import stopping
-from graft.compare.config import CompareConfig
+from graft.comparison.config import CompareConfig
 from graft.errors import GraftError
 
 if TYPE_CHECKING:
-    from graft.compare.results import Column as FigureColumn
-    from graft.compare.results import Result, Row
+    from graft.comparison.results import Column as FigureColumn
+    from graft.comparison.results import Result, Row
 
 DEMO_STEPS = 160
 _FIRST = "deployed model"
@@ -50,8 +50,8 @@ def compare(arguments: CompareArguments) -> None:
     Raises GraftError when a contender failed.
     """
     from graft.cli.progress import progress
-    from graft.compare.results import COSTS, SCORES, with_figures
-    from graft.compare.run import compare as run
+    from graft.comparison.results import COSTS, SCORES, with_figures
+    from graft.comparison.run import compare as run
 
     with stopping() as stop, progress() as events:
         result = run(arguments, events, stop)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from graft.compare.contenders import YARDSTICK, Entry, entry_label
+from graft.comparison.contenders import YARDSTICK, Entry, entry_label
 from graft.errors import GraftError
 from graft.files.read import read_typed
 

@@ -18,11 +18,11 @@ from graft.api.quantize import Rounding, load_quantised
 from graft.api.run.layout import METRICS, MODEL, REPORT
 from graft.api.run.report import stored_bits_per_weight, versions
 from graft.api.run.resume import has_finished, owned_run
-from graft.compare.config import CompareConfig
-from graft.compare.contenders import Entry, Training
-from graft.compare.page import PageContent, write_page
-from graft.compare.prepare import SETTINGS, Prepared, int_format, prepare
-from graft.compare.results import Result, Row, RunCosts, read_result, row_as_dict, summarise
+from graft.comparison.config import CompareConfig
+from graft.comparison.contenders import Entry, Training
+from graft.comparison.page import PageContent, write_page
+from graft.comparison.prepare import SETTINGS, Prepared, int_format, prepare
+from graft.comparison.results import Result, Row, RunCosts, read_result, row_as_dict, summarise
 from graft.errors import GraftError
 from graft.evaluate.generate import generate_texts
 from graft.evaluate.loss import evaluate_loss

@@ -10,10 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from graft.compare.charts import Line, Point, bars, lines, scatter
-from graft.compare.contenders import entry_label
-from graft.compare.prepare import Prompt
-from graft.compare.results import (
+from graft.comparison.charts import Line, Point, bars, lines, scatter
+from graft.comparison.contenders import entry_label
+from graft.comparison.prepare import Prompt
+from graft.comparison.results import (
     COSTS,
     MIB,
     SCORES,

@@ -23,8 +23,8 @@ from graft.api.checks import (
 )
 from graft.api.config import as_plain
 from graft.api.run.folder import fingerprint_weights
-from graft.compare.config import CompareConfig
-from graft.compare.contenders import (
+from graft.comparison.config import CompareConfig
+from graft.comparison.contenders import (
     Entry,
     Training,
     entries,

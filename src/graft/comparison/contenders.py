@@ -10,7 +10,7 @@ from typing import Literal
 from graft.adapters.registry import METHODS
 from graft.api.config import TrainConfig
 from graft.calibrate.registry import SOLVERS
-from graft.compare.config import CompareConfig
+from graft.comparison.config import CompareConfig
 from graft.data.config import DataConfig
 from graft.errors import did_you_mean, raise_problems
 from graft.formats.config import WIDTHS
