@@ -22,7 +22,7 @@ from graft.errors import GraftError
 from graft.train.trackers import Tracker
 
 WORDS = "red green blue lamp chair table oak steel light heavy small large the is a of and".split()
-RATES = {"lora": 0.06, "dora": 0.06, "qalora": 0.5, "full": 0.02, "merge_aware": 0.06}
+RATES = {"lora": 0.06, "dora": 0.06, "qalora": 0.08, "full": 0.02, "merge_aware": 0.06}
 
 
 def rising(method: str = "lora", **changes: Any) -> dict[str, Any]:

@@ -151,6 +151,8 @@ def test_a_run_merges(old, expected, about, same_arithmetic, tmp_path, name):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_was_interrupted_goes_on(old, same_arithmetic, tmp_path, name):
+    # What takes the gradient of qalora's scales of rounded numbers is younger than these runs.
+    same_arithmetic = same_arithmetic and name != "qalora"
     run, ended = tmp_path / "run", old / "runs" / name
     shutil.copytree(old / "begun" / name, run)
     assert read_run_config(run).batching == "padded", "there was no other way of batching"
@@ -159,7 +161,10 @@ def test_a_run_that_was_interrupted_goes_on(old, same_arithmetic, tmp_path, name
     found, expected = (load_file(folder / f"{kind}.safetensors") for folder in (run, ended))
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
-        assert_same(found[key], tensor, same_arithmetic)
+        if name == "qalora":
+            assert (found[key] - tensor).abs().max() <= 1e-3 * tensor.abs().max()
+        else:
+            assert_same(found[key], tensor, same_arithmetic)
     for path in (ended / "adapter").glob("*.json"):
         text = (run / "adapter" / path.name).read_text().replace(str(run), str(ended))
         described = json.loads(text)

@@ -100,3 +100,13 @@ def test_no_gradient_gives_none() -> None:
     weight, (grad, x) = weight_of(4, 32, 24, 96), inputs(20, 24, 96)
     assert not estimate(torch.zeros_like(grad), x, weight).any()
     assert not estimate(grad, torch.zeros_like(x), weight).any()
+
+
+def test_tokens_of_vanishing_gradients_have_no_part_in_it() -> None:
+    weight, (grad, x) = weight_of(4, 32, 24, 96), inputs(37, 24, 96)
+    found = estimate(grad, x, weight)
+    for size in (0.0, 1e-45, 1e-38):
+        few = torch.cat([grad, torch.full((2, 24), size)])
+        beside = torch.cat([x, torch.full((1, 96), 1e30), torch.randn(1, 96)])
+        torch.testing.assert_close(estimate(few, beside, weight), found, rtol=0, atol=1e-4)
+    assert not estimate(torch.full((4, 24), 1e-44), x[:4], weight).any()

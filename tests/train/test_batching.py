@@ -76,9 +76,11 @@ def test_the_same_adapter_after_twenty_steps(method, tiny_base, uneven, tmp_path
         report = graft.finetune(settings(tiny_base, uneven, run, **METHODS[method], **way))
         found[name] = trained(run)
         assert report.batching.startswith(way["batching"])
+    # The gradient of qalora's scales is rounded batch by batch.
+    bound = 2e-4 if method == "qalora" else 1e-5
     for name in WAYS:
         for key, tensor in found["1x16"].items():
-            torch.testing.assert_close(found[name][key], tensor, rtol=0, atol=1e-5)
+            torch.testing.assert_close(found[name][key], tensor, rtol=0, atol=bound)
 
 
 def test_packing_at_a_high_rate_is_padding_within_rounding(tiny_base, uneven, tmp_path) -> None:
