@@ -100,3 +100,21 @@ def test_no_gradient_gives_none() -> None:
     weight, (grad, x) = weight_of(4, 32, 24, 96), inputs(20, 24, 96)
     assert not estimate(torch.zeros_like(grad), x, weight).any()
     assert not estimate(grad, torch.zeros_like(x), weight).any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_seen(level: str, bad: float) -> None:
+    """Rounded to integers a NaN would be a number like others, and a run would go on."""
+    weight = weight_of(4, 32, 24, 96)
+    for which in (0, 1):
+        pair = inputs(20, 24, 96)
+        pair[which][3, 5] = bad
+        assert estimate(*pair, weight).isnan().any()
+
+
+def test_a_token_that_hardly_counts_spoils_nothing() -> None:
+    """The ratio of the sizes of its gradient and its inputs is beyond float32."""
+    weight, (grad, x) = weight_of(4, 32, 24, 96), inputs(40, 24, 96)
+    grad[3] *= 1e-39
+    right = exact(grad, x, weight)
+    assert (estimate(grad, x, weight) - right).norm() < 0.03 * right.norm()
