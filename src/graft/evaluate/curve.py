@@ -58,6 +58,7 @@ def plot_curve(
     bottom.grid(alpha=0.3)
     if all(value is None for points in (*curves.values(), beside) for *_, value, _ in points):
         top.remove()
+        bottom.set_subplotspec(figure.add_gridspec()[0])
         bottom.set_title(top.get_title(), fontsize=9, parse_math=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")
