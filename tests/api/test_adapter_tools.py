@@ -66,6 +66,16 @@ def test_a_cut_combination_is_the_nearest_one(two: tuple[Path, Path], tmp_path: 
     assert report.relative_error == pytest.approx(float(lost / total) ** 0.5)
 
 
+@pytest.mark.parametrize("how", ["linear", "svd", "ties"])
+def test_an_adapter_merged_with_itself_is_itself(
+    how: str, two: tuple[Path, Path], tmp_path: Path
+) -> None:
+    density = 1.0 if how == "ties" else None
+    combine_adapters([two[0], two[0]], tmp_path / "merged", how=how, density=density)
+    for name in LAYERS:
+        torch.testing.assert_close(update(tmp_path / "merged", name), update(two[0], name))
+
+
 def test_a_model_computes_the_sum_of_what_was_merged(
     two: tuple[Path, Path], tiny_base: Path, tmp_path: Path
 ) -> None:
@@ -104,6 +114,8 @@ def test_what_cannot_be_merged_is_told_at_once(
         assert words in str(told.value)
     with pytest.raises(GraftError, match="give one of --rank and --energy"):
         combine_adapters(two, tmp_path / "out", how="svd", rank=1, energy=0.5)
+    with pytest.raises(GraftError, match="--rank is 0"):
+        combine_adapters(two, tmp_path / "out", how="svd", rank=0)
     with pytest.raises(GraftError, match="linear keeps the sum of the ranks"):
         combine_adapters(two, tmp_path / "out", rank=2)
     starts = shutil.copytree(two[0], tmp_path / "starts")

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 
 import graft
 from graft.api.run.folder import read_run_config
-from graft.kernels.backend.native_library import instructions
+from graft.kernels.backend.native_library import instructions, native
 from graft.train.metrics import read_metrics
 
 FIXTURE = Path(__file__).resolve().parents[1] / "fixtures" / "a5f4af3"
@@ -150,9 +150,9 @@ def test_a_run_merges(old, expected, about, same_arithmetic, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_was_interrupted_goes_on(old, same_arithmetic, tmp_path, name):
+def test_a_run_that_was_interrupted_goes_on(old, same_arithmetic, tmp_path, name, monkeypatch):
     # What takes the gradient of qalora's scales of rounded numbers is younger than these runs.
-    same_arithmetic = same_arithmetic and name != "qalora"
+    monkeypatch.delitem(native.operations, "grad_factors", raising=False)
     run, ended = tmp_path / "run", old / "runs" / name
     shutil.copytree(old / "begun" / name, run)
     assert read_run_config(run).batching == "padded", "there was no other way of batching"
@@ -161,10 +161,7 @@ def test_a_run_that_was_interrupted_goes_on(old, same_arithmetic, tmp_path, name
     found, expected = (load_file(folder / f"{kind}.safetensors") for folder in (run, ended))
     assert found.keys() == expected.keys()
     for key, tensor in expected.items():
-        if name == "qalora":
-            assert (found[key] - tensor).abs().max() <= 1e-3 * tensor.abs().max()
-        else:
-            assert_same(found[key], tensor, same_arithmetic)
+        assert_same(found[key], tensor, same_arithmetic)
     for path in (ended / "adapter").glob("*.json"):
         text = (run / "adapter" / path.name).read_text().replace(str(run), str(ended))
         described = json.loads(text)

@@ -110,3 +110,21 @@ def test_tokens_of_vanishing_gradients_have_no_part_in_it() -> None:
         beside = torch.cat([x, torch.full((1, 96), 1e30), torch.randn(1, 96)])
         torch.testing.assert_close(estimate(few, beside, weight), found, rtol=0, atol=1e-4)
     assert not estimate(torch.full((4, 24), 1e-44), x[:4], weight).any()
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_seen(level: str, bad: float) -> None:
+    """Rounded to integers a NaN would be a number like others, and a run would go on."""
+    weight = weight_of(4, 32, 24, 96)
+    for which in (0, 1):
+        pair = inputs(20, 24, 96)
+        pair[which][3, 5] = bad
+        assert estimate(*pair, weight).isnan().any()
+
+
+def test_a_token_that_hardly_counts_spoils_nothing() -> None:
+    """The ratio of the sizes of its gradient and its inputs is beyond float32."""
+    weight, (grad, x) = weight_of(4, 32, 24, 96), inputs(40, 24, 96)
+    grad[3] *= 1e-39
+    right = exact(grad, x, weight)
+    assert (estimate(grad, x, weight) - right).norm() < 0.03 * right.norm()

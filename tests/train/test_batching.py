@@ -21,6 +21,7 @@ from graft.data.batches import PackedBatch
 from graft.data.load import load_train_and_eval
 from graft.data.sampler import BatchSampler
 from graft.errors import GraftError
+from graft.kernels.backend.native_library import native
 from graft.model.running.attention import NAME
 from graft.objectives.next_token import NextToken
 from graft.train.metrics import read_metrics
@@ -69,18 +70,20 @@ def trained(run: Path) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_same_adapter_after_twenty_steps(method, tiny_base, uneven, tmp_path) -> None:
+def test_the_same_adapter_after_twenty_steps(
+    method, tiny_base, uneven, tmp_path, monkeypatch
+) -> None:
+    # What is rounded is rounded by the batch: qalora's gradient is taken in floats here.
+    monkeypatch.delitem(native.operations, "grad_factors", raising=False)
     found = {}
     for name, way in WAYS.items():
         run = tmp_path / name
         report = graft.finetune(settings(tiny_base, uneven, run, **METHODS[method], **way))
         found[name] = trained(run)
         assert report.batching.startswith(way["batching"])
-    # The gradient of qalora's scales is rounded batch by batch.
-    bound = 2e-4 if method == "qalora" else 1e-5
     for name in WAYS:
         for key, tensor in found["1x16"].items():
-            torch.testing.assert_close(found[name][key], tensor, rtol=0, atol=bound)
+            torch.testing.assert_close(found[name][key], tensor, rtol=0, atol=1e-5)
 
 
 def test_packing_at_a_high_rate_is_padding_within_rounding(tiny_base, uneven, tmp_path) -> None:

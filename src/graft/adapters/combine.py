@@ -91,6 +91,8 @@ COMBINATIONS: dict[str, Combination] = {
 }
 EXACT = ("linear", "svd")
 """Combinations whose result is a low-rank update itself, without a decomposition."""
+MEANS = ("ties",)
+"""Combinations that take a mean themselves, so that weights of 1 keep an update's size."""
 DENSE = tuple(name for name in COMBINATIONS if name not in EXACT)
 """Those that take a density."""
 

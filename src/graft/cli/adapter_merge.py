@@ -19,7 +19,8 @@ class CombineArguments:
     out: str
     """Folder of the adapter to write."""
     weights: tuple[float, ...] = ()
-    """One number for each adapter; default: equal ones with the sum 1."""
+    """One number for each adapter; default: equal ones with the sum 1, and 1 for ties, which
+    takes a mean itself."""
     how: Literal["linear", "svd", "ties", "dare", "dare_ties"] = "linear"
     """linear adds the weighted updates exactly, in the sum of their ranks; svd cuts that to --rank.
     ties keeps the largest elements of each update and takes the mean of those that agree in sign

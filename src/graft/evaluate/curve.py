@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 
 from graft.files.write import replacing
 from graft.text import printable
@@ -18,7 +19,7 @@ def plot_curve(
     """Draw perplexity, and the error of the weights below, over the size (PNG).
 
     curves: by what the legend calls them. beside: models that are no part of one, such as the
-    original.
+    original. Where no perplexity was measured there is the error alone.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -49,11 +50,15 @@ def plot_curve(
             top.axhline(value, color=color, linestyle="--", linewidth=1, zorder=0)
     top.margins(x=0.15, y=0.15)
     top.set_ylabel("perplexity")
-    top.set_title(printable(title), fontsize=9, parse_math=False)
+    top.set_title(fill(printable(title), 100), fontsize=9, parse_math=False)
     top.grid(alpha=0.3)
     top.legend()
     bottom.set_ylabel("error of\nthe weights")
     bottom.set_xlabel("weights on disk (MiB)")
     bottom.grid(alpha=0.3)
+    if all(value is None for points in (*curves.values(), beside) for *_, value, _ in points):
+        top.remove()
+        bottom.set_subplotspec(figure.add_gridspec()[0])
+        bottom.set_title(top.get_title(), fontsize=9, parse_math=False)
     with replacing(path) as temporary:
         figure.savefig(temporary, dpi=120, format="png")

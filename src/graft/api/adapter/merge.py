@@ -13,6 +13,7 @@ from graft.adapters.combine import (
     COMBINATIONS,
     DENSE,
     EXACT,
+    MEANS,
     combined_factors,
     combined_spectrum,
     stacked,
@@ -55,7 +56,9 @@ def combine_adapters(
     factors: bool = False,
     events: Events | None = None,
 ) -> CombineReport:
-    """Write the folder `out`: one LoRA of several of the same base, weighted (by default, equally).
+    """Write the folder `out`: one LoRA of several of the same base, weighted.
+
+    The default weights are equal, with the sum 1; those of ties are 1, as it takes a mean itself.
 
     linear: Σ w ΔW, exactly, in the sum of the ranks (PEFT's `cat`). svd: that sum cut to `rank`
     (default: the largest of the ranks) or `energy`. ties (arXiv 2306.01708): of each ΔW the share
@@ -67,7 +70,8 @@ def combine_adapters(
     that are no ordinary LoRAs or do not fit each other, and when `out` exists.
     """
     events, target = events or Events(), Path(out)
-    weights = tuple(weights) or (1 / max(len(adapters), 1),) * len(adapters)
+    share = 1.0 if how in MEANS else 1 / max(len(adapters), 1)
+    weights = tuple(weights) or (share,) * len(adapters)
     _check_options(adapters, weights, how, density, factors, (rank, energy))
     check_new(target)
     loras = [open_lora(path) for path in adapters]
@@ -145,6 +149,8 @@ def _check_options(
         problems.append(f"--rank and --energy: {kept}; cut it with `graft adapter resize`")
     elif None not in cut:
         problems.append("give one of --rank and --energy")
+    elif cut[0] is not None and cut[0] < 1:
+        problems.append(f"--rank is {cut[0]}; expected 1 or more")
     if factors and how == "svd":
         problems.append("--factors is for linear, ties, dare and dare_ties; svd cuts the product")
     raise_problems(problems, "adapters cannot be combined so")
