@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 import graft
 from graft.api.evaluate import evaluate_model
+from graft.api.events import Events
+from graft.api.run import starting
+from graft.api.run.folder import read_run_config
 from graft.api.run.layout import REFERENCE
+from graft.api.run.prepare import prepare
+from graft.api.run.reference import model_before
+from graft.calibrate.inputs import look_at_inputs
 from graft.cli.main import main
 from graft.errors import GraftError
+from graft.objectives.reference import find_out, unknown
 from graft.objectives.registry import OBJECTIVES
 from graft.train.metrics import read_metrics
 
@@ -159,3 +168,41 @@ def test_commands_show_both_sides_and_the_margin(tiny_base, preferences, capsys,
         2 * sizes["next_token"]["activations"], rel=0.05
     )
     assert sizes["distill"]["teacher"] > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "lora", "init": "pissa"},
+        {"method": "qlora", "init": "pissa"},
+        {"method": "qalora", "bits": 8, "activations": "q8"},
+    ],
+)
+def test_the_model_before_training_says_what_the_reference_holds(
+    options, tiny_base, preferences, tmp_path
+):
+    run = tmp_path / "run"
+    graft.finetune(settings("dpo", tiny_base, str(preferences), run, **options))
+    known = load_file(run / REFERENCE)["held_out"]
+    config = read_run_config(run)
+    anew = dataclasses.replace(config, out=str(tmp_path / "anew"))
+    held_out = prepare(anew, Events()).held_out.examples
+    found = unknown(held_out)
+    find_out(found, model_before(run, config).model, held_out, range(len(held_out)), 4)
+    assert np.abs(found - known.numpy()).max() < 1e-3
+
+
+def test_a_start_looks_at_each_answer_of_a_pair_by_itself(
+    tiny_base, preferences, tmp_path, monkeypatch
+):
+    seen = []
+
+    def looked(model, names, batches, look, on_layer):
+        seen.extend(batches)
+        look_at_inputs(model, names, batches, look, on_layer)
+
+    monkeypatch.setattr(starting, "look_at_inputs", looked)
+    run = tmp_path / "run"
+    options = {"method": "lora", "init": "eva", "max_length": 24, "calibration_rows": 6}
+    graft.finetune(settings("dpo", tiny_base, str(preferences), run, **options))
+    assert len(seen) == 6 and max(batch.numel() for batch in seen) <= 24
