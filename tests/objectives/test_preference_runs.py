@@ -8,7 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import graft
 from graft.api.evaluate import evaluate_model
@@ -206,3 +206,19 @@ def test_a_start_looks_at_each_answer_of_a_pair_by_itself(
     options = {"method": "lora", "init": "eva", "max_length": 24, "calibration_rows": 6}
     graft.finetune(settings("dpo", tiny_base, str(preferences), run, **options))
     assert len(seen) == 6 and max(batch.numel() for batch in seen) <= 24
+
+
+def test_a_run_does_not_go_on_with_another_teacher(tiny_base, rows, tmp_path):
+    teacher, run = tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(tiny_base, teacher)
+    config = settings("distill", tiny_base, str(rows), run, teacher=str(teacher))
+    graft.finetune(config)
+    path = teacher / "model.safetensors"
+    weights = {name: 2 * weight for name, weight in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(GraftError, match="is not the teacher that the run was begun with"):
+        graft.finetune(dataclasses.replace(config, steps=12, resume=True))
+    inputs = json.loads((run / "inputs.json").read_text(encoding="utf-8"))
+    del inputs["teacher"]  # as earlier versions wrote it
+    (run / "inputs.json").write_text(json.dumps(inputs), encoding="utf-8")
+    assert graft.finetune(dataclasses.replace(config, steps=12, resume=True)).steps == 12
