@@ -54,18 +54,17 @@ def main() -> None:
         print(json.dumps(measured(given)))
         return
     found = {name: _child(name) for name in OBJECTIVES}
-    columns = ["objective", "peak MiB", "above MiB", "step s", "reference s"]
     rows = [
-        [
-            name,
-            f"{one['peak'] / 2**20:,.0f}",
-            f"{one['above'] / 2**20:,.0f}",
-            f"{one['step']:.3f}",
-            f"{one['reference']:.3f}",
-        ]
+        {
+            "objective": name,
+            "peak MiB": f"{one['peak'] / 2**20:,.0f}",
+            "above MiB": f"{one['above'] / 2**20:,.0f}",
+            "step s": f"{one['step']:.3f}",
+            "reference s": f"{one['reference']:.3f}",
+        }
         for name, one in found.items()
     ]
-    print_table(columns, rows)
+    print_table(rows)
     peaks = [one["peak"] for one in found.values()]
     above = [one["above"] for one in found.values()]
     print(f"dpo / next_token: peak {peaks[1] / peaks[0]:.3f}, above {above[1] / above[0]:.3f}")

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 
+import numpy as np
 import pytest
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import graft
 from graft.api.evaluate import evaluate_model
+from graft.api.events import Events
+from graft.api.run import starting
+from graft.api.run.folder import read_run_config
 from graft.api.run.layout import REFERENCE
+from graft.api.run.prepare import prepare
+from graft.api.run.reference import model_before
+from graft.calibrate.inputs import look_at_inputs
 from graft.cli.main import main
 from graft.errors import GraftError
+from graft.objectives.reference import find_out, unknown
 from graft.objectives.registry import OBJECTIVES
 from graft.train.metrics import read_metrics
 
@@ -159,3 +168,57 @@ def test_commands_show_both_sides_and_the_margin(tiny_base, preferences, capsys,
         2 * sizes["next_token"]["activations"], rel=0.05
     )
     assert sizes["distill"]["teacher"] > 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"method": "lora", "init": "pissa"},
+        {"method": "qlora", "init": "pissa"},
+        {"method": "qalora", "bits": 8, "activations": "q8"},
+    ],
+)
+def test_the_model_before_training_says_what_the_reference_holds(
+    options, tiny_base, preferences, tmp_path
+):
+    run = tmp_path / "run"
+    graft.finetune(settings("dpo", tiny_base, str(preferences), run, **options))
+    known = load_file(run / REFERENCE)["held_out"]
+    config = read_run_config(run)
+    anew = dataclasses.replace(config, out=str(tmp_path / "anew"))
+    held_out = prepare(anew, Events()).held_out.examples
+    found = unknown(held_out)
+    find_out(found, model_before(run, config).model, held_out, range(len(held_out)), 4)
+    assert np.abs(found - known.numpy()).max() < 1e-3
+
+
+def test_a_start_looks_at_each_answer_of_a_pair_by_itself(
+    tiny_base, preferences, tmp_path, monkeypatch
+):
+    seen = []
+
+    def looked(model, names, batches, look, on_layer):
+        seen.extend(batches)
+        look_at_inputs(model, names, batches, look, on_layer)
+
+    monkeypatch.setattr(starting, "look_at_inputs", looked)
+    run = tmp_path / "run"
+    options = {"method": "lora", "init": "eva", "max_length": 24, "calibration_rows": 6}
+    graft.finetune(settings("dpo", tiny_base, str(preferences), run, **options))
+    assert len(seen) == 6 and max(batch.numel() for batch in seen) <= 24
+
+
+def test_a_run_does_not_go_on_with_another_teacher(tiny_base, rows, tmp_path):
+    teacher, run = tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(tiny_base, teacher)
+    config = settings("distill", tiny_base, str(rows), run, teacher=str(teacher))
+    graft.finetune(config)
+    path = teacher / "model.safetensors"
+    weights = {name: 2 * weight for name, weight in load_file(path).items()}
+    save_file(weights, path, {"format": "pt"})
+    with pytest.raises(GraftError, match="is not the teacher that the run was begun with"):
+        graft.finetune(dataclasses.replace(config, steps=12, resume=True))
+    inputs = json.loads((run / "inputs.json").read_text(encoding="utf-8"))
+    del inputs["teacher"]  # as earlier versions wrote it
+    (run / "inputs.json").write_text(json.dumps(inputs), encoding="utf-8")
+    assert graft.finetune(dataclasses.replace(config, steps=12, resume=True)).steps == 12

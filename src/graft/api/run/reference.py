@@ -17,11 +17,12 @@ from graft.adapters.starts.registry import STARTS
 from graft.api.config import TrainConfig
 from graft.api.events import Events
 from graft.api.run.folder import load_run_base
-from graft.api.run.layout import REFERENCE, START
+from graft.api.run.layout import BASE, REFERENCE, START
 from graft.api.run.prepare import Prepared
 from graft.data.examples import Example
 from graft.data.sampler import make_sampler
 from graft.errors import GraftError
+from graft.layers.activations import compute_with
 from graft.model.adapter_files import load_adapter
 from graft.model.load import LoadedModel, load_model
 from graft.model.running.attention import use_own_attention
@@ -118,8 +119,10 @@ def model_before(run: Path, config: TrainConfig, dtype: str = "auto") -> LoadedM
         loaded = load_model(subject, dtype=asked, device=config.device)
     else:
         loaded = load_run_base(run, config, method.compute_dtype(config.dtype), config.device)
-        if STARTS[config.init].changes_base and (run / START).is_dir():
+        # An unquantised base has nothing taken out of it: it is whole without the start.
+        if STARTS[config.init].changes_base and (run / BASE).is_dir():
             load_adapter(loaded.model, run / START)
+        compute_with(loaded.model, config.activations or "float")
     use_own_attention(loaded.model)
     use_own_pointwise(loaded.model)
     use_own_rotary(loaded.model)

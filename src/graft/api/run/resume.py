@@ -82,6 +82,8 @@ class RunInputs:
     """See `fingerprint_weights`."""
     tokenizer: dict[str, str] | None = None
     """See `fingerprint_tokenizer`; None in those of earlier versions."""
+    teacher: str | None = None
+    """See `fingerprint_weights`; None without a teacher, and in those of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -304,28 +306,27 @@ def _write_beginning(folder: Path, prepared: Prepared) -> None:
 
 
 def _inputs(prepared: Prepared) -> RunInputs:
-    config = prepared.config
+    config, teacher = prepared.config, prepared.teacher
     return RunInputs(
         data=fingerprint(config.data),
         eval_data=None if config.eval_data is None else fingerprint(config.eval_data),
         model=fingerprint_weights(prepared.subject.folder),
         tokenizer=fingerprint_tokenizer(prepared.subject.folder),
+        teacher=None if teacher is None else fingerprint_weights(teacher.folder),
     )
 
 
 def _read_inputs(run: Path) -> RunInputs | None:
     """Return what a run was begun with; None where that is lost, or was never written."""
-    if not (run / INPUTS).is_file():
-        return None
-    with passing_damage():
-        return read_typed(run / INPUTS, RunInputs)
+    if (run / INPUTS).is_file():
+        with passing_damage():
+            return read_typed(run / INPUTS, RunInputs)
     return None
 
 
 def _check_inputs(run: Path, prepared: Prepared) -> None:
     """Raise GraftError with every input that is not what the run was begun with."""
-    before = _read_inputs(run)
-    if before is None:
+    if (before := _read_inputs(run)) is None:
         return
     now, config = _inputs(prepared), prepared.config
     problems = [
@@ -333,27 +334,26 @@ def _check_inputs(run: Path, prepared: Prepared) -> None:
         for name in _FINGERPRINTED
         if getattr(before, name) != getattr(now, name)
     ]
+    if before.teacher is not None and before.teacher != now.teacher:
+        problems.append(_another("teacher", str(config.teacher), before.teacher, now.teacher))
     if before.tokenizer is not None and now.tokenizer is not None:
         differing = before.tokenizer.items() ^ now.tokenizer.items()
         if names := ", ".join(sorted({printable(name) for name, _ in differing})):
-            problems.append(
-                f"{config.model} has not the tokenizer that the run was begun with: {names} changed"
-            )
+            its = f"{config.model} has not the tokenizer that the run was begun with"
+            problems.append(f"{its}: {names} changed")
     raise_problems(problems, _SAME.format(run=run))
 
 
 def check_finished_inputs(run: Path, config: TrainConfig) -> None:
     """Raise GraftError when the data of a run that has finished are there, and are others now."""
-    before = _read_inputs(run)
-    if before is None:
+    if (before := _read_inputs(run)) is None:
         return
     problems = []
     for name in ("data", "eval_data"):
         path, then = getattr(config, name), getattr(before, name)
         if path is None or then is None or not Path(path).exists():
             continue
-        now = fingerprint(path)
-        if now != then:
+        if (now := fingerprint(path)) != then:
             problems.append(_another(name, path, then, now))
     raise_problems(problems, _SAME.format(run=run))
 

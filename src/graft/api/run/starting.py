@@ -65,7 +65,7 @@ def look(
     stop: Stop,
 ) -> None:
     """Show a start what the frozen target layers get as inputs on rows of the training data."""
-    rows = prepared.training.examples[: prepared.config.calibration_rows]
+    rows = prepared.calibration
 
     def on_layer(done: int, total: int) -> None:
         stop.check()
